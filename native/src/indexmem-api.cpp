@@ -1,0 +1,262 @@
+#include "indexmem.h"
+
+#include "indexmem-kv-cache.h"
+#include "indexmem-support.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+
+#ifndef INDEXMEM_VERSION
+#define INDEXMEM_VERSION "dev"
+#endif
+
+// state of the calling thread
+static thread_local std::string error_last;
+static thread_local std::optional<llama_kv_cache_bounded::config> config_next;
+
+static bool fail(const std::string & error) {
+    error_last = error;
+    return false;
+}
+
+static llama_kv_cache_bounded * bounded_of(const llama_context * ctx) {
+    return ctx ? dynamic_cast<llama_kv_cache_bounded *>(ctx->get_memory()) : nullptr;
+}
+
+int indexmem_api_version(void) {
+    return INDEXMEM_API_VERSION;
+}
+
+const char * indexmem_build_info(void) {
+    return "indexmem-edge " INDEXMEM_VERSION ", llama.cpp of llama-cpp-python 0.3.36 (0c1e57098)";
+}
+
+indexmem_params indexmem_default_params(void) {
+    indexmem_params params = {};
+    params.struct_size = sizeof(params);
+    params.sinks       = 4;
+    params.window      = 128;
+    return params;
+}
+
+bool indexmem_next_context(const indexmem_params * params) {
+    error_last.clear();
+    config_next.reset();
+    if (!params) {
+        return true;
+    }
+    if (params->struct_size != sizeof(*params)) {
+        return fail(format("indexmem_params has %u bytes, this library expects %zu: caller and library are of different versions",
+                    params->struct_size, sizeof(*params)));
+    }
+    if (params->budget == 0) {
+        return true; // unbounded
+    }
+
+    const char * policy = params->policy ? params->policy : "streaming";
+
+    llama_kv_cache_bounded::config cfg = {};
+    cfg.budget     = params->budget;
+    cfg.sinks      = params->sinks;
+    cfg.window     = params->window;
+    cfg.pin        = params->pin;
+    cfg.evict_step = params->evict_step;
+    cfg.seed       = params->seed;
+    cfg.policy     = indexmem_policy_find(policy);
+    if (cfg.policy < 0) {
+        std::string names;
+        for (int i = 0; i < indexmem_policy_count(); ++i) {
+            names += std::string(i ? ", " : "") + indexmem_policy_name(i);
+        }
+        return fail(format("unknown policy '%s'; there are: %s", policy, names.c_str()));
+    }
+    if (cfg.window == 0) {
+        return fail("the window must hold at least the newest token: it is 0");
+    }
+
+    const uint64_t min = llama_kv_cache_bounded::budget_min(cfg.sinks, cfg.pin, cfg.window);
+    if (cfg.budget < min) {
+        return fail(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + 1)",
+                    cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window));
+    }
+    constexpr uint32_t BUDGET_MAX = 1u << 24;
+    if (cfg.budget > BUDGET_MAX) {
+        return fail(format("a budget of %u is too large: at most %u", cfg.budget, BUDGET_MAX));
+    }
+
+    config_next = cfg;
+    return true;
+}
+
+llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (!config_next) {
+        return nullptr;
+    }
+    const auto cfg = *config_next;
+    config_next.reset();
+
+    auto refuse = [](const std::string & reason) {
+        error_last = reason;
+        throw std::runtime_error(reason);
+    };
+
+    const std::string reason = indexmem_unsupported_reason(model);
+    if (!reason.empty()) {
+        refuse("no bounded KV cache for this model: " + reason);
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
+    }
+    if (!cparams.flash_attn) {
+        refuse("a bounded KV cache needs flash attention: switch it on");
+    }
+    if (!cparams.causal_attn) {
+        refuse("a bounded KV cache needs causal attention");
+    }
+    if (cparams.embeddings) {
+        refuse("a bounded KV cache does not serve embeddings: use a context without a budget");
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        refuse(format("a bounded KV cache gives each of the %u sequences a budget of its own: switch kv_unified off", cparams.n_seq_max));
+    }
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
+        const std::pair<ggml_type, uint32_t> rows[] = {
+            { params.type_k, model.hparams.n_embd_head_k(il) },
+            { params.type_v, model.hparams.n_embd_head_v(il) },
+        };
+        for (const auto & [type, n_embd] : rows) {
+            if (n_embd % ggml_blck_size(type) != 0) {
+                refuse(format("cache type %s stores blocks of %lld values, but heads of layer %u have %u: choose another type",
+                            ggml_type_name(type), (long long) ggml_blck_size(type), il, n_embd));
+            }
+        }
+    }
+
+    try {
+        return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
+                cparams.n_seq_max, cparams.n_ubatch, cfg);
+    } catch (const std::exception & err) {
+        refuse(err.what());
+    }
+    return nullptr;
+}
+
+const char * indexmem_last_error(void) {
+    return error_last.c_str();
+}
+
+bool indexmem_model_supported(const llama_model * model, char * reason, size_t reason_size) {
+    const std::string text = indexmem_unsupported_reason(*model);
+    if (reason && reason_size > 0) {
+        snprintf(reason, reason_size, "%s", text.c_str());
+    }
+    return text.empty();
+}
+
+bool indexmem_is_bounded(const llama_context * ctx) {
+    return bounded_of(ctx) != nullptr;
+}
+
+bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {
+    error_last.clear();
+
+    const auto * kv = bounded_of(ctx);
+    if (!kv) {
+        return fail("the context has no bounded KV cache");
+    }
+    const auto * seq = kv->get_seq(seq_id);
+    if (!seq) {
+        return fail(format("there is no sequence %d (n_seq_max is %u)", seq_id, kv->get_n_seq_max()));
+    }
+    if (stats->struct_size != sizeof(*stats)) {
+        return fail(format("indexmem_stats has %u bytes, this library expects %zu", stats->struct_size, sizeof(*stats)));
+    }
+    llama_synchronize(ctx);
+
+    stats->budget      = kv->get_config().budget;
+    stats->n_slots     = kv->get_n_slots();
+    stats->n_kept      = seq->n_used;
+    stats->n_seen      = seq->n_seen;
+    stats->n_evicted   = seq->n_seen - seq->n_used;
+    stats->sinks       = kv->get_config().sinks;
+    stats->window      = kv->get_config().window;
+    stats->pin         = seq->pin;
+    stats->evict_step  = kv->get_evict_step(*seq);
+    stats->kv_bytes    = kv->size_kv_bytes();
+    stats->meta_bytes  = kv->size_meta_bytes();
+    stats->evict_us    = kv->evict_us;
+    stats->n_evictions = seq->n_evictions;
+    return true;
+}
+
+int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
+    error_last.clear();
+
+    const auto * kv = bounded_of(ctx);
+    if (!kv) {
+        fail("the context has no bounded KV cache");
+        return -1;
+    }
+    const auto * seq   = kv->get_seq(seq_id);
+    const auto * layer = kv->get_layer(il);
+    if (!seq || !layer || head < 0 || head >= layer->k->ne[2]) {
+        fail(format("there is no KV head %d in layer %d of sequence %d", head, il, seq_id));
+        return -1;
+    }
+    if (!pos) {
+        return (int32_t) seq->n_used;
+    }
+    if (capacity < (int32_t) seq->n_used) {
+        fail(format("room for %d positions, %u are needed", capacity, seq->n_used));
+        return -1;
+    }
+    llama_synchronize(ctx);
+
+    const auto res = kv->get_positions(seq_id, *layer, head);
+    std::copy(res.begin(), res.end(), pos);
+    return (int32_t) res.size();
+}
+
+int32_t indexmem_n_head_kv(const llama_context * ctx, int32_t il) {
+    const auto * kv = bounded_of(ctx);
+    if (!kv || il < 0 || il >= (int32_t) ctx->get_model().hparams.n_layer()) {
+        return -1;
+    }
+    const auto * layer = kv->get_layer(il);
+    return layer ? (int32_t) layer->k->ne[2] : 0;
+}
+
+bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
+    error_last.clear();
+
+    auto * kv = bounded_of(ctx);
+    if (!kv) {
+        return fail("the context has no bounded KV cache");
+    }
+    std::string error;
+    return kv->set_pin(seq_id, n, error) || fail(error);
+}
+
+int indexmem_policy_count(void) {
+    int n = 0;
+    while (indexmem_policy_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_policy_name(int i) {
+    const auto * info = indexmem_policy_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_policy_help(int i) {
+    const auto * info = indexmem_policy_get(i);
+    return info ? info->help : nullptr;
+}

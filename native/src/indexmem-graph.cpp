@@ -1,0 +1,319 @@
+#include "indexmem-graph.h"
+
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+// orthonormal Walsh-Hadamard matrix of size n, a power of two: entry (i, j) is +-1/sqrt(n), negative where i and j share
+// an odd number of bits
+static std::vector<float> hadamard(int64_t n) {
+    const float value = 1.0f/std::sqrt((float) n);
+    std::vector<float> res(n*n);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            bool odd = false;
+            for (int64_t both = i & j; both; both &= both - 1) {
+                odd = !odd;
+            }
+            res[i*n + j] = odd ? -value : value;
+        }
+    }
+    return res;
+}
+
+static ggml_tensor * new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1) {
+    ggml_tensor * res = ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
+    ggml_set_input(res);
+    ggml_set_name(res, name);
+    return res;
+}
+
+// rows of the sequences [s0, s0 + n_seq) of a cache tensor, and of their first n slots
+static ggml_tensor * view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq) {
+    return ggml_view_4d(ctx, t, t->ne[0], n, t->ne[2], n_seq, t->nb[1], t->nb[2], t->nb[3], s0*t->nb[3]);
+}
+
+// [n_embd, n_head, n_tokens*n_seq] -> the last n tokens of each sequence as [n_embd, n, n_head, n_seq], without a copy
+static ggml_tensor * tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n) {
+    cur = ggml_view_4d(ctx, cur, cur->ne[0], cur->ne[1], n, n_seq,
+            cur->nb[1], cur->nb[2], cur->nb[2]*n_tokens, cur->nb[2]*(n_tokens - n));
+    return ggml_permute(ctx, cur, 0, 2, 1, 3);
+}
+
+//
+// llm_graph_input_attn_bounded
+//
+
+llm_graph_input_attn_bounded::shape llm_graph_input_attn_bounded::shape_of(
+        const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens) {
+    const auto & st = mctx->get_step();
+    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict };
+}
+
+llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
+        const llm_graph_context & graph,
+        const llama_kv_cache_bounded_context * mctx) :
+    llm_graph_input_attn_kv(graph.hparams, graph.cparams, nullptr), mctx(mctx), sh(shape_of(mctx, graph.ubatch.n_tokens)) {
+    ggml_context * ctx = graph.ctx0;
+
+    const auto & kv = mctx->get_kv();
+
+    mask  = new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv, sh.n_tokens, 1, sh.n_seq);
+    slots = new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
+
+    if (sh.evict) {
+        ctl = new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+    }
+    if (kv.get_n_ring() > 0) {
+        const int64_t n_last = std::min<int64_t>(sh.n_tokens, kv.get_policy().n_queries);
+        rings = new_input(ctx, "bounded_rings", GGML_TYPE_I64, n_last, 1, sh.n_seq);
+    }
+
+    // the caller rotates q, k, v and the output when these are set
+    if (kv.get_rot_k() > 0) {
+        hadamard_k = hadamard(kv.get_rot_k());
+        self_k_rot = new_input(ctx, "attn_inp_k_rot", GGML_TYPE_F32, kv.get_rot_k(), kv.get_rot_k());
+    }
+    if (kv.get_rot_v() > 0) {
+        hadamard_v = hadamard(kv.get_rot_v());
+        self_v_rot = new_input(ctx, "attn_inp_v_rot", GGML_TYPE_F32, kv.get_rot_v(), kv.get_rot_v());
+    }
+}
+
+bool llm_graph_input_attn_bounded::can_reuse(const llm_graph_params & params) {
+    const auto * mctx_new = indexmem_context(params.mctx);
+    if (!mctx_new || !(shape_of(mctx_new, params.ubatch.n_tokens) == sh)) {
+        return false;
+    }
+    mctx = mctx_new;
+    return true;
+}
+
+void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
+    GGML_UNUSED(ubatch);
+
+    const auto & kv = mctx->get_kv();
+    const auto & st = mctx->get_step();
+
+    const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t inf  = ggml_fp32_to_fp16(-INFINITY);
+
+    std::vector<ggml_fp16_t> data_mask (ggml_nelements(mask), inf);
+    std::vector<int64_t>     data_slots(ggml_nelements(slots));
+
+    for (uint32_t s = 0; s < sh.n_seq; ++s) {
+        const uint32_t n_used = st.before[s].n_used;
+        for (uint32_t i = 0; i < sh.n_tokens; ++i) {
+            data_slots[s*sh.n_tokens + i] = n_used + i;
+
+            // everything in the cache is in the past; among the new tokens attention is causal
+            ggml_fp16_t * row = data_mask.data() + (int64_t) (s*sh.n_tokens + i)*sh.n_kv;
+            std::fill(row, row + n_used + i + 1, zero);
+        }
+    }
+    ggml_backend_tensor_set(mask,  data_mask.data(),  0, ggml_nbytes(mask));
+    ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
+
+    if (rings) {
+        const int64_t n_last = rings->ne[0];
+        std::vector<int64_t> data_rings(ggml_nelements(rings));
+        for (uint32_t s = 0; s < sh.n_seq; ++s) {
+            const llama_pos p0 = st.before[s].n_seen + sh.n_tokens - n_last;
+            for (int64_t i = 0; i < n_last; ++i) {
+                data_rings[s*n_last + i] = (p0 + i) % kv.get_n_ring();
+            }
+        }
+        ggml_backend_tensor_set(rings, data_rings.data(), 0, ggml_nbytes(rings));
+    }
+
+    if (ctl) {
+        std::vector<int32_t> data_ctl(ggml_nelements(ctl), 0);
+        for (uint32_t s = 0; s < sh.n_seq; ++s) {
+            const auto & before = st.before[s];
+            const auto & after  = st.after[s];
+
+            const llama_pos n_seen = before.n_seen + sh.n_tokens;
+            const int32_t   n_used = before.n_used + sh.n_tokens;
+
+            int32_t * c = data_ctl.data() + s*INDEXMEM_CTL_SIZE;
+            c[INDEXMEM_CTL_N_USED]   = n_used;
+            c[INDEXMEM_CTL_N_EVICT]  = n_used - (int32_t) after.n_used;
+            c[INDEXMEM_CTL_N_FIXED]  = before.n_fixed;
+            c[INDEXMEM_CTL_POS_TAIL] = before.pos_tail();
+            c[INDEXMEM_CTL_KEEP_LO]  = std::max(kv.get_config().sinks, before.pin);
+            c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_config().window;
+            c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
+        }
+        ggml_backend_tensor_set(ctl, data_ctl.data(), 0, ggml_nbytes(ctl));
+    }
+
+    if (self_k_rot) {
+        ggml_backend_tensor_set(self_k_rot, hadamard_k.data(), 0, ggml_nbytes(self_k_rot));
+    }
+    if (self_v_rot) {
+        ggml_backend_tensor_set(self_v_rot, hadamard_v.data(), 0, ggml_nbytes(self_v_rot));
+    }
+}
+
+// One sequence: the same mask serves all KV heads. Several: a copy for each, since dimension 3 counts both.
+ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, int64_t n_head_kv) {
+    if (sh.n_seq == 1 || n_head_kv == 1) {
+        return mask;
+    }
+    auto & res = mask_heads[n_head_kv];
+    if (!res) {
+        res = ggml_repeat_4d(ctx, mask, sh.n_kv, sh.n_tokens, n_head_kv, sh.n_seq);
+        res = ggml_reshape_4d(ctx, res, sh.n_kv, sh.n_tokens, 1, n_head_kv*sh.n_seq);
+    }
+    return res;
+}
+
+ggml_tensor * llm_graph_input_attn_bounded::build_attn(
+        const llm_graph_context & graph,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        float kq_scale,
+        int   il) {
+    ggml_context * ctx = graph.ctx0;
+    ggml_cgraph  * gf  = graph.gf;
+
+    const auto * l = mctx->get_kv().get_layer(il);
+    if (!l) {
+        throw std::runtime_error(format("layer %d attends but has no bounded KV cache", il));
+    }
+
+    const int64_t T   = sh.n_tokens;
+    const int64_t S   = sh.n_seq;
+    const int64_t H   = l->k->ne[2];
+    const int64_t Hq  = q_cur->ne[1];
+    const int64_t G   = Hq/H;
+    const int64_t n_k = l->k->ne[1];
+
+    // store
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_seqs(ctx, l->k, n_k, sh.s0, S), tokens_last(ctx, k_cur, T, S, T), slots));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_seqs(ctx, l->v, n_k, sh.s0, S), tokens_last(ctx, v_cur, T, S, T), slots));
+    if (l->q) {
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx,
+                    view_seqs(ctx, l->q, l->q->ne[1], sh.s0, S), tokens_last(ctx, q_cur, T, S, rings->ne[0]), rings));
+    }
+
+    // attend: heads of a sequence are neighbours in memory, so (head, sequence) is one dimension
+    auto streams = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx, t, t->ne[0], sh.n_kv, 1, H*S, t->nb[1], t->nb[2], t->nb[2], sh.s0*t->nb[3]);
+    };
+
+    ggml_tensor * q;
+    if (S == 1) {
+        q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
+    } else {
+        q = ggml_cont(ctx, tokens_last(ctx, q_cur, T, S, T));
+        q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
+    }
+
+    ggml_tensor * cur = ggml_flash_attn_ext(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, 0.0f,
+            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+    ggml_prec_set_acc(cur, GGML_PREC_F32);
+    graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
+
+    // [n_embd_head_v, G, T, H*S] -> [n_embd_head_v*G*H, T*S]
+    if (T > 1) {
+        cur = ggml_reshape_4d(ctx, cur, cur->ne[0]*G, T, H, S);
+        cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+    }
+    cur = ggml_reshape_2d(ctx, cur, l->v->ne[0]*Hq, T*S);
+    ggml_build_forward_expand(gf, cur);
+
+    if (sh.evict) {
+        build_evict(graph, *l, q_cur, kq_scale);
+    }
+
+    return cur;
+}
+
+void llm_graph_input_attn_bounded::build_evict(
+        const llm_graph_context & graph,
+        const llama_kv_cache_bounded::layer & l,
+        ggml_tensor * q_cur,
+        float kq_scale) {
+    ggml_context * ctx = graph.ctx0;
+    ggml_cgraph  * gf  = graph.gf;
+
+    const auto & kv = mctx->get_kv();
+
+    const int64_t n_slots = l.k->ne[1];
+
+    ggml_tensor * k   = view_seqs(ctx, l.k, n_slots, sh.s0, sh.n_seq);
+    ggml_tensor * v   = view_seqs(ctx, l.v, n_slots, sh.s0, sh.n_seq);
+    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, n_slots, l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
+
+    ggml_tensor * q = nullptr;
+    if (l.q) {
+        q = view_seqs(ctx, l.q, l.q->ne[1], sh.s0, sh.n_seq);
+    } else if (kv.get_policy().n_queries > 0) {
+        q = tokens_last(ctx, q_cur, sh.n_tokens, sh.n_seq, 1); // a ring of one row
+    }
+
+    ggml_tensor * rank = ggml_indexmem_rank(ctx, k, pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
+            kq_scale, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+    ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, sh.n_tokens + kv.get_evict_step_max());
+
+    ggml_tensor * moved[] = {
+        ggml_indexmem_compact    (ctx, k,   plan, ctl),
+        ggml_indexmem_compact    (ctx, v,   plan, ctl),
+        ggml_indexmem_compact_pos(ctx, pos, plan, ctl),
+    };
+    for (ggml_tensor * t : { rank, plan, moved[0], moved[1], moved[2] }) {
+        ggml_indexmem_set_timer(t, &kv.evict_us);
+        ggml_build_forward_expand(gf, t);
+    }
+    graph.cb(rank, "bounded_rank", l.il);
+    graph.cb(plan, "bounded_plan", l.il);
+}
+
+//
+// hooks
+//
+
+const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
+    return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
+}
+
+std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph) {
+    const auto * mctx = indexmem_context(graph.mctx);
+    if (!mctx) {
+        return nullptr;
+    }
+    return std::make_unique<llm_graph_input_attn_bounded>(graph, mctx);
+}
+
+ggml_tensor * indexmem_build_attn(
+        const llm_graph_context & graph,
+        llm_graph_input_attn_kv * inp,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        ggml_tensor * kq_b,
+        ggml_tensor * sinks,
+        float kq_scale,
+        int   il) {
+    auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(inp);
+    if (!bounded) {
+        return nullptr;
+    }
+    if (kq_b || sinks) {
+        throw std::runtime_error(format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
+                    il, kq_b ? "a bias" : "sink logits"));
+    }
+    return bounded->build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
+}
+
+void indexmem_refuse(const llama_memory_context_i * mctx, const char * what) {
+    if (indexmem_context(mctx)) {
+        throw std::runtime_error(format("the model uses %s, which a bounded KV cache does not support yet", what));
+    }
+}

@@ -1,0 +1,89 @@
+#pragma once
+
+#include "indexmem-kv-cache.h"
+
+//
+// The attention of a bounded cache in the compute graph
+//
+// Invariants
+//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph
+//   - a graph without eviction is built for ubatches that evict nothing
+//   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
+//
+
+class llm_graph_input_attn_bounded : public llm_graph_input_attn_kv {
+public:
+    llm_graph_input_attn_bounded(
+            const llm_graph_context & graph,
+            const llama_kv_cache_bounded_context * mctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // attention output [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_attn(
+            const llm_graph_context & graph,
+            ggml_tensor * q_cur, // [n_embd_head_k, n_head,    n_tokens]
+            ggml_tensor * k_cur, // [n_embd_head_k, n_head_kv, n_tokens]
+            ggml_tensor * v_cur, // [n_embd_head_v, n_head_kv, n_tokens]
+            float kq_scale,
+            int   il);
+
+private:
+    // what the topology of the graph depends on
+    struct shape {
+        uint32_t s0;
+        uint32_t n_seq;
+        uint32_t n_tokens; // per sequence
+        uint32_t n_kv;
+        bool     evict;
+
+        bool operator==(const shape & other) const {
+            return s0 == other.s0 && n_seq == other.n_seq && n_tokens == other.n_tokens && n_kv == other.n_kv && evict == other.evict;
+        }
+    };
+
+    static shape shape_of(const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens);
+
+    void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+
+    ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
+
+    const llama_kv_cache_bounded_context * mctx;
+
+    shape sh;
+
+    ggml_tensor * mask  = nullptr; // F16 [n_kv, n_tokens, 1, n_seq]
+    ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
+    ggml_tensor * rings = nullptr; // I64 [n_last, 1, n_seq]             ring rows of the newest queries
+    ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
+
+    std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
+
+    std::vector<float> hadamard_k;
+    std::vector<float> hadamard_v;
+};
+
+// the bounded cache behind a memory context, or null
+const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx);
+
+// hooks of llama-graph.cpp
+
+// the input of ordinary attention if the memory is bounded, else null
+std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
+
+// attention if the input is of a bounded cache, else null
+ggml_tensor * indexmem_build_attn(
+        const llm_graph_context & graph,
+        llm_graph_input_attn_kv * inp,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        ggml_tensor * kq_b,
+        ggml_tensor * sinks,
+        float kq_scale,
+        int   il);
+
+// throws if the memory is bounded: `what` reads the original cache in a way the bounded one does not offer
+void indexmem_refuse(const llama_memory_context_i * mctx, const char * what);

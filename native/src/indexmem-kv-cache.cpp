@@ -1,0 +1,534 @@
+#include "indexmem-kv-cache.h"
+
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+// attention kernels of some backends want a multiple of this many keys; it also bounds how often the graph changes
+// while the cache fills
+static constexpr uint32_t N_KV_PAD = 256;
+
+// queries kept beyond those that the policy reads: so many tokens can be taken back exactly
+static constexpr uint32_t N_RING_SLACK = 32;
+
+static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
+
+// the Hadamard rotation that llama.cpp applies to quantised caches: blocks of 64 values of V, of the largest power of two
+// that divides the head for K (llama_kv_cache::build_input_k_rot)
+static int64_t rotation_size(ggml_type type, int64_t n_embd_head, bool largest) {
+    if (!ggml_is_quantized(type) || n_embd_head % 64 != 0) {
+        return 0;
+    }
+    const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
+    if (disable && atoi(disable)) {
+        return 0;
+    }
+    int64_t n = 64;
+    while (largest && n_embd_head % (2*n) == 0) {
+        n *= 2;
+    }
+    return n;
+}
+
+llama_kv_cache_bounded::llama_kv_cache_bounded(
+        const llama_model & model,
+                ggml_type   type_k,
+                ggml_type   type_v,
+                     bool   offload,
+                 uint32_t   n_seq_max,
+                 uint32_t   n_ubatch,
+             const config & cfg) :
+    model(model), cfg(cfg), seqs(n_seq_max) {
+    const auto & hparams = model.hparams;
+
+    n_slots = GGML_PAD(cfg.budget + n_ubatch, N_KV_PAD);
+    n_ring  = get_policy().n_queries > 1 ? get_policy().n_queries + N_RING_SLACK : 0;
+
+    std::map<std::string, std::pair<ggml_backend_buffer_type_t, ggml_context_ptr>> ctxs;
+
+    auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
+        auto & entry = ctxs[ggml_backend_buft_name(buft)];
+        if (!entry.second) {
+            entry.first = buft;
+            entry.second.reset(ggml_init({ 4u*hparams.n_layer_all*ggml_tensor_overhead(), nullptr, true }));
+        }
+        return entry.second.get();
+    };
+
+    // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
+    int64_t head_k = -1;
+    int64_t head_v = -1;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+        const int64_t n_embd_k = hparams.n_embd_head_k(il);
+        const int64_t n_embd_v = hparams.n_embd_head_v(il);
+        const int64_t n_head   = hparams.n_head_kv(il);
+
+        head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
+        head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
+
+        ggml_backend_buffer_type_t buft = offload ?
+            ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        ggml_context * ctx = ctx_for_buft(buft);
+
+        layer l = {};
+        l.il  = il;
+        l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, n_slots, n_head, n_seq_max);
+        l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, n_slots, n_head, n_seq_max);
+        l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_slots, n_head, n_seq_max);
+        ggml_format_name(l.k,   "bounded_k_l%d",   il);
+        ggml_format_name(l.v,   "bounded_v_l%d",   il);
+        ggml_format_name(l.pos, "bounded_pos_l%d", il);
+        if (n_ring > 0) {
+            l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, n_ring, hparams.n_head(il), n_seq_max);
+            ggml_format_name(l.q, "bounded_q_l%d", il);
+        }
+
+        map_layer_ids[il] = layers.size();
+        layers.push_back(l);
+    }
+
+    for (auto & [name, entry] : ctxs) {
+        auto & [buft, ctx] = entry;
+
+        ggml_backend_buffer_t buf;
+        if (hparams.no_alloc) {
+            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf;
+            }
+        } else {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        }
+        if (!buf) {
+            throw std::runtime_error(format("cannot allocate the bounded KV cache (%u slots per KV head) in %s memory",
+                        n_slots, name.c_str()));
+        }
+        ggml_backend_buffer_clear(buf, 0); // no NaN in slots not written yet
+        ctxs_bufs.emplace_back(std::move(ctx), buf);
+    }
+
+    rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);
+    rot_v = rotation_size(type_v, std::max<int64_t>(head_v, 0), false);
+    rot_k = head_k > 0 ? rot_k : 0;
+    rot_v = head_v > 0 ? rot_v : 0;
+
+    clear(false);
+
+    LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
+            get_policy().name, cfg.budget, n_slots, cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+    LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
+            ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
+            (int) rot_k, (int) rot_v);
+}
+
+//
+// budget arithmetic
+//
+
+uint64_t llama_kv_cache_bounded::budget_min(uint64_t sinks, uint64_t pin, uint64_t window) {
+    return std::max(sinks, pin) + window + 1;
+}
+
+uint32_t llama_kv_cache_bounded::n_protected(const seq_state & seq) const {
+    return std::max(cfg.sinks, seq.pin);
+}
+
+uint32_t llama_kv_cache_bounded::get_evict_step(const seq_state & seq) const {
+    const uint32_t room = cfg.budget - n_protected(seq) - cfg.window;
+    const uint32_t want = cfg.evict_step > 0 ? cfg.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
+    return std::max(1u, std::min(want, room));
+}
+
+uint32_t llama_kv_cache_bounded::get_evict_step_max() const {
+    return cfg.evict_step > 0 ? std::min(cfg.evict_step, cfg.budget) : EVICT_STEP_DEFAULT;
+}
+
+std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const std::vector<llama_ubatch> & ubatches) const {
+    std::vector<step> res;
+
+    std::vector<seq_state> state = seqs;
+
+    const bool evicts = strcmp(get_policy().name, "full") != 0;
+
+    for (const auto & ubatch : ubatches) {
+        step st = {};
+        st.s0    = ubatch.seq_id_unq[0];
+        st.n_seq = ubatch.n_seqs_unq;
+
+        const uint32_t n_tokens = ubatch.n_tokens/ubatch.n_seqs_unq;
+
+        uint32_t n_top = 0;
+        for (uint32_t s = 0; s < st.n_seq; ++s) {
+            GGML_ASSERT((uint32_t) ubatch.seq_id_unq[s] == st.s0 + s);
+            GGML_ASSERT(st.s0 + s < state.size());
+
+            seq_state & seq = state[st.s0 + s];
+            st.before.push_back(seq);
+
+            if (ubatch.pos[s*n_tokens] != seq.n_seen) {
+                LLAMA_LOG_ERROR("%s: sequence %u continues at position %d, the batch starts at %d\n", __func__,
+                        st.s0 + s, seq.n_seen, ubatch.pos[s*n_tokens]);
+                return {};
+            }
+
+            seq.n_used += n_tokens;
+            seq.n_seen += n_tokens;
+            n_top = std::max(n_top, seq.n_used);
+            GGML_ASSERT(seq.n_used <= n_slots);
+
+            if (seq.n_used > cfg.budget) {
+                if (!evicts) {
+                    LLAMA_LOG_WARN("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, cfg.budget);
+                    return {};
+                }
+                const uint32_t n_left = std::min(cfg.budget, seq.n_used - get_evict_step(seq));
+                seq.n_used  = std::max(n_left, n_protected(seq) + cfg.window);
+                seq.n_fixed = seq.n_used;
+                seq.n_evictions++;
+                st.evict = true;
+            }
+            st.after.push_back(seq);
+        }
+
+        st.n_kv = std::min<uint32_t>(n_slots, GGML_PAD(n_top, N_KV_PAD));
+        res.push_back(std::move(st));
+    }
+
+    return res;
+}
+
+void llama_kv_cache_bounded::apply(const step & st) {
+    for (uint32_t s = 0; s < st.n_seq; ++s) {
+        seqs[st.s0 + s] = st.after[s];
+    }
+}
+
+//
+// llama_memory_i
+//
+
+llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    while (true) {
+        auto ubatch = seqs.size() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    if (balloc.get_n_used() == balloc.get_n_tokens()) {
+        auto steps = prepare(ubatches);
+        if (!steps.empty()) {
+            return std::make_unique<llama_kv_cache_bounded_context>(this, std::move(steps), std::move(ubatches));
+        }
+    }
+    return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr llama_kv_cache_bounded::init_full() {
+    return std::make_unique<llama_kv_cache_bounded_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_cache_bounded::init_update(llama_context * lctx, bool optimize) {
+    GGML_UNUSED(optimize);
+    // Copies move rows between sequences that no graph refers to by value: existing graphs stay valid, so this is never
+    // reported as an update (which would reserve the worst-case graph again).
+    if (!copies.empty()) {
+        llama_synchronize(lctx);
+        apply_copies();
+    }
+    return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_NO_UPDATE);
+}
+
+void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
+    apply_copies(); // one of them may still read this sequence
+    seqs[seq_id]     = {};
+    seqs[seq_id].pin = cfg.pin;
+}
+
+void llama_kv_cache_bounded::clear(bool data) {
+    copies.clear();
+    for (auto & seq : seqs) {
+        seq     = {};
+        seq.pin = cfg.pin;
+    }
+    if (data) {
+        for (auto & [_, buf] : ctxs_bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+}
+
+bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id < 0) {
+        bool res = true;
+        for (size_t s = 0; s < seqs.size(); ++s) {
+            res &= seq_rm(s, p0, p1);
+        }
+        return res;
+    }
+    GGML_ASSERT((size_t) seq_id < seqs.size());
+
+    auto & seq = seqs[seq_id];
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    if (p0 >= seq.n_seen || p0 >= p1) {
+        return true; // nothing there
+    }
+    if (p1 < seq.n_seen) {
+        return false; // would leave a gap
+    }
+    if (p0 == 0) {
+        reset(seq_id);
+        return true;
+    }
+
+    // exact only while every removed entry is still where it was appended
+    const llama_pos n_remove = seq.n_seen - p0;
+    if (p0 < seq.pos_tail()) {
+        return false;
+    }
+    if (n_ring > 0 && n_remove > (llama_pos) N_RING_SLACK) {
+        return false; // the queries before p0 have been overwritten
+    }
+    apply_copies();
+    seq.n_seen -= n_remove;
+    seq.n_used -= n_remove;
+    return true;
+}
+
+void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(seq_id_src >= 0 && (size_t) seq_id_src < seqs.size());
+    GGML_ASSERT(seq_id_dst >= 0 && (size_t) seq_id_dst < seqs.size());
+
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+    const auto & src = seqs[seq_id_src];
+
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    seq_state dst = src;
+    if (p1 < src.n_seen) {
+        // a prefix: exact under the same conditions as seq_rm
+        const llama_pos n_remove = src.n_seen - p1;
+        if (p1 < src.pos_tail() || (n_ring > 0 && n_remove > (llama_pos) N_RING_SLACK)) {
+            p0 = 1;
+        } else {
+            dst.n_seen -= n_remove;
+            dst.n_used -= n_remove;
+        }
+    }
+    if (p0 > 0) {
+        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted; nothing copied\n", __func__);
+        return;
+    }
+
+    for (const auto & c : copies) {
+        if ((llama_seq_id) c.src == seq_id_dst) {
+            apply_copies(); // the destination is the source of a pending copy
+            break;
+        }
+    }
+    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
+    seqs[seq_id_dst] = dst;
+}
+
+// pending copies in order; the device is idle with respect to the cache when this is called
+void llama_kv_cache_bounded::apply_copies() {
+    for (const auto & c : copies) {
+        for (const auto & l : layers) {
+            for (ggml_tensor * t : { l.k, l.v, l.pos, l.q }) {
+                if (!t) {
+                    continue;
+                }
+                const size_t size = ggml_nbytes(t)/seqs.size();
+                ggml_tensor src = *t;
+                ggml_tensor dst = *t;
+                for (ggml_tensor * view : { &src, &dst }) {
+                    view->type  = GGML_TYPE_I8;
+                    view->ne[0] = size;
+                    view->ne[1] = view->ne[2] = view->ne[3] = 1;
+                    view->nb[0] = 1;
+                    view->nb[1] = view->nb[2] = view->nb[3] = size;
+                }
+                src.data = (char *) t->data + c.src*size;
+                dst.data = (char *) t->data + c.dst*size;
+                ggml_backend_tensor_copy(&src, &dst);
+            }
+        }
+    }
+    copies.clear();
+}
+
+void llama_kv_cache_bounded::seq_keep(llama_seq_id seq_id) {
+    for (size_t s = 0; s < seqs.size(); ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            reset(s);
+        }
+    }
+}
+
+void llama_kv_cache_bounded::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_UNUSED(seq_id); GGML_UNUSED(p0); GGML_UNUSED(p1);
+    if (shift != 0) {
+        LLAMA_LOG_ERROR("%s: positions of a bounded cache cannot be shifted (get_can_shift is false); nothing changed\n", __func__);
+    }
+}
+
+void llama_kv_cache_bounded::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_UNUSED(seq_id); GGML_UNUSED(p0); GGML_UNUSED(p1);
+    if (d != 1) {
+        LLAMA_LOG_ERROR("%s: positions of a bounded cache cannot be divided; nothing changed\n", __func__);
+    }
+}
+
+// The logical sequence has no gaps: what has been evicted was seen, and a batch has to continue after the last token.
+llama_pos llama_kv_cache_bounded::seq_pos_min(llama_seq_id seq_id) const {
+    const auto * seq = get_seq(seq_id);
+    return seq && seq->n_seen > 0 ? 0 : -1;
+}
+
+llama_pos llama_kv_cache_bounded::seq_pos_max(llama_seq_id seq_id) const {
+    const auto * seq = get_seq(seq_id);
+    return seq ? seq->n_seen - 1 : -1;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_bounded::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+    for (const auto & [ctx, buf] : ctxs_bufs) {
+        auto * buft = ggml_backend_buffer_get_type(buf.get());
+        res[buft] += model.hparams.no_alloc ?
+            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    }
+    return res;
+}
+
+//
+// specific API
+//
+
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
+    const auto it = map_layer_ids.find(il);
+    return it == map_layer_ids.end() ? nullptr : &layers[it->second];
+}
+
+const llama_kv_cache_bounded::seq_state * llama_kv_cache_bounded::get_seq(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (size_t) seq_id < seqs.size() ? &seqs[seq_id] : nullptr;
+}
+
+bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::string & error) {
+    if (!get_seq(seq_id)) {
+        error = format("there is no sequence %d (n_seq_max is %u)", seq_id, get_n_seq_max());
+        return false;
+    }
+    auto & seq = seqs[seq_id];
+
+    const uint64_t min = budget_min(cfg.sinks, n, cfg.window);
+    if (cfg.budget < min) {
+        error = format("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + 1), the budget is %u",
+                n, (unsigned long long) min, cfg.sinks, n, cfg.window, cfg.budget);
+        return false;
+    }
+    if (seq.n_evictions > 0 && n > n_protected(seq)) {
+        error = format("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there",
+                n, n_protected(seq));
+        return false;
+    }
+    seq.pin = n;
+    return true;
+}
+
+std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+    // a pending copy would make the table of the destination stale; its source holds the same entries
+    uint32_t stream = seq_id;
+    for (auto it = copies.rbegin(); it != copies.rend(); ++it) {
+        if (it->dst == stream) {
+            stream = it->src;
+        }
+    }
+    const auto & seq = seqs[seq_id];
+
+    std::vector<int32_t> pos(seq.n_used);
+    ggml_backend_tensor_get(l.pos, pos.data(), head*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t));
+    for (uint32_t i = seq.n_fixed; i < seq.n_used; ++i) {
+        pos[i] = seq.pos_tail() + (llama_pos) (i - seq.n_fixed);
+    }
+    return pos;
+}
+
+size_t llama_kv_cache_bounded::size_kv_bytes() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        size += ggml_nbytes(l.k) + ggml_nbytes(l.v);
+    }
+    return size;
+}
+
+size_t llama_kv_cache_bounded::size_meta_bytes() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        size += ggml_nbytes(l.pos) + (l.q ? ggml_nbytes(l.q) : 0);
+    }
+    return size;
+}
+
+//
+// llama_kv_cache_bounded_context
+//
+
+llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bounded * kv, llama_memory_status status) :
+    kv(kv), status(status) {
+}
+
+llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bounded * kv) :
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
+    step st = {};
+    st.n_seq  = kv->get_n_seq_max();
+    st.n_kv   = kv->get_n_slots();
+    st.evict  = true;
+    st.before = kv->seqs;
+    st.after  = kv->seqs;
+    steps.push_back(std::move(st));
+}
+
+llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(
+        llama_kv_cache_bounded * kv,
+        std::vector<step> steps,
+        std::vector<llama_ubatch> ubatches) :
+    kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), steps(std::move(steps)), ubatches(std::move(ubatches)) {
+}
+
+bool llama_kv_cache_bounded_context::next() {
+    GGML_ASSERT(status == LLAMA_MEMORY_STATUS_SUCCESS);
+    return ++i_cur < ubatches.size();
+}
+
+bool llama_kv_cache_bounded_context::apply() {
+    GGML_ASSERT(!llama_memory_status_is_fail(status));
+    if (!ubatches.empty()) {
+        kv->apply(steps[i_cur]);
+    }
+    return true;
+}
+
+const llama_ubatch & llama_kv_cache_bounded_context::get_ubatch() const {
+    GGML_ASSERT(status == LLAMA_MEMORY_STATUS_SUCCESS);
+    return ubatches[i_cur];
+}

@@ -1,0 +1,265 @@
+#include "indexmem-kv-cache.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+//
+// State of a bounded cache, little endian as everything llama.cpp writes
+//
+//   magic, version, geometry (checked field by field), number of sequences
+//   per sequence: id, n_seen, n_used, pin, n_evictions; positions [n_head_kv][n_used] of every layer
+//   per sequence and layer: rows of K, rows of V [n_head_kv][n_used], the ring of queries if the policy keeps one
+//
+// Invariants
+//   - reading validates everything and holds the data aside before the first byte of the cache changes
+//   - slots appended since the last eviction lose nothing: n_fixed = n_used after reading, all positions are explicit
+//
+
+static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
+static constexpr uint32_t STATE_VERSION = 1;
+
+namespace {
+
+template <typename T>
+void put(llama_io_write_i & io, T value) {
+    io.write(&value, sizeof(value));
+}
+
+template <typename T>
+T get(llama_io_read_i & io) {
+    T value;
+    io.read(&value, sizeof(value));
+    return value;
+}
+
+void expect(llama_io_read_i & io, uint32_t expected, const char * what, int32_t il = -1) {
+    const uint32_t found = get<uint32_t>(io);
+    if (found != expected) {
+        const std::string where = il >= 0 ? format(" of layer %d", il) : "";
+        throw std::runtime_error(format("bounded KV state: %s%s is %u in the state and %u in this context",
+                    what, where.c_str(), found, expected));
+    }
+}
+
+// the first n slots of every head of a sequence
+void put_rows(llama_io_write_i & io, const ggml_tensor * t, uint32_t stream, int64_t n) {
+    std::vector<uint8_t> buf(n*t->nb[1]);
+    for (int64_t h = 0; h < t->ne[2]; ++h) {
+        ggml_backend_tensor_get(t, buf.data(), h*t->nb[2] + stream*t->nb[3], buf.size());
+        io.write(buf.data(), buf.size());
+    }
+}
+
+struct pending_rows {
+    ggml_tensor * tensor;
+    int64_t       n;
+    std::vector<uint8_t> data;
+};
+
+pending_rows get_rows(llama_io_read_i & io, ggml_tensor * t, int64_t n) {
+    pending_rows rows = { t, n, std::vector<uint8_t>(t->ne[2]*n*t->nb[1]) };
+    io.read(rows.data.data(), rows.data.size());
+    return rows;
+}
+
+// Positions of one head: distinct, in range, and with every protected one present.
+void check_positions(const std::vector<int32_t> & pos, llama_pos n_seen, uint32_t n_prefix, uint32_t window) {
+    std::vector<int32_t> sorted = pos;
+    std::sort(sorted.begin(), sorted.end());
+
+    const int64_t n = sorted.size();
+
+    bool ok = n == 0 || (sorted.front() >= 0 && sorted.back() < n_seen);
+    ok = ok && std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+
+    const int64_t n_first = std::min<int64_t>(n_prefix, n_seen);
+    const int64_t n_last  = std::min<int64_t>(window,   n_seen);
+    ok = ok && n >= n_first && n >= n_last;
+    ok = ok && (n_first == 0 || sorted[n_first - 1] == n_first - 1);
+    ok = ok && (n_last  == 0 || sorted[n - n_last]  == n_seen - n_last);
+    if (!ok) {
+        throw std::runtime_error("bounded KV state: the table of positions is damaged");
+    }
+}
+
+} // namespace
+
+void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(flags);
+
+    // the copies only move data into sequences this call may read
+    const_cast<llama_kv_cache_bounded *>(this)->apply_copies();
+
+    put<uint32_t>(io, STATE_MAGIC);
+    put<uint32_t>(io, STATE_VERSION);
+    io.write_string(get_policy().name);
+    put<uint32_t>(io, cfg.sinks);
+    put<uint32_t>(io, cfg.window);
+    put<uint32_t>(io, n_ring);
+    put<uint32_t>(io, rot_k);
+    put<uint32_t>(io, rot_v);
+    put<uint32_t>(io, layers.size());
+    for (const auto & l : layers) {
+        put<uint32_t>(io, l.il);
+        put<uint32_t>(io, l.k->ne[2]);
+        put<uint32_t>(io, l.k->ne[0]);
+        put<uint32_t>(io, l.v->ne[0]);
+        put<uint32_t>(io, l.k->type);
+        put<uint32_t>(io, l.v->type);
+    }
+
+    std::vector<llama_seq_id> ids;
+    for (size_t s = 0; s < seqs.size(); ++s) {
+        if ((seq_id == -1 && seqs[s].n_used > 0) || (llama_seq_id) s == seq_id) {
+            ids.push_back(s);
+        }
+    }
+
+    put<uint32_t>(io, ids.size());
+    for (llama_seq_id id : ids) {
+        const auto & seq = seqs[id];
+        put<uint32_t>(io, id);
+        put<uint32_t>(io, seq.n_seen);
+        put<uint32_t>(io, seq.n_used);
+        put<uint32_t>(io, seq.pin);
+        put<uint64_t>(io, seq.n_evictions);
+        for (const auto & l : layers) {
+            for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
+                const auto pos = get_positions(id, l, h);
+                io.write(pos.data(), pos.size()*sizeof(int32_t));
+            }
+        }
+    }
+    for (llama_seq_id id : ids) {
+        for (const auto & l : layers) {
+            put_rows(io, l.k, id, seqs[id].n_used);
+            put_rows(io, l.v, id, seqs[id].n_used);
+            if (l.q) {
+                put_rows(io, l.q, id, n_ring);
+            }
+        }
+    }
+}
+
+void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(flags);
+
+    if (seq_id != -1 && !get_seq(seq_id)) {
+        throw std::runtime_error(format("bounded KV state: there is no sequence %d in this context", seq_id));
+    }
+
+    expect(io, STATE_MAGIC,   "magic");
+    expect(io, STATE_VERSION, "version");
+    {
+        // not read_string(): its length is not to be trusted
+        std::string name(get_policy().name);
+        expect(io, name.size(), "length of the policy's name");
+        std::string found(name.size(), '\0');
+        io.read(&found[0], found.size());
+        if (found != name) {
+            throw std::runtime_error(format("bounded KV state: made with policy '%s', this context has '%s'", found.c_str(), name.c_str()));
+        }
+    }
+    expect(io, cfg.sinks,     "number of sinks");
+    expect(io, cfg.window,    "window");
+    expect(io, n_ring,        "number of kept queries");
+    expect(io, rot_k,         "rotation of K");
+    expect(io, rot_v,         "rotation of V");
+    expect(io, layers.size(), "number of layers");
+    for (const auto & l : layers) {
+        expect(io, l.il,       "index",             l.il);
+        expect(io, l.k->ne[2], "number of KV heads", l.il);
+        expect(io, l.k->ne[0], "head size of K",    l.il);
+        expect(io, l.v->ne[0], "head size of V",    l.il);
+        expect(io, l.k->type,  "type of K",         l.il);
+        expect(io, l.v->type,  "type of V",         l.il);
+    }
+
+    struct pending_seq {
+        llama_seq_id id;
+        seq_state    state;
+        std::vector<std::vector<int32_t>> pos; // [layer] of [n_head_kv*n_used]
+        std::vector<pending_rows>         rows;
+    };
+    std::vector<pending_seq> pending(get<uint32_t>(io));
+    if (pending.size() > seqs.size() || (seq_id != -1 && pending.size() != 1)) {
+        throw std::runtime_error(format("bounded KV state: holds %zu sequences, expected %s", pending.size(),
+                    seq_id == -1 ? format("at most %zu", seqs.size()).c_str() : "one"));
+    }
+
+    for (auto & p : pending) {
+        const uint32_t id     = get<uint32_t>(io);
+        const uint32_t n_seen = get<uint32_t>(io);
+        const uint32_t n_used = get<uint32_t>(io);
+        const uint32_t pin    = get<uint32_t>(io);
+
+        p.id = seq_id == -1 ? (llama_seq_id) id : seq_id;
+        p.state.n_evictions = get<uint64_t>(io);
+
+        for (const auto & other : pending) {
+            if (&other != &p && other.id == p.id && &other < &p) {
+                throw std::runtime_error(format("bounded KV state: sequence %d occurs twice", p.id));
+            }
+        }
+        if (!get_seq(p.id)) {
+            throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %zu", id, seqs.size()));
+        }
+        if (n_used > cfg.budget) {
+            throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", n_used, cfg.budget));
+        }
+        if (n_used > n_seen || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window)) {
+            throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, pinned %u)", n_seen, n_used, pin));
+        }
+        p.state.n_seen  = n_seen;
+        p.state.n_used  = n_used;
+        p.state.n_fixed = n_used;
+        p.state.pin     = pin;
+
+        for (const auto & l : layers) {
+            std::vector<int32_t> all;
+            for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
+                std::vector<int32_t> pos(n_used);
+                io.read(pos.data(), pos.size()*sizeof(int32_t));
+                check_positions(pos, n_seen, std::max(cfg.sinks, pin), cfg.window);
+                all.insert(all.end(), pos.begin(), pos.end());
+            }
+            p.pos.push_back(std::move(all));
+        }
+    }
+    for (auto & p : pending) {
+        for (const auto & l : layers) {
+            p.rows.push_back(get_rows(io, l.k, p.state.n_used));
+            p.rows.push_back(get_rows(io, l.v, p.state.n_used));
+            if (l.q) {
+                p.rows.push_back(get_rows(io, l.q, n_ring));
+            }
+        }
+    }
+
+    // nothing below fails
+    apply_copies();
+    if (seq_id == -1) {
+        clear(false);
+    }
+    for (const auto & p : pending) {
+        for (const auto & rows : p.rows) {
+            const ggml_tensor * t = rows.tensor;
+            const size_t size = rows.n*t->nb[1];
+            for (int64_t h = 0; h < t->ne[2]; ++h) {
+                ggml_backend_tensor_set(rows.tensor, rows.data.data() + h*size, h*t->nb[2] + p.id*t->nb[3], size);
+            }
+        }
+        for (size_t i = 0; i < layers.size(); ++i) {
+            ggml_tensor * t = layers[i].pos;
+            const size_t size = p.state.n_used*sizeof(int32_t);
+            for (int64_t h = 0; h < t->ne[1]; ++h) {
+                ggml_backend_tensor_set(t, p.pos[i].data() + h*p.state.n_used, h*t->nb[1] + p.id*t->nb[2], size);
+            }
+        }
+        seqs[p.id] = p.state;
+    }
+}

@@ -1,0 +1,237 @@
+"""The bounded cache in slow, plain NumPy: which positions every KV head keeps, and the logits that follow.
+
+After each ubatch of T tokens a head that holds more than `budget` entries evicts its lowest-ranked candidates. See
+`Policy` for the ranks. The decoder below never forgets a key; evicted positions are merely made invisible.
+
+Rounding can swap two entries whose ranks are nearly equal, after which nothing downstream is comparable. Every
+eviction therefore reports its `gap`, and `adopt` continues from the choice that another implementation made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+from reference import Decoder, causal, softmax
+from tiny_models import TinyConfig
+
+MASK64 = (1 << 64) - 1
+
+
+class Full(Exception):
+    """The policy `full` has used up its budget."""
+
+
+class Eviction(NamedTuple):
+    ubatch: int
+    layer: int
+    head: int
+    positions: tuple[int, ...]  # evicted, ascending
+    gap: float  # between the worst kept and the best evicted candidate, relative; inf if rounding cannot matter
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy sees of one KV head after a ubatch, before the eviction. n entries, G query heads."""
+
+    layer: int
+    head: int
+    positions: np.ndarray  # [n], ascending
+    keys: np.ndarray  # [n, D] as cached
+    queries: np.ndarray  # [N, G, D] of all tokens so far
+    scale: float
+    seed: int
+
+
+def rank_streaming(v: View) -> np.ndarray:
+    return v.positions.astype(float)
+
+
+def hash_rank(seed: int, layer: int, head: int, position: int) -> float:
+    """24 bits of a SplitMix64 hash, in [0, 1)."""
+    x = (seed + 0x9E3779B97F4A7C15 * (1 + position + (head + (layer << 12) << 32))) & MASK64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return ((x ^ (x >> 31)) >> 40) / 2**24
+
+
+def rank_random(v: View) -> np.ndarray:
+    return np.array([hash_rank(v.seed, v.layer, v.head, int(p)) for p in v.positions])
+
+
+def rank_knorm(v: View) -> np.ndarray:
+    """Keys of small norm draw attention."""
+    return -np.linalg.norm(v.keys, axis=-1)
+
+
+def rank_keydiff(v: View) -> np.ndarray:
+    """Keys that point away from the mean direction stay."""
+    unit = v.keys / np.linalg.norm(v.keys, axis=-1, keepdims=True)
+    mean = unit.mean(axis=0)
+    return -(unit @ mean) / np.linalg.norm(mean)
+
+
+def rank_tova(v: View) -> np.ndarray:
+    """Attention of the last token."""
+    scores = v.scale * v.queries[-1] @ v.keys.T  # [G, n]
+    return softmax(scores, np.ones(scores.shape, bool)).mean(axis=0)
+
+
+def rank_snapkv(v: View, n_queries: int = 32, n_pool: int = 7) -> np.ndarray:
+    """Attention of the last queries, averaged over neighbouring entries."""
+    n_tokens, n = len(v.queries), len(v.positions)
+    attention = np.zeros(n)
+    rows = range(max(0, n_tokens - n_queries), n_tokens)
+    for q in rows:
+        scores = v.scale * v.queries[q] @ v.keys.T  # [G, n]
+        attention += softmax(scores, v.positions <= q).mean(axis=0) / len(rows)
+    half = n_pool // 2
+    return np.array([attention[max(0, i - half) : i + half + 1].mean() for i in range(n)])
+
+
+RANKS: dict[str, Callable[[View], np.ndarray]] = {
+    "streaming": rank_streaming,
+    "random": rank_random,
+    "knorm": rank_knorm,
+    "keydiff": rank_keydiff,
+    "tova": rank_tova,
+    "snapkv": rank_snapkv,
+}
+POLICIES = ("full", *RANKS)
+EXACT = {"streaming", "random"}  # ranks that no rounding touches
+
+
+class BoundedReference:
+    """One sequence with a bounded cache. `kept[il][h]` are the ascending positions held by a KV head."""
+
+    def __init__(
+        self,
+        config: TinyConfig,
+        *,
+        budget: int,
+        sinks: int = 4,
+        window: int = 128,
+        pin: int = 0,
+        evict_step: int = 0,
+        policy: str = "streaming",
+        seed: int = 0,
+        dtype: DTypeLike = np.float64,
+        cache_dtype: DTypeLike | None = None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"no policy {policy!r}")
+        if budget < max(sinks, pin) + window + 1:
+            raise ValueError("no room beyond what is protected")
+        self.config, self.policy, self.seed = config, policy, seed
+        self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
+        self.evict_step = evict_step
+        self.decoder = Decoder(config, dtype, cache_dtype)
+        self.n_ubatches = 0
+        self.evictions: list[Eviction] = []
+        self.kept: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
+        self._ranks: dict[tuple[int, int], dict[int, float]] = {}  # of the candidates of the last ubatch
+
+    @property
+    def protected(self) -> int:
+        """Number of first positions that always stay."""
+        return max(self.sinks, self.pin)
+
+    @property
+    def step(self) -> int:
+        """Entries evicted at once during decode."""
+        return self.evict_step or min(max((self.budget - self.protected - self.window) // 8, 1), 32)
+
+    @property
+    def n_seen(self) -> int:
+        return self.decoder.n_tokens
+
+    def heads(self) -> Iterator[tuple[int, int]]:
+        return ((il, h) for il in range(self.config.n_layer) for h in range(self.config.n_head_kv))
+
+    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Evaluates one ubatch, then evicts; returns logits [T, V]."""
+        n_past, n_new = self.n_seen, len(tokens)
+        if self.policy == "full" and n_past + n_new > self.budget:
+            raise Full
+        visible = [[causal(n_past, n_new) for _ in layer] for layer in self.kept]
+        for il, h in self.heads():
+            evicted = np.setdiff1d(np.arange(n_past), self.kept[il][h])
+            visible[il][h][:, evicted] = False
+        logits = self.decoder.append(tokens, visible)
+
+        self._ranks.clear()
+        for il, h in self.heads():
+            self.kept[il][h] += range(n_past, n_past + n_new)
+            if len(self.kept[il][h]) > self.budget:
+                self._evict(il, h)
+        self.n_ubatches += 1
+        return logits
+
+    def feed_all(self, tokens: Sequence[int], n_ubatch: int) -> np.ndarray:
+        """Feeds ubatches of up to n_ubatch tokens; returns logits [T, V]."""
+        return np.concatenate([self.feed(tokens[i : i + n_ubatch]) for i in range(0, len(tokens), n_ubatch)])
+
+    def _evict(self, il: int, h: int) -> None:
+        kept, last = self.kept[il][h], self.n_seen - 1
+        n_evict = min(max(len(kept) - self.budget, self.step), len(kept) - self.protected - self.window)
+        group = self.config.group
+        ranks = RANKS[self.policy](
+            View(
+                layer=il,
+                head=h,
+                positions=np.array(kept),
+                keys=self.decoder.keys[il][kept, h],
+                queries=self.decoder.queries[il][:, h * group : (h + 1) * group],
+                scale=self.config.scale,
+                seed=self.seed,
+            )
+        )
+        candidates = {
+            p: -np.inf if np.isnan(r) else float(r)
+            for p, r in zip(kept, ranks)
+            if self.protected <= p <= last - self.window
+        }
+        order = sorted(candidates, key=lambda p: (candidates[p], -p))  # of equals, the later one leaves
+        gone = set(order[:n_evict])
+        cut = [candidates[p] for p in order[n_evict - 1 : n_evict + 1]]
+        gap = self._distance(cut[1], cut[0]) if len(cut) == 2 else np.inf
+        self.kept[il][h] = [p for p in kept if p not in gone]
+        self._ranks[il, h] = candidates
+        self.evictions.append(Eviction(self.n_ubatches, il, h, tuple(sorted(gone)), gap))
+
+    def _distance(self, high: float, low: float) -> float:
+        """high - low in units of the ranks' magnitude: 1 for cosines, the larger of the two otherwise."""
+        if self.policy in EXACT or (low == -np.inf and high != low):
+            return np.inf
+        unit = 1.0 if self.policy == "keydiff" else max(abs(high), abs(low))
+        return (high - low) / unit if high != low else 0.0
+
+    def min_gap(self, ubatch: int | None = None) -> float:
+        """Smallest gap of all evictions, or of those after one ubatch."""
+        return min((e.gap for e in self.evictions if ubatch in (None, e.ubatch)), default=np.inf)
+
+    def first_tie(self, tolerance: float) -> int | None:
+        """First ubatch with a cut that an error of `tolerance` could change; results up to its logits are sure."""
+        return next((e.ubatch for e in self.evictions if e.gap < tolerance), None)
+
+    def adopt(self, kept: Sequence[Sequence[Sequence[int]]]) -> float:
+        """Replaces the outcome of the last ubatch by another implementation's positions [L][H] and judges it.
+
+        Returns how far the worst choice departs from the rule: the largest relative amount by which an evicted
+        candidate outranks a kept one. 0 means that all choices agree; rounding explains small values; inf is wrong:
+        another number of entries, an entry that was not there, a protected one missing, or an exact rank violated.
+        """
+        worst = 0.0
+        for il, h in self.heads():
+            mine, theirs = self.kept[il][h], sorted(int(p) for p in kept[il][h])
+            ranks = self._ranks.get((il, h), {})
+            gone, extra = set(mine) - set(theirs), set(theirs) - set(mine)
+            if len(mine) != len(theirs) or len(set(theirs)) != len(theirs) or not gone | extra <= ranks.keys():
+                return np.inf
+            if gone:  # theirs evicted the best of `gone` and kept the worst of `extra`
+                worst = max(worst, self._distance(max(ranks[p] for p in gone), min(ranks[p] for p in extra)))
+            self.kept[il][h] = theirs
+        return worst
