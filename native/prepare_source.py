@@ -36,9 +36,6 @@ NAME, VERSION = "llama-cpp-python", "0.3.36"
 SDIST = f"llama_cpp_python-{VERSION}"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
-HERE = Path(__file__).resolve().parent
-STAMP = "prepared.json"
-
 # What building llama, ggml and the CPU, BLAS, CUDA and Metal backends reads, and nothing else.
 WANTED = re.compile(
     r"LICENSE|CMakeLists\.txt|cmake/.+\.(cmake|in)|include/.+|src/.+|vendor/CMakeLists\.txt|vendor/hash/.+"
@@ -159,8 +156,7 @@ def open_source(given):
 def list_patches(folder, until=None):
     numbered = []
     for path in folder.glob("*.patch"):
-        number = re.match(r"\d+", path.name)
-        if not number:
+        if not (number := re.match(r"\d+", path.name)):
             raise Problem(f"{path.name}: the name of a patch starts with its number")
         numbered.append((int(number.group()), path.name, path))
     return [path for number, _, path in sorted(numbered) if until is None or number <= until]
@@ -205,7 +201,7 @@ def apply_patch(name, patch, files):
             at += 1  # free text
             continue
         if target is None:
-            raise problem(f"line {at + 1}: a hunk before the name of its file")
+            raise problem(f"line {at + 1}: a hunk without the name of a file")
         start, n_old, new_start, n_new = (1 if x is None else int(x) for x in hunk.groups())
         begin = start - 1 if n_old else start
         if begin < done or (new_start - 1 if n_new else new_start) != begin + shift:
@@ -254,7 +250,7 @@ def write_folder(out, files, known):
 
 
 def prepare(out, source, patches):
-    stamp = out / STAMP
+    stamp = out / "prepared.json"
     try:
         before = json.loads(stamp.read_text())
     except (OSError, ValueError):
@@ -280,7 +276,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, help="folder to prepare")
     parser.add_argument("--source", default=os.environ.get("LLAMA_CPP_SOURCE_DIR"), help="see above")
-    parser.add_argument("--patches", type=Path, default=HERE / "patches", help="folder of the patches")
+    parser.add_argument("--patches", type=Path, default=Path(__file__).resolve().parent / "patches",
+                        help="folder of the patches")
     parser.add_argument("--until", type=int, metavar="N", help="apply only patches up to number N (0: none)")
     parser.add_argument("--check", action="store_true", help="apply the patches in memory and write nothing")
     args = parser.parse_args()

@@ -134,6 +134,38 @@ ggml_tensor * ggml_indexmem_compact_pos(
     return result;
 }
 
+ggml_tensor * ggml_indexmem_attend(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        float          scale,
+        float          softcap) {
+    GGML_ASSERT(q->type == GGML_TYPE_F32);
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(k->ne[1] == v->ne[1]);
+    GGML_ASSERT(k->ne[2] == 1 && v->ne[2] == 1);
+    GGML_ASSERT(k->ne[3] == q->ne[3] && v->ne[3] == q->ne[3]);
+    GGML_ASSERT(ggml_is_contiguous_rows(q) && ggml_is_contiguous_rows(k) && ggml_is_contiguous_rows(v));
+    GGML_ASSERT(mask->type == GGML_TYPE_F16 && ggml_is_contiguous(mask));
+    GGML_ASSERT(mask->ne[0] == k->ne[1] && mask->ne[1] == q->ne[1] && mask->ne[2] == 1);
+    GGML_ASSERT(mask->ne[3] == 1 || mask->ne[3] == q->ne[3]);
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3]), INDEXMEM_OP_ATTEND);
+
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_SCALE,   scale);
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_SOFTCAP, softcap);
+
+    result->src[0] = q;
+    result->src[1] = k;
+    result->src[2] = v;
+    result->src[3] = mask;
+
+    return result;
+}
+
 void ggml_indexmem_set_timer(ggml_tensor * op, int64_t * counter) {
     GGML_ASSERT(op->op == GGML_OP_INDEXMEM);
     memcpy(op->op_params + INDEXMEM_PARAM_TIMER, &counter, sizeof(counter));

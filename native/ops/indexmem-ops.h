@@ -6,6 +6,7 @@
 //   rank     cache -> ranks         which entries matter, by policy
 //   select   ranks -> plan          who leaves, and which survivors move into the holes
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
+//   attend   q, cache -> output     attention of few queries, on the CPU; elsewhere and for many, ggml_flash_attn_ext
 //
 // Shapes (H KV heads, S sequences of the ubatch, n_slots slots, T tokens a sequence):
 //   k, v    any type  [n_embd, n_slots, H, S]
@@ -34,6 +35,7 @@ enum indexmem_op {
     INDEXMEM_OP_SELECT,
     INDEXMEM_OP_COMPACT,
     INDEXMEM_OP_COMPACT_POS,
+    INDEXMEM_OP_ATTEND,
 };
 
 enum indexmem_ctl {
@@ -79,6 +81,18 @@ GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
         struct ggml_tensor  * pos,
         struct ggml_tensor  * plan,
         struct ggml_tensor  * ctl);
+
+// The same arguments, result and semantics as ggml_flash_attn_ext without ALiBi, for one KV head per dimension 3:
+//   q F32 [n_embd_k, T, G, N]   k, v any type [n_embd, n_kv, 1, N]   mask F16 [n_kv, T, 1, 1 or N]   -> F32 [n_embd_v, G, T, N]
+// Accumulates in fp32, and gives the same bits with any number of threads.
+GGML_API struct ggml_tensor * ggml_indexmem_attend(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * mask,
+        float                 scale,
+        float                 softcap);
 
 // The CPU backend adds the wall time of the op, in microseconds, to *counter, which must outlive the graph.
 GGML_API void ggml_indexmem_set_timer(struct ggml_tensor * op, int64_t * counter);

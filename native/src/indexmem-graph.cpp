@@ -8,6 +8,10 @@
 #include <cstring>
 #include <stdexcept>
 
+// From this many queries on, flash attention on the CPU works in tiles and accumulates in fp32; for fewer it takes one
+// row and one key at a time and adds up the values in half precision, so they go to our own op.
+static constexpr int64_t ATTEND_MAX_TOKENS = 64;
+
 // orthonormal Walsh-Hadamard matrix of size n, a power of two: entry (i, j) is +-1/sqrt(n), negative where i and j share
 // an odd number of bits
 static std::vector<float> hadamard(int64_t n) {
@@ -215,10 +219,16 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
         q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
     }
 
-    ggml_tensor * cur = ggml_flash_attn_ext(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, 0.0f,
-            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-    ggml_prec_set_acc(cur, GGML_PREC_F32);
-    graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
+    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    ggml_tensor * cur;
+    if (T < ATTEND_MAX_TOKENS && ggml_backend_buffer_is_host(l->k->buffer)) {
+        cur = ggml_indexmem_attend(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, softcap);
+    } else {
+        cur = ggml_flash_attn_ext(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, 0.0f, softcap);
+        ggml_prec_set_acc(cur, GGML_PREC_F32);
+        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
+    }
 
     // [n_embd_head_v, G, T, H*S] -> [n_embd_head_v*G*H, T*S]
     if (T > 1) {

@@ -1,0 +1,54 @@
+#include "kernels.h"
+
+namespace indexmem_cpu {
+
+void compact(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * plan = dst->src[1];
+    const ggml_tensor * ctl  = dst->src[2];
+
+    const int64_t n_evict_max = plan->ne[0];
+    const size_t  row_size    = ggml_row_size(dst->type, dst->ne[0]);
+
+    for (int64_t ir = 0; ir < dst->ne[2]*dst->ne[3]; ++ir) {
+        const row_index row = row_at(ir, dst->ne[2]);
+        if (ctl_of(ctl, row.s)[INDEXMEM_CTL_N_EVICT] == 0) {
+            continue;
+        }
+
+        const int32_t * move_dst = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]) + n_evict_max;
+        const int32_t * move_src = move_dst + n_evict_max;
+
+        char * base = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
+        for (int64_t i = params->ith; i < n_evict_max && move_dst[i] >= 0; i += params->nth) {
+            memcpy(base + move_dst[i]*dst->nb[1], base + move_src[i]*dst->nb[1], row_size);
+        }
+    }
+}
+
+void compact_pos(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * plan = dst->src[1];
+    const ggml_tensor * ctl  = dst->src[2];
+
+    const int64_t n_evict_max = plan->ne[0];
+
+    for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[2]; ir += params->nth) {
+        const row_index row = row_at(ir, dst->ne[1]);
+        const int32_t * c = ctl_of(ctl, row.s);
+        if (c[INDEXMEM_CTL_N_EVICT] == 0) {
+            continue;
+        }
+
+        int32_t * pos = pos_of(dst, row);
+        for (int64_t i = c[INDEXMEM_CTL_N_FIXED]; i < c[INDEXMEM_CTL_N_USED]; ++i) {
+            pos[i] = pos_at(pos, c, i);
+        }
+
+        const int32_t * move_dst = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]) + n_evict_max;
+        const int32_t * move_src = move_dst + n_evict_max;
+        for (int64_t i = 0; i < n_evict_max && move_dst[i] >= 0; ++i) {
+            pos[move_dst[i]] = pos[move_src[i]];
+        }
+    }
+}
+
+} // namespace indexmem_cpu

@@ -1,0 +1,153 @@
+"""One native context driven by hand: batches of any shape, logits of every token, the functions of indexmem.h."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from indexmem_edge import _capi
+
+F32, F16, Q4_0, Q8_0 = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q4_0, llama_cpp.GGML_TYPE_Q8_0)
+
+
+class Refused(Exception):
+    """The library did not create the context, or did not decode."""
+
+
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[Any]:
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise Refused(f"{path} does not load")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+class Context:
+    """A context of a model; bounded if `budget` is not 0."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        budget: int = 0,
+        policy: str = "streaming",
+        sinks: int = 4,
+        window: int = 8,
+        pin: int = 0,
+        evict_step: int = 0,
+        seed: int = 0,
+        n_ubatch: int = 32,
+        n_seq: int = 1,
+        n_ctx: int = 1024,
+        type_k: int = F16,
+        type_v: int = F16,
+        flash_attn: bool = True,
+        n_threads: int = 2,
+    ) -> None:
+        self.model, self.n_seq, self.n_batch = model, n_seq, 512
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, self.n_batch, n_ubatch, n_seq
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k, params.type_v = type_k, type_v
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        request = _capi.Request(budget, policy, sinks, window, pin, evict_step, seed)
+        request.submit()
+        self.ctx = llama_cpp.llama_init_from_model(model, params)
+        if not self.ctx:
+            raise Refused(_capi.last_error())
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+
+    def close(self) -> None:
+        if self.ctx:
+            llama_cpp.llama_free(self.ctx)
+            self.ctx = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def n_seen(self, seq: int = 0) -> int:
+        return llama_cpp.llama_memory_seq_pos_max(self.memory, seq) + 1
+
+    def decode(self, tokens: Sequence[int], seq: int = 0) -> np.ndarray:
+        """Continues a sequence with one batch; logits [T, V]."""
+        return self.decode_many({seq: tokens})[seq]
+
+    def decode_many(self, tokens: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
+        """One batch with tokens of several sequences, interleaved token by token as servers do; logits by sequence."""
+        order = [(s, i) for i in range(max(map(len, tokens.values()))) for s in tokens if i < len(tokens[s])]
+        start = {s: self.n_seen(s) for s in tokens}
+        batch = llama_cpp.llama_batch_init(len(order), 0, 1)
+        try:
+            batch.n_tokens = len(order)
+            for row, (s, i) in enumerate(order):
+                batch.token[row], batch.pos[row] = int(tokens[s][i]), start[s] + i
+                batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, s, 1
+            status = llama_cpp.llama_decode(self.ctx, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise Refused(f"llama_decode returned {status}")
+        flat = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), shape=(len(order), self.n_vocab)).copy()
+        return {s: flat[[row for row, (other, _) in enumerate(order) if other == s]] for s in tokens}
+
+    def feed(self, tokens: Sequence[int], n: int, seq: int = 0) -> np.ndarray:
+        """Batches of up to n tokens; logits [T, V]."""
+        return np.concatenate([self.decode(tokens[i : i + n], seq) for i in range(0, len(tokens), n)])
+
+    def positions(self, seq: int = 0) -> list[list[np.ndarray]]:
+        """Positions held, [layer][head], ascending."""
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        return [
+            [_capi.positions(self.ctx, il, h, seq) for h in range(_capi.n_head_kv(self.ctx, il))]
+            for il in range(n_layer)
+        ]
+
+    def stats(self, seq: int = 0) -> _capi.Stats:
+        return _capi.get_stats(self.ctx, seq)
+
+    def seq_rm(self, seq: int, p0: int, p1: int = -1) -> bool:
+        return bool(llama_cpp.llama_memory_seq_rm(self.memory, seq, p0, p1))
+
+    def seq_cp(self, src: int, dst: int) -> None:
+        llama_cpp.llama_memory_seq_cp(self.memory, src, dst, -1, -1)
+
+    def seq_keep(self, seq: int) -> None:
+        llama_cpp.llama_memory_seq_keep(self.memory, seq)
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    def save(self, seq: int | None = None) -> bytes:
+        """State of one sequence, or of the whole context."""
+        size = llama_cpp.llama_state_get_size(self.ctx) if seq is None else llama_cpp.llama_state_seq_get_size(self.ctx, seq)
+        buffer = (ctypes.c_uint8 * size)()
+        if seq is None:
+            n = llama_cpp.llama_state_get_data(self.ctx, buffer, size)
+        else:
+            n = llama_cpp.llama_state_seq_get_data(self.ctx, buffer, size, seq)
+        assert n == size
+        return bytes(buffer)
+
+    def load(self, state: bytes, seq: int | None = None) -> bool:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if seq is None:
+            return llama_cpp.llama_state_set_data(self.ctx, buffer, len(state)) == len(state)
+        return llama_cpp.llama_state_seq_set_data(self.ctx, buffer, len(state), seq) == len(state)
