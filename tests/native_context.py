@@ -20,9 +20,15 @@ class Refused(Exception):
     """The library did not create the context, or did not decode."""
 
 
+@llama_cpp.llama_log_callback
+def _silence(level: int, text: bytes, data: object) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def open_model(path: Path) -> Iterator[Any]:
     llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(_silence, None)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)

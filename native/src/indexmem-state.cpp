@@ -161,6 +161,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         std::string found(name.size(), '\0');
         io.read(&found[0], found.size());
         if (found != name) {
+            for (char & c : found) {
+                c = c >= 0x20 && c < 0x7F ? c : '?'; // it is about to be printed
+            }
             throw std::runtime_error(format("bounded KV state: made with policy '%s', this context has '%s'", found.c_str(), name.c_str()));
         }
     }

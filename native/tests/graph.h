@@ -1,0 +1,83 @@
+#pragma once
+
+// one op in a graph of its own on the CPU backend
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <cstring>
+#include <functional>
+#include <vector>
+
+class op_graph {
+public:
+    op_graph() : ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(ggml_backend_cpu_init()) {
+    }
+
+    ~op_graph() {
+        ggml_backend_buffer_free(buffer);
+        ggml_backend_free(backend);
+        ggml_free(ctx);
+    }
+
+    ggml_tensor * input(ggml_type type, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1, int64_t ne3 = 1) {
+        return ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
+    }
+
+    // after all tensors exist
+    void alloc() {
+        buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+    }
+
+    template <typename T>
+    void set(ggml_tensor * t, const std::vector<T> & data) {
+        GGML_ASSERT(data.size()*sizeof(T) == ggml_nbytes(t));
+        ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+    }
+
+    template <typename T>
+    std::vector<T> get(const ggml_tensor * t) {
+        std::vector<T> data(ggml_nbytes(t)/sizeof(T));
+        ggml_backend_tensor_get(t, data.data(), 0, ggml_nbytes(t));
+        return data;
+    }
+
+    void compute(const std::vector<ggml_tensor *> & outputs, int n_threads) {
+        ggml_cgraph * gf = ggml_new_graph(ctx);
+        for (ggml_tensor * t : outputs) {
+            ggml_build_forward_expand(gf, t);
+        }
+        ggml_backend_cpu_set_n_threads(backend, n_threads);
+        GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+    }
+
+    ggml_context * ctx;
+
+private:
+    ggml_backend_t        backend;
+    ggml_backend_buffer_t buffer = nullptr;
+};
+
+// a tensor of any type from fp32 values
+inline std::vector<uint8_t> to_type(ggml_type type, const std::vector<float> & values, int64_t n_per_row) {
+    const int64_t n_rows = (int64_t) values.size()/n_per_row;
+    std::vector<uint8_t> data(ggml_row_size(type, n_per_row)*n_rows);
+    if (type == GGML_TYPE_F32) {
+        memcpy(data.data(), values.data(), data.size());
+    } else {
+        ggml_quantize_chunk(type, values.data(), data.data(), 0, n_rows, n_per_row, nullptr);
+    }
+    return data;
+}
+
+inline std::vector<float> from_type(ggml_type type, const std::vector<uint8_t> & data, int64_t n) {
+    std::vector<float> values(n);
+    if (type == GGML_TYPE_F32) {
+        memcpy(values.data(), data.data(), data.size());
+    } else {
+        ggml_get_type_traits(type)->to_float(data.data(), values.data(), n);
+    }
+    return values;
+}

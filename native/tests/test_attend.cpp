@@ -1,0 +1,150 @@
+// attention of few queries against a plain reference in double precision
+
+#include "test.h"
+#include "graph.h"
+
+#include "indexmem-ops.h"
+
+#include <cmath>
+#include <random>
+
+struct attend_case {
+    int64_t n_embd_k, n_embd_v, n_kv, n_tokens, n_group, n_stream;
+    int64_t n_used;  // slots in use; the others are poisoned
+    bool    per_stream_mask;
+    float   softcap;
+};
+
+static void run_attend(const attend_case & c, ggml_type type, int n_threads, std::vector<float> * out = nullptr) {
+    std::mt19937 rng(c.n_kv + c.n_tokens*31 + c.n_group);
+    std::normal_distribution<float> normal;
+
+    op_graph g;
+    ggml_tensor * q    = g.input(GGML_TYPE_F32, c.n_embd_k, c.n_tokens, c.n_group, c.n_stream);
+    ggml_tensor * k    = g.input(type, c.n_embd_k, c.n_kv, 1, c.n_stream);
+    ggml_tensor * v    = g.input(type, c.n_embd_v, c.n_kv, 1, c.n_stream);
+    ggml_tensor * mask = g.input(GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.per_stream_mask ? c.n_stream : 1);
+    ggml_tensor * res  = ggml_indexmem_attend(g.ctx, q, k, v, mask, 0.3f, c.softcap);
+    g.alloc();
+
+    auto random = [&](int64_t n) {
+        std::vector<float> x(n);
+        for (auto & y : x) {
+            y = normal(rng);
+        }
+        return x;
+    };
+    const auto q_data = random(ggml_nelements(q));
+    auto k_bytes = to_type(type, random(ggml_nelements(k)), c.n_embd_k);
+    auto v_bytes = to_type(type, random(ggml_nelements(v)), c.n_embd_v);
+    const auto k_data = from_type(type, k_bytes, ggml_nelements(k));
+    const auto v_data = from_type(type, v_bytes, ggml_nelements(v));
+
+    // poison what is not in use: all ones is NaN in every float type and in the scales of quantised blocks
+    for (int64_t s = 0; s < c.n_stream; ++s) {
+        for (auto [bytes, n_embd] : { std::pair{ &k_bytes, c.n_embd_k }, std::pair{ &v_bytes, c.n_embd_v } }) {
+            const size_t row = ggml_row_size(type, n_embd);
+            std::fill(bytes->begin() + (s*c.n_kv + c.n_used)*row, bytes->begin() + (s + 1)*c.n_kv*row, 0xFF);
+        }
+    }
+
+    // causal tail, a finite bias here and there, and (if a mask per stream) a hole at slot 1
+    std::vector<float> bias(ggml_nelements(mask), -INFINITY);
+    for (int64_t s = 0; s < mask->ne[3]; ++s) {
+        for (int64_t t = 0; t < c.n_tokens; ++t) {
+            for (int64_t i = 0; i < c.n_used - c.n_tokens + t + 1; ++i) {
+                bias[(s*c.n_tokens + t)*c.n_kv + i] = i % 5 == 3 ? 0.5f*(float) (s + 1) : 0.0f;
+            }
+            if (c.per_stream_mask && c.n_used > 2) {
+                bias[(s*c.n_tokens + t)*c.n_kv + 1] = -INFINITY;
+            }
+        }
+    }
+    std::vector<ggml_fp16_t> mask_data(bias.size());
+    ggml_fp32_to_fp16_row(bias.data(), mask_data.data(), bias.size());
+
+    g.set(q, q_data);
+    g.set(k, k_bytes);
+    g.set(v, v_bytes);
+    g.set(mask, mask_data);
+    g.compute({ res }, n_threads);
+    const auto found = g.get<float>(res);
+    if (out) {
+        *out = found;
+    }
+
+    double worst = 0.0;
+    for (int64_t s = 0; s < c.n_stream; ++s) {
+        for (int64_t gq = 0; gq < c.n_group; ++gq) {
+            for (int64_t t = 0; t < c.n_tokens; ++t) {
+                const float * qr = q_data.data() + ((s*c.n_group + gq)*c.n_tokens + t)*c.n_embd_k;
+                const float * br = bias.data() + ((s % mask->ne[3])*c.n_tokens + t)*c.n_kv;
+                std::vector<double> logit(c.n_used);
+                double max = -INFINITY;
+                for (int64_t i = 0; i < c.n_used; ++i) {
+                    double dot = 0.0;
+                    for (int64_t d = 0; d < c.n_embd_k; ++d) {
+                        dot += (double) qr[d]*k_data[(s*c.n_kv + i)*c.n_embd_k + d];
+                    }
+                    dot *= 0.3f;
+                    if (c.softcap != 0.0f) {
+                        dot = c.softcap*std::tanh(dot/c.softcap);
+                    }
+                    logit[i] = dot + br[i];
+                    max = std::max(max, logit[i]);
+                }
+                double sum = 0.0;
+                std::vector<double> expected(c.n_embd_v, 0.0);
+                for (int64_t i = 0; i < c.n_used && max > -INFINITY; ++i) {
+                    const double p = std::exp(logit[i] - max);
+                    sum += p;
+                    for (int64_t d = 0; d < c.n_embd_v; ++d) {
+                        expected[d] += p*v_data[(s*c.n_kv + i)*c.n_embd_v + d];
+                    }
+                }
+                const float * f = found.data() + ((s*c.n_tokens + t)*c.n_group + gq)*c.n_embd_v;
+                for (int64_t d = 0; d < c.n_embd_v; ++d) {
+                    const double e = sum > 0.0 ? expected[d]/sum : 0.0;
+                    worst = std::max(worst, std::abs(e - f[d]));
+                    CHECK(std::isfinite(f[d]));
+                }
+            }
+        }
+    }
+    CHECK_MSG(worst < 2e-5, "%s, n_kv %d: error %g", ggml_type_name(type), (int) c.n_kv, worst);
+}
+
+static const attend_case attend_cases[] = {
+    //  K    V   n_kv   T  G  streams used  per-stream softcap
+    {  64,  64,   256,  1, 3, 3,       1, false,  0.0f },
+    {  64,  64,   256,  1, 3, 3,     200, false,  0.0f },
+    {  64,  64,  1280,  1, 3, 3,    1025, false,  0.0f },
+    {  64,  64,   256,  5, 1, 2,     129, false,  0.0f },
+    { 128,  96,   512, 17, 4, 2,     300, true,   0.0f },
+    {  96, 128,   256,  2, 2, 6,     255, true,  30.0f },
+    {  32,  32,   127,  1, 1, 1,     127, false,  0.0f }, // no padding at all, an odd number of keys
+    { 256, 256,   130, 63, 2, 1,     130, false,  0.0f },
+};
+
+TEST(attention_equals_the_reference) {
+    for (const auto & c : attend_cases) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_F32, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            run_attend(c, type, 2);
+        }
+    }
+}
+
+TEST(attention_is_the_same_with_any_number_of_threads) {
+    std::vector<float> first;
+    run_attend(attend_cases[2], GGML_TYPE_F16, 1, &first);
+    for (int n_threads = 2; n_threads <= 7; ++n_threads) {
+        std::vector<float> other;
+        run_attend(attend_cases[2], GGML_TYPE_F16, n_threads, &other);
+        CHECK(first == other);
+    }
+}
+
+// a row that sees nothing gives zeros, not NaN
+TEST(a_row_that_sees_nothing) {
+    run_attend({ 64, 64, 256, 3, 1, 1, 2, false, 0.0f }, GGML_TYPE_F16, 2);
+}
