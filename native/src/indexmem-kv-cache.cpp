@@ -77,6 +77,11 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
         ggml_backend_buffer_type_t buft = offload ?
             ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        if (!ggml_backend_buft_is_host(buft)) {
+            throw std::runtime_error(format("layer %u keeps its KV cache on %s, and only the CPU has the op of the bounded "
+                        "cache: offload no layers (n_gpu_layers 0), or keep the cache in host memory (offload_kqv off)",
+                        il, ggml_backend_buft_name(buft)));
+        }
         ggml_context * ctx = ctx_for_buft(buft);
 
         layer l = {};
@@ -187,7 +192,7 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
 
             if (seq.n_used > cfg.budget) {
                 if (!evicts) {
-                    LLAMA_LOG_WARN("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, cfg.budget);
+                    LLAMA_LOG_INFO("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, cfg.budget);
                     return {};
                 }
                 const uint32_t n_left = std::min(cfg.budget, seq.n_used - get_evict_step(seq));

@@ -11,12 +11,12 @@
 // State of a bounded cache, little endian as everything llama.cpp writes
 //
 //   magic, version, geometry (checked field by field), number of sequences
-//   per sequence: id, n_seen, n_used, pin, n_evictions; positions [n_head_kv][n_used] of every layer
+//   per sequence: id, n_seen, n_used, n_fixed, pin, n_evictions; positions [n_head_kv][n_used] of every layer
 //   per sequence and layer: rows of K, rows of V [n_head_kv][n_used], the ring of queries if the policy keeps one
 //
 // Invariants
 //   - reading validates everything and holds the data aside before the first byte of the cache changes
-//   - slots appended since the last eviction lose nothing: n_fixed = n_used after reading, all positions are explicit
+//   - slots keep their order, so what has been appended since the last eviction can still be taken back after reading
 //
 
 static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
@@ -66,8 +66,10 @@ pending_rows get_rows(llama_io_read_i & io, ggml_tensor * t, int64_t n) {
     return rows;
 }
 
-// Positions of one head: distinct, in range, and with every protected one present.
-void check_positions(const std::vector<int32_t> & pos, llama_pos n_seen, uint32_t n_prefix, uint32_t window) {
+// Positions of one head: distinct, in range, consecutive since the last eviction, and with every protected one present.
+void check_positions(const std::vector<int32_t> & pos, const llama_kv_cache_bounded::seq_state & seq, uint32_t n_prefix, uint32_t window) {
+    const llama_pos n_seen = seq.n_seen;
+
     std::vector<int32_t> sorted = pos;
     std::sort(sorted.begin(), sorted.end());
 
@@ -81,6 +83,9 @@ void check_positions(const std::vector<int32_t> & pos, llama_pos n_seen, uint32_
     ok = ok && n >= n_first && n >= n_last;
     ok = ok && (n_first == 0 || sorted[n_first - 1] == n_first - 1);
     ok = ok && (n_last  == 0 || sorted[n - n_last]  == n_seen - n_last);
+    for (uint32_t i = seq.n_fixed; i < seq.n_used; ++i) {
+        ok = ok && pos[i] == seq.pos_tail() + (llama_pos) (i - seq.n_fixed);
+    }
     if (!ok) {
         throw std::runtime_error("bounded KV state: the table of positions is damaged");
     }
@@ -125,6 +130,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
         put<uint32_t>(io, id);
         put<uint32_t>(io, seq.n_seen);
         put<uint32_t>(io, seq.n_used);
+        put<uint32_t>(io, seq.n_fixed);
         put<uint32_t>(io, seq.pin);
         put<uint64_t>(io, seq.n_evictions);
         for (const auto & l : layers) {
@@ -195,10 +201,11 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
 
     for (auto & p : pending) {
-        const uint32_t id     = get<uint32_t>(io);
-        const uint32_t n_seen = get<uint32_t>(io);
-        const uint32_t n_used = get<uint32_t>(io);
-        const uint32_t pin    = get<uint32_t>(io);
+        const uint32_t id      = get<uint32_t>(io);
+        const uint32_t n_seen  = get<uint32_t>(io);
+        const uint32_t n_used  = get<uint32_t>(io);
+        const uint32_t n_fixed = get<uint32_t>(io);
+        const uint32_t pin     = get<uint32_t>(io);
 
         p.id = seq_id == -1 ? (llama_seq_id) id : seq_id;
         p.state.n_evictions = get<uint64_t>(io);
@@ -214,12 +221,13 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         if (n_used > cfg.budget) {
             throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", n_used, cfg.budget));
         }
-        if (n_used > n_seen || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window)) {
-            throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, pinned %u)", n_seen, n_used, pin));
+        if (n_used > n_seen || n_fixed > n_used || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window)) {
+            throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u)",
+                        n_seen, n_used, n_fixed, pin));
         }
         p.state.n_seen  = n_seen;
         p.state.n_used  = n_used;
-        p.state.n_fixed = n_used;
+        p.state.n_fixed = n_fixed;
         p.state.pin     = pin;
 
         for (const auto & l : layers) {
@@ -227,7 +235,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
             for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
                 std::vector<int32_t> pos(n_used);
                 io.read(pos.data(), pos.size()*sizeof(int32_t));
-                check_positions(pos, n_seen, std::max(cfg.sinks, pin), cfg.window);
+                check_positions(pos, p.state, std::max(cfg.sinks, pin), cfg.window);
                 all.insert(all.end(), pos.begin(), pos.end());
             }
             p.pos.push_back(std::move(all));

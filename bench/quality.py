@@ -1,0 +1,278 @@
+"""Does a bounded cache still know? RULER questions asked after the context was compressed, and likelihood of text.
+
+Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen), then the
+question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from . import ruler
+from .machine import describe, rss_bytes
+from .report import Report, Row
+from .runner import BenchError, Model, Setup, System, library
+from .stats import tps
+from .summary import summarise, verdicts
+
+FULL = "full"
+BOOK = "book"  # the task name of held-out text
+BOOK_SCORED = 512  # tokens scored after each window
+ABLE = 0.6  # score of the full cache from which a task is judged
+
+
+@dataclass(frozen=True)
+class Job:
+    task: str
+    length: int
+    policy: str
+    ratio: float  # of the context's tokens; 1 for the full cache
+    sample: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.length}/{self.policy}/{self.ratio:g}/{self.sample}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    data: Path
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    policies: tuple[str, ...]  # without the full cache, which always runs
+    ratios: tuple[float, ...]
+    samples: int
+    base: Setup
+    all_tasks: bool = False
+    book: Path | None = None
+    book_windows: int = 0
+
+    def jobs(self, tasks_of: dict[int, list[str]], policies: list[tuple[str, float]]) -> Iterator[Job]:
+        """Sample by sample, every policy on the same sample: whatever is finished can be compared."""
+        for sample in range(max(self.samples, self.book_windows)):
+            for length in self.lengths:
+                names = list(tasks_of[length]) if sample < self.samples else []
+                for task in names + ([BOOK] if sample < self.book_windows else []):
+                    for policy, ratio in policies:
+                        yield Job(task, length, policy, ratio, sample)
+
+    def bounded(self) -> list[tuple[str, float]]:
+        return [(policy, ratio) for ratio in self.ratios for policy in self.policies]
+
+
+def setup_for(base: Setup, policy: str, ratio: float, context_tokens: int, more_tokens: int) -> Setup:
+    """Budget = share of the context; the window shrinks to a quarter of a small budget."""
+    if policy == FULL:
+        return replace(base, policy=FULL, budget=0, n_ctx=context_tokens + more_tokens)
+    budget = round(ratio * context_tokens)
+    return replace(base, policy=policy, budget=budget, window=min(base.window, budget // 4))
+
+
+def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list[int]]:
+    """Tokens of the whole text, cut where `before` ends; a token across the cut goes to the second part."""
+    whole, part = model.tokens(before + after, bos=True), model.tokens(before, bos=True)
+    cut = next((i for i, (a, b) in enumerate(zip(whole, part)) if a != b), min(len(part), len(whole) - 1))
+    return whole[:cut], whole[cut:]
+
+
+def run_sample(model: Model, base: Setup, job: Job, sample: ruler.Sample) -> Row:
+    context, question = split_tokens(model, sample.context, sample.question)
+    answer = split_tokens(model, sample.context + sample.question, sample.answer)[1]
+    setup = setup_for(
+        base, job.policy, job.ratio, len(context), len(question) + max(len(answer), sample.n_generate) + 1
+    )
+    with System(model, setup) as system:
+        times = system.feed(context)
+        system.feed(question, last_logits=True)
+        asked = system.seen
+        state = None if not setup.budget else system.save()
+        logits = system.logits
+        nll = float(system.nll(answer).mean())
+        if state:
+            system.restore(state)
+        else:
+            system.rollback(asked)
+            system.logits = logits
+        out: list[int] = []
+        start = time.perf_counter()
+        while len(out) < sample.n_generate and not model.is_end(token := system.greedy()):
+            out.append(token)
+            if ruler.score(model.text(out), sample.outputs) == 1:
+                break  # more text cannot raise the score
+            if len(out) < sample.n_generate:
+                system.step(token)
+        text = model.text(out)
+        return _row(
+            job,
+            system,
+            score=ruler.score(text, sample.outputs),
+            nll=nll,
+            text=text,
+            prefill_tps=tps(times),
+            decode_tps=len(out) / (time.perf_counter() - start) if len(out) > 8 else None,
+        )
+
+
+def run_book(model: Model, base: Setup, job: Job, tokens: list[int]) -> Row:
+    """Likelihood of the tokens that follow `length` tokens of a book, 128 at a time."""
+    context, scored = tokens[:-BOOK_SCORED], tokens[-BOOK_SCORED:]
+    with System(model, setup_for(base, job.policy, job.ratio, len(context), BOOK_SCORED)) as system:
+        times = system.feed(context, last_logits=True)
+        nll = float(system.nll(scored).mean())
+        return _row(job, system, score=None, nll=nll, prefill_tps=tps(times), decode_tps=None)
+
+
+def _row(job: Job, system: System, **values: Any) -> Row:
+    setup = system.setup
+    return {
+        **asdict(job),
+        "threads": setup.threads,
+        "budget": setup.budget,
+        "window": setup.window if setup.budget else None,
+        "tokens_seen": system.seen,
+        "kv_bytes": system.stats()["kv_bytes"],
+        "rss_bytes": rss_bytes(),
+        **values,
+    }
+
+
+class Log:
+    """Finished rows on disk, so that a run can be cut off and go on. Rows of other settings are left alone and not read."""
+
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings, self.rows = path, settings, dict[str, Row]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):
+            with path.open("a") as file:
+                file.write("\n")
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off while it was written
+            if row.get("settings") == settings:
+                self.rows[row["key"]] = row
+
+    def add(self, job: Job, row: Row) -> None:
+        row = {"key": job.key, "settings": self.settings, **row}
+        self.rows[job.key] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Runner:
+    def __init__(self, model: Model, plan: Plan, log: Log, seed: int = 0):
+        self.model, self.plan, self.log = model, plan, log
+        self.samples: dict[tuple[str, int], list[ruler.Sample]] = {}
+        self.book = self._book_windows(seed) if plan.book_windows else {}
+
+    def _book_windows(self, seed: int) -> dict[int, list[list[int]]]:
+        """Windows at places drawn from the seed, the same for every policy; the shorter lengths end where the longest ends."""
+        assert self.plan.book
+        tokens, size = (
+            self.model.tokens(self.plan.book.read_text(encoding="utf-8", errors="replace")),
+            max(self.plan.lengths) + BOOK_SCORED,
+        )
+        if len(tokens) < size:
+            raise BenchError(f"{self.plan.book.name} has {len(tokens)} tokens; {size} are needed")
+        rng, bos = random.Random(seed), self.model.tokens("", bos=True)
+        ends = [rng.randint(size, len(tokens)) for _ in range(self.plan.book_windows)]
+        return {
+            length: [bos + tokens[end - length - BOOK_SCORED : end] for end in ends] for length in self.plan.lengths
+        }
+
+    def sample(self, job: Job) -> ruler.Sample | None:
+        where = job.task, job.length
+        if where not in self.samples:
+            self.samples[where] = ruler.load(self.plan.data, job.length, job.task, self.plan.samples)
+        return self.samples[where][job.sample] if job.sample < len(self.samples[where]) else None
+
+    def run(self, jobs: list[Job], progress: Progress | None = None, title: str = "") -> Iterator[Job]:
+        """Runs what is not in the log yet; yields after every job."""
+        todo = [job for job in jobs if job.key not in self.log.rows]
+        task = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo)) if progress else None
+        for job in todo:
+            if job.task == BOOK:
+                self.log.add(job, run_book(self.model, self.plan.base, job, self.book[job.length][job.sample]))
+            elif sample := self.sample(job):
+                self.log.add(job, run_sample(self.model, self.plan.base, job, sample))
+            if progress and task is not None:
+                progress.update(task, advance=1, description=f"{title} {job.key}")
+            yield job
+
+    def able(self) -> dict[int, list[str]]:
+        """Tasks that the full cache can do, by length."""
+        out: dict[int, list[str]] = {}
+        for length in self.plan.lengths:
+            scores: dict[str, list[float]] = {task: [] for task in self.plan.tasks}
+            for row in self.log.rows.values():
+                if row["length"] == length and row["policy"] == FULL and row["task"] in scores:
+                    scores[row["task"]].append(row["score"])
+            out[length] = [task for task, values in scores.items() if values and np.mean(values) >= ABLE]
+        return out
+
+
+def run_quality(
+    model: Model, plan: Plan, out: Path, seed: int = 0, full_only: bool = False, progress: Progress | None = None
+) -> Report:
+    """The full cache on every task first, then the policies on the tasks that it can do."""
+    base = plan.base
+    settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed}"
+    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings), seed)
+    how = (
+        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and answer prefix; true answer scored "
+        f"teacher-forced, then greedy; score: share of expected strings found; mean: over tasks where the full cache has at least {ABLE}; "
+        "intervals: paired bootstrap over samples, 95 %; book: 512 tokens after each window, 128 at a time"
+    )
+    report = Report(
+        "quality",
+        describe(
+            model.path.name,
+            library(),
+            base.threads,
+            how=how,
+            settings=settings,
+            sinks=base.sinks,
+            window=f"min({base.window}, budget / 4)",
+            samples=plan.samples,
+            seed=seed,
+            data=plan.data.name,
+            text=plan.book.name if plan.book else None,
+        ),
+    )
+    tasks: dict[int, list[str]] = {length: list(plan.tasks) for length in plan.lengths}
+    jobs = list(plan.jobs(tasks, [(FULL, 1.0)]))
+
+    def update() -> None:
+        able, keys = runner.able(), {job.key for job in jobs}
+        report.meta["judged_tasks"] = {str(length): names for length, names in able.items()}
+        report.rows = summarise((row for key, row in runner.log.rows.items() if key in keys), able)
+        report.verdicts = verdicts(report.rows, able)
+        report.save(out)
+
+    def run(todo: list[Job], title: str) -> None:
+        saved = time.monotonic()
+        for _ in runner.run(todo, progress, title):
+            if time.monotonic() - saved > 30:
+                update()
+                saved = time.monotonic()
+
+    try:
+        run(jobs, "full")
+        if not full_only:
+            more = list(plan.jobs(tasks if plan.all_tasks else runner.able(), plan.bounded()))
+            jobs += more
+            run(more, "policies")
+    finally:
+        update()
+    return report

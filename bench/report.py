@@ -1,0 +1,182 @@
+"""What a benchmark leaves: a table for people, JSON for programs, a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
+QUALITY_KEYS = ("task", "length", "score", "nll", "n")
+
+
+@dataclass
+class Verdict:
+    """A claim with a number: `value` is to be at least (or at most) `threshold`; no threshold means it is only told."""
+
+    name: str
+    value: float | None
+    threshold: float | None = None
+    at_most: bool = False
+
+    @property
+    def ok(self) -> bool | None:
+        if self.threshold is None or self.value is None:
+            return None
+        return self.value <= self.threshold if self.at_most else self.value >= self.threshold
+
+    def to_dict(self) -> Row:
+        return {
+            "name": self.name,
+            "value": self.value,
+            "threshold": self.threshold,
+            "at_most": self.at_most,
+            "ok": self.ok,
+        }
+
+    def __str__(self) -> str:
+        word = {True: "[green]ok[/]  ", False: "[red]MISS[/]", None: "    "}[self.ok]
+        bound = "" if self.threshold is None else f" ({'at most' if self.at_most else 'at least'} {self.threshold:g})"
+        return f"{word} {self.name}: {'not measured' if self.value is None else format(self.value, '.3f')}{bound}"
+
+
+@dataclass
+class Report:
+    name: str
+    meta: Row
+    rows: list[Row] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def add(self, **values: Any) -> Row:
+        """Adds a row; the keys that every row has are there even when nothing was measured for them."""
+        row: Row = dict.fromkeys(ROW_KEYS + (QUALITY_KEYS if self.name == "quality" else ()))
+        row.update(values)
+        self.rows.append(row)
+        return row
+
+    def to_dict(self) -> Row:
+        return {
+            "benchmark": self.name,
+            "meta": self.meta,
+            "rows": self.rows,
+            "verdicts": [v.to_dict() for v in self.verdicts],
+        }
+
+    def save(self, out: Path, plot: Callable[[Any, Report], None] | None = None) -> list[Path]:
+        """Writes `name`.json, and `name`.png when matplotlib is there. Safe to repeat while a run goes on."""
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{self.name}.json"
+        draft = path.with_suffix(f".json.{os.getpid()}")
+        draft.write_text(json.dumps(_plain(self.to_dict()), indent=1) + "\n")
+        draft.replace(path)
+        image = draw(out / f"{self.name}.png", self, plot) if plot else None
+        return [path] + ([image] if image else [])
+
+    def print(self, columns: Sequence[str], console: Console | None = None) -> None:
+        console = console or Console()
+        if not console.is_terminal:
+            console.width = 140
+        table = Table(
+            title=f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}",
+            title_justify="left",
+        )
+        for name in columns:
+            table.add_column(
+                name.replace("_", " "), justify="left" if name in ("policy", "task", "system") else "right"
+            )
+        for row in self.rows:
+            table.add_row(*(show(name, row.get(name)) for name in columns))
+        console.print(table)
+        for verdict in self.verdicts:
+            console.print(str(verdict), highlight=False)
+
+
+def show(name: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if name.endswith("_bytes"):
+        return f"{value / 2**20:.2f} MiB"
+    if name.endswith("_tps"):
+        return f"{value:.1f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def draw(path: Path, report: Report, plot: Callable[[Any, Report], None]) -> Path | None:
+    try:
+        import matplotlib
+    except ImportError:
+        Console(stderr=True).print(
+            f"no {path.name}: it takes matplotlib (pip install matplotlib); the table and the JSON are complete"
+        )
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(11, 4.2), layout="constrained")
+    plot(figure, report)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def series(rows: Sequence[Row], x: str, y: str) -> tuple[list[Any], list[Any]]:
+    points = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def quality_markdown(data: Row) -> str:
+    """The tables of docs/results.md out of quality.json: one a length, a line a policy and budget, a column a task."""
+    out: list[str] = []
+    for length in sorted({row["length"] for row in data["rows"]}):
+        rows = [row for row in data["rows"] if row["length"] == length]
+        names = list(dict.fromkeys(row["task"] for row in rows if row["task"] not in ("mean", "book")))
+        out += [f"### {length} tokens", ""]
+        out += [f"| policy | kept | KV | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"]
+        out += ["|---|--:|--:|" + "--:|" * (len(names) + 4)]
+        for policy, ratio in dict.fromkeys((row["policy"], row["ratio"]) for row in rows):
+            mine = {row["task"]: row for row in rows if (row["policy"], row["ratio"]) == (policy, ratio)}
+            mean, book = mine.get("mean", {}), mine.get("book", {})
+            delta = mean.get("score_delta")
+            change = "" if delta is None else f"{delta:+.3f} [{mean['score_low']:+.3f}, {mean['score_high']:+.3f}]"
+            any_row = next(iter(mine.values()))
+            cells = [
+                _md(mean.get("score")),
+                change,
+                *(_md(mine.get(t, {}).get("score")) for t in names),
+                _md(mean.get("nll")),
+                _md(book.get("nll")),
+            ]
+            kept = "all" if not any_row["budget"] else f"{ratio:.0%}"
+            out += [f"| {policy} | {kept} | {any_row['kv_bytes'] / 2**20:.1f} MiB | {' | '.join(cells)} |"]
+        counts = sorted({row["n"] for row in rows if row["task"] not in ("mean", "book")})
+        out += [
+            "",
+            f"Samples a cell: {counts[0]}" + (f" to {counts[-1]}" if counts[0] != counts[-1] else "") + "."
+            if counts
+            else "",
+            "",
+        ]
+    return "\n".join(out)
+
+
+def _md(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

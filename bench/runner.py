@@ -1,0 +1,254 @@
+"""Models and contexts to measure: tokens in, seconds, bytes and logits out. Nothing is sampled in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from indexmem_edge import _capi, _logs  # loads the library, before llama_cpp would
+from indexmem_edge.errors import IndexMemError
+
+import llama_cpp  # isort: skip
+from llama_cpp._internals import LlamaModel  # isort: skip
+
+LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
+UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
+# name -> (ggml type, bytes of 32 values)
+CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
+
+
+class BenchError(IndexMemError):
+    """A message for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One system under test. Budget 0 is the stock cache, which needs `n_ctx`."""
+
+    policy: str = UNBOUNDED
+    budget: int = 0
+    n_ctx: int = 0
+    flash: bool = True
+    cache_type: str = "f16"
+    sinks: int = 4
+    window: int = 128
+    seed: int = 0
+    threads: int = 2
+    ubatch: int = 512
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy} {self.budget}" if self.budget else "unbounded" + ("" if self.flash else ", no flash")
+
+
+class Model:
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise BenchError(f"no model file at {path}")
+        self.path = path
+        llama_cpp.llama_backend_init()
+        with _quiet() as lines:
+            try:
+                self.raw = LlamaModel(
+                    path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
+                )
+            except ValueError as error:
+                raise BenchError(f"cannot load {path.name}: {_logs.reason(lines) or error}") from None
+        self.n_vocab = self.raw.n_vocab()
+
+    def tokens(self, text: str, bos: bool = False) -> list[int]:
+        return list(self.raw.tokenize(text.encode(), add_bos=bos and self.raw.add_bos_token(), special=False))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.raw.detokenize(list(tokens)), errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_eog(self.raw.vocab, token))
+
+    def kv_bytes(self, n_tokens: int, cache_type: str) -> int:
+        """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
+        meta, raw = self.raw.metadata(), self.raw.model
+        arch = meta.get("general.architecture", "")
+        heads, layers = llama_cpp.llama_model_n_head_kv(raw), llama_cpp.llama_model_n_layer(raw)
+        size = llama_cpp.llama_model_n_embd(raw) // llama_cpp.llama_model_n_head(raw)
+        k, v = (int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
+        return layers * heads * (k + v) * -(-n_tokens // 256) * 256 * CACHE_TYPES[cache_type][1] // 32
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+class System:
+    """A context of one sequence, evaluated ubatch by ubatch."""
+
+    def __init__(self, model: Model, setup: Setup):
+        self.model, self.setup, self.seen = model, setup, 0
+        self.logits: np.ndarray | None = None  # of the last token fed with logits
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = LOGICAL_MAX if setup.budget else -(-setup.n_ctx // 256) * 256
+        params.n_batch = params.n_ubatch = setup.ubatch
+        params.n_threads = params.n_threads_batch = setup.threads
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setup.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.type_k = params.type_v = CACHE_TYPES[setup.cache_type][0]
+        params.no_perf = True
+        if setup.budget:
+            _capi.Request(setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed).submit()
+        with _quiet() as lines:
+            self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
+        if not self.ctx:
+            why = (_capi.last_error() if setup.budget else "") or _logs.reason(lines)
+            raise BenchError(f"no context for {setup.label}: {why or 'the library gave no reason'}")
+        self.batch = llama_cpp.llama_batch_init(setup.ubatch, 0, 1)
+        shape = (setup.ubatch,)
+        self._token = np.ctypeslib.as_array(self.batch.token, shape)
+        self._pos = np.ctypeslib.as_array(self.batch.pos, shape)
+        self._want = np.ctypeslib.as_array(self.batch.logits, shape)
+        np.ctypeslib.as_array(self.batch.n_seq_id, shape)[:] = 1
+        for i in range(setup.ubatch):
+            self.batch.seq_id[i][0] = 0
+
+    def _ubatch(self, tokens: Sequence[int], want: str) -> float:
+        n = len(tokens)
+        self.batch.n_tokens = n
+        self._token[:n] = tokens
+        self._pos[:n] = range(self.seen, self.seen + n)
+        self._want[:n] = want == "all"
+        self._want[n - 1] = want != "none"
+        start = time.perf_counter()
+        code = llama_cpp.llama_decode(self.ctx, self.batch)
+        llama_cpp.llama_synchronize(self.ctx)
+        seconds = time.perf_counter() - start
+        if code:
+            raise BenchError(f"{self.setup.label}: llama_decode gave {code} after {self.seen} tokens")
+        self.seen += n
+        return seconds
+
+    def feed(self, tokens: Sequence[int], last_logits: bool = False) -> list[tuple[int, float]]:
+        """Evaluates tokens; (tokens, seconds) of every ubatch."""
+        times, step = [], self.setup.ubatch
+        for i in range(0, len(tokens), step):
+            part = tokens[i : i + step]
+            times.append((len(part), self._ubatch(part, "last" if last_logits and i + step >= len(tokens) else "none")))
+        if last_logits:
+            self.logits = self._rows(1)[0].copy()
+        return times
+
+    def step(self, token: int) -> float:
+        """Evaluates one token with logits, as a decode does; seconds."""
+        seconds = self._ubatch([token], "last")
+        self.logits = self._rows(1)[0].copy()
+        return seconds
+
+    def decode(self, n: int, first: int) -> list[float]:
+        """`n` greedy steps beginning with token `first`; seconds of each."""
+        times = []
+        for i in range(n):
+            times.append(self.step(first if i == 0 else self.greedy()))
+        return times
+
+    def greedy(self) -> int:
+        assert self.logits is not None
+        return int(self.logits.argmax())
+
+    def nll(self, tokens: Sequence[int], chunk: int = 128) -> np.ndarray:
+        """Negative log-likelihood (nats) of each token, teacher-forced after what was fed with logits."""
+        assert self.logits is not None
+        out, before, chunk = [], self.logits[None], min(chunk, self.setup.ubatch)
+        for i in range(0, len(tokens), chunk):
+            part = list(tokens[i : i + chunk])
+            self._ubatch(part, "all")
+            rows = np.concatenate([before, self._rows(len(part))])
+            before = rows[-1:].copy()
+            out.append(token_nll(rows[:-1], part))
+        self.logits = before[0]
+        return np.concatenate(out)
+
+    def _rows(self, n: int) -> np.ndarray:
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (n, self.model.n_vocab))
+
+    def rollback(self, n_seen: int) -> bool:
+        """Forgets what came after `n_seen` tokens if the cache can do that exactly."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if self.seen > n_seen and not (
+            self.stats()["evicted"] == 0 and llama_cpp.llama_memory_seq_rm(memory, 0, n_seen, -1)
+        ):
+            return False
+        self.seen = n_seen
+        return True
+
+    def save(self) -> tuple[Any, int, np.ndarray | None]:
+        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self.ctx, 0))()
+        if not llama_cpp.llama_state_seq_get_data(self.ctx, buffer, len(buffer), 0):
+            raise BenchError(f"{self.setup.label}: the state could not be copied")
+        return buffer, self.seen, self.logits
+
+    def restore(self, state: tuple[Any, int, np.ndarray | None]) -> None:
+        buffer, self.seen, self.logits = state
+        if not llama_cpp.llama_state_seq_set_data(self.ctx, buffer, len(buffer), 0):
+            raise BenchError(f"{self.setup.label}: the state could not be put back")
+
+    def stats(self) -> dict[str, int]:
+        if self.setup.budget:
+            stats = _capi.get_stats(self.ctx)
+            return {
+                "kv_bytes": stats.kv_bytes,
+                "meta_bytes": stats.meta_bytes,
+                "kept": stats.n_kept,
+                "evicted": stats.n_evicted,
+                "evict_us": stats.evict_us,
+            }
+        return {
+            "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
+            "kept": self.seen,
+            "evicted": 0,
+        }
+
+    def close(self) -> None:
+        if self.ctx:
+            llama_cpp.llama_batch_free(self.batch)
+            llama_cpp.llama_free(self.ctx)
+            self.ctx = None
+
+    def __enter__(self) -> System:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def token_nll(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    top = logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
+    return log_sum - logits[np.arange(len(tokens)), list(tokens)]
+
+
+def library() -> str:
+    """What is measured: the build, and the features of the CPU that it uses."""
+    try:
+        return f"{_capi.build_info()}; {llama_cpp.llama_print_system_info().decode().strip()}"
+    except IndexMemError:
+        return f"stock llama.cpp; {llama_cpp.llama_print_system_info().decode().strip()}"
+
+
+@llama_cpp.llama_log_callback
+def _no_log(level: int, text: bytes, data: Any) -> None:
+    pass
+
+
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Errors of llama.cpp are collected, then and later nothing is printed."""
+    try:
+        with _logs.collected_errors(False) as lines:
+            yield lines
+    finally:
+        llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))

@@ -1,0 +1,39 @@
+"""Fair comparison on a noisy machine: runs that alternate, ratios pair by pair, medians, intervals by resampling."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def alternate(rounds: int, actions: Sequence[Callable[[], float]]) -> list[list[float]]:
+    """Runs every action once a round, every other round backwards; the results of each action."""
+    results: list[list[float]] = [[] for _ in actions]
+    for i in range(rounds):
+        order = range(len(actions))
+        for j in order if i % 2 == 0 else reversed(order):
+            results[j].append(actions[j]())
+    return results
+
+
+def pair_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of a/b over runs that were neighbours in time."""
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def tps(times: Sequence[tuple[int, float]]) -> float:
+    """Tokens per second of the median (tokens, seconds) run."""
+    return statistics.median(n / seconds for n, seconds in times)
+
+
+def bootstrap(groups: Sequence[Sequence[float]], rounds: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of the means of the groups, with a 95 % interval: values are drawn again within each group."""
+    arrays = [np.asarray(group, dtype=float) for group in groups if len(group)]
+    if not arrays:
+        return float("nan"), float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    draws = [a[rng.integers(0, len(a), (rounds, len(a)))].mean(axis=1) for a in arrays]
+    low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
+    return float(np.mean([a.mean() for a in arrays])), float(low), float(high)

@@ -1,0 +1,76 @@
+"""indexmem-edge: llama.cpp with a KV cache of the size you choose.
+
+    from indexmem_edge import Llama
+
+    llm = Llama("model.gguf", kv_budget=1024)       # everything else as llama_cpp.Llama
+    llm.create_chat_completion([{"role": "user", "content": "Hello"}])
+    print(llm.kv_stats())
+
+Importing the package is cheap: it only points llama-cpp-python at our library. The library is loaded, and checked,
+when `Llama` is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _native
+from .errors import (
+    BudgetError,
+    BudgetExhausted,
+    ContextError,
+    DecodeError,
+    DemoModelMissing,
+    IndexMemError,
+    LibraryError,
+    ModelFileError,
+    ModelNotSupported,
+    PolicyError,
+    SessionError,
+    VersionError,
+)
+
+if TYPE_CHECKING:
+    from .llama import Llama
+    from .stats import KVStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "BudgetExhausted",
+    "ContextError",
+    "DecodeError",
+    "DemoModelMissing",
+    "IndexMemError",
+    "KVStats",
+    "LibraryError",
+    "Llama",
+    "ModelFileError",
+    "ModelNotSupported",
+    "PolicyError",
+    "SessionError",
+    "VersionError",
+    "policies",
+]
+
+_native.prepare()
+
+
+def policies() -> dict[str, str]:
+    """The eviction policies of the loaded library, each with one line of help."""
+    from . import _capi
+
+    return _capi.policies()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Llama":
+        from .llama import Llama
+
+        return Llama
+    if name == "KVStats":
+        from .stats import KVStats
+
+        return KVStats
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m indexmem_edge` is `indexmem`."""
+
+from .cli import main
+
+main()

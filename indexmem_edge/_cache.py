@@ -1,0 +1,264 @@
+"""Keeps the tokens that Python knows and the entries that the native cache holds in step."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _capi
+from ._align import common_prefix
+from .errors import BudgetExhausted, ContextError, DecodeError
+from .options import CacheOptions
+from .stats import KVStats, trained_length_warning
+
+import llama_cpp.llama_cpp as llama_lib
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+_GGML_BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
+
+
+@dataclass
+class Turn:
+    """The last prompt: its length, and how much of it was evaluated (-1: not known yet)."""
+
+    prompt: int = 0
+    evaluated: int = 0
+
+
+class BoundedCache:
+    """The bounded cache of one `Llama`, sequence 0.
+
+    Invariant between calls: the native cache has seen exactly `llm.input_ids[:llm.n_tokens]`. Where a caller or an
+    interrupt breaks it, `settle` restores it.
+    """
+
+    def __init__(self, llm: Llama, options: CacheOptions) -> None:
+        if not _capi.is_bounded(llm.ctx):
+            raise ContextError("the library made an unbounded KV cache although a budget was requested")
+        self._llm = llm
+        self._options = options
+        self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
+        self._reevaluated = 0
+        self._reason: Optional[str] = None
+        self.wanted_pin: Optional[int] = None
+        llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
+        if not llm._logits_all:
+            llm.scores = np.zeros((1, llm._n_vocab), dtype=np.single)
+
+    @property
+    def _memory(self) -> Any:
+        return llama_lib.llama_get_memory(self._llm.ctx)
+
+    def length(self) -> int:
+        """Logical length according to the native cache."""
+        return int(llama_lib.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def clear(self) -> None:
+        """Empties the native cache."""
+        self._llm.n_tokens = 0
+        self._llm._requires_eval = True
+        llama_lib.llama_memory_clear(self._memory, True)
+
+    def _rewind(self, target: int) -> bool:
+        """Takes the tokens from `target` on out of the cache; if that cannot be done exactly, empties it."""
+        llm = self._llm
+        llm._requires_eval = True
+        if target > 0 and llama_lib.llama_memory_seq_rm(self._memory, 0, target, -1):
+            llm.n_tokens = target
+            return True
+        self.clear()
+        return target == 0
+
+    def _lost(self, tokens: int, why: str) -> None:
+        self._reevaluated += tokens
+        self._reason = why
+
+    def settle(self) -> None:
+        """Makes the native cache hold exactly the first `n_tokens` tokens of the history."""
+        llm, length = self._llm, self.length()
+        if length == llm.n_tokens:
+            return
+        history = llm.input_ids[: llm.n_tokens].copy()
+        if length < llm.n_tokens:
+            llm.n_tokens = length
+        elif not self._rewind(llm.n_tokens):
+            self._lost(len(history), "the conversation was cut where entries had already been evicted")
+        self.evaluate(history[llm.n_tokens :].tolist())
+
+    def reuse(self, tokens: Sequence[int]) -> list[int]:
+        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated."""
+        llm, length = self._llm, self.length()
+        prompt = list(tokens)
+        known = min(llm.n_tokens, length)
+        same = common_prefix(llm.input_ids[:known], prompt)
+        fresh = same == length and not llm._requires_eval  # the logits of the prompt's last token are at hand
+        keep = same if same < len(prompt) or fresh else max(same - 1, 0)
+        if keep < length and not self._rewind(keep):
+            self._lost(
+                keep,
+                f"the prompt departs from the cached text at token {same:,} of {known:,}, "
+                "from where entries had already been evicted",
+            )
+        elif keep == length:
+            llm.n_tokens = keep
+        self._apply_pin()
+        rest = prompt[llm.n_tokens :]
+        llm._turn = Turn(prompt=len(prompt), evaluated=len(rest))
+        return rest
+
+    def _apply_pin(self) -> None:
+        if not self._options.auto_pin or self.wanted_pin is None:
+            return
+        native = _capi.get_stats(self._llm.ctx)
+        if native.pin != self.wanted_pin and native.n_evicted == 0:
+            _capi.set_pin(self._llm.ctx, self.wanted_pin)
+
+    def set_pin(self, n: int) -> None:
+        """Pins the first `n` tokens."""
+        self._options.require_room(n, "a pinned prefix of")
+        _capi.set_pin(self._llm.ctx, n)
+
+    def evaluate(self, tokens: Sequence[int]) -> None:
+        """Runs tokens through the model, batch by batch."""
+        n_batch = self._llm.n_batch
+        for start in range(0, len(tokens), n_batch):
+            self._decode(tokens[start : start + n_batch])
+
+    def _decode(self, batch: Sequence[int]) -> None:
+        llm = self._llm
+        past, end = llm.n_tokens, llm.n_tokens + len(batch)
+        if end > self._limit:
+            raise DecodeError(
+                f"n_ctx is {self._limit:,} and {end:,} tokens were to be evaluated: give Llama a larger n_ctx "
+                "(with a kv_budget it costs no KV memory)"
+            )
+        llm.input_ids[past:end] = batch  # first, so that the history is right however far the decode gets
+        llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
+        code = 0
+        try:
+            code = llama_lib.llama_decode(llm.ctx, llm._batch.batch)
+        finally:
+            llm.n_tokens = min(self.length(), end)
+            llm._requires_eval = llm.n_tokens != end
+        if code != 0:
+            raise self._failure(code, len(batch))
+        if llm._logits_all:
+            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm._n_vocab))
+            llm.scores[past:end] = logits
+
+    def _failure(self, code: int, n: int) -> DecodeError:
+        seen = self._llm.n_tokens
+        said = _capi.last_error()
+        if code == 1 and self._options.policy == "full":
+            return BudgetExhausted(
+                f"the KV budget of {self._options.budget:,} entries is used up ({seen:,} tokens seen, {n:,} more to "
+                "evaluate) and the policy `full` never evicts: raise kv_budget or choose another kv_policy"
+            )
+        return DecodeError(f"evaluating {n:,} tokens after {seen:,} failed with code {code}" + (said and f": {said}"))
+
+    def snapshot(self) -> dict[int, list[npt.NDArray[np.int32]]]:
+        """Positions held, per layer and KV head."""
+        ctx = self._llm.ctx
+        heads = {layer: _capi.n_head_kv(ctx, layer) for layer in range(llama_lib.llama_model_n_layer(self._llm.model))}
+        return {layer: [_capi.positions(ctx, layer, h) for h in range(n)] for layer, n in heads.items() if n > 0}
+
+    def stats(self) -> KVStats:
+        """Counts of the sequence."""
+        native = _capi.get_stats(self._llm.ctx)
+        return KVStats(
+            policy=self._options.policy,
+            budget=native.budget,
+            tokens_seen=native.n_seen,
+            kept=native.n_kept,
+            evicted=native.n_evicted,
+            reevaluated=self._reevaluated,
+            reevaluated_reason=self._reason,
+            kv_bytes=native.kv_bytes,
+            meta_bytes=native.meta_bytes,
+            slots=native.n_slots,
+            sinks=native.sinks,
+            window=native.window,
+            pin=native.pin,
+            evict_step=native.evict_step,
+            evict_seconds=native.evict_us / 1e6,
+            evictions=native.n_evictions,
+            **_common(self._llm, native.n_seen),
+        )
+
+
+def _common(llm: Llama, seen: int) -> dict[str, Any]:
+    trained = llm._model.n_ctx_train()
+    warning = trained_length_warning(seen, trained)
+    turn = llm._turn
+    evaluated = max(turn.evaluated, 0)
+    return {
+        "turn_evaluated": evaluated,
+        "turn_reused": turn.prompt - evaluated,
+        "turn_generated": max(seen - turn.prompt, 0),
+        "n_ctx": llm._n_ctx,
+        "n_ctx_train": trained,
+        "warnings": (warning,) if warning else (),
+    }
+
+
+def unbounded_stats(llm: Llama) -> KVStats:
+    """The same counts for llama.cpp's own cache, which keeps everything."""
+    n = llm.n_tokens
+    return KVStats(
+        policy="unbounded",
+        budget=0,
+        tokens_seen=n,
+        kept=n,
+        evicted=0,
+        kv_bytes=_unbounded_bytes(llm),
+        slots=llm._n_ctx,
+        **_common(llm, n),
+    )
+
+
+def _unbounded_bytes(llm: Llama) -> Optional[int]:
+    """K and V of an ordinary cache, from the model's metadata; None where that does not say."""
+    arch = llm.metadata.get("general.architecture", "")
+    params = llm.context_params
+    heads, layers = llama_lib.llama_model_n_head_kv(llm.model), llama_lib.llama_model_n_layer(llm.model)
+    total = 0
+    if llm._is_recurrent or llm._is_hybrid or llama_lib.llama_model_n_swa(llm.model) > 0:
+        return None
+    for key, kind in (("key_length", params.type_k), ("value_length", params.type_v)):
+        size = int(llm.metadata.get(f"{arch}.attention.{key}", 0)) or llm.n_embd() // max(
+            llama_lib.llama_model_n_head(llm.model), 1
+        )
+        if kind not in _GGML_BYTES:
+            return None
+        block, nbytes = _GGML_BYTES[kind]
+        total += size * int(heads) * nbytes // block
+    return total * int(layers) * int(llm._n_ctx)
+
+
+def reuse_unbounded(llm: Llama, tokens: Sequence[int]) -> list[int]:
+    """Like `BoundedCache.reuse`, for llama.cpp's own cache."""
+    if len(tokens) > llm._n_ctx:
+        raise DecodeError(
+            f"the prompt has {len(tokens):,} tokens and n_ctx is {llm._n_ctx:,}: raise n_ctx, or use kv_budget"
+        )
+    prompt = list(tokens)
+    llm.n_tokens = min(common_prefix(llm._input_ids, prompt), max(len(prompt) - 1, 0))
+    llm._turn = Turn(prompt=len(prompt), evaluated=len(prompt) - llm.n_tokens)
+    return prompt[llm.n_tokens :]
+
+
+def token_piece(vocab: Any, token: int, special: bool) -> bytes:
+    """The bytes of one token."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_lib.llama_token_to_piece(vocab, llama_lib.llama_token(token), buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n

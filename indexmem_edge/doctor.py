@@ -1,0 +1,172 @@
+"""`indexmem doctor`: what is in use, what is wrong, how to mend it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Iterable, Optional
+
+from . import __version__, _native
+from .demo import demo_model
+from .errors import IndexMemError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `status` is "ok", "note" (not needed by everybody) or "wrong"."""
+
+    name: str
+    status: str
+    found: str
+
+
+def examine(model: Optional[Path] = None) -> list[Finding]:
+    """Looks at everything; a part that is broken does not keep the others from being looked at."""
+    findings = [
+        Finding("indexmem-edge", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    ]
+    findings += _guard("llama-cpp-python", _python_bindings)
+    findings += _guard("library", _library)
+    usable = findings[-1].status != "wrong"
+    if usable:
+        for name, part in (
+            ("bounded cache", _bounded_cache),
+            ("loaded files", _loaded_files),
+            ("backends", _backends),
+            ("CPU", _cpu),
+        ):
+            findings += _guard(name, part)
+    findings += _guard("demo model", lambda: [Finding("demo model", "ok", str(demo_model()))], status="note")
+    if model is not None and usable:
+        findings += _guard("model", lambda: _model(model))
+    return findings
+
+
+def report(findings: Iterable[Finding], as_json: bool) -> None:
+    """Prints the findings."""
+    findings = list(findings)
+    wrong = [f for f in findings if f.status == "wrong"]
+    if as_json:
+        print(json.dumps({"ok": not wrong, "findings": [asdict(f) for f in findings]}, indent=2))
+        return
+    width = max(len(f.name) for f in findings)
+    for finding in findings:
+        mark = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}[finding.status]
+        print(f"{mark}  {finding.name:<{width}}  {finding.found}")
+    print("\nEverything is in order." if not wrong else f"\n{len(wrong)} of {len(findings)} checks failed.")
+
+
+def _guard(name: str, part: Callable[[], list[Finding]], status: str = "wrong") -> list[Finding]:
+    try:
+        return part()
+    except IndexMemError as error:
+        return [Finding(name, status, str(error))]
+    except Exception as error:  # a broken installation may fail in any way: that is a finding, too
+        return [Finding(name, status, f"{type(error).__name__}: {error}")]
+
+
+def _python_bindings() -> list[Finding]:
+    found = _native.bindings()
+    if found is None:
+        _native.require()  # raises with what to do
+        return []
+    origin = "the copy inside this package" if found.vendored else "installed separately"
+    return [Finding("llama-cpp-python", "ok", f"{found.version} ({origin}), {found.path}")]
+
+
+def _library() -> list[Finding]:
+    _native.require()
+    from . import _capi
+
+    origin = f" (from {_native.LIB_PATH_VARIABLE})" if os.environ.get(_native.LIB_PATH_VARIABLE) else ""
+    return [Finding("library", "ok", f"{_capi.llama_lib._lib._name}{origin}")]
+
+
+def _bounded_cache() -> list[Finding]:
+    from . import _capi
+
+    _capi.library()
+    about = [Finding("bounded cache", "ok", f"interface version {_capi.API_VERSION}; {_capi.build_info()}")]
+    return about + [Finding("policy", "ok", f"{name}: {text}") for name, text in _capi.policies().items()]
+
+
+def _loaded_files() -> list[Finding]:
+    """Another ggml in the same process would be mixed with ours by the dynamic linker."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    paths = {line.split(None, 5)[5].strip() for line in maps.read_text().splitlines() if line.count("/")}
+    ours = os.path.realpath(_native.library_dir())
+    files = {p for p in paths if os.path.basename(p).startswith(("libllama", "libggml"))}
+    foreign = sorted(p for p in files if os.path.dirname(os.path.realpath(p)) != ours)
+    if foreign:
+        return [
+            Finding(
+                "loaded files",
+                "wrong",
+                f"{', '.join(foreign)} came from elsewhere than {ours}: look for LD_LIBRARY_PATH or LD_PRELOAD, or for "
+                "another package that loads llama.cpp",
+            )
+        ]
+    return []
+
+
+def _backends() -> list[Finding]:
+    from . import _capi
+
+    lib = _capi.llama_lib._lib
+    if not hasattr(lib, "ggml_backend_dev_count"):
+        lib = ctypes.CDLL(str(_native.library_file(name="ggml")))
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    devices = []
+    for i in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(i)
+        name = lib.ggml_backend_dev_name(device).decode("utf-8", "replace")
+        devices.append(f"{name} ({lib.ggml_backend_dev_description(device).decode('utf-8', 'replace').strip()})")
+    if not devices:
+        return [Finding("backends", "wrong", "none: the ggml libraries beside libllama are incomplete; reinstall")]
+    gpu = "" if _capi.llama_lib.llama_supports_gpu_offload() else "; no GPU backend in this build, -ngl has no effect"
+    return [Finding("backends", "ok", ", ".join(devices) + gpu)]
+
+
+def _cpu() -> list[Finding]:
+    from . import _capi
+
+    info = _capi.llama_lib.llama_print_system_info().decode("utf-8", "replace")
+    features = [part.strip() for part in info.replace("CPU : ", "").split("|") if part.strip().endswith("= 1")]
+    names = " ".join(feature.split("=")[0].split(":")[-1].strip() for feature in features)
+    return [Finding("CPU", "ok", f"{os.cpu_count()} processors; {names or 'no vector features'}")]
+
+
+def _model(path: Path) -> list[Finding]:
+    from . import _capi
+    from ._logs import collected_errors, reason
+    from ._modelfile import check_model_file
+
+    llama = _capi.llama_lib
+    name = check_model_file(path)
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = 0
+    llama.llama_backend_init()
+    with collected_errors(False) as log:
+        model = llama.llama_model_load_from_file(name.encode(), params)
+    if not model:
+        return [Finding("model", "wrong", f"cannot load {name}: {reason(log) or 'llama.cpp gave no reason'}")]
+    try:
+        text = ctypes.create_string_buffer(256)
+        llama.llama_model_desc(model, text, len(text))
+        about = f"{text.value.decode('utf-8', 'replace')}, trained for {llama.llama_model_n_ctx_train(model):,} tokens"
+        why = _capi.model_unsupported_reason(model)
+    finally:
+        llama.llama_model_free(model)
+    if why is not None:
+        return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]
+    return [Finding("model", "ok", f"{about}: a bounded cache is possible")]

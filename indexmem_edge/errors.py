@@ -1,0 +1,55 @@
+"""Every error that indexmem-edge raises on purpose.
+
+Each message says what was expected, what was found and what to do. Types that replace a `ValueError` or `RuntimeError`
+of llama-cpp-python still derive from it, so code written for `llama_cpp.Llama` keeps catching them.
+"""
+
+from __future__ import annotations
+
+
+class IndexMemError(Exception):
+    """Base class of all errors of this package."""
+
+
+class LibraryError(IndexMemError):
+    """The native library is missing, is not ours, or another one is already loaded in this process."""
+
+
+class VersionError(LibraryError):
+    """llama-cpp-python, or the native interface, has another version than this package was built for."""
+
+
+class ModelFileError(IndexMemError, ValueError):
+    """The model file is missing, unreadable, not GGUF, damaged, or of an unknown architecture."""
+
+
+class ModelNotSupported(IndexMemError, ValueError):
+    """The model is fine, but its attention cannot run on a bounded KV cache."""
+
+
+class BudgetError(IndexMemError, ValueError):
+    """The requested KV cache, or an option that contradicts it, is impossible."""
+
+
+class PolicyError(IndexMemError, ValueError):
+    """There is no eviction policy of that name."""
+
+
+class ContextError(IndexMemError, RuntimeError):
+    """The native context could not be created, for example for want of memory."""
+
+
+class DecodeError(IndexMemError, RuntimeError):
+    """Evaluating tokens failed; the cache holds exactly the tokens evaluated before the failure."""
+
+
+class BudgetExhausted(DecodeError):
+    """The policy `full` never evicts, and the budget is used up."""
+
+
+class SessionError(IndexMemError):
+    """A session could not be saved, or a session file was refused. The state in memory is as it was."""
+
+
+class DemoModelMissing(IndexMemError):
+    """The demo model is not installed."""

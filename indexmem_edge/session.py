@@ -1,0 +1,132 @@
+"""Saving and loading conversations: which state goes into a session file, and when a file is accepted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import numpy as np
+
+from . import _capi  # noqa: F401  (chooses the library)
+from . import _sessionfile
+from ._cache import Turn
+from ._modelfile import fingerprint
+from ._native import LLAMA_CPP_PYTHON_VERSION
+from .errors import SessionError
+
+import llama_cpp.llama_cpp as llama_lib
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+_CONTEXT_FIELDS = (
+    "type_k",
+    "type_v",
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+)
+
+
+def identity(llm: Llama) -> dict[str, Any]:
+    """All that must be equal for the KV state of one `Llama` to have meaning in another, by name."""
+    known: Optional[dict[str, Any]] = llm.__dict__.get("_session_identity")
+    if known is None:
+        params = llm.context_params
+        known = {
+            "llama.cpp": f"of llama-cpp-python {LLAMA_CPP_PYTHON_VERSION}",
+            "model": fingerprint(llm.model_path),
+            "lora": [fingerprint(llm.lora_path), llm.lora_scale] if llm.lora_path else None,
+            **llm.kv_options.keywords(),
+            **{name: getattr(params, name) for name in _CONTEXT_FIELDS},
+        }
+        llm.__dict__["_session_identity"] = known
+    return known
+
+
+def native_state(llm: Llama) -> bytes:
+    """KV state of sequence 0, as the library writes it."""
+    size = llama_lib.llama_state_seq_get_size(llm.ctx, 0)
+    buffer = (ctypes.c_uint8 * size)()
+    written = llama_lib.llama_state_seq_get_data(llm.ctx, buffer, size, 0)
+    if written == 0 or written > size:
+        raise SessionError(f"the library could not give out the KV state ({written} of {size} bytes)")
+    return ctypes.string_at(buffer, written)
+
+
+def _set_native_state(llm: Llama, state: bytes, n_tokens: int) -> bool:
+    memory = llama_lib.llama_get_memory(llm.ctx)
+    llama_lib.llama_memory_clear(memory, True)
+    if not state:
+        return n_tokens == 0
+    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    read = llama_lib.llama_state_seq_set_data(llm.ctx, buffer, len(state), 0)
+    return bool(read == len(state) and llama_lib.llama_memory_seq_pos_max(memory, 0) + 1 == n_tokens)
+
+
+def save(llm: Llama, path: Union[str, os.PathLike[str]], extra: Any = None) -> int:
+    """See `Llama.save_session`."""
+    if llm._cache is not None:
+        llm._cache.settle()
+    tokens = np.array(llm._input_ids, dtype=np.int32)
+    state = native_state(llm) if len(tokens) else b""
+    return _sessionfile.write(path, _sessionfile.SessionData(identity(llm), tokens, extra, state))
+
+
+def load(llm: Llama, path: Union[str, os.PathLike[str]]) -> Any:
+    """See `Llama.load_session`."""
+    data = _sessionfile.read(path)
+    _require_match(llm, os.fspath(path), data)
+    if llm._cache is not None:
+        llm._cache.settle()
+    before_tokens = llm._input_ids.copy()
+    before_state = native_state(llm) if len(before_tokens) else b""
+    try:
+        accepted = _set_native_state(llm, data.state, len(data.tokens))
+    except BaseException:
+        _restore(llm, before_state, len(before_tokens))
+        raise
+    if not accepted:
+        _restore(llm, before_state, len(before_tokens))
+        raise SessionError(f"{os.fspath(path)}: the library refused its KV state; the conversation is as it was")
+    llm.input_ids[: len(data.tokens)] = data.tokens
+    llm.n_tokens = len(data.tokens)
+    llm._requires_eval = True
+    llm._turn = Turn(prompt=llm.n_tokens)
+    return data.extra
+
+
+def _restore(llm: Llama, state: bytes, n_tokens: int) -> None:
+    llm._requires_eval = True
+    if not _set_native_state(llm, state, n_tokens):
+        llm.reset()
+        raise SessionError("the session was refused, and the conversation before it could not be restored: it is empty")
+
+
+def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> None:
+    ours = identity(llm)
+    for key, value in ours.items():
+        found = data.header.get(key)
+        if found == value:
+            continue
+        if key == "model":
+            raise SessionError(f"{name} was saved with another model file than {llm.model_path}: load it with that one")
+        raise SessionError(
+            f"{name} was saved with {key} = {_shown(found)}, this one has {_shown(value)}: "
+            f"open the model with the options it was saved with"
+        )
+    n = len(data.tokens)
+    if n and not (0 <= int(data.tokens.min()) and int(data.tokens.max()) < llm._n_vocab):
+        raise SessionError(f"{name} is damaged: it has token ids outside the vocabulary of {llm._n_vocab}")
+    if n >= llm._n_ctx:
+        raise SessionError(f"{name} holds {n:,} tokens and n_ctx is {llm._n_ctx:,}: give Llama a larger n_ctx")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,0 +1,98 @@
+"""What the KV cache holds, dropped, and cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """Counts of the one sequence of a `Llama`. Entries are counted per KV head; all heads hold the same number."""
+
+    policy: str  # "unbounded" without a budget
+    budget: int  # 0 without a budget
+    tokens_seen: int  # logical length of the conversation so far
+    kept: int  # entries in the cache now
+    evicted: int  # entries dropped so far
+    reevaluated: int = 0  # tokens that had to be evaluated again because history was edited
+    reevaluated_reason: Optional[str] = None  # why, the last time it happened
+    turn_evaluated: int = 0  # prompt tokens evaluated for the last prompt
+    turn_reused: int = 0  # prompt tokens of the last prompt that were already in the cache
+    turn_generated: int = 0  # tokens generated after it that went through the model
+    kv_bytes: Optional[int] = None  # K and V of the whole context; fixed at creation; None if unknown
+    meta_bytes: int = 0  # positions and policy state; fixed at creation
+    slots: int = 0  # slots allocated per KV head: the budget plus working room
+    sinks: int = 0
+    window: int = 0
+    pin: int = 0
+    evict_step: int = 0
+    evict_seconds: float = 0.0  # time in ranking, selection and compaction
+    evictions: int = 0  # micro-batches that evicted
+    n_ctx: int = 0  # largest logical length
+    n_ctx_train: int = 0  # length the model was trained for
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that json.dumps takes."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    def line(self) -> str:
+        """One short line: the footer of the chat."""
+        parts = [f"{self.tokens_seen:,} tokens seen", f"{self.kept:,} kept", f"{self.evicted:,} evicted"]
+        if self.kv_bytes is not None:
+            parts.append(f"KV {format_bytes(self.kv_bytes)}")
+        return " · ".join(parts)
+
+    def __str__(self) -> str:
+        rows = [
+            ("policy", self.policy + (f", budget {self.budget:,} entries per KV head" if self.budget else "")),
+            ("tokens seen", f"{self.tokens_seen:,} (kept {self.kept:,}, evicted {self.evicted:,})"),
+            (
+                "last prompt",
+                f"{self.turn_evaluated:,} tokens evaluated, {self.turn_reused:,} reused, "
+                f"{self.turn_generated:,} generated",
+            ),
+            ("re-evaluated", f"{self.reevaluated:,}" + _because(self.reevaluated_reason)),
+            ("KV memory", _memory(self)),
+        ]
+        if self.budget:
+            rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
+            rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
+        rows += [("warning", text) for text in self.warnings]
+        return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def _because(reason: Optional[str]) -> str:
+    return f" ({reason})" if reason else ""
+
+
+def _memory(stats: KVStats) -> str:
+    if stats.kv_bytes is None:
+        return "unknown"
+    if not stats.budget:
+        return f"{format_bytes(stats.kv_bytes)} for {stats.n_ctx:,} tokens"
+    return (
+        f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of positions and policy state, "
+        f"fixed ({stats.slots:,} slots per KV head)"
+    )
+
+
+def format_bytes(n: int) -> str:
+    """Bytes for humans, in powers of 1024."""
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def trained_length_warning(tokens: int, n_ctx_train: int) -> Optional[str]:
+    """The warning for positions that the model has never been trained on, if there are any."""
+    if n_ctx_train <= 0 or tokens <= n_ctx_train:
+        return None
+    return (
+        f"position {tokens:,} is beyond the {n_ctx_train:,} tokens that this model was trained for: "
+        "its answers may get worse, whatever the cache keeps"
+    )

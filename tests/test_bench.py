@@ -1,0 +1,260 @@
+"""The arithmetic of the benchmarks, on small made-up data: no model is loaded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from indexmem_edge.bench import machine, memory, quality, ruler, speed, summary
+from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict, quality_markdown
+from indexmem_edge.bench.runner import Setup, token_nll
+from indexmem_edge.bench.stats import alternate, bootstrap, pair_ratio
+from indexmem_edge.bench.text import TokenStream, builtin_text
+
+
+@pytest.mark.parametrize(
+    ("text", "outputs", "expected"),
+    [
+        ("the number is 8973915.", ["8973915"], 1.0),
+        ("PZAPI ulzdx", ["PZAPI", "ULZDX", "EBLNU", "RYTFL"], 0.5),
+        ("", ["a"], 0.0),
+    ],
+)
+def test_score_is_the_share_of_strings_found_ignoring_case(text: str, outputs: list[str], expected: float) -> None:
+    assert ruler.score(text, outputs) == expected
+
+
+@pytest.mark.parametrize("tail", ["", "\n"])
+def test_the_question_is_the_last_line(tail: str) -> None:
+    context, question = ruler.split_question("one\ntwo\nWhat is it?" + tail)
+    assert (context, question) == ("one\ntwo\n", "What is it?" + tail)
+
+
+def test_samples_are_read_and_answers_printed_as_the_task_prints_them(tmp_path: Path) -> None:
+    row = {"input": "c\nQuestion?", "answer_prefix": " It is", "outputs": ["a", "b"]}
+    (tmp_path / "64").mkdir()
+    for task in ("cwe", "vt", "niah_single_1"):
+        with gzip.open(tmp_path / "64" / f"{task}.jsonl.gz", "wt") as file:
+            file.write((json.dumps(row) + "\n") * 3)
+    assert ruler.tasks(tmp_path, 64) == ["cwe", "niah_single_1", "vt"]
+    cwe, vt, niah = (ruler.load(tmp_path, 64, task, 2)[1] for task in ("cwe", "vt", "niah_single_1"))
+    assert (niah.context, niah.question, niah.index) == ("c\n", "Question? It is", 1)
+    assert (cwe.answer, vt.answer, niah.answer) == (" 1. a 2. b", " a b", " a, b")
+    assert (cwe.n_generate, vt.n_generate, niah.n_generate) == (120, 30, 128)
+
+
+def test_bootstrap_brackets_the_mean_of_group_means_and_repeats() -> None:
+    mean, low, high = bootstrap([[0.0, 1.0, 0.0, 1.0], [1.0, 1.0]])
+    assert mean == 0.75 and 0.5 <= low < mean < high <= 1.0
+    assert bootstrap([[0.0, 1.0, 0.0, 1.0], [1.0, 1.0]]) == (mean, low, high)
+    assert bootstrap([[2.0, 2.0]]) == (2.0, 2.0, 2.0)
+
+
+def test_turns_alternate_and_ratios_pair_neighbours() -> None:
+    order: list[str] = []
+
+    def act(name: str) -> Any:
+        return lambda: order.append(name) or float(len(order))
+
+    a, b = alternate(3, [act("a"), act("b")])
+    assert "".join(order) == "abbaab" and a == [1, 4, 5] and b == [2, 3, 6]
+    assert pair_ratio([2.0, 30.0, 8.0], [1.0, 10.0, 1.0]) == 3.0
+
+
+def test_token_nll_is_minus_the_log_of_the_softmax() -> None:
+    import numpy as np
+
+    logits = np.log(np.array([[1, 1, 2], [8, 1, 1]], dtype=np.float32))
+    assert token_nll(logits, [2, 1]) == pytest.approx(-np.log([0.5, 0.1]))
+
+
+def test_token_streams_cycle_and_the_built_in_text_repeats() -> None:
+    stream = TokenStream([1, 2, 3], start=2)
+    assert stream.take(5) == [3, 1, 2, 3, 1] and stream.take(1) == [2]
+    assert builtin_text(500) == builtin_text(500) and len(builtin_text(500)) == 500
+
+
+class FakeModel:
+    """One token a letter; `ab` is one token."""
+
+    def tokens(self, text: str, bos: bool = False) -> list[int]:
+        return [0] * bos + [ord(c) for c in text.replace("ab", "X")]
+
+
+def test_a_token_across_the_cut_belongs_to_the_question() -> None:
+    assert quality.split_tokens(FakeModel(), "xyz", "qr") == ([0, *map(ord, "xyz")], [*map(ord, "qr")])
+    assert quality.split_tokens(FakeModel(), "xya", "br") == ([0, *map(ord, "xy")], [*map(ord, "Xr")])
+
+
+def test_small_budgets_get_a_small_window() -> None:
+    base = Setup(window=128)
+    assert quality.setup_for(base, "knorm", 0.1, 2000, 99).window == 50
+    assert quality.setup_for(base, "knorm", 0.5, 2000, 99).window == 128
+    full = quality.setup_for(base, "full", 1.0, 2000, 99)
+    assert (full.budget, full.n_ctx) == (0, 2099)
+
+
+def test_jobs_keep_all_policies_of_a_sample_together() -> None:
+    plan = quality.Plan(Path(), (64,), ("a", "b"), ("knorm", "tova"), (0.5,), 2, Setup(), book_windows=1)
+    jobs = list(plan.jobs({64: ["a", "b"]}, plan.bounded()))
+    assert [job.sample for job in jobs] == [0] * 6 + [1] * 4
+    assert [(job.task, job.policy) for job in jobs[:3]] == [("a", "knorm"), ("a", "tova"), ("b", "knorm")]
+    assert len({job.key for job in jobs}) == len(jobs)
+
+
+def test_the_log_survives_a_cut_off_line_and_skips_other_settings(tmp_path: Path) -> None:
+    path, job = tmp_path / "rows.jsonl", quality.Job("a", 64, "knorm", 0.5, 0)
+    quality.Log(path, "f16").add(job, {"score": 1.0})
+    quality.Log(path, "q8_0").add(job, {"score": 0.0})
+    with path.open("a") as file:
+        file.write('{"key": "a/64/kn')
+    assert quality.Log(path, "f16").rows[job.key]["score"] == 1.0
+    quality.Log(path, "f16").add(quality.Job("a", 64, "knorm", 0.5, 1), {"score": 0.5})
+    assert len(quality.Log(path, "f16").rows) == 2
+
+
+def single_runs() -> list[dict[str, Any]]:
+    """Full cache and one policy on tasks a (half lost) and b (full cannot), four samples."""
+    rows = []
+    for policy, ratio in (("full", 1.0), ("knorm", 0.25)):
+        for task in ("a", "b", "book"):
+            for i in range(4):
+                score = None if task == "book" else float(task == "a" and (policy == "full" or i < 2))
+                rows.append(
+                    {"task": task, "length": 64, "policy": policy, "ratio": ratio, "sample": i, "score": score}
+                    | {
+                        "nll": 1.0 + (policy != "full"),
+                        "budget": 16,
+                        "tokens_seen": 64,
+                        "kv_bytes": 2**20,
+                        "rss_bytes": 9,
+                    }
+                )
+    return rows
+
+
+def test_summary_compares_on_the_same_samples_and_averages_judged_tasks() -> None:
+    able = {64: ["a"]}
+    rows = summary.summarise(single_runs(), able)
+    cell = {(row["policy"], row["task"]): row for row in rows}
+    mean = cell["knorm", "mean"]
+    assert (mean["score"], mean["score_delta"], mean["n"]) == (0.5, -0.5, 4)
+    assert mean["score_low"] < -0.5 < mean["score_high"]
+    assert cell["knorm", "book"]["nll_delta"] == 1.0 and cell["knorm", "book"]["score"] is None
+    assert "score_delta" not in cell["full", "a"]
+    names = [str(verdict) for verdict in summary.verdicts(rows, able)]
+    assert any("25%" in name and "knorm" in name and "0.500" in name for name in names)
+
+
+def test_quality_report_has_its_keys_and_renders_markdown(tmp_path: Path) -> None:
+    report = Report("quality", machine.describe("m.gguf", "lib", 2, how="fake"))
+    for row in summary.summarise(single_runs(), {64: ["a"]}):
+        report.add(**row)
+    (path,) = report.save(tmp_path)
+    data = json.loads(path.read_text())
+    assert set(data) == {"benchmark", "meta", "rows", "verdicts"}
+    assert {"date", "cpu", "threads", "model", "library", "command", "how"} <= set(data["meta"])
+    assert all(set(ROW_KEYS + QUALITY_KEYS) <= set(row) for row in data["rows"])
+    text = quality_markdown(data)
+    assert "### 64 tokens" in text and "| knorm | 25% |" in text and "-0.500 [" in text
+
+
+def test_rows_have_the_common_keys_and_nan_becomes_null(tmp_path: Path) -> None:
+    report = Report(
+        "speed",
+        machine.describe("m.gguf", "lib", 2),
+        verdicts=[Verdict("x", 3.9, 4), Verdict("y", 1.0, 2, at_most=True)],
+    )
+    report.add(policy="knorm", budget=4, decode_tps=float("nan"))
+    data = json.loads(report.save(tmp_path)[0].read_text())
+    assert set(ROW_KEYS) <= set(data["rows"][0]) and data["rows"][0]["decode_tps"] is None
+    assert [verdict["ok"] for verdict in data["verdicts"]] == [False, True]
+
+
+def test_memory_verdicts() -> None:
+    rows = [{"tokens_seen": n, "kv_bytes": 7, "rss_bytes": 100_000_000 + n} for n in (1024, 4096, 65536)]
+    assert [v.ok for v in memory.verdicts(rows, Setup(), 0.96, 0.94)] == [True, True, True, False]
+    rows[-1].update(kv_bytes=8, rss_bytes=200_000_000)
+    assert [v.ok for v in memory.verdicts(rows, Setup(), 0.96, 0.96)] == [False, False, True, True]
+    assert memory.checkpoints(5000) == [1024, 2048, 4096, 5000]
+
+
+def test_speed_verdicts_judge_the_depth_the_goal_is_set_for() -> None:
+    row = {"budget": 1024, "decode_vs_flash": 4.2, "decode_vs_no_flash": 1.1, "prefill_vs_flash": 2.0}
+    near = {**row, "depth": 0, "decode_vs_flash": 0.96}
+    assert [v.ok for v in speed.verdicts([near, {**row, "depth": 8192}])] == [True, True, False, None, None]
+    assert [v.ok for v in speed.verdicts([{**row, "depth": 4096}])] == [None, None, None]
+
+
+def invoke(*words: Any) -> Any:
+    from typer.testing import CliRunner
+
+    from indexmem_edge.bench.cli import app
+
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def ruler_folder(folder: Path) -> Path:
+    """Two samples of two tasks, in the form of the official generators."""
+    (folder / "256").mkdir(parents=True)
+    for task in ("niah_single_1", "vt"):
+        row = {"input": builtin_text(250) + "\nWhich one?", "answer_prefix": " It is", "outputs": ["pears", "key"]}
+        with gzip.open(folder / "256" / f"{task}.jsonl.gz", "wt") as file:
+            file.write((json.dumps(row) + "\n") * 2)
+    return folder
+
+
+def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
+    model, _ = tiny("llama")
+    common = ["-m", model, "--out", tmp_path, "--json", "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
+    invoke("memory", *common, "--tokens", 1500, "--unbounded-tokens", 1024, "--repeats", 2)
+    data = json.loads((tmp_path / "memory.json").read_text())
+    bounded = [row for row in data["rows"] if row["budget"]]
+    assert [row["tokens_seen"] for row in bounded] == [1024, 1500]
+    assert len({row["kv_bytes"] for row in bounded}) == 1 and data["verdicts"][0]["ok"]
+    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS)
+
+    invoke("speed", *common, "--depths", "0,700", "--decode-tokens", 32, "--repeats", 1)
+    data = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["system"] for row in data["rows"]} == {"unbounded", "unbounded, no flash", "streaming 96"}
+    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS)
+    assert [row["tokens_seen"] for row in data["rows"] if row["system"] == "unbounded"] == [0, 700]
+
+
+def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_path: Path) -> None:
+    model, _ = tiny("llama")
+    words = [
+        "quality",
+        "--data",
+        ruler_folder(tmp_path / "data"),
+        "-m",
+        model,
+        "--lengths",
+        256,
+        "--budgets",
+        "0.5",
+        "--samples",
+        2,
+    ]
+    words += ["--policies", "full,streaming,knorm", "--all-tasks", "-ub", 64, "-t", 1, "--out", tmp_path, "--json"]
+    book = tmp_path / "book.txt"
+    book.write_text(builtin_text(2000))
+    invoke(*words, "--nll-text", book, "--nll-tokens", 512, "--markdown", tmp_path / "q.md")
+    lines = (tmp_path / "quality.rows.jsonl").read_text().splitlines()
+    assert len(lines) == (2 * 2 + 1) * 3  # two tasks of two samples and one window; full and two policies
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert {(row["policy"], row["task"]) for row in rows} >= {
+        ("knorm", "vt"),
+        ("full", "book"),
+        ("streaming", "niah_single_1"),
+    }
+    assert "| streaming | 50% |" in (tmp_path / "q.md").read_text()
+
+    invoke(*words)
+    assert (tmp_path / "quality.rows.jsonl").read_text().splitlines() == lines
