@@ -79,9 +79,7 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
 
         if (info->needs_keys) {
             const char * k_src = (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3];
-            for (int64_t i = 0; i < view.n; ++i) {
-                row_to_f32(k->type, k_src + i*k->nb[1], k_row + i*view.n_embd, view.n_embd);
-            }
+            rows_to_f32(k, k_src, 0, view.n, k_row);
             view.k = k_row;
         }
         if (q) {
