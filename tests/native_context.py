@@ -74,8 +74,10 @@ class Context:
         request = _capi.Request(budget, policy, sinks, window, pin, evict_step, seed)
         request.submit()
         self.ctx = llama_cpp.llama_init_from_model(model, params)
+        error = _capi.last_error()
+        request.withdraw()
         if not self.ctx:
-            raise Refused(_capi.last_error())
+            raise Refused(error)
         self.memory = llama_cpp.llama_get_memory(self.ctx)
 
     def close(self) -> None:

@@ -77,7 +77,8 @@ INDEXMEM_API const char * indexmem_build_info (void); // "llama.cpp <commit>; ..
 
 INDEXMEM_API struct indexmem_params indexmem_default_params(void);
 
-// Asks that the next context created by this thread be bounded; NULL withdraws. Returns false, with an error, when a
+// Asks that the next context created by this thread be bounded; NULL withdraws. A creation that fails before it comes to
+// the cache (llama.cpp checks some parameters first) leaves the request standing: withdraw it then. Returns false, with an error, when a
 // field is out of range by itself (what depends on the model is checked when the context is created).
 INDEXMEM_API bool indexmem_next_context(const struct indexmem_params * params);
 

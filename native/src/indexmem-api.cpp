@@ -125,19 +125,6 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         refuse(format("a bounded KV cache gives each of the %u sequences a budget of its own: switch kv_unified off", cparams.n_seq_max));
     }
-    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
-        const std::pair<ggml_type, uint32_t> rows[] = {
-            { params.type_k, model.hparams.n_embd_head_k(il) },
-            { params.type_v, model.hparams.n_embd_head_v(il) },
-        };
-        for (const auto & [type, n_embd] : rows) {
-            if (n_embd % ggml_blck_size(type) != 0) {
-                refuse(format("cache type %s stores blocks of %lld values, but heads of layer %u have %u: choose another type",
-                            ggml_type_name(type), (long long) ggml_blck_size(type), il, n_embd));
-            }
-        }
-    }
-
     try {
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);
