@@ -1,0 +1,201 @@
+// The memory class as programs use it, with a tiny random model written on the spot: long random runs of every operation.
+// What the cache keeps and answers is compared with a plain reference by tests/; this program is for the sanitizers, and
+// checks the invariants that need no reference.
+
+#include "test.h"
+
+#include "gguf.h"
+#include "indexmem.h"
+#include "llama.h"
+
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+static constexpr int N_VOCAB = 96, N_EMBD = 64, N_LAYER = 2, N_HEAD = 4, N_HEAD_KV = 2, N_FF = 96;
+
+static std::string write_model() {
+    ggml_context * ctx  = ggml_init({ 4u << 20, nullptr, false });
+    gguf_context * gguf = gguf_init_empty();
+
+    std::mt19937 rng(0);
+    auto add = [&](const std::string & name, int64_t ne0, int64_t ne1, float scale) {
+        ggml_tensor * t = ne1 > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ne0, ne1) : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ne0);
+        ggml_set_name(t, name.c_str());
+        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
+            ((float *) t->data)[i] = ne1 > 0 ? scale*std::normal_distribution<float>()(rng) : 1.0f;
+        }
+        gguf_add_tensor(gguf, t);
+    };
+
+    const int n_embd_kv = N_EMBD/N_HEAD*N_HEAD_KV;
+    add("token_embd.weight",  N_EMBD, N_VOCAB, 1.0f);
+    add("output_norm.weight", N_EMBD, 0, 0.0f);
+    for (int il = 0; il < N_LAYER; ++il) {
+        const std::string blk = "blk." + std::to_string(il) + ".";
+        add(blk + "attn_norm.weight",   N_EMBD, 0, 0.0f);
+        add(blk + "attn_q.weight",      N_EMBD, N_EMBD, 0.3f);
+        add(blk + "attn_k.weight",      N_EMBD, n_embd_kv, 0.3f);
+        add(blk + "attn_v.weight",      N_EMBD, n_embd_kv, 0.1f);
+        add(blk + "attn_output.weight", N_EMBD, N_EMBD, 0.1f);
+        add(blk + "ffn_norm.weight",    N_EMBD, 0, 0.0f);
+        add(blk + "ffn_gate.weight",    N_EMBD, N_FF, 0.1f);
+        add(blk + "ffn_up.weight",      N_EMBD, N_FF, 0.1f);
+        add(blk + "ffn_down.weight",    N_FF, N_EMBD, 0.1f);
+    }
+
+    gguf_set_val_str(gguf, "general.architecture", "llama");
+    gguf_set_val_str(gguf, "tokenizer.ggml.model", "no_vocab");
+    gguf_set_val_u32(gguf, "llama.vocab_size", N_VOCAB);
+    gguf_set_val_u32(gguf, "llama.context_length", 4096);
+    gguf_set_val_u32(gguf, "llama.embedding_length", N_EMBD);
+    gguf_set_val_u32(gguf, "llama.block_count", N_LAYER);
+    gguf_set_val_u32(gguf, "llama.feed_forward_length", N_FF);
+    gguf_set_val_u32(gguf, "llama.attention.head_count", N_HEAD);
+    gguf_set_val_u32(gguf, "llama.attention.head_count_kv", N_HEAD_KV);
+    gguf_set_val_u32(gguf, "llama.rope.dimension_count", N_EMBD/N_HEAD);
+    gguf_set_val_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
+
+    const std::string path = "test-cache-model.gguf";
+    gguf_write_to_file(gguf, path.c_str(), false);
+    gguf_free(gguf);
+    ggml_free(ctx);
+    return path;
+}
+
+struct fixture {
+    llama_model * model;
+
+    fixture() {
+        llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+        llama_backend_init();
+        const std::string path = write_model();
+        auto params = llama_model_default_params();
+        params.n_gpu_layers = 0;
+        model = llama_model_load_from_file(path.c_str(), params);
+        remove(path.c_str());
+    }
+
+    ~fixture() {
+        llama_model_free(model);
+        llama_backend_free();
+    }
+
+    llama_context * context(const indexmem_params & request, uint32_t n_seq) {
+        auto params = llama_context_default_params();
+        params.n_ctx = 4096;
+        params.n_batch = 64;
+        params.n_ubatch = 16;
+        params.n_seq_max = n_seq;
+        params.n_threads = params.n_threads_batch = 2;
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+        indexmem_next_context(&request);
+        llama_context * ctx = llama_init_from_model(model, params);
+        indexmem_next_context(nullptr);
+        return ctx;
+    }
+};
+
+static bool decode(llama_context * ctx, std::mt19937 & rng, llama_seq_id seq, int n) {
+    const llama_pos p0 = llama_memory_seq_pos_max(llama_get_memory(ctx), seq) + 1;
+    llama_batch batch = llama_batch_init(n, 0, 1);
+    batch.n_tokens = n;
+    for (int i = 0; i < n; ++i) {
+        batch.token[i]     = (llama_token) (rng() % N_VOCAB);
+        batch.pos[i]       = p0 + i;
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = seq;
+        batch.logits[i]    = i == n - 1;
+    }
+    const bool ok = llama_decode(ctx, batch) == 0;
+    const float * logits = ok ? llama_get_logits_ith(ctx, -1) : nullptr;
+    for (int i = 0; logits && i < N_VOCAB; ++i) {
+        CHECK(logits[i] == logits[i]);
+    }
+    llama_batch_free(batch);
+    return ok;
+}
+
+static void check(llama_context * ctx, llama_seq_id seq) {
+    indexmem_stats stats = {};
+    stats.struct_size = sizeof(stats);
+    CHECK(indexmem_get_stats(ctx, seq, &stats));
+    CHECK(stats.n_kept <= stats.budget);
+    CHECK(stats.n_kept + stats.n_evicted == stats.n_seen);
+    for (int il = 0; il < N_LAYER; ++il) {
+        for (int h = 0; h < indexmem_n_head_kv(ctx, il); ++h) {
+            std::vector<int32_t> pos(stats.n_kept);
+            CHECK(indexmem_get_positions(ctx, seq, il, h, pos.data(), (int32_t) pos.size()) == (int32_t) stats.n_kept);
+            std::sort(pos.begin(), pos.end());
+            CHECK(std::adjacent_find(pos.begin(), pos.end()) == pos.end());
+            CHECK(pos.empty() || (pos.front() == 0 && pos.back() == (int32_t) stats.n_seen - 1));
+        }
+    }
+}
+
+TEST(random_operations_under_every_policy) {
+    fixture f;
+    CHECK(f.model != nullptr);
+    constexpr uint32_t n_seq = 3;
+
+    for (int policy = 1; policy < indexmem_policy_count(); ++policy) { // all that evict
+        std::mt19937 rng(policy);
+        auto request = indexmem_default_params();
+        request.budget = 40;
+        request.sinks  = 3;
+        request.window = 7;
+        request.seed   = 11;
+        request.policy = indexmem_policy_name(policy);
+        llama_context * ctx = f.context(request, n_seq);
+        CHECK_MSG(ctx != nullptr, "%s", indexmem_last_error());
+        llama_memory_t mem = llama_get_memory(ctx);
+
+        for (int i = 0; i < 150; ++i) {
+            const llama_seq_id a = rng() % n_seq;
+            const llama_seq_id b = rng() % n_seq;
+            switch (rng() % 8) {
+                case 0: case 1: case 2: CHECK(decode(ctx, rng, a, 1 + rng() % 50));               break;
+                case 3:                 CHECK(decode(ctx, rng, a, 1));                            break;
+                case 4: llama_memory_seq_rm(mem, a, std::max(0, llama_memory_seq_pos_max(mem, a) - (int) (rng() % 5)), -1); break;
+                case 5: llama_memory_seq_cp(mem, a, b, -1, -1);                                   break;
+                case 6:
+                    {
+                        std::vector<uint8_t> state(llama_state_seq_get_size(ctx, a));
+                        CHECK(llama_state_seq_get_data(ctx, state.data(), state.size(), a) == state.size());
+                        if (i % 2) {
+                            CHECK(llama_state_seq_set_data(ctx, state.data(), state.size(), b) == state.size());
+                            break;
+                        }
+                        // a bit of it flipped: refused, or (in a key or value) accepted and then not trusted
+                        state[rng() % state.size()] ^= 1 << rng() % 8;
+                        if (llama_state_seq_set_data(ctx, state.data(), state.size(), b) > 0) {
+                            llama_memory_seq_rm(mem, b, -1, -1);
+                        }
+                    } break;
+                case 7: if (rng() % 4 == 0) { llama_memory_clear(mem, rng() % 2); } else { indexmem_set_pin(ctx, a, rng() % 12); } break;
+            }
+            for (uint32_t s = 0; s < n_seq; ++s) {
+                check(ctx, s);
+            }
+        }
+        llama_free(ctx);
+    }
+}
+
+TEST(full_policy_fails_cleanly) {
+    fixture f;
+    std::mt19937 rng(1);
+    auto request = indexmem_default_params();
+    request.budget = 40;
+    request.sinks  = 3;
+    request.window = 7;
+    request.policy = "full";
+    llama_context * ctx = f.context(request, 1);
+    CHECK(decode(ctx, rng, 0, 40));
+    CHECK(!decode(ctx, rng, 0, 1));
+    check(ctx, 0);
+    llama_memory_clear(llama_get_memory(ctx), false);
+    CHECK(decode(ctx, rng, 0, 30));
+    llama_free(ctx);
+}
