@@ -26,6 +26,7 @@ def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=root,  # not the clone, whose package has no libraries in it
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120", "NO_COLOR": "1", **environment},
     )
 
@@ -121,6 +122,7 @@ def test_another_version_of_the_bindings_is_refused(tmp_path: Path) -> None:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
     )
     if _native.library_file() is not None:
