@@ -19,7 +19,15 @@ from .errors import LibraryError, VersionError
 
 LLAMA_CPP_PYTHON_VERSION = "0.3.36"
 PACKAGE_DIR = Path(__file__).resolve().parent
-VENDOR_DIR = PACKAGE_DIR / "_vendor"
+
+
+def _built_part(name: str) -> Path:
+    """A folder that only the installed package has. The clone's sources, when they are first on sys.path, borrow it."""
+    places = [PACKAGE_DIR, *(Path(entry or ".").resolve() / "indexmem_edge" for entry in sys.path)]
+    return next((place / name for place in places if (place / name).is_dir()), PACKAGE_DIR / name)
+
+
+VENDOR_DIR = _built_part("_vendor")
 LIB_PATH_VARIABLE = "INDEXMEM_LIB_PATH"  # for developers: another folder with libllama
 _LLAMA_CPP_VARIABLE = "LLAMA_CPP_LIB_PATH"
 
@@ -36,7 +44,7 @@ class Bindings:
 def library_dir() -> Path:
     """The folder that holds (or should hold) our libllama."""
     override = os.environ.get(LIB_PATH_VARIABLE)
-    return Path(override).expanduser().resolve() if override else PACKAGE_DIR / "lib"
+    return Path(override).expanduser().resolve() if override else _built_part("lib")
 
 
 def library_file(directory: Optional[Path] = None, name: str = "llama") -> Optional[Path]:
