@@ -19,7 +19,7 @@ def summarise(rows: Iterable[Row], able: dict[int, list[str]]) -> list[Row]:
     runs: dict[tuple[Cell, str], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         runs[(row["length"], row["policy"], row["ratio"]), row["task"]][row["sample"]] = row
-    cells = sorted({cell for cell, _ in runs}, key=lambda c: (c[0], c[1] != FULL, -c[2]))
+    cells = sorted({cell for cell, _ in runs}, key=lambda c: (c[0], c[1] != FULL, -c[2], c[1]))
     out = []
     for cell in cells:
         reference = (cell[0], FULL, 1.0)
@@ -116,6 +116,7 @@ def plot(figure: Any, report: Any) -> None:
         (rows for task in (MEAN, BOOK) if (rows := [row for row in report.rows if row["task"] == task])), report.rows
     )
     lengths = sorted({row["length"] for row in means}) or [0]
+    colours = {policy: f"C{i}" for i, policy in enumerate(sorted({row["policy"] for row in means} - {FULL}))}
     for column, axes in enumerate(figure.subplots(1, 2 * len(lengths), squeeze=False).reshape(len(lengths), 2)):
         for axis, key in zip(axes, ("score", "nll")):
             here = [row for row in means if row["length"] == lengths[column]]
@@ -126,7 +127,7 @@ def plot(figure: Any, report: Any) -> None:
                 if policy == FULL and y:
                     axis.axhline(y[0], color="black", linestyle="--", label=FULL)
                 else:
-                    axis.plot([100 * v for v in x], y, marker="o", label=policy)
+                    axis.plot([100 * v for v in x], y, marker="o", color=colours[policy], label=policy)
             axis.set(xlabel="% of entries kept", ylabel=f"{key}, {lengths[column]} tokens")
             axis.grid(alpha=0.3)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
