@@ -471,7 +471,9 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
     const auto & seq = seqs[seq_id];
 
     std::vector<int32_t> pos(seq.n_used);
-    ggml_backend_tensor_get(l.pos, pos.data(), head*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t));
+    if (seq.n_fixed > 0) {
+        ggml_backend_tensor_get(l.pos, pos.data(), head*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t));
+    }
     for (uint32_t i = seq.n_fixed; i < seq.n_used; ++i) {
         pos[i] = seq.pos_tail() + (llama_pos) (i - seq.n_fixed);
     }

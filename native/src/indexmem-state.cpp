@@ -24,6 +24,21 @@ static constexpr uint32_t STATE_VERSION = 1;
 
 namespace {
 
+// an empty vector has no address to copy from or to
+template <typename T>
+void put_all(llama_io_write_i & io, const std::vector<T> & values) {
+    if (!values.empty()) {
+        io.write(values.data(), values.size()*sizeof(T));
+    }
+}
+
+template <typename T>
+void get_all(llama_io_read_i & io, std::vector<T> & values) {
+    if (!values.empty()) {
+        io.read(values.data(), values.size()*sizeof(T));
+    }
+}
+
 template <typename T>
 void put(llama_io_write_i & io, T value) {
     io.write(&value, sizeof(value));
@@ -48,9 +63,9 @@ void expect(llama_io_read_i & io, uint32_t expected, const char * what, int32_t 
 // the first n slots of every head of a sequence
 void put_rows(llama_io_write_i & io, const ggml_tensor * t, uint32_t stream, int64_t n) {
     std::vector<uint8_t> buf(n*t->nb[1]);
-    for (int64_t h = 0; h < t->ne[2]; ++h) {
+    for (int64_t h = 0; h < t->ne[2] && n > 0; ++h) {
         ggml_backend_tensor_get(t, buf.data(), h*t->nb[2] + stream*t->nb[3], buf.size());
-        io.write(buf.data(), buf.size());
+        put_all(io, buf);
     }
 }
 
@@ -62,7 +77,7 @@ struct pending_rows {
 
 pending_rows get_rows(llama_io_read_i & io, ggml_tensor * t, int64_t n) {
     pending_rows rows = { t, n, std::vector<uint8_t>(t->ne[2]*n*t->nb[1]) };
-    io.read(rows.data.data(), rows.data.size());
+    get_all(io, rows.data);
     return rows;
 }
 
@@ -135,8 +150,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
         put<uint64_t>(io, seq.n_evictions);
         for (const auto & l : layers) {
             for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
-                const auto pos = get_positions(id, l, h);
-                io.write(pos.data(), pos.size()*sizeof(int32_t));
+                put_all(io, get_positions(id, l, h));
             }
         }
     }
@@ -234,7 +248,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
             std::vector<int32_t> all;
             for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
                 std::vector<int32_t> pos(n_used);
-                io.read(pos.data(), pos.size()*sizeof(int32_t));
+                get_all(io, pos);
                 check_positions(pos, p.state, std::max(cfg.sinks, pin), cfg.window);
                 all.insert(all.end(), pos.begin(), pos.end());
             }
@@ -257,6 +271,10 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         clear(false);
     }
     for (const auto & p : pending) {
+        seqs[p.id] = p.state;
+        if (p.state.n_used == 0) {
+            continue;
+        }
         for (const auto & rows : p.rows) {
             const ggml_tensor * t = rows.tensor;
             const size_t size = rows.n*t->nb[1];
@@ -271,6 +289,5 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
                 ggml_backend_tensor_set(t, p.pos[i].data() + h*p.state.n_used, h*t->nb[1] + p.id*t->nb[2], size);
             }
         }
-        seqs[p.id] = p.state;
     }
 }
