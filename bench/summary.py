@@ -124,8 +124,9 @@ def plot(figure: Any, report: Any) -> None:
                 x, y = series(
                     sorted((row for row in here if row["policy"] == policy), key=lambda row: row["ratio"]), "ratio", key
                 )
-                if policy == FULL and y:
-                    axis.axhline(y[0], color="black", linestyle="--", label=FULL)
+                if policy == FULL:
+                    if y:
+                        axis.axhline(y[0], color="black", linestyle="--", label=FULL)
                 else:
                     axis.plot([100 * v for v in x], y, marker="o", color=colours[policy], label=policy)
             axis.set(xlabel="% of entries kept", ylabel=f"{key}, {lengths[column]} tokens")
