@@ -15,6 +15,9 @@
 #ifndef INDEXMEM_VERSION
 #define INDEXMEM_VERSION "dev"
 #endif
+#ifndef INDEXMEM_LLAMA_COMMIT
+#define INDEXMEM_LLAMA_COMMIT "unknown"
+#endif
 
 // state of the calling thread
 static thread_local std::string error_last;
@@ -34,7 +37,7 @@ int indexmem_api_version(void) {
 }
 
 const char * indexmem_build_info(void) {
-    return "indexmem-edge " INDEXMEM_VERSION ", llama.cpp of llama-cpp-python 0.3.36 (0c1e57098)";
+    return "indexmem-edge " INDEXMEM_VERSION ", llama.cpp of llama-cpp-python 0.3.36 (" INDEXMEM_LLAMA_COMMIT ")";
 }
 
 indexmem_params indexmem_default_params(void) {

@@ -5,7 +5,6 @@
 #include "llama-model.h"
 
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 // From this many queries on, flash attention on the CPU works in tiles and accumulates in fp32; for fewer it takes one

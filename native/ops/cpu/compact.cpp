@@ -2,6 +2,17 @@
 
 namespace indexmem_cpu {
 
+// slot src[i] -> slot dst[i], for i up to the first negative one
+struct moves {
+    const int32_t * dst;
+    const int32_t * src;
+};
+
+static moves moves_of(const ggml_tensor * plan, row_index row) {
+    const char * base = (const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3];
+    return { (const int32_t *) (base + plan->nb[1]), (const int32_t *) (base + 2*plan->nb[1]) };
+}
+
 void compact(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * plan = dst->src[1];
     const ggml_tensor * ctl  = dst->src[2];
@@ -15,12 +26,11 @@ void compact(const ggml_compute_params * params, ggml_tensor * dst) {
             continue;
         }
 
-        const int32_t * move_dst = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]) + n_evict_max;
-        const int32_t * move_src = move_dst + n_evict_max;
+        const moves m = moves_of(plan, row);
 
         char * base = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
-        for (int64_t i = params->ith; i < n_evict_max && move_dst[i] >= 0; i += params->nth) {
-            memcpy(base + move_dst[i]*dst->nb[1], base + move_src[i]*dst->nb[1], row_size);
+        for (int64_t i = params->ith; i < n_evict_max && m.dst[i] >= 0; i += params->nth) {
+            memcpy(base + m.dst[i]*dst->nb[1], base + m.src[i]*dst->nb[1], row_size);
         }
     }
 }
@@ -43,10 +53,9 @@ void compact_pos(const ggml_compute_params * params, ggml_tensor * dst) {
             pos[i] = pos_at(pos, c, i);
         }
 
-        const int32_t * move_dst = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]) + n_evict_max;
-        const int32_t * move_src = move_dst + n_evict_max;
-        for (int64_t i = 0; i < n_evict_max && move_dst[i] >= 0; ++i) {
-            pos[move_dst[i]] = pos[move_src[i]];
+        const moves m = moves_of(plan, row);
+        for (int64_t i = 0; i < n_evict_max && m.dst[i] >= 0; ++i) {
+            pos[m.dst[i]] = pos[m.src[i]];
         }
     }
 }
