@@ -40,7 +40,7 @@ extern "C" {
 struct llama_model;
 struct llama_context;
 
-#define INDEXMEM_API_VERSION 1
+#define INDEXMEM_API_VERSION 2
 
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
@@ -50,8 +50,10 @@ struct indexmem_params {
     uint32_t     window;      // most recent tokens that are never evicted (default 128)
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
+    float        budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
     uint64_t     seed;        // for policies that draw numbers
-    const char * policy;      // name out of indexmem_policy_name(), NULL = "streaming"
+    const char * policy;      // name out of indexmem_policy_name(), NULL = "indexer" with a sidecar, else "streaming"
+    const char * sidecar;     // file with a trained indexer, see docs/sidecar.md; NULL = none
 };
 
 // Counts of one sequence.
@@ -59,6 +61,7 @@ struct indexmem_stats {
     uint32_t struct_size;    // sizeof(struct indexmem_stats), set by the caller
     uint32_t budget;
     uint32_t n_slots;        // slots allocated per KV head: the budget plus one ubatch of working room, padded
+    uint32_t budget_now;     // the budget at this length: smaller than `budget` only with a budget_ratio
     uint32_t n_kept;         // entries held now, per KV head
     uint64_t n_seen;         // tokens evaluated so far (the logical length)
     uint64_t n_evicted;      // entries evicted so far, per KV head: n_seen - n_kept
@@ -67,7 +70,10 @@ struct indexmem_stats {
     uint32_t pin;            // of this sequence
     uint32_t evict_step;
     uint64_t kv_bytes;       // K and V of the whole context, all layers and sequences: fixed at creation
-    uint64_t meta_bytes;     // positions and policy state, likewise fixed
+    uint64_t meta_bytes;     // positions, policy and indexer state, likewise fixed
+    uint64_t indexer_bytes;  // the part of meta_bytes that the indexer keeps
+    uint64_t sidecar_bytes;  // weights of the sidecar in memory
+    uint64_t sidecar_hash;   // identity of the sidecar, 0 = none
     int64_t  evict_us;       // wall time spent in ranking, selection and compaction on the CPU since creation
     uint64_t n_evictions;    // ubatches that evicted from this sequence
 };
@@ -84,6 +90,26 @@ INDEXMEM_API bool indexmem_next_context(const struct indexmem_params * params);
 
 // Text of the last failure on this thread, "" if none. Valid until the next indexmem or llama call on the thread.
 INDEXMEM_API const char * indexmem_last_error(void);
+
+// What the last failure was about.
+enum indexmem_error {
+    INDEXMEM_ERROR_NONE    = 0,
+    INDEXMEM_ERROR_PARAMS  = 1, // parameters, of the cache or of the context
+    INDEXMEM_ERROR_MODEL   = 2, // the model cannot have a bounded cache
+    INDEXMEM_ERROR_SIDECAR = 3, // the sidecar is damaged, or for another model
+};
+INDEXMEM_API enum indexmem_error indexmem_last_error_kind(void);
+
+// Whether a file is a sidecar and whole; with a model, also whether it is for that model. Reads everything, keeps nothing.
+INDEXMEM_API bool indexmem_sidecar_check(const char * path, const struct llama_model * model);
+
+// Fingerprint of a model as sidecars record it (docs/sidecar.md): 16 hexadecimal digits and a terminating zero.
+INDEXMEM_API void indexmem_model_fingerprint(const struct llama_model * model, char out[17]);
+
+// The table of indexer kinds.
+INDEXMEM_API int          indexmem_indexer_count(void);
+INDEXMEM_API const char * indexmem_indexer_name (int i); // NULL out of range
+INDEXMEM_API const char * indexmem_indexer_help (int i); // one line
 
 // Whether a bounded cache can be made for the model; if not, the reason is written to `reason` (may be NULL).
 INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, char * reason, size_t reason_size);

@@ -1,0 +1,72 @@
+#pragma once
+
+#include "indexer.h"
+
+#include "ggml-cpp.h"
+
+struct llama_model;
+
+//
+// A sidecar file (docs/sidecar.md)
+//
+// Invariants
+//   - files are untrusted: every failure is an indexmem_sidecar_error, whatever the bytes
+//   - nothing is allocated for weights before the whole file has been checked, the weights' values included, and, in
+//     load(), compared with the model; what parsing takes is bounded by the size of the file
+//   - nothing is read from a sidecar after load()
+//
+class indexmem_sidecar {
+public:
+    // parses and checks a file by itself
+    explicit indexmem_sidecar(const std::string & path);
+
+    // throws unless the file is for this model
+    void check_model(const llama_model & model) const;
+
+    // check_model, then weights into memory next to the layers of the model
+    void load(const llama_model & model, bool offload);
+
+    const std::string & get_path() const { return path; }
+
+    const indexmem_geometry & get_geometry() const { return geometry; }
+
+    const indexmem_indexer * get_indexer() const { return indexer.get(); } // null if the sidecar has none
+
+    const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load()
+
+    // identity of what changes ranks: kind, constants and weights; never 0
+    uint64_t get_hash() const { return hash; }
+
+    size_t size_bytes() const; // weights in memory
+
+private:
+    struct tensor_info {
+        uint32_t    il;
+        std::string name;   // in the spec
+        ggml_type   type;
+        std::vector<int64_t> ne;
+        uint64_t    offset; // in the file
+        size_t      size;
+    };
+
+    std::string path;
+
+    indexmem_geometry geometry = {};
+
+    std::string arch;        // "unknown" if it does not say
+    std::string fingerprint; // empty if it does not say
+    uint32_t    n_head     = 0; // 0 if it does not say
+    uint32_t    n_embd_head = 0;
+
+    std::unique_ptr<indexmem_indexer> indexer;
+
+    std::vector<tensor_info>      infos;
+    std::vector<indexmem_weights> layers; // [n_layer]
+
+    uint64_t hash = 0;
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+};
+
+// fingerprint of a model, as in docs/sidecar.md
+std::string indexmem_fingerprint(const llama_model & model);
