@@ -228,6 +228,10 @@ def test_pins(tiny: Tiny) -> None:
 # ---------------------------------------------------------------------------------------------- damaged states
 
 
+# up to the number of sequences: llama.cpp's own 8 bytes, magic, version, policy, numbers, the sidecar's hash, layers
+N_HEADER = 8 + 4 + 4 + 4 + len("streaming") + 6 * 4 + 8 + 2 * 6 * 4 + 4
+
+
 @pytest.fixture(scope="module")
 def saved(tiny: Tiny) -> tuple[Path, bytes]:
     path, config = tiny("llama")
@@ -253,9 +257,9 @@ def test_truncated_states(saved: tuple[Path, bytes]) -> None:
 
 def test_damaged_headers(saved: tuple[Path, bytes]) -> None:
     path, state = saved
-    n_header = 8 + 4 + 4 + 4 + len("streaming") + 6 * 4 + 2 * 6 * 4 + 4  # up to the number of sequences
+    n_header = N_HEADER
     states = [state[:i] + bytes([state[i] ^ 0xFF]) + state[i + 1 :] for i in range(8, n_header)]
-    for field_index in range(1, 5):  # n_seen, n_used, n_fixed, pin: values that cannot be
+    for field_index in range(1, 6):  # n_seen, n_used, n_fixed, pin, n_scored: values that cannot be
         at = n_header + 4 * field_index
         states += [state[:at] + struct.pack("<I", value) + state[at + 4 :] for value in (0xFFFFFFFF, 0x7FFFFFFF, 10**6)]
     refuses_and_keeps(path, states)
@@ -263,7 +267,7 @@ def test_damaged_headers(saved: tuple[Path, bytes]) -> None:
 
 def test_damaged_positions(saved: tuple[Path, bytes]) -> None:
     path, state = saved
-    at = 8 + 4 + 4 + 4 + len("streaming") + 6 * 4 + 2 * 6 * 4 + 4 + 28
+    at = N_HEADER + 32
     states = []
     for i in (0, 1, 17, 39):
         for value in (-1, 90, 2**31 - 1, 0):

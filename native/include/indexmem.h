@@ -50,7 +50,7 @@ struct indexmem_params {
     uint32_t     window;      // most recent tokens that are never evicted (default 128)
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
-    float        budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
+    double       budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
     uint64_t     seed;        // for policies that draw numbers
     const char * policy;      // name out of indexmem_policy_name(), NULL = "indexer" with a sidecar, else "streaming"
     const char * sidecar;     // file with a trained indexer, see docs/sidecar.md; NULL = none

@@ -37,7 +37,7 @@ ggml_tensor * ggml_indexmem_rank(
         float          scale,
         float          softcap) {
     const indexmem_policy_info * info = indexmem_policy_get(policy);
-    GGML_ASSERT(info);
+    GGML_ASSERT(info && strcmp(info->name, "indexer") != 0); // that one ranks terms
     GGML_ASSERT(ggml_is_contiguous_rows(k));
     indexmem_assert_pos(pos, k->ne[1], k->ne[2], k->ne[3]);
     indexmem_assert_ctl(ctl, k->ne[3]);
@@ -64,6 +64,69 @@ ggml_tensor * ggml_indexmem_rank(
     result->src[1] = pos;
     result->src[2] = ctl;
     result->src[3] = q;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_rank_terms(
+        ggml_context * ctx,
+        ggml_tensor  * terms,
+        ggml_tensor  * pos,
+        ggml_tensor  * ctl,
+        float          pos_slope,
+        float          age_scale) {
+    const int64_t n_slots = pos->ne[0];
+    const int64_t n_head  = pos->ne[1];
+    const int64_t n_seq   = pos->ne[2];
+    GGML_ASSERT(terms->type == GGML_TYPE_F32);
+    GGML_ASSERT(terms->ne[0] == 1 || terms->ne[0] == 2);
+    GGML_ASSERT(terms->ne[1] == n_slots);
+    GGML_ASSERT(terms->ne[2] == 1 || terms->ne[2] == n_head);
+    GGML_ASSERT(terms->ne[3] == n_seq);
+    GGML_ASSERT(terms->nb[0] == sizeof(float));
+    indexmem_assert_pos(pos, n_slots, n_head, n_seq);
+    indexmem_assert_ctl(ctl, n_seq);
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_slots, n_head, n_seq), INDEXMEM_OP_RANK);
+
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_POLICY, indexmem_policy_find("indexer"));
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_SLOPE,  pos_slope);
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_AGE,    age_scale);
+
+    result->src[0] = terms;
+    result->src[1] = pos;
+    result->src[2] = ctl;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_pairwise(
+        ggml_context  * ctx,
+        ggml_tensor   * keys,
+        ggml_tensor   * queries,
+        ggml_tensor   * ctl,
+        int             n_head,
+        int             n_queries,
+        indexmem_reduce reduce) {
+    const int64_t n_seq = keys->ne[3];
+    GGML_ASSERT(keys->type == GGML_TYPE_F32 && queries->type == GGML_TYPE_F32);
+    GGML_ASSERT(keys->ne[2] == 1 && queries->ne[2] == 1 && queries->ne[3] == n_seq);
+    GGML_ASSERT(ggml_is_contiguous_rows(keys) && ggml_is_contiguous_rows(queries));
+    GGML_ASSERT(n_head > 0 && queries->ne[0] == n_head*(keys->ne[0] + 1));
+    GGML_ASSERT(n_queries > 0 && queries->ne[1] >= n_queries);
+    indexmem_assert_ctl(ctl, n_seq);
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, keys->ne[1], 1, n_seq), INDEXMEM_OP_PAIRWISE);
+
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_HEADS,   n_head);
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_QUERIES, n_queries);
+    ggml_set_op_params_i32(result, INDEXMEM_PARAM_REDUCE,  reduce);
+
+    result->src[0] = keys;
+    result->src[1] = queries;
+    result->src[2] = ctl;
 
     return result;
 }
@@ -95,7 +158,7 @@ static void indexmem_assert_plan(const ggml_tensor * plan, int64_t n_head, int64
     GGML_ASSERT(plan->ne[1] == 3);
     GGML_ASSERT(plan->ne[2] == n_head);
     GGML_ASSERT(plan->ne[3] == n_seq);
-    GGML_ASSERT(ggml_is_contiguous(plan));
+    GGML_ASSERT(ggml_is_contiguous_rows(plan));
 }
 
 ggml_tensor * ggml_indexmem_compact(

@@ -3,7 +3,8 @@
 // The ggml op of the bounded cache. One op code, GGML_OP_INDEXMEM, with the kind in op_params[0], so that a backend
 // needs one line of dispatch.
 //
-//   rank     cache -> ranks         which entries matter, by policy
+//   pairwise indexer state -> terms what the latest queries of a pairwise indexer say of every entry
+//   rank     cache, terms -> ranks  which entries matter, by policy
 //   select   ranks -> plan          who leaves, and which survivors move into the holes
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
 //   attend   q, cache -> output     attention of few queries, on the CPU; elsewhere and for many, ggml_flash_attn_ext
@@ -13,6 +14,7 @@
 //   pos     I32       [n_slots, H, S]       positions of slots [0, n_fixed); later slots hold consecutive positions
 //   ctl     I32       [INDEXMEM_CTL_SIZE, S] what the host decided for this ubatch, see below
 //   q       F32       [n_embd, n_ring, H*G, S] latest queries: the one of position p in row p % n_ring
+//   terms   F32       [1 or 2, n_slots, H or 1, S] of an indexer; 1: all heads share them
 //   rank    F32       [n_slots, H, S]       entries beyond n_used are undefined
 //   plan    I32       [n_evict_max, 3, H, S] rows: evicted slots | move to | move from; ascending, padded with -1
 //
@@ -36,6 +38,12 @@ enum indexmem_op {
     INDEXMEM_OP_COMPACT,
     INDEXMEM_OP_COMPACT_POS,
     INDEXMEM_OP_ATTEND,
+    INDEXMEM_OP_PAIRWISE,
+};
+
+enum indexmem_reduce {
+    INDEXMEM_REDUCE_MEAN,
+    INDEXMEM_REDUCE_MAX,
 };
 
 enum indexmem_ctl {
@@ -60,6 +68,28 @@ GGML_API struct ggml_tensor * ggml_indexmem_rank(
         uint64_t              seed,
         float                 scale,   // of the attention logits
         float                 softcap);
+
+// Ranks from the terms of an indexer, for entry j of a cache whose newest entry is i:
+//   terms[0] + pos_slope*j + terms[1]*(i - j)/age_scale      the last only if there are two terms
+GGML_API struct ggml_tensor * ggml_indexmem_rank_terms(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * terms,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * ctl,
+        float                 pos_slope,
+        float                 age_scale);
+
+// What the latest queries say of the key of every slot: sum_h c_h relu(q_h . k), reduced over the queries of the last
+// min(n_queries, tokens seen) positions. keys F32 [n_embd, n_slots, 1, S], queries F32 [n_head*(n_embd + 1), n_ring, 1, S]:
+// first q, then c; the one of position p in row p % n_ring. -> F32 [1, n_slots, 1, S]
+GGML_API struct ggml_tensor * ggml_indexmem_pairwise(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * keys,
+        struct ggml_tensor  * queries,
+        struct ggml_tensor  * ctl,
+        int                   n_head,
+        int                   n_queries,
+        enum indexmem_reduce  reduce);
 
 GGML_API struct ggml_tensor * ggml_indexmem_select(
         struct ggml_context * ctx,
@@ -109,6 +139,11 @@ enum indexmem_param {
     INDEXMEM_PARAM_SOFTCAP = 4,
     INDEXMEM_PARAM_SEED    = 6, // 64 bits
     INDEXMEM_PARAM_TIMER   = 8, // a pointer
+    INDEXMEM_PARAM_SLOPE   = 10,
+    INDEXMEM_PARAM_AGE     = 11,
+    INDEXMEM_PARAM_HEADS   = 12,
+    INDEXMEM_PARAM_QUERIES = 13,
+    INDEXMEM_PARAM_REDUCE  = 14,
 };
 
 struct indexmem_policy_info {

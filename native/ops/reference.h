@@ -59,6 +59,40 @@ inline indexmem_reference_plan indexmem_reference_select(
     return plan;
 }
 
+// Pairwise scores of the entries of one sequence. keys [n][n_embd]; queries: the latest ones, each n_head*n_embd values of
+// q followed by n_head weights.
+inline std::vector<double> indexmem_reference_pairwise(
+        const std::vector<std::vector<float>> & keys,
+        const std::vector<std::vector<float>> & queries,
+        size_t n_head, bool maximum) {
+    std::vector<double> score;
+    for (const auto & k : keys) {
+        double total = maximum ? -INFINITY : 0.0;
+        for (const auto & q : queries) {
+            double a = 0.0;
+            for (size_t h = 0; h < n_head; ++h) {
+                double dot = 0.0;
+                for (size_t d = 0; d < k.size(); ++d) {
+                    dot += (double) q[h*k.size() + d]*k[d];
+                }
+                a += q[n_head*k.size() + h]*std::max(dot, 0.0);
+            }
+            total = maximum ? std::max(total, a) : total + a;
+        }
+        score.push_back(maximum ? total : total/(double) queries.size());
+    }
+    return score;
+}
+
+// Rank of an entry at position j from the terms of an indexer, when the newest position is i.
+inline float indexmem_reference_rank_terms(const std::vector<float> & terms, int32_t j, int32_t i, float pos_slope, float age_scale) {
+    double rank = (double) terms[0] + (double) pos_slope*j;
+    if (terms.size() > 1) {
+        rank += (double) terms[1]*(i - j)/age_scale;
+    }
+    return (float) rank;
+}
+
 template <typename T>
 void indexmem_reference_compact(const indexmem_reference_plan & plan, std::vector<T> & slots) {
     for (size_t i = 0; i < plan.dst.size(); ++i) {

@@ -28,6 +28,13 @@ struct indexmem_rank_view {
     int32_t      n_queries;
     int32_t      pos_last;  // position of the newest entry
 
+    // what the indexer of a sidecar says of each entry, null unless the policy is `indexer`
+    const char * terms;     // [n][n_terms] floats
+    size_t       nb_term;   // bytes between entries
+    int32_t      n_terms;   // 1, or 2 with a retention rate
+    float        pos_slope;
+    float        age_scale;
+
     float scale;            // of the attention logits
     float softcap;          // of the attention logits, 0 = none
 

@@ -1,5 +1,6 @@
 #include "indexmem.h"
 
+#include "indexmem-error.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
 
@@ -20,11 +21,31 @@
 #endif
 
 // state of the calling thread
-static thread_local std::string error_last;
-static thread_local std::optional<llama_kv_cache_bounded::config> config_next;
+struct request {
+    llama_kv_cache_bounded::config config;
+    std::string sidecar; // path, empty = none
+};
 
-static bool fail(const std::string & error) {
-    error_last = error;
+static thread_local std::string            error_last;
+static thread_local indexmem_error         error_last_kind;
+static thread_local std::optional<request> request_next;
+
+void indexmem_set_error(indexmem_error kind, const std::string & text) {
+    error_last_kind = kind;
+    error_last      = text;
+}
+
+void indexmem_fail(indexmem_error kind, const std::string & text) {
+    indexmem_set_error(kind, text);
+    throw std::runtime_error(text);
+}
+
+static void clear_error() {
+    indexmem_set_error(INDEXMEM_ERROR_NONE, "");
+}
+
+static bool fail(const std::string & text, indexmem_error kind = INDEXMEM_ERROR_PARAMS) {
+    indexmem_set_error(kind, text);
     return false;
 }
 
@@ -49,8 +70,8 @@ indexmem_params indexmem_default_params(void) {
 }
 
 bool indexmem_next_context(const indexmem_params * params) {
-    error_last.clear();
-    config_next.reset();
+    clear_error();
+    request_next.reset();
     if (!params) {
         return true;
     }
@@ -62,7 +83,8 @@ bool indexmem_next_context(const indexmem_params * params) {
         return true; // unbounded
     }
 
-    const char * policy = params->policy ? params->policy : "streaming";
+    const bool has_sidecar = params->sidecar && *params->sidecar;
+    const char * policy = params->policy ? params->policy : has_sidecar ? "indexer" : "streaming";
 
     llama_kv_cache_bounded::config cfg = {};
     cfg.budget     = params->budget;
@@ -70,6 +92,7 @@ bool indexmem_next_context(const indexmem_params * params) {
     cfg.window     = params->window;
     cfg.pin        = params->pin;
     cfg.evict_step = params->evict_step;
+    cfg.ratio      = params->budget_ratio;
     cfg.seed       = params->seed;
     cfg.policy     = indexmem_policy_find(policy);
     if (cfg.policy < 0) {
@@ -78,6 +101,14 @@ bool indexmem_next_context(const indexmem_params * params) {
             names += std::string(i ? ", " : "") + indexmem_policy_name(i);
         }
         return fail(format("unknown policy '%s'; there are: %s", policy, names.c_str()));
+    }
+    if (has_sidecar != (strcmp(policy, "indexer") == 0)) {
+        return fail(has_sidecar ?
+                format("the policy '%s' would not use the indexer of the sidecar: leave out one of them", policy) :
+                "the policy 'indexer' needs a sidecar with a trained indexer");
+    }
+    if (!(cfg.ratio >= 0.0 && cfg.ratio <= 1.0)) {
+        return fail(format("a budget ratio is a share of the tokens seen, above 0 and at most 1: it is %g", cfg.ratio));
     }
     if (cfg.window == 0) {
         return fail("the window must hold at least the newest token: it is 0");
@@ -93,25 +124,24 @@ bool indexmem_next_context(const indexmem_params * params) {
         return fail(format("a budget of %u is too large: at most %u", cfg.budget, BUDGET_MAX));
     }
 
-    config_next = cfg;
+    request_next = request { cfg, has_sidecar ? params->sidecar : "" };
     return true;
 }
 
 llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    if (!config_next) {
+    if (!request_next) {
         return nullptr;
     }
-    const auto cfg = *config_next;
-    config_next.reset();
+    auto [cfg, sidecar] = *request_next;
+    request_next.reset();
 
     auto refuse = [](const std::string & reason) {
-        error_last = reason;
-        throw std::runtime_error(reason);
+        indexmem_fail(INDEXMEM_ERROR_PARAMS, reason);
     };
 
     const std::string reason = indexmem_unsupported_reason(model);
     if (!reason.empty()) {
-        refuse("no bounded KV cache for this model: " + reason);
+        indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
@@ -128,6 +158,18 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         refuse(format("a bounded KV cache gives each of the %u sequences a budget of its own: switch kv_unified off", cparams.n_seq_max));
     }
+    if (!sidecar.empty()) {
+        try {
+            auto loaded = std::make_shared<indexmem_sidecar>(sidecar);
+            if (!loaded->get_indexer()) {
+                throw indexmem_sidecar_error(sidecar + " holds a latent memory and no indexer: name a policy");
+            }
+            loaded->load(model, cparams.offload_kqv);
+            cfg.sidecar = std::move(loaded);
+        } catch (const indexmem_sidecar_error & err) {
+            indexmem_fail(INDEXMEM_ERROR_SIDECAR, err.what());
+        }
+    }
     try {
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);
@@ -139,6 +181,45 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
 
 const char * indexmem_last_error(void) {
     return error_last.c_str();
+}
+
+indexmem_error indexmem_last_error_kind(void) {
+    return error_last_kind;
+}
+
+bool indexmem_sidecar_check(const char * path, const llama_model * model) {
+    clear_error();
+    try {
+        const indexmem_sidecar sidecar(path);
+        if (model) {
+            sidecar.check_model(*model);
+        }
+        return true;
+    } catch (const std::exception & err) {
+        return fail(err.what(), INDEXMEM_ERROR_SIDECAR);
+    }
+}
+
+void indexmem_model_fingerprint(const llama_model * model, char out[17]) {
+    snprintf(out, 17, "%s", indexmem_fingerprint(*model).c_str());
+}
+
+int indexmem_indexer_count(void) {
+    int n = 0;
+    while (indexmem_indexer_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_indexer_name(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_indexer_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_indexer_help(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_indexer_get(i);
+    return info ? info->help : nullptr;
 }
 
 bool indexmem_model_supported(const llama_model * model, char * reason, size_t reason_size) {
@@ -154,7 +235,7 @@ bool indexmem_is_bounded(const llama_context * ctx) {
 }
 
 bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {
-    error_last.clear();
+    clear_error();
 
     const auto * kv = bounded_of(ctx);
     if (!kv) {
@@ -171,6 +252,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
 
     stats->budget      = kv->get_config().budget;
     stats->n_slots     = kv->get_n_slots();
+    stats->budget_now  = kv->get_budget(*seq);
     stats->n_kept      = seq->n_used;
     stats->n_seen      = seq->n_seen;
     stats->n_evicted   = seq->n_seen - seq->n_used;
@@ -180,13 +262,16 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->evict_step  = kv->get_evict_step(*seq);
     stats->kv_bytes    = kv->size_kv_bytes();
     stats->meta_bytes  = kv->size_meta_bytes();
+    stats->indexer_bytes = kv->size_indexer_bytes();
+    stats->sidecar_bytes = kv->get_config().sidecar ? kv->get_config().sidecar->size_bytes() : 0;
+    stats->sidecar_hash  = kv->get_config().sidecar ? kv->get_config().sidecar->get_hash()   : 0;
     stats->evict_us    = kv->evict_us;
     stats->n_evictions = seq->n_evictions;
     return true;
 }
 
 int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
-    error_last.clear();
+    clear_error();
 
     const auto * kv = bounded_of(ctx);
     if (!kv) {
@@ -223,7 +308,7 @@ int32_t indexmem_n_head_kv(const llama_context * ctx, int32_t il) {
 }
 
 bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
-    error_last.clear();
+    clear_error();
 
     auto * kv = bounded_of(ctx);
     if (!kv) {

@@ -1,5 +1,7 @@
 #include "indexmem-graph.h"
 
+#include "indexmem-error.h"
+
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -28,20 +30,18 @@ static std::vector<float> hadamard(int64_t n) {
     return res;
 }
 
-static ggml_tensor * new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1) {
+ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3) {
     ggml_tensor * res = ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
     ggml_set_input(res);
     ggml_set_name(res, name);
     return res;
 }
 
-// rows of the sequences [s0, s0 + n_seq) of a cache tensor, and of their first n slots
-static ggml_tensor * view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq) {
+ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq) {
     return ggml_view_4d(ctx, t, t->ne[0], n, t->ne[2], n_seq, t->nb[1], t->nb[2], t->nb[3], s0*t->nb[3]);
 }
 
-// [n_embd, n_head, n_tokens*n_seq] -> the last n tokens of each sequence as [n_embd, n, n_head, n_seq], without a copy
-static ggml_tensor * tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n) {
+ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n) {
     cur = ggml_view_4d(ctx, cur, cur->ne[0], cur->ne[1], n, n_seq,
             cur->nb[1], cur->nb[2], cur->nb[2]*n_tokens, cur->nb[2]*(n_tokens - n));
     return ggml_permute(ctx, cur, 0, 2, 1, 3);
@@ -54,7 +54,7 @@ static ggml_tensor * tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t 
 llm_graph_input_attn_bounded::shape llm_graph_input_attn_bounded::shape_of(
         const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens) {
     const auto & st = mctx->get_step();
-    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict };
+    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.score, st.n_old };
 }
 
 llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
@@ -65,25 +65,27 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
     const auto & kv = mctx->get_kv();
 
-    mask  = new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv, sh.n_tokens, 1, sh.n_seq);
-    slots = new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
+    mask  = indexmem_new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv, sh.n_tokens, 1, sh.n_seq);
+    slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
 
     if (sh.evict) {
-        ctl = new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+        ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
     }
-    if (kv.get_n_ring() > 0) {
+    if (kv.get_indexer()) {
+        scoring.emplace(ctx, kv, mctx->get_step(), sh.n_tokens);
+    } else if (kv.get_n_ring() > 0) {
         const int64_t n_last = std::min<int64_t>(sh.n_tokens, kv.get_policy().n_queries);
-        rings = new_input(ctx, "bounded_rings", GGML_TYPE_I64, n_last, 1, sh.n_seq);
+        rings = indexmem_new_input(ctx, "bounded_rings", GGML_TYPE_I64, n_last, 1, sh.n_seq);
     }
 
     // the caller rotates q, k, v and the output when these are set
     if (kv.get_rot_k() > 0) {
         hadamard_k = hadamard(kv.get_rot_k());
-        self_k_rot = new_input(ctx, "attn_inp_k_rot", GGML_TYPE_F32, kv.get_rot_k(), kv.get_rot_k());
+        self_k_rot = indexmem_new_input(ctx, "attn_inp_k_rot", GGML_TYPE_F32, kv.get_rot_k(), kv.get_rot_k());
     }
     if (kv.get_rot_v() > 0) {
         hadamard_v = hadamard(kv.get_rot_v());
-        self_v_rot = new_input(ctx, "attn_inp_v_rot", GGML_TYPE_F32, kv.get_rot_v(), kv.get_rot_v());
+        self_v_rot = indexmem_new_input(ctx, "attn_inp_v_rot", GGML_TYPE_F32, kv.get_rot_v(), kv.get_rot_v());
     }
 }
 
@@ -120,6 +122,10 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     }
     ggml_backend_tensor_set(mask,  data_mask.data(),  0, ggml_nbytes(mask));
     ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
+
+    if (scoring) {
+        scoring->set_input(kv, st);
+    }
 
     if (rings) {
         const int64_t n_last = rings->ne[0];
@@ -198,11 +204,20 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     const int64_t n_k = l->k->ne[1];
 
     // store
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_seqs(ctx, l->k, n_k, sh.s0, S), tokens_last(ctx, k_cur, T, S, T), slots));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_seqs(ctx, l->v, n_k, sh.s0, S), tokens_last(ctx, v_cur, T, S, T), slots));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l->k, n_k, sh.s0, S), indexmem_tokens_last(ctx, k_cur, T, S, T), slots));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l->v, n_k, sh.s0, S), indexmem_tokens_last(ctx, v_cur, T, S, T), slots));
     if (l->q) {
         ggml_build_forward_expand(gf, ggml_set_rows(ctx,
-                    view_seqs(ctx, l->q, l->q->ne[1], sh.s0, S), tokens_last(ctx, q_cur, T, S, rings->ne[0]), rings));
+                    indexmem_view_seqs(ctx, l->q, l->q->ne[1], sh.s0, S), indexmem_tokens_last(ctx, q_cur, T, S, rings->ne[0]), rings));
+    }
+
+    if (scoring) {
+        const auto hidden = hiddens.find(il);
+        if (hidden == hiddens.end()) {
+            indexmem_fail(INDEXMEM_ERROR_MODEL, format("the graph of architecture '%s' does not show what the attention of "
+                        "layer %d reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), il));
+        }
+        scoring->build_store(graph, mctx->get_kv(), *l, hidden->second);
     }
 
     // attend: heads of a sequence are neighbours in memory, so (head, sequence) is one dimension
@@ -214,7 +229,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     if (S == 1) {
         q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
     } else {
-        q = ggml_cont(ctx, tokens_last(ctx, q_cur, T, S, T));
+        q = ggml_cont(ctx, indexmem_tokens_last(ctx, q_cur, T, S, T));
         q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
     }
 
@@ -256,27 +271,24 @@ void llm_graph_input_attn_bounded::build_evict(
 
     const int64_t n_slots = l.k->ne[1];
 
-    ggml_tensor * k   = view_seqs(ctx, l.k, n_slots, sh.s0, sh.n_seq);
-    ggml_tensor * v   = view_seqs(ctx, l.v, n_slots, sh.s0, sh.n_seq);
+    ggml_tensor * k   = indexmem_view_seqs(ctx, l.k, n_slots, sh.s0, sh.n_seq);
+    ggml_tensor * v   = indexmem_view_seqs(ctx, l.v, n_slots, sh.s0, sh.n_seq);
     ggml_tensor * pos = ggml_view_3d(ctx, l.pos, n_slots, l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
 
-    ggml_tensor * q = nullptr;
-    if (l.q) {
-        q = view_seqs(ctx, l.q, l.q->ne[1], sh.s0, sh.n_seq);
-    } else if (kv.get_policy().n_queries > 0) {
-        q = tokens_last(ctx, q_cur, sh.n_tokens, sh.n_seq, 1); // a ring of one row
-    }
-
-    ggml_tensor * rank = ggml_indexmem_rank(ctx, k, pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
-            kq_scale, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+    ggml_tensor * rank = build_rank(graph, l, pos, q_cur, kq_scale);
     ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, sh.n_tokens + kv.get_evict_step_max());
 
-    ggml_tensor * moved[] = {
+    std::vector<ggml_tensor *> nodes = {
+        rank,
+        plan,
         ggml_indexmem_compact    (ctx, k,   plan, ctl),
         ggml_indexmem_compact    (ctx, v,   plan, ctl),
         ggml_indexmem_compact_pos(ctx, pos, plan, ctl),
     };
-    for (ggml_tensor * t : { rank, plan, moved[0], moved[1], moved[2] }) {
+    if (scoring) {
+        nodes.push_back(scoring->build_compact(ctx, kv, l, plan, ctl));
+    }
+    for (ggml_tensor * t : nodes) {
         ggml_indexmem_set_timer(t, &kv.evict_us);
         ggml_build_forward_expand(gf, t);
     }
@@ -284,9 +296,44 @@ void llm_graph_input_attn_bounded::build_evict(
     graph.cb(plan, "bounded_plan", l.il);
 }
 
+ggml_tensor * llm_graph_input_attn_bounded::build_rank(
+        const llm_graph_context & graph,
+        const llama_kv_cache_bounded::layer & l,
+        ggml_tensor * pos,
+        ggml_tensor * q_cur,
+        float kq_scale) {
+    ggml_context * ctx = graph.ctx0;
+
+    const auto & kv = mctx->get_kv();
+
+    if (scoring) {
+        return scoring->build_rank(ctx, kv, l, pos, ctl);
+    }
+    ggml_tensor * q = nullptr;
+    if (l.q) {
+        q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], sh.s0, sh.n_seq);
+    } else if (kv.get_policy().n_queries > 0) {
+        q = indexmem_tokens_last(ctx, q_cur, sh.n_tokens, sh.n_seq, 1); // a ring of one row
+    }
+    ggml_tensor * k = indexmem_view_seqs(ctx, l.k, l.k->ne[1], sh.s0, sh.n_seq);
+    return ggml_indexmem_rank(ctx, k, pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
+            kq_scale, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+}
+
 //
 // hooks
 //
+
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+    if (!indexmem_context(graph.mctx)) {
+        return;
+    }
+    for (const auto & input : graph.res->inputs) {
+        if (auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(input.get())) {
+            bounded->tap(hidden, il);
+        }
+    }
+}
 
 const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
     return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
@@ -315,7 +362,7 @@ ggml_tensor * indexmem_build_attn(
         return nullptr;
     }
     if (kq_b || sinks) {
-        throw std::runtime_error(format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
                     il, kq_b ? "a bias" : "sink logits"));
     }
     return bounded->build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
@@ -323,6 +370,6 @@ ggml_tensor * indexmem_build_attn(
 
 void indexmem_refuse(const llama_memory_context_i * mctx, const char * what) {
     if (indexmem_context(mctx)) {
-        throw std::runtime_error(format("the model uses %s, which a bounded KV cache does not support yet", what));
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("the model uses %s, which a bounded KV cache does not support yet", what));
     }
 }

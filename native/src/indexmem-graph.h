@@ -1,13 +1,16 @@
 #pragma once
 
 #include "indexmem-kv-cache.h"
+#include "indexmem-scoring.h"
+
+#include <optional>
 
 //
 // The attention of a bounded cache in the compute graph
 //
 // Invariants
 //   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph
-//   - a graph without eviction is built for ubatches that evict nothing
+//   - a graph without eviction is built for ubatches that evict nothing; likewise with scoring
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
 
@@ -20,6 +23,9 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override;
+
+    // what the attention of a layer reads, seen before its attention is built
+    void tap(ggml_tensor * hidden, int il) { hiddens[il] = hidden; }
 
     // attention output [n_embd_head_v*n_head, n_tokens]
     ggml_tensor * build_attn(
@@ -38,15 +44,21 @@ private:
         uint32_t n_tokens; // per sequence
         uint32_t n_kv;
         bool     evict;
+        bool     score;
+        uint32_t n_old;
 
         bool operator==(const shape & other) const {
-            return s0 == other.s0 && n_seq == other.n_seq && n_tokens == other.n_tokens && n_kv == other.n_kv && evict == other.evict;
+            return s0 == other.s0 && n_seq == other.n_seq && n_tokens == other.n_tokens && n_kv == other.n_kv &&
+                evict == other.evict && score == other.score && n_old == other.n_old;
         }
     };
 
     static shape shape_of(const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens);
 
     void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+
+    ggml_tensor * build_rank(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * pos,
+            ggml_tensor * q_cur, float kq_scale);
 
     ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
 
@@ -61,6 +73,9 @@ private:
 
     std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
 
+    std::optional<indexmem_scoring> scoring; // if there is an indexer
+    std::map<int, ggml_tensor *>    hiddens; // layer -> F32 [n_embd, n_tokens*n_seq]
+
     std::vector<float> hadamard_k;
     std::vector<float> hadamard_v;
 };
@@ -68,7 +83,20 @@ private:
 // the bounded cache behind a memory context, or null
 const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx);
 
+// pieces of graphs
+
+ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1);
+
+// the first n slots or rows of the sequences [s0, s0 + n_seq) of a cache tensor
+ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq);
+
+// [n_embd, n_head, n_tokens*n_seq] -> the last n tokens of each sequence as [n_embd, n, n_head, n_seq], without a copy
+ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n);
+
 // hooks of llama-graph.cpp
+
+// shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
 
 // the input of ordinary attention if the memory is bounded, else null
 std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);

@@ -5,6 +5,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -17,6 +18,16 @@ static constexpr uint32_t N_KV_PAD = 256;
 static constexpr uint32_t N_RING_SLACK = 32;
 
 static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
+
+std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
+    std::vector<ggml_tensor *> res;
+    for (ggml_tensor * t : { k, v, pos, q, state, pending, queries }) {
+        if (t) {
+            res.push_back(t);
+        }
+    }
+    return res;
+}
 
 // the Hadamard rotation that llama.cpp applies to quantised caches: blocks of 64 values of V, of the largest power of two
 // that divides the head for K (llama_kv_cache::build_input_k_rot)
@@ -47,7 +58,10 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     const auto & hparams = model.hparams;
 
     n_slots = GGML_PAD(cfg.budget + n_ubatch, N_KV_PAD);
-    n_ring  = get_policy().n_queries > 1 ? get_policy().n_queries + N_RING_SLACK : 0;
+
+    const auto * indexer   = get_indexer();
+    const uint32_t n_queries = indexer ? indexer->n_queries() : get_policy().n_queries;
+    n_ring = n_queries > (indexer ? 0 : 1) ? n_queries + N_RING_SLACK : 0;
 
     std::map<std::string, std::pair<ggml_backend_buffer_type_t, ggml_context_ptr>> ctxs;
 
@@ -55,7 +69,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         auto & entry = ctxs[ggml_backend_buft_name(buft)];
         if (!entry.second) {
             entry.first = buft;
-            entry.second.reset(ggml_init({ 4u*hparams.n_layer_all*ggml_tensor_overhead(), nullptr, true }));
+            entry.second.reset(ggml_init({ 7u*hparams.n_layer_all*ggml_tensor_overhead(), nullptr, true }));
         }
         return entry.second.get();
     };
@@ -92,7 +106,16 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         ggml_format_name(l.k,   "bounded_k_l%d",   il);
         ggml_format_name(l.v,   "bounded_v_l%d",   il);
         ggml_format_name(l.pos, "bounded_pos_l%d", il);
-        if (n_ring > 0) {
+        if (indexer) {
+            l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + N_PENDING, indexer->n_state_heads(), n_seq_max);
+            l.pending = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hparams.n_embd, N_PENDING, 1, n_seq_max);
+            ggml_format_name(l.state,   "bounded_state_l%d",   il);
+            ggml_format_name(l.pending, "bounded_pending_l%d", il);
+            if (n_ring > 0) {
+                l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), n_ring + N_PENDING, 1, n_seq_max);
+                ggml_format_name(l.queries, "bounded_queries_l%d", il);
+            }
+        } else if (n_ring > 0) {
             l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, n_ring, hparams.n_head(il), n_seq_max);
             ggml_format_name(l.q, "bounded_q_l%d", il);
         }
@@ -133,6 +156,10 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
             ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
             (int) rot_k, (int) rot_v);
+    if (indexer) {
+        LLAMA_LOG_INFO("%s: indexer %s of %s: weights %.2f MiB, state %.2f MiB\n", __func__, indexer->kind(),
+                cfg.sidecar->get_path().c_str(), cfg.sidecar->size_bytes()/1024.0/1024.0, size_indexer_bytes()/1024.0/1024.0);
+    }
 }
 
 //
@@ -147,8 +174,16 @@ uint32_t llama_kv_cache_bounded::n_protected(const seq_state & seq) const {
     return std::max(cfg.sinks, seq.pin);
 }
 
+uint32_t llama_kv_cache_bounded::get_budget(const seq_state & seq) const {
+    if (cfg.ratio <= 0.0) {
+        return cfg.budget;
+    }
+    const uint64_t min = budget_min(cfg.sinks, seq.pin, cfg.window);
+    return (uint32_t) std::min<uint64_t>(cfg.budget, std::max<uint64_t>((uint64_t) std::ceil(cfg.ratio*seq.n_seen), min));
+}
+
 uint32_t llama_kv_cache_bounded::get_evict_step(const seq_state & seq) const {
-    const uint32_t room = cfg.budget - n_protected(seq) - cfg.window;
+    const uint32_t room = get_budget(seq) - n_protected(seq) - cfg.window;
     const uint32_t want = cfg.evict_step > 0 ? cfg.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
     return std::max(1u, std::min(want, room));
 }
@@ -190,18 +225,32 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
             n_top = std::max(n_top, seq.n_used);
             GGML_ASSERT(seq.n_used <= n_slots);
 
-            if (seq.n_used > cfg.budget) {
+            const uint32_t budget = get_budget(seq);
+            if (seq.n_used > budget) {
                 if (!evicts) {
-                    LLAMA_LOG_INFO("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, cfg.budget);
+                    LLAMA_LOG_INFO("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, budget);
                     return {};
                 }
-                const uint32_t n_left = std::min(cfg.budget, seq.n_used - get_evict_step(seq));
+                const uint32_t n_left = std::min(budget, seq.n_used - get_evict_step(seq));
                 seq.n_used  = std::max(n_left, n_protected(seq) + cfg.window);
                 seq.n_fixed = seq.n_used;
                 seq.n_evictions++;
                 st.evict = true;
             }
-            st.after.push_back(seq);
+        }
+
+        if (get_indexer()) {
+            st.score = st.evict;
+            for (uint32_t s = 0; s < st.n_seq; ++s) {
+                st.score = st.score || state[st.s0 + s].n_pending() > N_PENDING;
+            }
+            for (uint32_t s = 0; s < st.n_seq && st.score; ++s) {
+                st.n_old = std::max(st.n_old, st.before[s].n_pending());
+                state[st.s0 + s].n_scored = state[st.s0 + s].n_seen;
+            }
+        }
+        for (uint32_t s = 0; s < st.n_seq; ++s) {
+            st.after.push_back(state[st.s0 + s]);
         }
 
         st.n_kv = std::min<uint32_t>(n_slots, GGML_PAD(n_top, N_KV_PAD));
@@ -304,18 +353,17 @@ bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos
         return true;
     }
 
-    // exact only while every removed entry is still where it was appended
-    const llama_pos n_remove = seq.n_seen - p0;
-    if (p0 < seq.pos_tail()) {
+    if (!can_remove(seq, p0)) {
         return false;
     }
-    if (n_ring > 0 && n_remove > (llama_pos) N_RING_SLACK) {
-        return false; // the queries before p0 have been overwritten
-    }
     apply_copies();
-    seq.n_seen -= n_remove;
-    seq.n_used -= n_remove;
+    seq.truncate(p0);
     return true;
+}
+
+// exact only while every removed entry is still where it was appended, and no query before p0 has been overwritten
+bool llama_kv_cache_bounded::can_remove(const seq_state & seq, llama_pos p0) const {
+    return p0 >= seq.pos_tail() && (n_ring == 0 || seq.n_seen - p0 <= (llama_pos) N_RING_SLACK);
 }
 
 void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -332,12 +380,10 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
     seq_state dst = src;
     if (p1 < src.n_seen) {
         // a prefix: exact under the same conditions as seq_rm
-        const llama_pos n_remove = src.n_seen - p1;
-        if (p1 < src.pos_tail() || (n_ring > 0 && n_remove > (llama_pos) N_RING_SLACK)) {
-            p0 = 1;
+        if (can_remove(src, p1)) {
+            dst.truncate(p1);
         } else {
-            dst.n_seen -= n_remove;
-            dst.n_used -= n_remove;
+            p0 = 1;
         }
     }
     if (p0 > 0) {
@@ -359,10 +405,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
 void llama_kv_cache_bounded::apply_copies() {
     for (const auto & c : copies) {
         for (const auto & l : layers) {
-            for (ggml_tensor * t : { l.k, l.v, l.pos, l.q }) {
-                if (!t) {
-                    continue;
-                }
+            for (ggml_tensor * t : l.tensors()) {
                 const size_t size = ggml_nbytes(t)/seqs.size();
                 ggml_tensor src = *t;
                 ggml_tensor dst = *t;
@@ -491,7 +534,19 @@ size_t llama_kv_cache_bounded::size_kv_bytes() const {
 size_t llama_kv_cache_bounded::size_meta_bytes() const {
     size_t size = 0;
     for (const auto & l : layers) {
-        size += ggml_nbytes(l.pos) + (l.q ? ggml_nbytes(l.q) : 0);
+        for (const ggml_tensor * t : l.tensors()) {
+            size += ggml_nbytes(t);
+        }
+    }
+    return size - size_kv_bytes();
+}
+
+size_t llama_kv_cache_bounded::size_indexer_bytes() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        for (const ggml_tensor * t : { l.state, l.pending, l.queries }) {
+            size += t ? ggml_nbytes(t) : 0;
+        }
     }
     return size;
 }
@@ -510,6 +565,8 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     st.n_seq  = kv->get_n_seq_max();
     st.n_kv   = kv->get_n_slots();
     st.evict  = true;
+    st.score  = kv->get_indexer() != nullptr;
+    st.n_old  = st.score ? kv->N_PENDING : 0;
     st.before = kv->seqs;
     st.after  = kv->seqs;
     steps.push_back(std::move(st));

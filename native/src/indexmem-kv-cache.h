@@ -6,7 +6,10 @@
 
 #include "indexmem.h"
 #include "indexmem-ops.h"
+#include "indexmem-sidecar.h"
 
+#include <algorithm>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -26,6 +29,8 @@ struct llama_model;
 //   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in the device table `pos`;
 //     slot n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
 //   - after apply() of a ubatch, n_used <= budget
+//   - with an indexer, entries at positions [n_scored, n_seen) are pending: the hidden states they are scored from lie in
+//     a ring of N_PENDING rows. What is ranked has been scored, so pending entries are in slots from n_fixed on
 //
 
 class llama_kv_cache_bounded : public llama_memory_i {
@@ -39,7 +44,13 @@ public:
         uint32_t    evict_step; // 0 = from the room in the budget
         uint64_t    seed;
         int         policy;     // index into policies.def
+        double      ratio;      // of the tokens seen, 0 = none
+
+        std::shared_ptr<const indexmem_sidecar> sidecar; // null unless its indexer is the policy
     };
+
+    // tokens that can wait to be scored: a small network costs less per token when it sees many
+    static constexpr uint32_t N_PENDING = 32;
 
     // host side of one sequence
     struct seq_state {
@@ -47,10 +58,19 @@ public:
         uint32_t  n_used  = 0;
         uint32_t  n_fixed = 0;
         uint32_t  pin     = 0;
+        llama_pos n_scored = 0;
 
         uint64_t n_evictions = 0; // ubatches that evicted
 
-        llama_pos pos_tail() const { return n_seen - (llama_pos) (n_used - n_fixed); }
+        llama_pos pos_tail()  const { return n_seen - (llama_pos) (n_used - n_fixed); }
+        uint32_t  n_pending() const { return (uint32_t) (n_seen - n_scored); }
+
+        // forgets the entries from p0 on, which have not been moved since they were appended
+        void truncate(llama_pos p0) {
+            n_used  -= (uint32_t) (n_seen - p0);
+            n_seen   = p0;
+            n_scored = std::min(n_scored, p0);
+        }
     };
 
     // what one ubatch does, decided on the host before any ubatch of the batch runs
@@ -59,6 +79,8 @@ public:
         uint32_t n_seq;   // consecutive sequences
         uint32_t n_kv;    // slots that attention looks at
         bool     evict;   // some sequence evicts
+        bool     score;   // the indexer scores what is pending and the new tokens; if not, the new tokens become pending
+        uint32_t n_old;   // pending entries scored, the most of any sequence
 
         std::vector<seq_state> before; // [n_seq]
         std::vector<seq_state> after;  // [n_seq]
@@ -71,6 +93,15 @@ public:
         ggml_tensor * v;   // [n_embd_head_v, n_slots, n_head_kv, n_seq_max]
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
+
+        // of the indexer, null without one. The last N_PENDING rows of `state` and `queries` belong to no entry: writes for
+        // sequences with fewer pending entries than others go there.
+        ggml_tensor * state;   // F32 [n_state, n_slots + N_PENDING, n_state_heads, n_seq_max]
+        ggml_tensor * pending; // F32 [n_embd, N_PENDING, 1, n_seq_max] hidden states: the one of position p in row p % N_PENDING
+        ggml_tensor * queries; // F32 [n_query_state, n_ring + N_PENDING, 1, n_seq_max], null unless its rank reads queries
+
+        // all that holds data of sequences
+        std::vector<ggml_tensor *> tensors() const;
     };
 
     llama_kv_cache_bounded(
@@ -123,9 +154,14 @@ public:
     const layer     * get_layer(int32_t il) const; // null if the layer has no cache
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 
+    const indexmem_indexer * get_indexer() const { return cfg.sidecar ? cfg.sidecar->get_indexer() : nullptr; }
+
     uint32_t get_n_slots()   const { return n_slots; }
     uint32_t get_n_ring()    const { return n_ring; }
     uint32_t get_n_seq_max() const { return (uint32_t) seqs.size(); }
+
+    // entries that a sequence may keep at its present length
+    uint32_t get_budget(const seq_state & seq) const;
 
     // entries that leave at once: at least the step, and never into what is protected
     uint32_t get_evict_step(const seq_state & seq) const;
@@ -137,8 +173,9 @@ public:
     // positions held by one head, in slot order
     std::vector<int32_t> get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const;
 
-    size_t size_kv_bytes()   const;
-    size_t size_meta_bytes() const;
+    size_t size_kv_bytes()      const;
+    size_t size_meta_bytes()    const; // all but K and V
+    size_t size_indexer_bytes() const; // the part of it that the indexer keeps
 
     int64_t get_rot_k() const { return rot_k; } // size of the Hadamard rotation of keys and queries, 0 = none
     int64_t get_rot_v() const { return rot_v; }
@@ -157,7 +194,7 @@ private:
     const config cfg;
 
     uint32_t n_slots = 0;
-    uint32_t n_ring  = 0;
+    uint32_t n_ring  = 0; // of queries, of the policy or the indexer
 
     int64_t rot_k = 0;
     int64_t rot_v = 0;
@@ -176,6 +213,8 @@ private:
     std::vector<step> prepare(const std::vector<llama_ubatch> & ubatches) const;
 
     uint32_t n_protected(const seq_state & seq) const; // length of the protected prefix
+
+    bool can_remove(const seq_state & seq, llama_pos p0) const; // whether a tail can be taken back exactly
 
     void reset(llama_seq_id seq_id);
 

@@ -4,6 +4,9 @@
 
 #include "ggml-cpp.h"
 
+#include <functional>
+
+struct llama_file;
 struct llama_model;
 
 //
@@ -49,21 +52,36 @@ private:
         size_t      size;
     };
 
+    // n bytes of a tensor, from `offset` of it on
+    using data_fn = std::function<void(const tensor_info & info, size_t offset, const uint8_t * data, size_t n)>;
+
+    void check_type    (const indexmem_metadata & meta) const;
+    void read_keys     (const gguf_context * gguf, const indexmem_metadata & meta);
+    void check_tensors (const gguf_context * gguf, const std::vector<indexmem_tensor_spec> & specs_memory, uint64_t data_offset);
+    void hash_constants(const gguf_context * gguf);
+
+    // passes all data through `use`; returns `res` continued over tensors and data
+    static uint64_t read_data(llama_file & file, const std::vector<tensor_info> & tensors, uint64_t res, const data_fn & use);
+
     std::string path;
 
     indexmem_geometry geometry = {};
 
     std::string arch;        // "unknown" if it does not say
     std::string fingerprint; // empty if it does not say
-    uint32_t    n_head     = 0; // 0 if it does not say
+    uint32_t    n_head      = 0; // 0 if it does not say
     uint32_t    n_embd_head = 0;
 
     std::unique_ptr<indexmem_indexer> indexer;
 
-    std::vector<tensor_info>      infos;
-    std::vector<indexmem_weights> layers; // [n_layer]
+    uint64_t file_size = 0;
 
-    uint64_t hash = 0;
+    std::vector<tensor_info>      infos;        // of the indexer, by layer and name
+    std::vector<tensor_info>      infos_memory; // checked only
+    std::vector<indexmem_weights> layers;       // [n_layer]
+
+    uint64_t hash_head = 0; // of kind and constants
+    uint64_t hash      = 0; // continued over the weights
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 };

@@ -11,8 +11,9 @@
 // State of a bounded cache, little endian as everything llama.cpp writes
 //
 //   magic, version, geometry (checked field by field), number of sequences
-//   per sequence: id, n_seen, n_used, n_fixed, pin, n_evictions; positions [n_head_kv][n_used] of every layer
-//   per sequence and layer: rows of K, rows of V [n_head_kv][n_used], the ring of queries if the policy keeps one
+//   per sequence: id, n_seen, n_used, n_fixed, pin, n_scored, n_evictions; positions [n_head_kv][n_used] of every layer
+//   per sequence and layer: rows of K, rows of V [n_head_kv][n_used], the ring of queries if the policy keeps one; of an
+//   indexer its state [n_state_heads][n_used], the hidden states of pending entries, the ring of queries if it keeps one
 //
 // Invariants
 //   - reading validates everything and holds the data aside before the first byte of the cache changes
@@ -20,7 +21,7 @@
 //
 
 static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 
 namespace {
 
@@ -81,6 +82,27 @@ pending_rows get_rows(llama_io_read_i & io, ggml_tensor * t, int64_t n) {
     return rows;
 }
 
+struct stored {
+    ggml_tensor * tensor;
+    int64_t       n; // rows of each head
+};
+
+// what of a layer belongs to a state, in its order
+std::vector<stored> stored_of(const llama_kv_cache_bounded::layer & l, uint32_t n_used, uint32_t n_ring) {
+    std::vector<stored> res = { { l.k, n_used }, { l.v, n_used } };
+    if (l.q) {
+        res.push_back({ l.q, n_ring });
+    }
+    if (l.state) {
+        res.push_back({ l.state,   n_used });
+        res.push_back({ l.pending, llama_kv_cache_bounded::N_PENDING });
+    }
+    if (l.queries) {
+        res.push_back({ l.queries, n_ring });
+    }
+    return res;
+}
+
 // Positions of one head: distinct, in range, consecutive since the last eviction, and with every protected one present.
 void check_positions(const std::vector<int32_t> & pos, const llama_kv_cache_bounded::seq_state & seq, uint32_t n_prefix, uint32_t window) {
     const llama_pos n_seen = seq.n_seen;
@@ -119,6 +141,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     io.write_string(get_policy().name);
     put<uint32_t>(io, cfg.sinks);
     put<uint32_t>(io, cfg.window);
+    put<uint64_t>(io, cfg.sidecar ? cfg.sidecar->get_hash() : 0);
     put<uint32_t>(io, n_ring);
     put<uint32_t>(io, rot_k);
     put<uint32_t>(io, rot_v);
@@ -147,6 +170,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
         put<uint32_t>(io, seq.n_used);
         put<uint32_t>(io, seq.n_fixed);
         put<uint32_t>(io, seq.pin);
+        put<uint32_t>(io, seq.n_scored);
         put<uint64_t>(io, seq.n_evictions);
         for (const auto & l : layers) {
             for (uint32_t h = 0; h < l.pos->ne[1]; ++h) {
@@ -156,10 +180,8 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
     for (llama_seq_id id : ids) {
         for (const auto & l : layers) {
-            put_rows(io, l.k, id, seqs[id].n_used);
-            put_rows(io, l.v, id, seqs[id].n_used);
-            if (l.q) {
-                put_rows(io, l.q, id, n_ring);
+            for (const auto & part : stored_of(l, seqs[id].n_used, n_ring)) {
+                put_rows(io, part.tensor, id, part.n);
             }
         }
     }
@@ -189,6 +211,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
     expect(io, cfg.sinks,     "number of sinks");
     expect(io, cfg.window,    "window");
+    if (get<uint64_t>(io) != (cfg.sidecar ? cfg.sidecar->get_hash() : 0)) {
+        throw std::runtime_error("bounded KV state: made with another sidecar than the one of this context");
+    }
     expect(io, n_ring,        "number of kept queries");
     expect(io, rot_k,         "rotation of K");
     expect(io, rot_v,         "rotation of V");
@@ -220,6 +245,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         const uint32_t n_used  = get<uint32_t>(io);
         const uint32_t n_fixed = get<uint32_t>(io);
         const uint32_t pin     = get<uint32_t>(io);
+        const uint32_t n_scored = get<uint32_t>(io);
 
         p.id = seq_id == -1 ? (llama_seq_id) id : seq_id;
         p.state.n_evictions = get<uint64_t>(io);
@@ -243,6 +269,12 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         p.state.n_used  = n_used;
         p.state.n_fixed = n_fixed;
         p.state.pin     = pin;
+        p.state.n_scored = n_scored;
+
+        // pending entries are the newest, not moved since they were appended, and their hidden states fit the ring
+        if (!get_indexer() ? n_scored != 0 : n_scored > n_seen || (llama_pos) n_scored < p.state.pos_tail() || n_seen - n_scored > N_PENDING) {
+            throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)", n_scored, n_seen));
+        }
 
         for (const auto & l : layers) {
             std::vector<int32_t> all;
@@ -257,10 +289,8 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
     for (auto & p : pending) {
         for (const auto & l : layers) {
-            p.rows.push_back(get_rows(io, l.k, p.state.n_used));
-            p.rows.push_back(get_rows(io, l.v, p.state.n_used));
-            if (l.q) {
-                p.rows.push_back(get_rows(io, l.q, n_ring));
+            for (const auto & part : stored_of(l, p.state.n_used, n_ring)) {
+                p.rows.push_back(get_rows(io, part.tensor, part.n));
             }
         }
     }

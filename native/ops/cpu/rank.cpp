@@ -11,9 +11,10 @@ struct rank_work {
     size_t k;
     size_t size;
 
-    rank_work(const ggml_tensor * k_cache, bool needs_keys) {
-        const size_t n_slots = k_cache->ne[1];
-        const size_t n_embd  = k_cache->ne[0];
+    // entries: keys, or the terms of an indexer
+    rank_work(const ggml_tensor * entries, bool needs_keys) {
+        const size_t n_slots = entries->ne[1];
+        const size_t n_embd  = entries->ne[0];
 
         pos     = 0;
         scratch = align_up(n_slots*sizeof(int32_t));
@@ -36,7 +37,7 @@ size_t rank_work_size(const ggml_tensor * op, int n_tasks) {
 }
 
 void rank(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * k   = dst->src[0];
+    const ggml_tensor * k   = dst->src[0]; // or terms
     const ggml_tensor * pos = dst->src[1];
     const ggml_tensor * ctl = dst->src[2];
     const ggml_tensor * q   = dst->src[3];
@@ -59,8 +60,16 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
     int32_t * pos_row = (int32_t *) (work + layout.pos);
     float   * k_row   = (float   *) (work + layout.k);
 
-    for (int64_t ir = params->ith; ir < k->ne[2]*k->ne[3]; ir += params->nth) {
-        const row_index row = row_at(ir, k->ne[2]);
+    const bool has_terms = policy == indexmem_policy_find("indexer");
+    if (has_terms) {
+        view.n_terms   = (int32_t) k->ne[0];
+        view.pos_slope = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_SLOPE);
+        view.age_scale = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_AGE);
+        view.nb_term   = k->nb[1];
+    }
+
+    for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[2]; ir += params->nth) {
+        const row_index row = row_at(ir, dst->ne[1]);
         const int32_t * c = ctl_of(ctl, row.s);
         if (c[INDEXMEM_CTL_N_EVICT] == 0) {
             continue;
@@ -77,6 +86,9 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
         }
         view.pos = pos_row;
 
+        if (has_terms) {
+            view.terms = (const char *) k->data + (row.h % k->ne[2])*k->nb[2] + row.s*k->nb[3];
+        }
         if (info->needs_keys) {
             const char * k_src = (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3];
             rows_to_f32(k, k_src, 0, view.n, k_row);

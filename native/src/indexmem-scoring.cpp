@@ -1,0 +1,138 @@
+#include "indexmem-scoring.h"
+
+#include "indexmem-graph.h"
+
+#include "llama-impl.h"
+
+using kv_cache = llama_kv_cache_bounded;
+
+indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, const kv_cache::step & st, uint32_t n_tokens) :
+    s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score) {
+    if (!score) {
+        rows_new = indexmem_new_input(ctx, "indexer_rows_new", GGML_TYPE_I64, n_tokens, 1, n_seq);
+        return;
+    }
+    slots = indexmem_new_input(ctx, "indexer_slots", GGML_TYPE_I64, n_old + n_tokens, 1, n_seq);
+    if (n_old > 0) {
+        rows_old = indexmem_new_input(ctx, "indexer_rows_old", GGML_TYPE_I32, n_old, n_seq);
+    }
+    const int64_t n_queries = kv.get_indexer()->n_queries();
+    if (n_queries > 0) {
+        rows_query = indexmem_new_input(ctx, "indexer_rows_query", GGML_TYPE_I64, std::min(n_old + n_tokens, n_queries), 1, n_seq);
+    }
+}
+
+void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st) {
+    constexpr int64_t n_ring_old = kv_cache::N_PENDING;
+
+    if (rows_new) {
+        std::vector<int64_t> data(ggml_nelements(rows_new));
+        for (int64_t s = 0; s < n_seq; ++s) {
+            for (int64_t i = 0; i < n_tokens; ++i) {
+                data[s*n_tokens + i] = (st.before[s].n_seen + i) % n_ring_old;
+            }
+        }
+        ggml_backend_tensor_set(rows_new, data.data(), 0, ggml_nbytes(rows_new));
+        return;
+    }
+
+    const int64_t n_rows = n_old + n_tokens;
+
+    std::vector<int32_t> data_old(n_old*n_seq, 0);
+    std::vector<int64_t> data_slots(n_rows*n_seq);
+    for (int64_t s = 0; s < n_seq; ++s) {
+        const auto & seq = st.before[s];
+
+        const int64_t n_missing = n_old - seq.n_pending();
+        for (int64_t i = 0; i < n_rows; ++i) {
+            data_slots[s*n_rows + i] = i < n_missing ? kv.get_n_slots() + i : seq.n_used - n_old + i;
+        }
+        for (int64_t i = n_missing; i < n_old; ++i) {
+            data_old[s*n_old + i] = (int32_t) ((seq.n_seen - n_old + i) % n_ring_old);
+        }
+    }
+    ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
+    if (rows_old) {
+        ggml_backend_tensor_set(rows_old, data_old.data(), 0, ggml_nbytes(rows_old));
+    }
+
+    if (rows_query) {
+        const int64_t n_last = rows_query->ne[0];
+        std::vector<int64_t> data(n_last*n_seq);
+        for (int64_t s = 0; s < n_seq; ++s) {
+            const auto & seq = st.before[s];
+            for (int64_t i = 0; i < n_last; ++i) {
+                const int64_t row = n_rows - n_last + i; // of the scored rows
+                const int64_t p   = seq.n_seen - n_old + row;
+                data[s*n_last + i] = row < n_old - seq.n_pending() ? kv.get_n_ring() + row : p % kv.get_n_ring();
+            }
+        }
+        ggml_backend_tensor_set(rows_query, data.data(), 0, ggml_nbytes(rows_query));
+    }
+}
+
+void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden) {
+    ggml_context * ctx = graph.ctx0;
+    ggml_cgraph  * gf  = graph.gf;
+
+    const int64_t n_embd = l.pending->ne[0];
+    if (hidden->ne[0] != n_embd) {
+        throw std::runtime_error(format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
+                    (long long) hidden->ne[0], (long long) n_embd));
+    }
+    if (!ggml_is_contiguous(hidden)) {
+        hidden = ggml_cont(ctx, hidden);
+    }
+
+    if (!score) {
+        hidden = ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq);
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.pending, l.pending->ne[1], s0, n_seq), hidden, rows_new));
+        return;
+    }
+
+    const auto & indexer = *kv.get_indexer();
+    const auto & weights = kv.get_config().sidecar->get_layer(l.il);
+
+    const int64_t n_rows = n_old + n_tokens; // per sequence
+
+    if (n_old > 0) {
+        ggml_tensor * old = ggml_view_3d(ctx, l.pending, n_embd, l.pending->ne[1], n_seq, l.pending->nb[1], l.pending->nb[3], s0*l.pending->nb[3]);
+        old    = ggml_get_rows(ctx, old, rows_old);
+        hidden = ggml_concat(ctx, old, ggml_reshape_3d(ctx, hidden, n_embd, n_tokens, n_seq), 1);
+        hidden = ggml_reshape_2d(ctx, hidden, n_embd, n_rows*n_seq);
+    }
+
+    ggml_tensor * state = indexer.build_state(ctx, weights, hidden);
+    graph.cb(state, "indexmem_state", l.il);
+    state = indexmem_tokens_last(ctx, state, n_rows, n_seq, n_rows);
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.state, l.state->ne[1], s0, n_seq), state, slots));
+
+    if (rows_query) {
+        const int64_t n_last = rows_query->ne[0];
+
+        ggml_tensor * q = indexer.build_queries(ctx, weights, hidden);
+        graph.cb(q, "indexmem_queries", l.il);
+        q = ggml_view_4d(ctx, q, q->ne[0], n_last, 1, n_seq, q->nb[1], q->nb[1]*n_rows, q->nb[1]*n_rows, q->nb[1]*(n_rows - n_last));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.queries, l.queries->ne[1], s0, n_seq), q, rows_query));
+    }
+}
+
+ggml_tensor * indexmem_scoring::view_state(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l) const {
+    return indexmem_view_seqs(ctx, l.state, kv.get_n_slots(), s0, n_seq);
+}
+
+ggml_tensor * indexmem_scoring::build_rank(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * pos, ggml_tensor * ctl) {
+    GGML_ASSERT(score); // what is ranked has been scored
+
+    const auto & indexer = *kv.get_indexer();
+
+    ggml_tensor * queries = l.queries ? indexmem_view_seqs(ctx, l.queries, kv.get_n_ring(), s0, n_seq) : nullptr;
+    ggml_tensor * terms   = indexer.build_terms(ctx, view_state(ctx, kv, l), queries, ctl);
+    return ggml_indexmem_rank_terms(ctx, terms, pos, ctl, indexer.pos_slope(), indexer.age_scale());
+}
+
+ggml_tensor * indexmem_scoring::build_compact(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * plan, ggml_tensor * ctl) {
+    // heads that share their state evict the same entries: the plan of one is that of all
+    plan = ggml_view_4d(ctx, plan, plan->ne[0], plan->ne[1], l.state->ne[2], plan->ne[3], plan->nb[1], plan->nb[2], plan->nb[3], 0);
+    return ggml_indexmem_compact(ctx, view_state(ctx, kv, l), plan, ctl);
+}

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "indexmem-kv-cache.h"
+
+//
+// How an indexer scores entries, in the compute graph
+//
+// Scores are needed when something is evicted, not before. In a graph that does not score, the hidden states of the new
+// tokens are put aside (one copy per layer); in one that does, the network runs once over the n_old pending tokens and the
+// new ones, and its output goes into the slots of their entries.
+//
+// Invariants
+//   - rows of a scoring graph, per sequence: n_old pending tokens, oldest first, then the new ones. A sequence with fewer
+//     pending tokens has its missing rows first; what is computed for them goes to rows that belong to no entry
+//   - the network sees every token once, unless the token is taken back in between
+//
+class indexmem_scoring {
+public:
+    // for ubatches of n_tokens per sequence that do what the step does
+    indexmem_scoring(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st, uint32_t n_tokens);
+
+    void set_input(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st);
+
+    // hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V
+    void build_store(const llm_graph_context & graph, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * hidden);
+
+    // ranks F32 [n_slots, n_head_kv, n_seq] at the eviction of a scoring graph
+    ggml_tensor * build_rank(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * pos, ggml_tensor * ctl);
+
+    // moves state along with the entries; returns a view of the state
+    ggml_tensor * build_compact(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * plan, ggml_tensor * ctl);
+
+private:
+    ggml_tensor * view_state(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) const;
+
+    const uint32_t s0;
+    const int64_t  n_seq;
+    const int64_t  n_tokens; // per sequence
+    const int64_t  n_old;
+    const bool     score;
+
+    ggml_tensor * rows_new   = nullptr; // I64 [n_tokens, 1, n_seq]         ring rows of the new hidden states, if not scoring
+    ggml_tensor * rows_old   = nullptr; // I32 [n_old, n_seq]               ring rows of the pending hidden states
+    ggml_tensor * slots      = nullptr; // I64 [n_old + n_tokens, 1, n_seq] slots of the scored entries
+    ggml_tensor * rows_query = nullptr; // I64 [n_last, 1, n_seq]           ring rows of the latest queries
+};
