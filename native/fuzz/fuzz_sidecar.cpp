@@ -5,8 +5,8 @@
 //   mkdir -p build/corpus && build/fuzz/fuzz_sidecar -dict=native/fuzz/sidecar.dict -timeout=10 -rss_limit_mb=2048
 //       -max_total_time=600 build/corpus native/fuzz/corpus                                             (one line)
 //
-// corpus/ began as files of native/tests/sidecar_file.h and is what -merge=1 keeps of all that was found since. test_sidecar
-// loads every file of it.
+// corpus/ began as files of native/tests/sidecar_file.h and is what -merge=1 keeps of all that was found since.
+// test_sidecar_bytes loads every file of it.
 
 #include "indexmem-sidecar.h"
 

@@ -52,6 +52,9 @@ public:
     // tokens that can wait to be scored: a small network costs less per token when it sees many
     static constexpr uint32_t N_PENDING = 32;
 
+    // queries kept beyond those that a rank reads: so many tokens can be taken back exactly
+    static constexpr uint32_t N_RING_SLACK = 32;
+
     // host side of one sequence
     struct seq_state {
         llama_pos n_seen  = 0;

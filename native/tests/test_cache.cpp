@@ -2,6 +2,7 @@
 // What the cache keeps and answers is compared with a plain reference by tests/; this program is for the sanitizers, and
 // checks the invariants that need no reference.
 
+#include "sidecar_file.h"
 #include "test.h"
 
 #include "gguf.h"
@@ -9,6 +10,7 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <fstream>
 #include <random>
 #include <string>
 #include <vector>
@@ -134,52 +136,83 @@ static void check(llama_context * ctx, llama_seq_id seq) {
     }
 }
 
+// a long random run of every operation
+static void run_random(fixture & f, indexmem_params request, uint32_t seed) {
+    constexpr uint32_t n_seq = 3;
+
+    std::mt19937 rng(seed);
+    request.budget = 40;
+    request.sinks  = 3;
+    request.window = 7;
+    request.seed   = 11;
+    llama_context * ctx = f.context(request, n_seq);
+    CHECK_MSG(ctx != nullptr, "%s", indexmem_last_error());
+    if (!ctx) {
+        return;
+    }
+    llama_memory_t mem = llama_get_memory(ctx);
+
+    for (int i = 0; i < 150; ++i) {
+        const llama_seq_id a = rng() % n_seq;
+        const llama_seq_id b = rng() % n_seq;
+        switch (rng() % 8) {
+            case 0: case 1: case 2: CHECK(decode(ctx, rng, a, 1 + rng() % 50));               break;
+            case 3:                 CHECK(decode(ctx, rng, a, 1));                            break;
+            case 4: llama_memory_seq_rm(mem, a, std::max(0, llama_memory_seq_pos_max(mem, a) - (int) (rng() % 5)), -1); break;
+            case 5: llama_memory_seq_cp(mem, a, b, -1, -1);                                   break;
+            case 6:
+                {
+                    std::vector<uint8_t> state(llama_state_seq_get_size(ctx, a));
+                    CHECK(llama_state_seq_get_data(ctx, state.data(), state.size(), a) == state.size());
+                    if (i % 2) {
+                        CHECK(llama_state_seq_set_data(ctx, state.data(), state.size(), b) == state.size());
+                        break;
+                    }
+                    // a bit of it flipped: refused, or (in a key or value) accepted and then not trusted
+                    state[rng() % state.size()] ^= 1 << rng() % 8;
+                    if (llama_state_seq_set_data(ctx, state.data(), state.size(), b) > 0) {
+                        llama_memory_seq_rm(mem, b, -1, -1);
+                    }
+                } break;
+            case 7: if (rng() % 4 == 0) { llama_memory_clear(mem, rng() % 2); } else { indexmem_set_pin(ctx, a, rng() % 12); } break;
+        }
+        for (uint32_t s = 0; s < n_seq; ++s) {
+            check(ctx, s);
+        }
+    }
+    llama_free(ctx);
+}
+
 TEST(random_operations_under_every_policy) {
     fixture f;
     CHECK(f.model != nullptr);
-    constexpr uint32_t n_seq = 3;
 
     for (int policy = 1; policy < indexmem_policy_count(); ++policy) { // all that evict
-        std::mt19937 rng(policy);
         auto request = indexmem_default_params();
-        request.budget = 40;
-        request.sinks  = 3;
-        request.window = 7;
-        request.seed   = 11;
         request.policy = indexmem_policy_name(policy);
-        llama_context * ctx = f.context(request, n_seq);
-        CHECK_MSG(ctx != nullptr, "%s", indexmem_last_error());
-        llama_memory_t mem = llama_get_memory(ctx);
+        if (std::string(request.policy) != "indexer") {
+            run_random(f, request, policy);
+        }
+    }
+}
 
-        for (int i = 0; i < 150; ++i) {
-            const llama_seq_id a = rng() % n_seq;
-            const llama_seq_id b = rng() % n_seq;
-            switch (rng() % 8) {
-                case 0: case 1: case 2: CHECK(decode(ctx, rng, a, 1 + rng() % 50));               break;
-                case 3:                 CHECK(decode(ctx, rng, a, 1));                            break;
-                case 4: llama_memory_seq_rm(mem, a, std::max(0, llama_memory_seq_pos_max(mem, a) - (int) (rng() % 5)), -1); break;
-                case 5: llama_memory_seq_cp(mem, a, b, -1, -1);                                   break;
-                case 6:
-                    {
-                        std::vector<uint8_t> state(llama_state_seq_get_size(ctx, a));
-                        CHECK(llama_state_seq_get_data(ctx, state.data(), state.size(), a) == state.size());
-                        if (i % 2) {
-                            CHECK(llama_state_seq_set_data(ctx, state.data(), state.size(), b) == state.size());
-                            break;
-                        }
-                        // a bit of it flipped: refused, or (in a key or value) accepted and then not trusted
-                        state[rng() % state.size()] ^= 1 << rng() % 8;
-                        if (llama_state_seq_set_data(ctx, state.data(), state.size(), b) > 0) {
-                            llama_memory_seq_rm(mem, b, -1, -1);
-                        }
-                    } break;
-                case 7: if (rng() % 4 == 0) { llama_memory_clear(mem, rng() % 2); } else { indexmem_set_pin(ctx, a, rng() % 12); } break;
-            }
-            for (uint32_t s = 0; s < n_seq; ++s) {
-                check(ctx, s);
+TEST(random_operations_with_every_indexer) {
+    fixture f;
+
+    for (int kind = 0; kind < indexmem_indexer_count(); ++kind) {
+        for (bool small : { false, true }) {
+            for (double ratio : { 0.0, 0.5 }) {
+                const char * path = "test-cache.indexmem.gguf";
+                const std::string bytes = sidecar_file(indexmem_indexer_name(kind), false, small ? GGML_TYPE_Q8_0 : GGML_TYPE_F16,
+                        small, { N_LAYER, N_EMBD, N_HEAD_KV }).bytes();
+                std::ofstream(path, std::ios::binary) << bytes;
+                auto request = indexmem_default_params();
+                request.sidecar      = path;
+                request.budget_ratio = ratio;
+                run_random(f, request, 100 + kind);
+                remove(path);
             }
         }
-        llama_free(ctx);
     }
 }
 

@@ -1,0 +1,205 @@
+#include "indexmem-kv-cache.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <limits>
+
+//
+// What a bounded cache does with whole sequences and their ends
+//
+
+const llama_kv_cache_bounded::seq_state * llama_kv_cache_bounded::get_seq(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (size_t) seq_id < seqs.size() ? &seqs[seq_id] : nullptr;
+}
+
+bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::string & error) {
+    if (!get_seq(seq_id)) {
+        error = format("there is no sequence %d (n_seq_max is %u)", seq_id, get_n_seq_max());
+        return false;
+    }
+    auto & seq = seqs[seq_id];
+
+    const uint64_t min = budget_min(cfg.sinks, n, cfg.window);
+    if (cfg.budget < min) {
+        error = format("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + 1), the budget is %u",
+                n, (unsigned long long) min, cfg.sinks, n, cfg.window, cfg.budget);
+        return false;
+    }
+    if (seq.n_evictions > 0 && n > n_protected(seq)) {
+        error = format("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there",
+                n, n_protected(seq));
+        return false;
+    }
+    seq.pin = n;
+    return true;
+}
+
+std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+    // a pending copy would make the table of the destination stale; its source holds the same entries
+    uint32_t stream = seq_id;
+    for (auto it = copies.rbegin(); it != copies.rend(); ++it) {
+        if (it->dst == stream) {
+            stream = it->src;
+        }
+    }
+    const auto & seq = seqs[seq_id];
+
+    std::vector<int32_t> pos(seq.n_used);
+    if (seq.n_fixed > 0) {
+        ggml_backend_tensor_get(l.pos, pos.data(), head*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t));
+    }
+    for (uint32_t i = seq.n_fixed; i < seq.n_used; ++i) {
+        pos[i] = seq.pos_tail() + (llama_pos) (i - seq.n_fixed);
+    }
+    return pos;
+}
+void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
+    apply_copies(); // one of them may still read this sequence
+    seqs[seq_id]     = {};
+    seqs[seq_id].pin = cfg.pin;
+}
+
+void llama_kv_cache_bounded::clear(bool data) {
+    copies.clear();
+    for (auto & seq : seqs) {
+        seq     = {};
+        seq.pin = cfg.pin;
+    }
+    if (data) {
+        for (auto & [_, buf] : ctxs_bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+}
+
+bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id < 0) {
+        bool res = true;
+        for (size_t s = 0; s < seqs.size(); ++s) {
+            res &= seq_rm(s, p0, p1);
+        }
+        return res;
+    }
+    GGML_ASSERT((size_t) seq_id < seqs.size());
+
+    auto & seq = seqs[seq_id];
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    if (p0 >= seq.n_seen || p0 >= p1) {
+        return true; // nothing there
+    }
+    if (p1 < seq.n_seen) {
+        return false; // would leave a gap
+    }
+    if (p0 == 0) {
+        reset(seq_id);
+        return true;
+    }
+
+    if (!can_remove(seq, p0)) {
+        return false;
+    }
+    apply_copies();
+    seq.truncate(p0);
+    return true;
+}
+
+// exact only while every removed entry is still where it was appended, and no query before p0 has been overwritten
+bool llama_kv_cache_bounded::can_remove(const seq_state & seq, llama_pos p0) const {
+    return p0 >= seq.pos_tail() && (n_ring == 0 || seq.n_seen - p0 <= (llama_pos) N_RING_SLACK);
+}
+
+void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(seq_id_src >= 0 && (size_t) seq_id_src < seqs.size());
+    GGML_ASSERT(seq_id_dst >= 0 && (size_t) seq_id_dst < seqs.size());
+
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+    const auto & src = seqs[seq_id_src];
+
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    seq_state dst = src;
+    if (p1 < src.n_seen) {
+        // a prefix: exact under the same conditions as seq_rm
+        if (can_remove(src, p1)) {
+            dst.truncate(p1);
+        } else {
+            p0 = 1;
+        }
+    }
+    if (p0 > 0) {
+        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted; nothing copied\n", __func__);
+        return;
+    }
+
+    for (const auto & c : copies) {
+        if ((llama_seq_id) c.src == seq_id_dst) {
+            apply_copies(); // the destination is the source of a pending copy
+            break;
+        }
+    }
+    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
+    seqs[seq_id_dst] = dst;
+}
+
+// pending copies in order; the device is idle with respect to the cache when this is called
+void llama_kv_cache_bounded::apply_copies() {
+    for (const auto & c : copies) {
+        for (const auto & l : layers) {
+            for (ggml_tensor * t : l.tensors()) {
+                const size_t size = ggml_nbytes(t)/seqs.size();
+                ggml_tensor src = *t;
+                ggml_tensor dst = *t;
+                for (ggml_tensor * view : { &src, &dst }) {
+                    view->type  = GGML_TYPE_I8;
+                    view->ne[0] = size;
+                    view->ne[1] = view->ne[2] = view->ne[3] = 1;
+                    view->nb[0] = 1;
+                    view->nb[1] = view->nb[2] = view->nb[3] = size;
+                }
+                src.data = (char *) t->data + c.src*size;
+                dst.data = (char *) t->data + c.dst*size;
+                ggml_backend_tensor_copy(&src, &dst);
+            }
+        }
+    }
+    copies.clear();
+}
+
+void llama_kv_cache_bounded::seq_keep(llama_seq_id seq_id) {
+    for (size_t s = 0; s < seqs.size(); ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            reset(s);
+        }
+    }
+}
+
+void llama_kv_cache_bounded::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_UNUSED(seq_id); GGML_UNUSED(p0); GGML_UNUSED(p1);
+    if (shift != 0) {
+        LLAMA_LOG_ERROR("%s: positions of a bounded cache cannot be shifted (get_can_shift is false); nothing changed\n", __func__);
+    }
+}
+
+void llama_kv_cache_bounded::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_UNUSED(seq_id); GGML_UNUSED(p0); GGML_UNUSED(p1);
+    if (d != 1) {
+        LLAMA_LOG_ERROR("%s: positions of a bounded cache cannot be divided; nothing changed\n", __func__);
+    }
+}
+
+// The logical sequence has no gaps: what has been evicted was seen, and a batch has to continue after the last token.
+llama_pos llama_kv_cache_bounded::seq_pos_min(llama_seq_id seq_id) const {
+    const auto * seq = get_seq(seq_id);
+    return seq && seq->n_seen > 0 ? 0 : -1;
+}
+
+llama_pos llama_kv_cache_bounded::seq_pos_max(llama_seq_id seq_id) const {
+    const auto * seq = get_seq(seq_id);
+    return seq ? seq->n_seen - 1 : -1;
+}
