@@ -15,7 +15,7 @@ context line must match at the line that the hunk states. Each run computes the 
 writes only files whose content changes, so running it again is harmless and builds stay incremental. With the same
 patches and the same source it does nothing; edits made by hand inside the folder survive until a patch changes.
 
-To add a patch (for new files there is no need of one: what lies in native/{ops,policies,src} is compiled too):
+To add a patch (for new files there is no need of one: what lies in native/{ops,policies,indexers,src} is compiled too):
     python native/prepare_source.py before && cp -r before after                  # edit after/llama.cpp, then
     diff -r -u -U2 before/llama.cpp after/llama.cpp > native/patches/0009-name.patch
     python native/prepare_source.py --check
