@@ -324,6 +324,15 @@ ggml_tensor * llm_graph_input_attn_bounded::build_rank(
 // hooks
 //
 
+uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
+    if (!kv) {
+        return 0;
+    }
+    // what is needed: 28 a layer for storing, attending and evicting, 45 for the largest indexer
+    return (uint32_t) kv->get_layers().size()*(kv->get_indexer() ? 128 : 48);
+}
+
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
     if (!indexmem_context(graph.mctx)) {
         return;

@@ -95,6 +95,9 @@ ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_
 
 // hooks of llama-graph.cpp
 
+// nodes and views that a bounded memory adds to a graph at most, 0 for others
+uint32_t indexmem_graph_nodes(const llama_memory_i * memory);
+
 // shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
 

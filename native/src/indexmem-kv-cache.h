@@ -154,6 +154,8 @@ public:
     const config               & get_config() const { return cfg; }
     const indexmem_policy_info & get_policy() const { return *indexmem_policy_get(cfg.policy); }
 
+    const std::vector<layer> & get_layers() const { return layers; }
+
     const layer     * get_layer(int32_t il) const; // null if the layer has no cache
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 

@@ -120,7 +120,8 @@ void indexmem_sidecar::load(const llama_model & model, bool offload) {
             throw indexmem_sidecar_error("cannot read " + path + ": " + err.what());
         }
         if (!same || found != hash) {
-            throw indexmem_sidecar_error("sidecar " + path + ": the file has changed since it was checked: try again when nothing writes to it");
+            throw indexmem_sidecar_error("sidecar " + path + ": the file has changed since it was checked: try again when "
+                    "nothing writes to it");
         }
     }
 

@@ -27,7 +27,10 @@ static std::vector<const char *> indexer_kinds() {
 }
 
 // The memory of IndexMem v1. It is checked, so that a file is whole or refused; nothing reads it yet.
-static std::vector<indexmem_tensor_spec> make_residual(const indexmem_geometry & geometry, const indexmem_metadata & meta, uint32_t n_embd_head) {
+static std::vector<indexmem_tensor_spec> make_residual(
+        const indexmem_geometry & geometry,
+        const indexmem_metadata & meta,
+                       uint32_t   n_embd_head) {
     const uint32_t n_feature = meta.u32("indexmem.residual.feature_dim", 1, 65536);
     const uint32_t n_dim     = meta.u32("indexmem.residual.head_dim",    1, 65536);
     if (n_embd_head && n_embd_head != n_dim) {
@@ -121,15 +124,20 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
         if (!indexer && !memory) {
             throw indexmem_sidecar_error("it holds neither an indexer nor a memory");
         }
-        check_tensors(gguf.get(), memory ? make_residual(geometry, meta, n_embd_head) : std::vector<indexmem_tensor_spec>(), data_offset);
+        std::vector<indexmem_tensor_spec> specs_memory;
+        if (memory) {
+            specs_memory = make_residual(geometry, meta, n_embd_head);
+        }
+        check_tensors(gguf.get(), specs_memory, data_offset);
         hash_constants(gguf.get());
 
         const auto check_values = [](const tensor_info & info, size_t offset, const uint8_t * data, size_t n) {
             const int64_t i = find_nonfinite(info.type, data, n);
             if (i >= 0) {
                 const int64_t i_first = (int64_t) (offset/ggml_type_size(info.type))*ggml_blck_size(info.type);
-                throw indexmem_sidecar_error(format("tensor '%s' (%s) is not finite from value %lld on: training went wrong or the file is damaged",
-                            tensor_name(info.il, info.name).c_str(), ggml_type_name(info.type), (long long) (i_first + i)));
+                throw indexmem_sidecar_error(format("tensor '%s' (%s) is not finite from value %lld on: training went wrong, or the "
+                            "file is damaged", tensor_name(info.il, info.name).c_str(), ggml_type_name(info.type),
+                            (long long) (i_first + i)));
             }
         };
         hash = read_data(*file, infos, hash_head, check_values);
@@ -139,23 +147,25 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
 
 // is it a sidecar, and one that this version knows?
 void indexmem_sidecar::check_type(const indexmem_metadata & meta) const {
-    const std::string base = meta.has("general.architecture") ?
-        format(" (general.architecture '%s')", indexmem_printable(meta.str("general.architecture")).c_str()) : "";
-
+    const auto refuse = [&](const char * key, const std::string & found, const char * expected, const char * what) {
+        const std::string base = meta.has("general.architecture") ?
+            format(" (general.architecture '%s')", indexmem_printable(meta.str("general.architecture")).c_str()) : "";
+        throw indexmem_sidecar_error(format("%s is '%s', expected '%s': it is %s%s and not a sidecar; pass a file made by indexmem-convert",
+                    key, indexmem_printable(found).c_str(), expected, what, base.c_str()));
+    };
     const std::string type = meta.has("general.type") ? meta.str("general.type") : "";
     if (type != "adapter") {
-        throw indexmem_sidecar_error(format("general.type is '%s', expected 'adapter': it is %s%s and not a sidecar; pass a file made by indexmem-convert",
-                    indexmem_printable(type).c_str(), type.empty() || type == "model" ? "a model" : "another kind of GGUF file", base.c_str()));
+        refuse("general.type", type, "adapter", type.empty() || type == "model" ? "a model" : "another kind of GGUF file");
     }
     const std::string adapter = meta.has("adapter.type") ? meta.str("adapter.type") : "";
     if (adapter != "indexmem") {
-        throw indexmem_sidecar_error(format("adapter.type is '%s', expected 'indexmem': it is %s%s and not a sidecar; pass a file made by indexmem-convert",
-                    indexmem_printable(adapter).c_str(), adapter == "lora" ? "a LoRA" : "another kind of adapter", base.c_str()));
+        refuse("adapter.type", adapter, "indexmem", adapter == "lora" ? "a LoRA" : "another kind of adapter");
     }
 
     const uint32_t version = meta.u32("indexmem.schema_version", 1, UINT32_MAX);
     if (version > SCHEMA_VERSION) {
-        throw indexmem_sidecar_error(format("schema version %u, this version of indexmem-edge reads up to %u: update indexmem-edge", version, SCHEMA_VERSION));
+        throw indexmem_sidecar_error(format("schema version %u, this version of indexmem-edge reads up to %u: update indexmem-edge",
+                    version, SCHEMA_VERSION));
     }
 }
 
@@ -175,8 +185,8 @@ void indexmem_sidecar::read_keys(const gguf_context * gguf, const indexmem_metad
     if (meta.has("indexmem.base_model.norms_fnv1a64")) {
         fingerprint = meta.str("indexmem.base_model.norms_fnv1a64");
         if (fingerprint.size() != 16 || fingerprint.find_first_not_of("0123456789abcdef") != std::string::npos) {
-            throw indexmem_sidecar_error(format("key 'indexmem.base_model.norms_fnv1a64' is '%s', expected 16 lower-case hexadecimal digits: %s",
-                        indexmem_printable(fingerprint).c_str(), CONVERT));
+            throw indexmem_sidecar_error(format("key 'indexmem.base_model.norms_fnv1a64' is '%s', expected 16 lower-case hexadecimal "
+                        "digits: %s", indexmem_printable(fingerprint).c_str(), CONVERT));
         }
     }
 
@@ -202,7 +212,10 @@ void indexmem_sidecar::read_keys(const gguf_context * gguf, const indexmem_metad
 }
 
 // exactly the tensors of the specs, in every layer; fills infos and infos_memory
-void indexmem_sidecar::check_tensors(const gguf_context * gguf, const std::vector<indexmem_tensor_spec> & specs_memory, uint64_t data_offset) {
+void indexmem_sidecar::check_tensors(
+        const gguf_context * gguf,
+        const std::vector<indexmem_tensor_spec> & specs_memory,
+        uint64_t data_offset) {
     std::unordered_map<std::string, int64_t> ids;
     for (int64_t id = 0; id < gguf_get_n_tensors(gguf); ++id) {
         ids.emplace(gguf_get_tensor_name(gguf, id), id);
@@ -250,8 +263,9 @@ void indexmem_sidecar::check_tensors(const gguf_context * gguf, const std::vecto
     if (!ids.empty()) {
         // the first in the file, so that the same file always gives the same message
         const auto it = std::min_element(ids.begin(), ids.end(), [](const auto & a, const auto & b) { return a.second < b.second; });
-        throw indexmem_sidecar_error(format("tensor '%s' is not one of the %zu that its kind has in %u layers (%zu too many): %s",
-                    indexmem_printable(it->first).c_str(), infos.size() + infos_memory.size(), geometry.n_layer, ids.size(), CONVERT));
+        throw indexmem_sidecar_error(format("tensor '%s' does not belong to it: by its kinds and indexmem.block_count (%u) it has %zu "
+                    "tensors, the file has %zu: %s", indexmem_printable(it->first).c_str(), geometry.n_layer,
+                    infos.size() + infos_memory.size(), (size_t) gguf_get_n_tensors(gguf), CONVERT));
     }
 }
 
