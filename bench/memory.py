@@ -17,7 +17,7 @@ from .text import TokenStream, read_text
 
 SPAN = 4096  # tokens that a prefill figure looks back on
 TURN = 32  # decoded tokens of one turn: at least one eviction falls into each
-COLUMNS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
+COLUMNS = ("policy", "budget", "tokens_seen", "kv_bytes", "meta_bytes", "rss_bytes", "prefill_tps", "decode_tps")
 
 
 def checkpoints(last: int) -> list[int]:
@@ -67,7 +67,7 @@ def run_memory(
             decode = alternate(rounds, [_decoder(s) for s in (old, fresh)])
             prefill = alternate(max(rounds, SPAN // setup.ubatch), [_prefiller(s, stream) for s in (old, fresh)])
     if unbounded_tokens:
-        full = replace(setup, policy="full", budget=0, n_ctx=unbounded_tokens + 256)
+        full = replace(setup, policy="full", budget=0, n_ctx=unbounded_tokens + 256, sidecar=None)
         with System(model, full) as system:
             _walk(report, system, TokenStream(corpus), checkpoints(unbounded_tokens), decode_tokens, progress)
     report.verdicts = verdicts(bounded, setup, pair_ratio(*decode), pair_ratio(*prefill))
@@ -116,7 +116,7 @@ def _walk(
             rss_bytes=rss_bytes(),
             prefill_tps=tps(whole[-SPAN // setup.ubatch :]),
             decode_tps=decode_tokens / sum(decode),
-            kv_bytes=_kv_bytes(system),
+            **{**system.byte_counts(), "kv_bytes": _kv_bytes(system)},
             **({} if setup.budget else {"n_ctx": setup.n_ctx}),
         )
         if progress and task is not None:

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from indexmem_edge._modelfile import fingerprint
+from indexmem_edge.options import INDEXER_POLICY
+
 from . import ruler
 from .machine import describe, rss_bytes
 from .report import Report, Row
@@ -72,9 +75,10 @@ class Plan:
 def setup_for(base: Setup, policy: str, ratio: float, context_tokens: int, more_tokens: int) -> Setup:
     """Budget = share of the context; the window shrinks to a quarter of a small budget."""
     if policy == FULL:
-        return replace(base, policy=FULL, budget=0, n_ctx=context_tokens + more_tokens)
+        return replace(base, policy=FULL, budget=0, n_ctx=context_tokens + more_tokens, sidecar=None)
     budget = round(ratio * context_tokens)
-    return replace(base, policy=policy, budget=budget, window=min(base.window, budget // 4))
+    sidecar = base.sidecar if policy == INDEXER_POLICY else None
+    return replace(base, policy=policy, budget=budget, window=min(base.window, budget // 4), sidecar=sidecar)
 
 
 def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list[int]]:
@@ -139,17 +143,20 @@ def _row(job: Job, system: System, **values: Any) -> Row:
         "budget": setup.budget,
         "window": setup.window if setup.budget else None,
         "tokens_seen": system.seen,
-        "kv_bytes": system.stats()["kv_bytes"],
+        **system.byte_counts(),
         "rss_bytes": rss_bytes(),
         **values,
     }
 
 
 class Log:
-    """Finished rows on disk, so that a run can be cut off and go on. Rows of other settings are left alone and not read."""
+    """Finished rows on disk, so that a run can be cut off and go on. Rows of other settings are left alone and not read.
 
-    def __init__(self, path: Path, settings: str):
-        self.path, self.settings, self.rows = path, settings, dict[str, Row]()
+    The settings of the policy `indexer` are the others' and its sidecar.
+    """
+
+    def __init__(self, path: Path, settings: str, sidecar: str = ""):
+        self.path, self.settings, self.sidecar, self.rows = path, settings, sidecar, dict[str, Row]()
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         if text and not text.endswith("\n"):
@@ -160,11 +167,14 @@ class Log:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut off while it was written
-            if row.get("settings") == settings:
+            if row.get("settings") == self._settings(row.get("policy")):
                 self.rows[row["key"]] = row
 
+    def _settings(self, policy: str | None) -> str:
+        return f"{self.settings} {self.sidecar}" if policy == INDEXER_POLICY else self.settings
+
     def add(self, job: Job, row: Row) -> None:
-        row = {"key": job.key, "settings": self.settings, **row}
+        row = {"key": job.key, "settings": self._settings(job.policy), "policy": job.policy, **row}
         self.rows[job.key] = row
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -228,7 +238,10 @@ def run_quality(
     """The full cache on every task first, then the policies on the tasks that it can do."""
     base = plan.base
     settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed}"
-    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings), seed)
+    if base.ratio:
+        settings += f" at most {base.ratio:g} of the tokens seen"
+    sidecar = f"sidecar {fingerprint(base.sidecar)}" if base.sidecar else ""
+    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, sidecar), seed)
     how = (
         f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and answer prefix; true answer scored "
         f"teacher-forced, then greedy; score: share of expected strings found; mean: over tasks where the full cache has at least {ABLE}; "
@@ -247,6 +260,8 @@ def run_quality(
             samples=plan.samples,
             seed=seed,
             data=plan.data.name,
+            sidecar=base.sidecar.name if base.sidecar else None,
+            budget_ratio=base.ratio or None,
             text=plan.book.name if plan.book else None,
         ),
     )

@@ -150,8 +150,10 @@ def quality_markdown(data: Row) -> str:
         rows = [row for row in data["rows"] if row["length"] == length]
         names = list(dict.fromkeys(row["task"] for row in rows if row["task"] not in ("mean", "book")))
         out += [f"### {length} tokens", ""]
-        out += [f"| policy | kept | KV | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"]
-        out += ["|---|--:|--:|" + "--:|" * (len(names) + 4)]
+        out += [
+            f"| policy | kept | KV | state | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"
+        ]
+        out += ["|---|--:|--:|--:|" + "--:|" * (len(names) + 4)]
         for policy, ratio in dict.fromkeys((row["policy"], row["ratio"]) for row in rows):
             mine = {row["task"]: row for row in rows if (row["policy"], row["ratio"]) == (policy, ratio)}
             mean, book = mine.get("mean", {}), mine.get("book", {})
@@ -166,7 +168,9 @@ def quality_markdown(data: Row) -> str:
                 _md(book.get("nll")),
             ]
             kept = "all" if not any_row["budget"] else f"{ratio:.0%}"
-            out += [f"| {policy} | {kept} | {any_row['kv_bytes'] / 2**20:.1f} MiB | {' | '.join(cells)} |"]
+            state = (any_row.get("meta_bytes") or 0) + (any_row.get("sidecar_bytes") or 0)  # all but keys and values
+            sizes = " | ".join(f"{n / 2**20:.1f} MiB" for n in (any_row["kv_bytes"], state))
+            out += [f"| {policy} | {kept} | {sizes} | {' | '.join(cells)} |"]
         counts = sorted({row["n"] for row in rows if row["task"] not in ("mean", "book")})
         out += [
             "",

@@ -22,6 +22,7 @@ LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
 # name -> (ggml type, bytes of 32 values)
 CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
+BYTE_KEYS = ("kv_bytes", "meta_bytes", "indexer_bytes", "sidecar_bytes")  # indexer_bytes are part of meta_bytes
 
 
 class BenchError(IndexMemError):
@@ -42,10 +43,14 @@ class Setup:
     seed: int = 0
     threads: int = 2
     ubatch: int = 512
+    sidecar: Path | None = None  # of the policy `indexer`
+    ratio: float = 0.0  # of the tokens seen, that are kept at most; 0: no such limit
 
     @property
     def label(self) -> str:
-        return f"{self.policy} {self.budget}" if self.budget else "unbounded" + ("" if self.flash else ", no flash")
+        if not self.budget:
+            return "unbounded" + ("" if self.flash else ", no flash")
+        return f"{self.policy} {self.budget}" + (f", at most {self.ratio:.0%}" if self.ratio else "")
 
 
 class Model:
@@ -101,7 +106,10 @@ class System:
         params.type_k = params.type_v = CACHE_TYPES[setup.cache_type][0]
         params.no_perf = True
         if setup.budget:
-            _capi.Request(setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed).submit()
+            sidecar = str(setup.sidecar) if setup.sidecar else None
+            _capi.Request(
+                setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar
+            ).submit()
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
         if not self.ctx:
@@ -202,15 +210,29 @@ class System:
             return {
                 "kv_bytes": stats.kv_bytes,
                 "meta_bytes": stats.meta_bytes,
+                "indexer_bytes": stats.indexer_bytes,
+                "sidecar_bytes": stats.sidecar_bytes,
                 "kept": stats.n_kept,
                 "evicted": stats.n_evicted,
                 "evict_us": stats.evict_us,
             }
         return {
             "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
+            "meta_bytes": 0,
+            "indexer_bytes": 0,
+            "sidecar_bytes": 0,
             "kept": self.seen,
             "evicted": 0,
         }
+
+    def byte_counts(self) -> dict[str, int]:
+        """All that the cache takes: entries, state kept for each of them, and the weights of its indexer."""
+        stats = self.stats()
+        return {key: stats[key] for key in BYTE_KEYS}
+
+    def evict_step(self) -> int:
+        """Entries that leave at once during decode."""
+        return int(_capi.get_stats(self.ctx).evict_step) if self.setup.budget else 0
 
     def close(self) -> None:
         if self.ctx:

@@ -47,7 +47,7 @@ def run_speed(
     """Fills every system once, depth by depth; at each depth the systems take turns of a few tokens."""
     n_ctx = max(depths) + PREFILL + CHUNK
     setups = [
-        replace(setup, policy="full", budget=0, n_ctx=n_ctx, flash=flash)
+        replace(setup, policy="full", budget=0, n_ctx=n_ctx, flash=flash, sidecar=None)
         for flash in ((True, False) if no_flash else (True,))
     ]
     rounds = max(1, -(-decode_tokens * repeats // CHUNK))
@@ -82,7 +82,7 @@ def run_speed(
                     policy=system.setup.policy,
                     budget=system.setup.budget,
                     tokens_seen=system.seen,
-                    kv_bytes=system.stats()["kv_bytes"],
+                    **system.byte_counts(),
                     rss_bytes=rss_bytes(),
                     prefill_tps=statistics.median(prefill[i]),
                     decode_tps=statistics.median(decode[i]),

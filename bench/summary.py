@@ -43,7 +43,7 @@ def summarise(rows: Iterable[Row], able: dict[int, list[str]]) -> list[Row]:
 def _means(cell: Cell, task: str, runs: dict[int, Row]) -> Row:
     rows = list(runs.values())
     row: Row = {"length": cell[0], "policy": cell[1], "ratio": cell[2], "task": task, "n": len(rows)}
-    for key in ("budget", "tokens_seen", "kv_bytes", "window"):
+    for key in ("budget", "tokens_seen", "kv_bytes", "meta_bytes", "indexer_bytes", "sidecar_bytes", "window"):
         values = [r[key] for r in rows if r.get(key) is not None]
         row[key] = round(statistics.fmean(values)) if values else None
     for key, how in (

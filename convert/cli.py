@@ -52,7 +52,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-# Options as defaults and not as Annotated: under Python 3.9 typer does not see what Annotated holds in this module.
 @app.command(no_args_is_help=True)
 def convert(
     sources: list[Path] = typer.Argument(

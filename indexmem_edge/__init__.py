@@ -27,6 +27,7 @@ from .errors import (
     ModelNotSupported,
     PolicyError,
     SessionError,
+    SidecarError,
     VersionError,
 )
 
@@ -50,7 +51,9 @@ __all__ = [
     "ModelNotSupported",
     "PolicyError",
     "SessionError",
+    "SidecarError",
     "VersionError",
+    "indexers",
     "policies",
 ]
 
@@ -62,6 +65,13 @@ def policies() -> dict[str, str]:
     from . import _capi
 
     return _capi.policies()
+
+
+def indexers() -> dict[str, str]:
+    """The kinds of indexers that a sidecar can hold, each with one line of help."""
+    from . import _capi
+
+    return _capi.indexers()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, Sequence
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from . import _capi
 from ._align import common_prefix
+from ._modelfile import gguf_strings
 from .errors import BudgetExhausted, ContextError, DecodeError
 from .options import CacheOptions
 from .stats import KVStats, trained_length_warning
@@ -43,6 +45,7 @@ class BoundedCache:
             raise ContextError("the library made an unbounded KV cache although a budget was requested")
         self._llm = llm
         self._options = options
+        self._indexer = _indexer_kind(options.sidecar) if options.sidecar else ""
         self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
         self._reevaluated = 0
         self._reason: Optional[str] = None
@@ -188,8 +191,19 @@ class BoundedCache:
             evict_step=native.evict_step,
             evict_seconds=native.evict_us / 1e6,
             evictions=native.n_evictions,
+            indexer=self._indexer,
+            sidecar=os.path.basename(self._options.sidecar or ""),
+            sidecar_bytes=native.sidecar_bytes,
+            indexer_bytes=native.indexer_bytes,
+            budget_now=native.budget_now,
             **_common(self._llm, native.n_seen),
         )
+
+
+def _indexer_kind(sidecar: str) -> str:
+    """Of a file that the library has accepted a moment ago."""
+    key = "indexmem.indexer.kind"
+    return gguf_strings(sidecar, [key]).get(key, "")
 
 
 def _common(llm: Llama, seen: int) -> dict[str, Any]:

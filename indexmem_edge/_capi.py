@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .errors import BudgetError, LibraryError, VersionError
+from .errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 
 _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 1
+API_VERSION = 2
+
+ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR = range(4)  # enum indexmem_error
+_ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
 
 
 class Params(ctypes.Structure):
@@ -34,8 +38,10 @@ class Params(ctypes.Structure):
         ("window", ctypes.c_uint32),
         ("pin", ctypes.c_uint32),
         ("evict_step", ctypes.c_uint32),
+        ("budget_ratio", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("policy", ctypes.c_char_p),
+        ("sidecar", ctypes.c_char_p),
     ]
 
 
@@ -46,6 +52,7 @@ class Stats(ctypes.Structure):
         ("struct_size", ctypes.c_uint32),
         ("budget", ctypes.c_uint32),
         ("n_slots", ctypes.c_uint32),
+        ("budget_now", ctypes.c_uint32),
         ("n_kept", ctypes.c_uint32),
         ("n_seen", ctypes.c_uint64),
         ("n_evicted", ctypes.c_uint64),
@@ -55,6 +62,9 @@ class Stats(ctypes.Structure):
         ("evict_step", ctypes.c_uint32),
         ("kv_bytes", ctypes.c_uint64),
         ("meta_bytes", ctypes.c_uint64),
+        ("indexer_bytes", ctypes.c_uint64),
+        ("sidecar_bytes", ctypes.c_uint64),
+        ("sidecar_hash", ctypes.c_uint64),
         ("evict_us", ctypes.c_int64),
         ("n_evictions", ctypes.c_uint64),
     ]
@@ -69,6 +79,12 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_default_params": (Params, []),
     "indexmem_next_context": (ctypes.c_bool, [ctypes.POINTER(Params)]),
     "indexmem_last_error": (ctypes.c_char_p, []),
+    "indexmem_last_error_kind": (_INT, []),
+    "indexmem_sidecar_check": (ctypes.c_bool, [ctypes.c_char_p, _P]),
+    "indexmem_model_fingerprint": (None, [_P, ctypes.c_char_p]),
+    "indexmem_indexer_count": (_INT, []),
+    "indexmem_indexer_name": (ctypes.c_char_p, [_INT]),
+    "indexmem_indexer_help": (ctypes.c_char_p, [_INT]),
     "indexmem_model_supported": (ctypes.c_bool, [_P, ctypes.c_char_p, ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
@@ -126,18 +142,54 @@ def last_error() -> str:
     return _text(library().indexmem_last_error())
 
 
+def last_error_kind() -> int:
+    """What the last failure on this thread was about: one of ERROR_*."""
+    return int(library().indexmem_last_error_kind())
+
+
 def build_info() -> str:
     """What the library was built from."""
     return _text(library().indexmem_build_info())
 
 
+def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) -> IndexMemError:
+    """The exception for the last failure on this thread, by its native kind; `kind` where the library does not say."""
+    lib = library()
+    text = _text(lib.indexmem_last_error())
+    return _ERRORS.get(lib.indexmem_last_error_kind(), kind)(text or otherwise)
+
+
+def _table(name: str) -> dict[str, str]:
+    lib = library()
+    names, helps = getattr(lib, f"indexmem_{name}_name"), getattr(lib, f"indexmem_{name}_help")
+    return {_text(names(i)): _text(helps(i)) for i in range(getattr(lib, f"indexmem_{name}_count")())}
+
+
 def policies() -> dict[str, str]:
     """Name and one line of help of each eviction policy."""
-    lib = library()
-    return {
-        _text(lib.indexmem_policy_name(i)): _text(lib.indexmem_policy_help(i))
-        for i in range(lib.indexmem_policy_count())
-    }
+    return _table("policy")
+
+
+def indexers() -> dict[str, str]:
+    """Name and one line of help of each kind of indexer that a sidecar can hold."""
+    return _table("indexer")
+
+
+def check_sidecar(path: str, model: Optional[int] = None) -> None:
+    """Reads a whole sidecar and, with a model, compares it with that; keeps nothing.
+
+    Raises:
+        SidecarError: it is damaged, or for another model.
+    """
+    if not library().indexmem_sidecar_check(os.fsencode(path), model):
+        raise failure(f"{path} is not a sidecar: the library gave no reason", SidecarError)
+
+
+def fingerprint(model: int) -> str:
+    """Identity of a loaded model whatever its quantisation, as sidecars record it."""
+    digits = ctypes.create_string_buffer(17)
+    library().indexmem_model_fingerprint(model, digits)
+    return _text(digits.value)
 
 
 @dataclass(frozen=True)
@@ -145,20 +197,28 @@ class Request:
     """The bounded cache to be made for the next context of this thread, in the fields of indexmem_params."""
 
     budget: int
-    policy: str
+    policy: Optional[str]  # None, "": the indexer with a sidecar, else streaming
     sinks: int
     window: int
     pin: int
     evict_step: int
     seed: int
+    budget_ratio: float = 0.0  # 0: none
+    sidecar: Optional[str] = None
 
     def submit(self) -> None:
-        """Asks that the next context created by this thread be bounded."""
+        """Asks that the next context created by this thread be bounded.
+
+        Raises:
+            BudgetError, SidecarError: a value is out of range by itself, or contradicts another.
+        """
         params = library().indexmem_default_params()
         params.budget, params.sinks, params.window, params.pin = self.budget, self.sinks, self.window, self.pin
-        params.evict_step, params.seed, params.policy = self.evict_step, self.seed, self.policy.encode()
+        params.evict_step, params.seed, params.budget_ratio = self.evict_step, self.seed, self.budget_ratio
+        params.policy = self.policy.encode() if self.policy else None
+        params.sidecar = os.fsencode(self.sidecar) if self.sidecar else None
         if not library().indexmem_next_context(ctypes.byref(params)):
-            raise BudgetError(last_error() or "the library refused the requested KV cache")
+            raise failure("the library refused the requested KV cache")
 
     @staticmethod
     def withdraw() -> None:

@@ -1,18 +1,21 @@
-"""The model file as a file: is it there, is it GGUF, and which one is it."""
+"""GGUF files as files: is it there, is it GGUF, what does it say it is, and which model is it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import stat
-from typing import Union
+from typing import Any, Callable, Iterable, Iterator, Union
 
-from .errors import ModelFileError
+from .errors import IndexMemError, ModelFileError, SidecarError
 
 _MAGIC = b"GGUF"
 _HEAD = 16 << 20  # covers the header and the metadata, tokenizer included, of every common model
 _BLOCK = 64 << 10
 _BLOCKS = 64
+_GGUF_STRING = 8  # enum gguf_type
 
 
 def check_model_file(path: Union[str, os.PathLike[str]]) -> str:
@@ -21,19 +24,48 @@ def check_model_file(path: Union[str, os.PathLike[str]]) -> str:
     Raises:
         ModelFileError: it does not; the message says what was found.
     """
+    return _check(path, "model", "Model path", ModelFileError)
+
+
+def check_sidecar_file(path: Union[str, os.PathLike[str]]) -> str:
+    """The same for a sidecar. Whether it is one, and whole, is for the library to say.
+
+    Raises:
+        SidecarError: it does not; the message says what was found.
+    """
+    return _check(path, "sidecar", "Sidecar path", SidecarError)
+
+
+def check_gguf_file(path: Union[str, os.PathLike[str]]) -> str:
+    """The same for a file that may be either.
+
+    Raises:
+        ModelFileError: it does not; the message says what was found.
+    """
+    return _check(path, "model or sidecar", "Path", ModelFileError)
+
+
+def _check(path: Union[str, os.PathLike[str]], what: str, what_path: str, kind: Callable[[str], IndexMemError]) -> str:
     name = os.fspath(path)
     try:
-        if stat.S_ISDIR(os.stat(name).st_mode):
-            raise ModelFileError(f"{name} is a folder: name a GGUF file in it")
+        mode = os.stat(name).st_mode
+        if stat.S_ISDIR(mode):
+            raise kind(f"{name} is a folder: name a GGUF file in it")
+        if not stat.S_ISREG(mode):
+            raise kind(f"{name} is not a regular file: name a GGUF file")
         with open(name, "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelFileError(f"Model path does not exist: {name}") from None
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"cannot read the model {name}: {getattr(error, 'strerror', None) or error}") from None
+        raise kind(f"{what_path} does not exist: {name}") from None
+    except OSError as error:
+        raise kind(f"cannot read the {what} {name}: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, IndexMemError):
+            raise
+        raise kind(f"cannot read the {what} {name!r}: {error}") from None
     if magic != _MAGIC:
         found = "an empty file" if not magic else f"a file that begins with {magic!r}"
-        raise ModelFileError(f"{name} is not a GGUF model: expected a file that begins with {_MAGIC!r}, found {found}")
+        raise kind(f"{name} is not a GGUF {what}: expected a file that begins with {_MAGIC!r}, found {found}")
     return name
 
 
@@ -53,3 +85,79 @@ def fingerprint(path: Union[str, os.PathLike[str]]) -> str:
     except OSError as error:
         raise ModelFileError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from None
     return f"{size:x}-{digest.hexdigest()}"
+
+
+class _InitParams(ctypes.Structure):
+    """struct gguf_init_params"""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+def gguf_strings(path: str, keys: Iterable[str]) -> dict[str, str]:
+    """Those keys of a GGUF file that are there and hold text. Parsed by ggml, which is at home with hostile files.
+
+    Raises:
+        ModelFileError: the file is damaged.
+    """
+    from ._logs import collected_errors, reason
+
+    lib = _gguf_library()
+    with collected_errors(False) as log:
+        parsed = lib.gguf_init_from_file(os.fsencode(path), _InitParams(no_alloc=True, ctx=None))
+    if not parsed:
+        raise ModelFileError(
+            f"{path} is damaged: {reason(log) or 'its metadata cannot be read'}. Is the file complete?"
+        )
+    found = {}
+    try:
+        for key in keys:
+            i = lib.gguf_find_key(parsed, key.encode())
+            if i >= 0 and lib.gguf_get_kv_type(parsed, i) == _GGUF_STRING:
+                found[key] = lib.gguf_get_val_str(parsed, i).decode("utf-8", "replace")
+    finally:
+        lib.gguf_free(parsed)
+    return found
+
+
+def _gguf_library() -> Any:
+    from . import _capi, _native
+
+    lib = _capi.llama_lib._lib
+    if not hasattr(lib, "gguf_init_from_file"):  # where a library does not show the symbols of those it needs
+        lib = ctypes.CDLL(str(_native.library_file(name="ggml-base")))
+    pointer, index = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("gguf_init_from_file", pointer, [ctypes.c_char_p, _InitParams]),
+        ("gguf_find_key", index, [pointer, ctypes.c_char_p]),
+        ("gguf_get_kv_type", ctypes.c_int, [pointer, index]),
+        ("gguf_get_val_str", ctypes.c_char_p, [pointer, index]),
+        ("gguf_free", None, [pointer]),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+@contextlib.contextmanager
+def loaded_model(path: str) -> Iterator[int]:
+    """The model as the library sees it, weights mapped and not copied, for as long as the block runs.
+
+    Raises:
+        ModelFileError: it does not load.
+    """
+    from . import _capi
+    from ._logs import collected_errors, reason
+
+    llama = _capi.llama_lib
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False  # no copy of the weights in another order
+    llama.llama_backend_init()
+    with collected_errors(False) as log:
+        model = llama.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise ModelFileError(f"cannot load the model {path}: {reason(log) or 'llama.cpp gave no reason'}")
+    try:
+        yield model
+    finally:
+        llama.llama_model_free(model)

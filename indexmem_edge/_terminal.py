@@ -10,6 +10,11 @@ from typing import Optional, Type
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal: whatever could move the cursor or hide something is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class Terminal:
     """Answers go to standard output. Remarks go to a person's terminal, else to standard error."""
 

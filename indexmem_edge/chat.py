@@ -64,7 +64,8 @@ class Chat:
 
     def _greeting(self) -> str:
         stats = self._llm.kv_stats()
-        cache = f"KV cache {stats.policy}" + (f", budget {stats.budget:,}" if stats.budget else "")
+        cache = f"KV cache {stats.policy}" + (f" ({stats.indexer})" if stats.indexer else "")
+        cache += f", budget {stats.budget:,}" if stats.budget else ""
         return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, Ctrl-D leaves"
 
     def _handle(self, line: str) -> None:
@@ -129,8 +130,12 @@ class Chat:
         if stats.evicted > 0 and not self._told_evicted:
             self._told_evicted = True
             first = max(stats.sinks, stats.pin)
+            ratio = self._llm.kv_options.budget_ratio
+            reached = f"the KV budget of {stats.budget:,} is reached"
+            if ratio is not None and stats.budget_now < stats.budget:
+                reached = f"the KV cache keeps a share of {ratio:g} of the text, at most {stats.budget:,} entries"
             self._terminal.note(
-                f"the KV budget of {stats.budget:,} is reached: from now on the policy `{stats.policy}` drops entries. "
+                f"{reached}: from now on the policy `{stats.policy}` drops entries. "
                 f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
             )
         if stats.reevaluated > self._reevaluated:

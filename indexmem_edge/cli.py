@@ -12,7 +12,7 @@ import typer
 from typing_extensions import Annotated
 
 from . import __version__
-from .cli_options import RunOptions, fail, with_run_options
+from .cli_options import RunOptions, fail, one_line_errors, with_run_options
 from .errors import IndexMemError
 
 app = typer.Typer(
@@ -54,6 +54,8 @@ def chat(options: RunOptions) -> None:
     indexmem chat
 
     indexmem chat -m model.gguf --kv-budget 2048 -sys "You answer in one sentence."
+
+    indexmem chat -m model.gguf --indexmem model.indexmem.gguf
 
     echo "What is a KV cache?" | indexmem chat --json
     """
@@ -132,6 +134,37 @@ def _prompt_text(prompt: Optional[str], file: Optional[Path]) -> str:
     if not text.strip():
         raise IndexMemError("the text is empty")
     return text
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A sidecar, or a model.", metavar="FILE", show_default=False)],
+    model: Annotated[
+        Optional[Path],
+        typer.Option("-m", "--model", help="GGUF file that the sidecar has to fit.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Check a sidecar, or a model, and say what is in it.
+
+    Of a sidecar: the indexer with its constants, its tensors, where it comes from, and whether the model is the one it
+    was trained for. Of a model: its geometry, what its KV cache costs, whether it can be bounded, and the sidecars
+    beside it.
+
+    Examples:
+
+    indexmem inspect model.indexmem.gguf -m model.gguf
+
+    indexmem inspect model.gguf --json
+    """
+    with one_line_errors():
+        from . import inspection
+
+        facts = inspection.examine(file, model)
+        if as_json:
+            print(json.dumps(facts, indent=2))
+        else:
+            inspection.show(facts)
 
 
 @app.command()

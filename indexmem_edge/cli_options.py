@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
 
 if sys.version_info >= (3, 11):
     from typing import get_type_hints
@@ -18,9 +19,10 @@ else:
 import typer
 from typing_extensions import Annotated
 
+from ._terminal import printable
 from .demo import demo_model
 from .errors import BudgetError, IndexMemError
-from .options import DEFAULT_BUDGET, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, PIN_AUTO
+from .options import DEFAULT_BUDGET, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY, PIN_AUTO
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -81,14 +83,34 @@ class RunOptions:
             help="Entries that each KV head keeps, however long the text gets. 0: llama.cpp's own cache, unbounded.",
         ),
     ] = DEFAULT_BUDGET
+    kv_budget_ratio: Annotated[
+        Optional[float],
+        _option(
+            _CACHE,
+            "--kv-budget-ratio",
+            show_default=False,
+            help="Keep no more than this share of the tokens seen, either (0.25: a quarter of them).",
+        ),
+    ] = None
+    indexmem: Annotated[
+        Optional[Path],
+        _option(
+            _CACHE,
+            "--indexmem",
+            metavar="FILE",
+            show_default=False,
+            help="Sidecar with an indexer trained for the model, from indexmem-convert; `indexmem inspect` shows it.",
+        ),
+    ] = None
     kv_policy: Annotated[
-        str,
+        Optional[str],
         _option(
             _CACHE,
             "--kv-policy",
+            show_default=f"{INDEXER_POLICY} with a sidecar, else {DEFAULT_POLICY}",
             help="Who is evicted when the budget is reached; `indexmem doctor` lists and explains the policies.",
         ),
-    ] = DEFAULT_POLICY
+    ] = None
     kv_sinks: Annotated[int, _option(_CACHE, "--kv-sinks", min=0, help="First tokens, which are never evicted.")] = (
         DEFAULT_SINKS
     )
@@ -149,10 +171,12 @@ class RunOptions:
         llm = Llama(
             path,
             kv_budget=self.kv_budget,
+            kv_budget_ratio=self.kv_budget_ratio,
             kv_policy=self.kv_policy,
             kv_sinks=self.kv_sinks,
             kv_window=self.kv_window,
             kv_pin=_pin(self.kv_pin),
+            indexmem=self.indexmem,
             n_batch=self.batch_size,
             n_ubatch=self.ubatch_size,
             n_gpu_layers=self.gpu_layers,
@@ -209,7 +233,7 @@ def _silence() -> None:
 
 def describe(error: BaseException) -> str:
     """The error in words, on one line, with what to do where llama-cpp-python does not say."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     if text.startswith("Requested tokens"):
         text += ": raise --ctx-size, or set a --kv-budget, with which the length does not matter"
     return text
@@ -221,6 +245,20 @@ def fail(error: BaseException) -> None:
         raise error
     print(f"error: {describe(error)}", file=sys.stderr)
     raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors of a command become one line on standard error."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say no more
+        raise typer.Exit(0) from None
+    except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
+        fail(error)
 
 
 def with_run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,15 +281,8 @@ def with_run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(**given: Any) -> Any:
         options = RunOptions(**{f.name: given.pop(f.name) for f in fields(RunOptions)})
-        try:
+        with one_line_errors():
             return command(options=options, **given)
-        except typer.Exit:
-            raise
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say no more
-            raise typer.Exit(0) from None
-        except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
-            fail(error)
 
     run.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own + shared}

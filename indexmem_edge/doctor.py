@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Optional
 
 from . import __version__, _native
+from ._terminal import printable
 from .demo import demo_model
 from .errors import IndexMemError
 
@@ -56,7 +57,7 @@ def report(findings: Iterable[Finding], as_json: bool) -> None:
     width = max(len(f.name) for f in findings)
     for finding in findings:
         mark = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}[finding.status]
-        print(f"{mark}  {finding.name:<{width}}  {finding.found}")
+        print(f"{mark}  {finding.name:<{width}}  {printable(finding.found)}")
     print("\nEverything is in order." if not wrong else f"\n{len(wrong)} of {len(findings)} checks failed.")
 
 
@@ -91,7 +92,8 @@ def _bounded_cache() -> list[Finding]:
 
     _capi.library()
     about = [Finding("bounded cache", "ok", f"interface version {_capi.API_VERSION}; {_capi.build_info()}")]
-    return about + [Finding("policy", "ok", f"{name}: {text}") for name, text in _capi.policies().items()]
+    about += [Finding("policy", "ok", f"{name}: {text}") for name, text in _capi.policies().items()]
+    return about + [Finding("indexer", "ok", f"{name}: {text}") for name, text in _capi.indexers().items()]
 
 
 def _loaded_files() -> list[Finding]:
@@ -148,25 +150,14 @@ def _cpu() -> list[Finding]:
 
 def _model(path: Path) -> list[Finding]:
     from . import _capi
-    from ._logs import collected_errors, reason
-    from ._modelfile import check_model_file
+    from ._modelfile import check_model_file, loaded_model
 
     llama = _capi.llama_lib
-    name = check_model_file(path)
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers = 0
-    llama.llama_backend_init()
-    with collected_errors(False) as log:
-        model = llama.llama_model_load_from_file(name.encode(), params)
-    if not model:
-        return [Finding("model", "wrong", f"cannot load {name}: {reason(log) or 'llama.cpp gave no reason'}")]
-    try:
+    with loaded_model(check_model_file(path)) as model:
         text = ctypes.create_string_buffer(256)
         llama.llama_model_desc(model, text, len(text))
         about = f"{text.value.decode('utf-8', 'replace')}, trained for {llama.llama_model_n_ctx_train(model):,} tokens"
         why = _capi.model_unsupported_reason(model)
-    finally:
-        llama.llama_model_free(model)
     if why is not None:
         return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]
     return [Finding("model", "ok", f"{about}: a bounded cache is possible")]

@@ -27,6 +27,10 @@ class ModelNotSupported(IndexMemError, ValueError):
     """The model is fine, but its attention cannot run on a bounded KV cache."""
 
 
+class SidecarError(IndexMemError, ValueError):
+    """The sidecar is damaged, or for another model."""
+
+
 class BudgetError(IndexMemError, ValueError):
     """The requested KV cache, or an option that contradicts it, is impossible."""
 

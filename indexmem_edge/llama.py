@@ -13,8 +13,8 @@ from . import _capi, _cache, _prompts, session
 from ._align import align
 from ._logs import collected_errors, reason
 from ._modelfile import check_model_file
-from .errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported
-from .options import DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, LOGICAL_MAX, CacheOptions
+from .errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW, LOGICAL_MAX, CacheOptions
 from .stats import KVStats
 
 import llama_cpp
@@ -36,7 +36,11 @@ class Llama(llama_cpp.Llama):
     Args:
         model_path: the GGUF file.
         kv_budget: entries kept per KV head, protected ones included; None or 0: llama.cpp's own cache, untouched.
-        kv_policy: which entries leave when the budget is reached; `indexmem_edge.policies()` lists them.
+        kv_budget_ratio: keep no more than this share of the tokens seen, either, nor fewer than the protected ones;
+            kv_budget remains the most that is kept, and what is allocated.
+        kv_policy: which entries leave when the budget is reached; `indexmem_edge.policies()` lists them. None: the
+            indexer with a sidecar, else streaming.
+        indexmem: a sidecar, the file with an indexer that was trained for this model (docs/sidecar.md).
         kv_sinks: first tokens that are never evicted.
         kv_window: most recent tokens that are never evicted.
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
@@ -52,6 +56,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         BudgetError, PolicyError: an option is impossible; the message names the minimum or lists the choices.
+        SidecarError: the sidecar is damaged, or for another model.
         ModelFileError, ModelNotSupported, ContextError: the model cannot be loaded, or not with a budget.
     """
 
@@ -60,15 +65,19 @@ class Llama(llama_cpp.Llama):
         model_path: PathLike,
         *,
         kv_budget: Optional[int] = None,
-        kv_policy: str = DEFAULT_POLICY,
+        kv_budget_ratio: Optional[float] = None,
+        kv_policy: Optional[str] = None,
         kv_sinks: int = DEFAULT_SINKS,
         kv_window: int = DEFAULT_WINDOW,
         kv_pin: Union[int, str] = 0,
         kv_evict_step: int = 0,
         kv_seed: int = 0,
+        indexmem: Optional[PathLike] = None,
         **kwargs: Any,
     ) -> None:
-        options = CacheOptions.checked(kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed)
+        options = CacheOptions.checked(
+            kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem
+        )
         path = check_model_file(model_path)
         self.kv_options = options
         self._cache: Optional[_cache.BoundedCache] = None
@@ -111,24 +120,24 @@ class Llama(llama_cpp.Llama):
         """The error to raise in place of one of the base class's constructor; None to let that one through."""
         if isinstance(error, IndexMemError):
             return None
-        said = _capi.last_error() if self.kv_options.bounded else ""
+        bounded = self.kv_options.bounded
+        said, kind = (_capi.last_error(), _capi.last_error_kind()) if bounded else ("", _capi.ERROR_NONE)
         model = getattr(self, "_model", None)
         if model is None:
             if str(error).startswith("Failed to load model"):
                 why = reason(log) or "llama.cpp gave no reason"
                 return ModelFileError(f"cannot load the model {path}: {why}. Is the file complete?")
             return None
-        if "_ctx" not in self.__dict__ and str(error).startswith("Failed to create llama_context"):
-            if self.kv_options.bounded:
-                unsupported = _capi.model_unsupported_reason(model.model)
-                if unsupported is not None:
-                    return ModelNotSupported(
-                        f"{path} cannot have a bounded KV cache: {unsupported}. Load it without kv_budget"
-                    )
-                if said:
-                    return BudgetError(said)
-            return ContextError(f"cannot create a context for {path}: {reason(log) or 'is there enough memory?'}")
-        return None
+        if "_ctx" in self.__dict__ or not str(error).startswith("Failed to create llama_context"):
+            return None
+        unsupported = _capi.model_unsupported_reason(model.model) if bounded else None
+        if unsupported is not None:
+            return ModelNotSupported(f"{path} cannot have a bounded KV cache: {unsupported}. Load it without kv_budget")
+        if kind == _capi.ERROR_SIDECAR:
+            return SidecarError(said)
+        if kind == _capi.ERROR_PARAMS:
+            return BudgetError(said)
+        return ContextError(f"cannot create a context for {path}: {said or reason(log) or 'is there enough memory?'}")
 
     # evaluation and generation
 

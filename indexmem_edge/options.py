@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Optional, Union
 
+from ._modelfile import check_sidecar_file
 from .errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:
     from ._capi import Request
 
-DEFAULT_POLICY = "streaming"
+DEFAULT_POLICY = "streaming"  # without a sidecar
+INDEXER_POLICY = "indexer"  # with one
 DEFAULT_BUDGET = 1024  # of the command line; Llama itself is unbounded unless told otherwise
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
@@ -38,6 +41,40 @@ def _count(name: str, value: Any, largest: int = _MAX_COUNT) -> int:
     return number
 
 
+def check_share(name: str, value: Any) -> float:
+    """A share as a number; BudgetError if it is none."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise BudgetError(f"{name} must be a number above 0, at most 1, found {value!r}") from None
+    if not 0 < number <= 1:
+        raise BudgetError(f"{name} must be above 0 and at most 1, found {number:g}")
+    return number
+
+
+def choose_policy(policy: Optional[str], sidecar: Optional[str]) -> str:
+    """The policy that is meant: by default that of the sidecar's indexer, if there is a sidecar.
+
+    Raises:
+        PolicyError: the policy and the sidecar contradict each other.
+    """
+    if sidecar is None:
+        if policy == INDEXER_POLICY:
+            raise PolicyError(
+                f"kv_policy {INDEXER_POLICY!r} needs a sidecar with a trained indexer: name one with --indexmem FILE "
+                "(indexmem= in Python), or choose another kv_policy"
+            )
+        return policy or DEFAULT_POLICY
+    if policy and policy != INDEXER_POLICY:
+        raise PolicyError(
+            f"kv_policy {policy!r} contradicts the sidecar {os.path.basename(sidecar)}, whose indexer would not be used: "
+            "leave kv_policy out, or the sidecar"
+        )
+    return INDEXER_POLICY
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """What the user asked of the KV cache. `budget` 0 means unbounded: llama.cpp's own cache."""
@@ -49,45 +86,56 @@ class CacheOptions:
     pin: Union[int, str] = 0
     evict_step: int = 0
     seed: int = 0
+    budget_ratio: Optional[float] = None  # of the tokens seen
+    sidecar: Optional[str] = None
 
     @classmethod
     def checked(
         cls,
         budget: Optional[int],
-        policy: str,
+        policy: Optional[str],
         sinks: int,
         window: int,
         pin: Union[int, str],
         evict_step: int,
         seed: int,
+        budget_ratio: Optional[float] = None,
+        sidecar: Union[str, os.PathLike[str], None] = None,
     ) -> CacheOptions:
         """Validates what does not depend on the model.
 
         Raises:
             BudgetError: a value is out of range, or the budget is too small; the message names the minimum.
-            PolicyError: no such policy; the message lists them.
+            PolicyError: no such policy (the message lists them), or one that contradicts the sidecar.
+            SidecarError: the sidecar is not there, or not a GGUF file.
         """
         size = 0 if budget is None else _count("kv_budget", budget)
         if size == 0:
+            for value, name in ((sidecar, "a sidecar (indexmem)"), (budget_ratio, "kv_budget_ratio")):
+                if value is not None:
+                    raise BudgetError(f"{name} needs a bounded KV cache: give a kv_budget, or leave it out")
             return cls()
+        path = None if sidecar is None else check_sidecar_file(sidecar)
         if isinstance(pin, str) and pin != PIN_AUTO:
             raise BudgetError(f'kv_pin must be a number of tokens or "{PIN_AUTO}", found {pin!r}')
         fixed_pin = PIN_AUTO if pin == PIN_AUTO else _count("kv_pin", pin)
         options = cls(
             budget=size,
-            policy=policy,
+            policy=choose_policy(policy, path),
             sinks=_count("kv_sinks", sinks),
             window=_count("kv_window", window),
             pin=fixed_pin,
             evict_step=_count("kv_evict_step", evict_step),
             seed=_count("kv_seed", seed, (1 << 64) - 1),
+            budget_ratio=None if budget_ratio is None else check_share("kv_budget_ratio", budget_ratio),
+            sidecar=path,
         )
         options.require_room(options.fixed_pin, "kv_pin")
         from . import _capi  # here, because it loads the library: --help needs only the defaults
 
         known = _capi.policies()
-        if policy not in known:
-            raise PolicyError(f"unknown kv_policy {policy!r}: choose one of {', '.join(sorted(known))}")
+        if options.policy not in known:
+            raise PolicyError(f"unknown kv_policy {options.policy!r}: choose one of {', '.join(sorted(known))}")
         return options
 
     @property
@@ -119,12 +167,23 @@ class CacheOptions:
         """The same, as the native library takes it."""
         from ._capi import Request
 
-        return Request(self.budget, self.policy, self.sinks, self.window, self.fixed_pin, self.evict_step, self.seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for session files and JSON."""
-        return asdict(self)
+        return Request(
+            self.budget,
+            self.policy,
+            self.sinks,
+            self.window,
+            self.fixed_pin,
+            self.evict_step,
+            self.seed,
+            self.budget_ratio or 0.0,
+            self.sidecar,
+        )
 
     def keywords(self) -> dict[str, Any]:
         """The same as keyword arguments of `Llama`."""
-        return {f"kv_{name}": value for name, value in self.to_dict().items()}
+        values = asdict(self)
+        return {"indexmem": values.pop("sidecar"), **{f"kv_{name}": value for name, value in values.items()}}
+
+    def fixed_for_state(self) -> dict[str, Any]:
+        """What must be equal to continue a KV state: all but the ratio, and the sidecar, which goes by content."""
+        return {k: v for k, v in self.keywords().items() if k not in ("indexmem", "kv_budget_ratio")}

@@ -34,6 +34,9 @@ _CONTEXT_FIELDS = (
 )
 
 
+_SIDECAR_NAME = "sidecar file"  # for people: what counts is the hash
+
+
 def identity(llm: Llama) -> dict[str, Any]:
     """All that must be equal for the KV state of one `Llama` to have meaning in another, by name."""
     known: Optional[dict[str, Any]] = llm.__dict__.get("_session_identity")
@@ -43,11 +46,18 @@ def identity(llm: Llama) -> dict[str, Any]:
             "llama.cpp": f"of llama-cpp-python {LLAMA_CPP_PYTHON_VERSION}",
             "model": fingerprint(llm.model_path),
             "lora": [fingerprint(llm.lora_path), llm.lora_scale] if llm.lora_path else None,
-            **llm.kv_options.keywords(),
+            "sidecar": sidecar_hash(llm),
+            **llm.kv_options.fixed_for_state(),
             **{name: getattr(params, name) for name in _CONTEXT_FIELDS},
         }
         llm.__dict__["_session_identity"] = known
     return known
+
+
+def sidecar_hash(llm: Llama) -> str:
+    """What the ranks of the cached entries were made with: 16 hexadecimal digits, "" without a sidecar."""
+    found = _capi.get_stats(llm.ctx).sidecar_hash if llm._cache is not None else 0
+    return f"{found:016x}" if found else ""
 
 
 def native_state(llm: Llama) -> bytes:
@@ -76,7 +86,8 @@ def save(llm: Llama, path: Union[str, os.PathLike[str]], extra: Any = None) -> i
         llm._cache.settle()
     tokens = np.array(llm._input_ids, dtype=np.int32)
     state = native_state(llm) if len(tokens) else b""
-    return _sessionfile.write(path, _sessionfile.SessionData(identity(llm), tokens, extra, state))
+    header = {**identity(llm), _SIDECAR_NAME: os.path.basename(llm.kv_options.sidecar or "")}
+    return _sessionfile.write(path, _sessionfile.SessionData(header, tokens, extra, state))
 
 
 def load(llm: Llama, path: Union[str, os.PathLike[str]]) -> Any:
@@ -115,6 +126,14 @@ def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> Non
         found = data.header.get(key)
         if found == value:
             continue
+        if key == "sidecar":
+            if found is None and value == "":
+                continue  # saved before there were sidecars
+            raise SessionError(
+                f"{name} was saved with {_sidecar(found, data.header.get(_SIDECAR_NAME))}, this one has "
+                f"{_sidecar(value, os.path.basename(llm.kv_options.sidecar or ''))}: "
+                + ("name that one with --indexmem FILE (indexmem= in Python)" if found else "leave the sidecar out")
+            )
         if key == "model":
             raise SessionError(f"{name} was saved with another model file than {llm.model_path}: load it with that one")
         raise SessionError(
@@ -126,6 +145,10 @@ def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> Non
         raise SessionError(f"{name} is damaged: it has token ids outside the vocabulary of {llm._n_vocab}")
     if n >= llm._n_ctx:
         raise SessionError(f"{name} holds {n:,} tokens and n_ctx is {llm._n_ctx:,}: give Llama a larger n_ctx")
+
+
+def _sidecar(identity: Any, file: Any) -> str:
+    return f"the sidecar {_shown(file or '')} ({_shown(identity)})" if identity else "no sidecar"
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,12 @@ class KVStats:
     turn_reused: int = 0  # prompt tokens of the last prompt that were already in the cache
     turn_generated: int = 0  # tokens generated after it that went through the model
     kv_bytes: Optional[int] = None  # K and V of the whole context; fixed at creation; None if unknown
-    meta_bytes: int = 0  # positions and policy state; fixed at creation
+    meta_bytes: int = 0  # positions, policy and indexer state; fixed at creation
+    indexer: str = ""  # kind of the trained indexer, "" without one
+    sidecar: str = ""  # name of the file that it came from
+    sidecar_bytes: int = 0  # its weights in memory
+    indexer_bytes: int = 0  # the part of meta_bytes that the indexer keeps
+    budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     slots: int = 0  # slots allocated per KV head: the budget plus working room
     sinks: int = 0
     window: int = 0
@@ -46,7 +51,7 @@ class KVStats:
 
     def __str__(self) -> str:
         rows = [
-            ("policy", self.policy + (f", budget {self.budget:,} entries per KV head" if self.budget else "")),
+            ("policy", self.policy + _budget(self)),
             ("tokens seen", f"{self.tokens_seen:,} (kept {self.kept:,}, evicted {self.evicted:,})"),
             (
                 "last prompt",
@@ -56,6 +61,8 @@ class KVStats:
             ("re-evaluated", f"{self.reevaluated:,}" + _because(self.reevaluated_reason)),
             ("KV memory", _memory(self)),
         ]
+        if self.sidecar:
+            rows.append(("indexer", f"{self.indexer}, {self.sidecar} ({format_bytes(self.sidecar_bytes)})"))
         if self.budget:
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
@@ -67,13 +74,23 @@ def _because(reason: Optional[str]) -> str:
     return f" ({reason})" if reason else ""
 
 
+def _budget(stats: KVStats) -> str:
+    if not stats.budget:
+        return ""
+    now = f", {stats.budget_now:,} at this length" if stats.budget_now < stats.budget else ""
+    return f", budget {stats.budget:,} entries per KV head{now}"
+
+
 def _memory(stats: KVStats) -> str:
     if stats.kv_bytes is None:
         return "unknown"
     if not stats.budget:
         return f"{format_bytes(stats.kv_bytes)} for {stats.n_ctx:,} tokens"
+    state = "positions and policy state"
+    if stats.indexer:
+        state = f"positions, policy and indexer state (indexer {format_bytes(stats.indexer_bytes)})"
     return (
-        f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of positions and policy state, "
+        f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of {state}, "
         f"fixed ({stats.slots:,} slots per KV head)"
     )
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from indexmem_edge.bench import machine, memory, quality, ruler, speed, summary
+from indexmem_edge.bench import indexer, machine, memory, quality, ruler, speed, summary, synthetic
 from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict, quality_markdown
-from indexmem_edge.bench.runner import Setup, token_nll
+from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup, System, token_nll
 from indexmem_edge.bench.stats import alternate, bootstrap, pair_ratio
 from indexmem_edge.bench.text import TokenStream, builtin_text
 
@@ -98,6 +99,14 @@ def test_small_budgets_get_a_small_window() -> None:
     assert (full.budget, full.n_ctx) == (0, 2099)
 
 
+def test_only_the_policy_of_the_sidecar_gets_it() -> None:
+    base = Setup(sidecar=Path("s.gguf"), ratio=0.5)
+    assert quality.setup_for(base, "indexer", 0.5, 2000, 99).sidecar == Path("s.gguf")
+    assert quality.setup_for(base, "knorm", 0.5, 2000, 99).sidecar is None
+    assert quality.setup_for(base, "full", 1.0, 2000, 99).sidecar is None
+    assert replace(base, policy="indexer", budget=64).label == "indexer 64, at most 50%"
+
+
 def test_jobs_keep_all_policies_of_a_sample_together() -> None:
     plan = quality.Plan(Path(), (64,), ("a", "b"), ("knorm", "tova"), (0.5,), 2, Setup(), book_windows=1)
     jobs = list(plan.jobs({64: ["a", "b"]}, plan.bounded()))
@@ -117,6 +126,16 @@ def test_the_log_survives_a_cut_off_line_and_skips_other_settings(tmp_path: Path
     assert len(quality.Log(path, "f16").rows) == 2
 
 
+def test_the_log_binds_rows_of_the_indexer_to_its_sidecar(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    jobs = [quality.Job("a", 64, policy, 0.5, 0) for policy in ("knorm", "indexer")]
+    log = quality.Log(path, "f16", "sidecar 1")
+    for job in jobs:
+        log.add(job, {"score": 1.0})
+    assert set(quality.Log(path, "f16", "sidecar 1").rows) == {job.key for job in jobs}
+    assert set(quality.Log(path, "f16", "sidecar 2").rows) == set(quality.Log(path, "f16").rows) == {jobs[0].key}
+
+
 def single_runs() -> list[dict[str, Any]]:
     """Full cache and one policy on tasks a (half lost) and b (full cannot), four samples."""
     rows = []
@@ -131,6 +150,8 @@ def single_runs() -> list[dict[str, Any]]:
                         "budget": 16,
                         "tokens_seen": 64,
                         "kv_bytes": 2**20,
+                        "meta_bytes": 2**18,
+                        "sidecar_bytes": 2**18,
                         "rss_bytes": 9,
                     }
                 )
@@ -160,7 +181,7 @@ def test_quality_report_has_its_keys_and_renders_markdown(tmp_path: Path) -> Non
     assert {"date", "cpu", "threads", "model", "library", "command", "how"} <= set(data["meta"])
     assert all(set(ROW_KEYS + QUALITY_KEYS) <= set(row) for row in data["rows"])
     text = quality_markdown(data)
-    assert "### 64 tokens" in text and "| knorm | 25% |" in text and "-0.500 [" in text
+    assert "### 64 tokens" in text and "| knorm | 25% | 1.0 MiB | 0.5 MiB |" in text and "-0.500 [" in text
 
 
 def test_rows_have_the_common_keys_and_nan_becomes_null(tmp_path: Path) -> None:
@@ -190,6 +211,43 @@ def test_speed_verdicts_judge_the_depth_the_goal_is_set_for() -> None:
     assert [v.ok for v in speed.verdicts([{**row, "depth": 4096}])] == [None, None, None]
 
 
+def test_indexer_verdicts_and_turns() -> None:
+    rows = [{"system": "streaming", "decode_ratio": 1.0, "prefill_ratio": 1.0}]
+    for name, ratio in (("retention", 0.98), ("retention-linear", 0.94), ("kvzap", 0.5)):
+        rows.append({"system": name, "indexer": name, "decode_ratio": ratio, "prefill_ratio": ratio})
+    assert [v.ok for v in indexer.verdicts(rows)] == [True, False, None] * 2
+    assert [indexer.whole_cycles(step) for step in (0, 1, 7, 32, 40)] == [32, 32, 35, 32, 40]
+
+
+TINY = synthetic.Shape("qwen3", 2, 64, 6, 2, 32, 96)
+
+
+@pytest.mark.parametrize("weights", ["q4_0", "q8_0"])
+def test_synthetic_models_load_and_their_numbers_are_finite(tmp_path: Path, weights: str) -> None:
+    path = synthetic.cached_model(TINY, weights, tmp_path)
+    stamp = path.stat().st_mtime_ns
+    assert synthetic.cached_model(TINY, weights, tmp_path).stat().st_mtime_ns == stamp
+    model = Model(path)
+    assert replace(synthetic.shape_of(model), n_ff=96) == TINY
+    with System(model, Setup(n_ctx=256, threads=1)) as system:
+        system.feed(model.tokens("Some text, any text."), last_logits=True)
+        assert system.logits is not None and abs(system.logits).max() < 100 and system.logits.std() > 0.1
+    model.close()
+    with pytest.raises(BenchError, match="q4_0, q8_0"):
+        synthetic.cached_model(TINY, "q2_k", tmp_path)
+
+
+@pytest.mark.parametrize("variant", synthetic.VARIANTS)
+def test_random_sidecars_are_accepted(tmp_path: Path, variant: str) -> None:
+    from indexmem_edge import _capi
+
+    sizes = []
+    for kind in ("f32", "q8_0"):
+        sizes.append(synthetic.random_sidecar(tmp_path / kind, TINY, variant, kind).stat().st_size)
+        _capi.check_sidecar(str(tmp_path / kind))
+    assert (sizes[0] > sizes[1]) == synthetic.has_matrices(TINY, variant)
+
+
 def invoke(*words: Any) -> Any:
     from typer.testing import CliRunner
 
@@ -210,6 +268,14 @@ def ruler_folder(folder: Path) -> Path:
     return folder
 
 
+def sidecar_shape(path: Path) -> synthetic.Shape:
+    model = Model(path)
+    try:
+        return synthetic.shape_of(model)
+    finally:
+        model.close()
+
+
 def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     common = ["-m", model, "--out", tmp_path, "--json", "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
@@ -220,10 +286,17 @@ def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None
     assert len({row["kv_bytes"] for row in bounded}) == 1 and data["verdicts"][0]["ok"]
     assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS)
 
+    sidecar = synthetic.random_sidecar(tmp_path / "s.gguf", sidecar_shape(model), "kvzap")
+    learned = ["--indexmem", sidecar, "--kv-budget-ratio", 0.5]
+    invoke("memory", *common, *learned, "--tokens", 1100, "--unbounded-tokens", 0, "--repeats", 1)
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert {row["policy"] for row in rows} == {"indexer"}
+    assert all(row["meta_bytes"] > row["indexer_bytes"] > 0 < row["sidecar_bytes"] for row in rows)
+
     invoke("speed", *common, "--depths", "0,700", "--decode-tokens", 32, "--repeats", 1)
     data = json.loads((tmp_path / "speed.json").read_text())
     assert {row["system"] for row in data["rows"]} == {"unbounded", "unbounded, no flash", "streaming 96"}
-    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS)
+    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS + BYTE_KEYS)
     assert [row["tokens_seen"] for row in data["rows"] if row["system"] == "unbounded"] == [0, 700]
 
 
@@ -258,3 +331,37 @@ def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tm
 
     invoke(*words)
     assert (tmp_path / "quality.rows.jsonl").read_text().splitlines() == lines
+
+    sidecar = synthetic.random_sidecar(tmp_path / "s.gguf", sidecar_shape(model), "retention", mid_dim=32)
+    invoke(*words, "--indexmem", sidecar)
+    assert len((tmp_path / "quality.rows.jsonl").read_text().splitlines()) == len(lines) + 4  # the indexer's alone
+    rows = [row for row in json.loads((tmp_path / "quality.json").read_text())["rows"] if row["policy"] == "indexer"]
+    assert rows and all(row["indexer_bytes"] > 0 < row["sidecar_bytes"] for row in rows)
+
+
+def test_the_indexer_is_no_policy_without_a_sidecar() -> None:
+    from indexmem_edge.bench.cli import _policies
+    from indexmem_edge.errors import PolicyError
+
+    assert "indexer" not in _policies(None, False, sidecar=False) and "indexer" in _policies(None, False, sidecar=True)
+    assert _policies("knorm", False, sidecar=True) == ["knorm", "indexer"]
+    with pytest.raises(PolicyError, match="--indexmem"):
+        _policies("indexer", False, sidecar=False)
+
+
+def test_indexer_runs_on_a_tiny_model_and_on_a_synthetic_one(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    common = ["indexer", "--out", tmp_path, "--json", "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
+    common += ["--repeats", 1, "--prefill-repeats", 1]
+    invoke(*common, "-m", tiny("llama")[0])
+    data = json.loads((tmp_path / "indexer.json").read_text())
+    systems = [row["system"] for row in data["rows"]]
+    assert systems[0] == "streaming" and "retention, q8_0" in systems and "retention-linear, f32" in systems
+    assert len(systems) == 1 + 2 * 4 + 1 and len(data["verdicts"]) == 2 * 9
+    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS + BYTE_KEYS)
+    assert data["meta"]["turn"] % 7 == 0  # an eighth of the room of 60
+
+    monkeypatch.setitem(synthetic.GEOMETRIES, "qwen3-4b", replace(TINY, n_layer=3))
+    words = ["--geometry", "qwen3-4b", "--layers", 2, "--cache", tmp_path, "--kinds", "kvzap", "--types", "f16"]
+    invoke(*common, *words)
+    meta = json.loads((tmp_path / "indexer-qwen3-4b.json").read_text())["meta"]
+    assert (meta["layers"], meta["all_layers"], meta["geometry"]) == (2, 3, "qwen3-4b")

@@ -43,9 +43,10 @@ def one_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
 @pytest.mark.parametrize(
     "command, words",
     [
-        ((), ("chat", "generate", "doctor")),
-        (("chat",), ("--kv-budget", "--ctx-size", "-ctk", "/read FILE", "indexmem chat")),
-        (("generate",), ("--prompt", "--file", "--kv-policy", "-ngl", "indexmem generate")),
+        ((), ("chat", "generate", "inspect", "doctor")),
+        (("chat",), ("--kv-budget", "--ctx-size", "-ctk", "--indexmem", "/read FILE", "indexmem chat")),
+        (("generate",), ("--prompt", "--file", "--kv-budget-ratio", "indexer with a sidecar, else streaming", "-ngl")),
+        (("inspect",), ("FILE", "--model", "--json", "indexmem inspect")),
         (("doctor",), ("--model", "--json")),
     ],
 )
@@ -133,7 +134,7 @@ def test_another_version_of_the_bindings_is_refused(tmp_path: Path) -> None:
 def test_doctor_is_content(demo_model: Path) -> None:
     result = run("doctor", "-m", str(demo_model))
     assert result.returncode == 0, result.stdout
-    for word in ("0.3.36", "libllama", "CPU", "streaming", "a bounded cache is possible"):
+    for word in ("0.3.36", "libllama", "CPU", "streaming", "fast_kvzip", "a bounded cache is possible"):
         assert word in result.stdout
 
 

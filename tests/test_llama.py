@@ -54,7 +54,7 @@ def say(llm: Any, messages: list[dict[str, Any]], n: int = 6) -> dict[str, Any]:
         ({"kv_budget": "many"}, BudgetError, "whole number"),
         ({"kv_window": 1.5}, BudgetError, "kv_window"),
         ({"kv_pin": "maybe"}, BudgetError, "auto"),
-        ({"kv_policy": "best"}, PolicyError, "keydiff, knorm, random, snapkv, streaming, tova"),
+        ({"kv_policy": "best"}, PolicyError, "full, indexer, keydiff, knorm, random, snapkv, streaming, tova"),
         ({"embedding": True}, BudgetError, "embedding"),
         ({"flash_attn": False}, BudgetError, "flash_attn"),
         ({"draft_model": object()}, BudgetError, "draft_model"),
@@ -241,7 +241,9 @@ def test_without_a_budget_nothing_is_different(demo_model: Path) -> None:
     answer = llm.create_completion("The capital of France is", max_tokens=2, temperature=0.0)
     assert "Paris" in answer["choices"][0]["text"]
     stats = llm.kv_stats()
-    assert stats.policy == "unbounded" and stats.evicted == 0 and stats.kept == stats.tokens_seen
+    assert (
+        stats.policy == "unbounded" and stats.budget_now == 0 and stats.evicted == 0 and stats.kept == stats.tokens_seen
+    )
     assert stats.kv_bytes == 512 * 30 * 2 * 3 * 64 * 2
     with pytest.raises(BudgetError, match="kv_budget"):
         llm.kv_snapshot()

@@ -265,6 +265,20 @@ def test_other_options_are_refused_by_name(saved: Path, demo_model: Path, option
 
 
 @needs_library
+def test_a_file_from_before_there_were_sidecars_is_accepted(tmp_path: Path, saved: Path, demo_model: Path) -> None:
+    data = read(saved)
+    header = {k: v for k, v in data.header.items() if "sidecar" not in k}
+    assert len(header) == len(data.header) - 2
+    write(tmp_path / "old", SessionData(header, data.tokens, data.extra, data.state))
+    llm = load(demo_model)
+    llm.load_session(tmp_path / "old")
+    assert llm.n_tokens == len(data.tokens)
+    write(tmp_path / "other", SessionData({**header, "sidecar": "0" * 16}, data.tokens, data.extra, data.state))
+    with pytest.raises(SessionError, match="with the sidecar '' .*this one has no sidecar"):
+        llm.load_session(tmp_path / "other")
+
+
+@needs_library
 def test_a_refused_file_leaves_the_conversation_as_it_was(tmp_path: Path, demo_model: Path) -> None:
     llm = load(demo_model)
     prompt = llm.tokenize(TEXT.encode())

@@ -162,7 +162,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
         try {
             auto loaded = std::make_shared<indexmem_sidecar>(sidecar);
             if (!loaded->get_indexer()) {
-                throw indexmem_sidecar_error(sidecar + " holds a latent memory and no indexer: name a policy");
+                throw indexmem_sidecar_error(sidecar + " holds a latent memory and no indexer, and this version runs indexers only: leave it out");
             }
             loaded->load(model, cparams.offload_kqv);
             cfg.sidecar = std::move(loaded);
