@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import llama_cpp
 import numpy as np
@@ -18,6 +18,51 @@ F32, F16, Q4_0, Q8_0 = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_
 
 class Refused(Exception):
     """The library did not create the context, or did not decode."""
+
+
+class _TensorHead(ctypes.Structure):
+    """The first fields of struct ggml_tensor."""
+
+    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4)]
+
+
+def _ggml(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(llama_cpp.llama_cpp._lib, name)
+    function.restype, function.argtypes = restype, list(argtypes)
+    return function
+
+
+class Capture:
+    """Copies tensors out of the graph while it is computed: all whose name begins with one of the prefixes."""
+
+    def __init__(self, *prefixes: str) -> None:
+        self.found: dict[str, list[np.ndarray]] = {}  # by name, one array for each ubatch; dimensions in NumPy order
+        self._prefixes = tuple(p.encode() for p in prefixes)
+        self._name = _ggml("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+        self._contiguous = _ggml("ggml_is_contiguous", ctypes.c_bool, ctypes.c_void_p)
+        self._get = _ggml("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+        self.callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
+
+    def _on_tensor(self, tensor: int, ask: bool, _: object) -> bool:
+        """Asked first whether a tensor is wanted; if so, called again when it is there. Returns whether to go on."""
+        name = self._name(tensor)
+        if ask:
+            return name.startswith(self._prefixes)
+        head = _TensorHead.from_address(tensor)
+        values = np.empty(tuple(head.ne)[::-1], np.float32)
+        if head.type != F32 or not self._contiguous(tensor):
+            values.fill(np.nan)  # an exception would vanish in the library
+        else:
+            self._get(tensor, values.ctypes.data, 0, values.nbytes)
+        self.found.setdefault(name.decode(), []).append(values)
+        return True
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """What the last ubatch computed, without dimensions of 1 in front."""
+        values = self.found[name][-1]
+        while values.ndim > 2 and len(values) == 1:
+            values = values[0]
+        return values
 
 
 @llama_cpp.llama_log_callback
@@ -61,6 +106,9 @@ class Context:
         type_v: int = F16,
         flash_attn: bool = True,
         n_threads: int = 2,
+        sidecar: Optional[Path] = None,
+        budget_ratio: float = 0.0,
+        capture: Optional[Capture] = None,
     ) -> None:
         self.model, self.n_seq, self.n_batch = model, n_seq, 512
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -71,7 +119,12 @@ class Context:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        request = _capi.Request(budget, policy, sinks, window, pin, evict_step, seed)
+        self._capture = capture  # its callback is called until the context is freed
+        if capture:
+            params.cb_eval = capture.callback
+        request = _capi.Request(
+            budget, policy, sinks, window, pin, evict_step, seed, budget_ratio, str(sidecar) if sidecar else None
+        )
         request.submit()
         self.ctx = llama_cpp.llama_init_from_model(model, params)
         error = _capi.last_error()
@@ -130,6 +183,14 @@ class Context:
 
     def stats(self, seq: int = 0) -> _capi.Stats:
         return _capi.get_stats(self.ctx, seq)
+
+    def use_lora(self, path: Path) -> None:
+        """Applies an adapter to all that follows; it is freed with the model."""
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, str(path).encode())
+        if not adapter:
+            raise Refused(f"{path} does not load")
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(ctypes.cast(adapter, llama_cpp.llama_adapter_lora_p_ctypes))
+        assert llama_cpp.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(1.0)) == 0
 
     def seq_rm(self, seq: int, p0: int, p1: int = -1) -> bool:
         return bool(llama_cpp.llama_memory_seq_rm(self.memory, seq, p0, p1))

@@ -1,7 +1,8 @@
 """The bounded cache in slow, plain NumPy: which positions every KV head keeps, and the logits that follow.
 
 After each ubatch of T tokens a head that holds more than `budget` entries evicts its lowest-ranked candidates. See
-`Policy` for the ranks. The decoder below never forgets a key; evicted positions are merely made invisible.
+`RANKS` for the ranks, and `indexers.py` for those of the policy `indexer`. The decoder below never forgets a key;
+evicted positions are merely made invisible.
 
 Rounding can swap two entries whose ranks are nearly equal, after which nothing downstream is comparable. Every
 eviction therefore reports its `gap`, and `adopt` continues from the choice that another implementation made.
@@ -9,11 +10,13 @@ eviction therefore reports its `gap`, and `adopt` continues from the choice that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from indexers import Indexer
 from numpy.typing import DTypeLike
 from reference import Decoder, causal, softmax
 from tiny_models import TinyConfig
@@ -118,21 +121,25 @@ class BoundedReference:
         evict_step: int = 0,
         policy: str = "streaming",
         seed: int = 0,
+        budget_ratio: float = 0.0,
+        indexer: Indexer | None = None,
         dtype: DTypeLike = np.float64,
         cache_dtype: DTypeLike | None = None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"no policy {policy!r}")
+        if policy not in POLICIES and (policy != "indexer" or indexer is None):
+            raise ValueError(f"no policy {policy!r}, or no indexer for it")
         if budget < max(sinks, pin) + window + 1:
             raise ValueError("no room beyond what is protected")
         self.config, self.policy, self.seed = config, policy, seed
         self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
-        self.evict_step = evict_step
+        self.evict_step, self.budget_ratio, self.indexer = evict_step, budget_ratio, indexer
         self.decoder = Decoder(config, dtype, cache_dtype)
         self.n_ubatches = 0
+        self.n_before = 0  # tokens seen at the last eviction
         self.evictions: list[Eviction] = []
         self.kept: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
         self._ranks: dict[tuple[int, int], dict[int, float]] = {}  # of the candidates of the last ubatch
+        self._spread: dict[tuple[int, int], float] = {}  # deviation of all ranks of the head, likewise
 
     @property
     def protected(self) -> int:
@@ -140,9 +147,18 @@ class BoundedReference:
         return max(self.sinks, self.pin)
 
     @property
+    def budget_now(self) -> int:
+        """The budget at this length."""
+        if not self.budget_ratio:
+            return self.budget
+        share = math.ceil(self.budget_ratio * self.n_seen)
+        return min(self.budget, max(share, self.protected + self.window + 1))
+
+    @property
     def step(self) -> int:
         """Entries evicted at once during decode."""
-        return self.evict_step or min(max((self.budget - self.protected - self.window) // 8, 1), 32)
+        room = self.budget_now - self.protected - self.window
+        return min(self.evict_step or min(max(room // 8, 1), 32), room)
 
     @property
     def n_seen(self) -> int:
@@ -165,7 +181,7 @@ class BoundedReference:
         self._ranks.clear()
         for il, h in self.heads():
             self.kept[il][h] += range(n_past, n_past + n_new)
-            if len(self.kept[il][h]) > self.budget:
+            if len(self.kept[il][h]) > self.budget_now:
                 self._evict(il, h)
         self.n_ubatches += 1
         return logits
@@ -174,21 +190,19 @@ class BoundedReference:
         """Feeds ubatches of up to n_ubatch tokens; returns logits [T, V]."""
         return np.concatenate([self.feed(tokens[i : i + n_ubatch]) for i in range(0, len(tokens), n_ubatch)])
 
+    def truncate(self, n: int) -> bool:
+        """Takes back all but the first n tokens; not beyond the last eviction, because what left is gone."""
+        if n > 0 and n < self.n_before:
+            return False
+        self.decoder.truncate(n)
+        self.kept = [[[p for p in head if p < n] for head in layer] for layer in self.kept]
+        self.n_before = min(self.n_before, n)
+        return True
+
     def _evict(self, il: int, h: int) -> None:
         kept, last = self.kept[il][h], self.n_seen - 1
-        n_evict = min(max(len(kept) - self.budget, self.step), len(kept) - self.protected - self.window)
-        group = self.config.group
-        ranks = RANKS[self.policy](
-            View(
-                layer=il,
-                head=h,
-                positions=np.array(kept),
-                keys=self.decoder.keys[il][kept, h],
-                queries=self.decoder.queries[il][:, h * group : (h + 1) * group],
-                scale=self.config.scale,
-                seed=self.seed,
-            )
-        )
+        n_evict = min(max(len(kept) - self.budget_now, self.step), len(kept) - self.protected - self.window)
+        ranks = self._rank(il, h)
         candidates = {
             p: -np.inf if np.isnan(r) else float(r)
             for p, r in zip(kept, ranks)
@@ -197,16 +211,40 @@ class BoundedReference:
         order = sorted(candidates, key=lambda p: (candidates[p], -p))  # of equals, the later one leaves
         gone = set(order[:n_evict])
         cut = [candidates[p] for p in order[n_evict - 1 : n_evict + 1]]
-        gap = self._distance(cut[1], cut[0]) if len(cut) == 2 else np.inf
+        self._spread[il, h] = float(np.nanstd(ranks))
+        gap = self._distance(cut[1], cut[0], self._spread[il, h]) if len(cut) == 2 else np.inf
         self.kept[il][h] = [p for p in kept if p not in gone]
         self._ranks[il, h] = candidates
+        self.n_before = self.n_seen
         self.evictions.append(Eviction(self.n_ubatches, il, h, tuple(sorted(gone)), gap))
 
-    def _distance(self, high: float, low: float) -> float:
-        """high - low in units of the ranks' magnitude: 1 for cosines, the larger of the two otherwise."""
+    def _rank(self, il: int, h: int) -> np.ndarray:
+        """Ranks of the entries of one head."""
+        kept, c = self.kept[il][h], self.config
+        if self.policy == "indexer":
+            assert self.indexer is not None
+            hidden = self.decoder.hidden[il]
+            state = self.indexer.state(il, hidden[kept])  # [n, H or 1, c]
+            queries = self.indexer.queries(il, hidden)
+            return self.indexer.rank(state[:, h % state.shape[1]], np.array(kept), self.n_seen - 1, queries)
+        return RANKS[self.policy](
+            View(
+                layer=il,
+                head=h,
+                positions=np.array(kept),
+                keys=self.decoder.keys[il][kept, h],
+                queries=self.decoder.queries[il][:, h * c.group : (h + 1) * c.group],
+                scale=c.scale,
+                seed=self.seed,
+            )
+        )
+
+    def _distance(self, high: float, low: float, spread: float) -> float:
+        """high - low in units of the ranks' magnitude: 1 for cosines, the deviation of an indexer's ranks, otherwise
+        the larger of the two."""
         if self.policy in EXACT or (low == -np.inf and high != low):
             return np.inf
-        unit = 1.0 if self.policy == "keydiff" else max(abs(high), abs(low))
+        unit = {"keydiff": 1.0, "indexer": spread}.get(self.policy, max(abs(high), abs(low)))
         return (high - low) / unit if high != low else 0.0
 
     def min_gap(self, ubatch: int | None = None) -> float:
@@ -232,6 +270,7 @@ class BoundedReference:
             if len(mine) != len(theirs) or len(set(theirs)) != len(theirs) or not gone | extra <= ranks.keys():
                 return np.inf
             if gone:  # theirs evicted the best of `gone` and kept the worst of `extra`
-                worst = max(worst, self._distance(max(ranks[p] for p in gone), min(ranks[p] for p in extra)))
+                high, low = max(ranks[p] for p in gone), min(ranks[p] for p in extra)
+                worst = max(worst, self._distance(high, low, self._spread[il, h]))
             self.kept[il][h] = theirs
         return worst

@@ -73,6 +73,7 @@ class Decoder:
     keys: list[np.ndarray]  # [L] of [N, H, D], after the rotation and the rounding of the cache
     values: list[np.ndarray]  # [L] of [N, H, D]
     queries: list[np.ndarray]  # [L] of [N, Hq, D], after the rotation, before the scale
+    hidden: list[np.ndarray]  # [L] of [N, E], what the attention of the layer reads
 
     def __init__(self, config: TinyConfig, dtype: DTypeLike = np.float64, cache_dtype: DTypeLike | None = None) -> None:
         c = self.config = config
@@ -81,6 +82,7 @@ class Decoder:
         self.n_tokens = 0
         self.keys, self.values = ([np.zeros((0, c.n_head_kv, c.head_dim), dtype)] * c.n_layer for _ in range(2))
         self.queries = [np.zeros((0, c.n_head, c.head_dim), dtype)] * c.n_layer
+        self.hidden = [np.zeros((0, c.n_embd), dtype)] * c.n_layer
 
     def append(self, tokens: Sequence[int], visible: Visibility | None = None) -> np.ndarray:
         """Evaluates one ubatch; returns logits [T, V]. By default everything earlier is visible."""
@@ -99,6 +101,12 @@ class Decoder:
         output = w["token_embd.weight" if c.tied else "output.weight"]
         return rms_norm(x, w["output_norm.weight"], c.eps) @ output.T / c.logit_scale
 
+    def truncate(self, n: int) -> None:
+        """Takes back all but the first n tokens."""
+        for tokens in (self.keys, self.values, self.queries, self.hidden):
+            tokens[:] = [a[:n] for a in tokens]
+        self.n_tokens = n
+
     def _attention(self, il: int, x: np.ndarray, positions: np.ndarray, visible: Sequence[np.ndarray]) -> np.ndarray:
         """x [T, E], visible [H] of [T, N] -> [T, E]"""
         c, w, p = self.config, self.weights, f"blk.{il}."
@@ -113,9 +121,8 @@ class Decoder:
         if c.has_rope(il):
             q, k = (rope(a, positions, c.rope_base, c.rope_neox) for a in (q, k))
         k, v = (a.astype(self.cache_dtype).astype(self.dtype) for a in (k, v))
-        self.keys[il], self.values[il], self.queries[il] = (
-            np.concatenate(pair) for pair in ((self.keys[il], k), (self.values[il], v), (self.queries[il], q))
-        )
+        for all_tokens, new in ((self.keys, k), (self.values, v), (self.queries, q), (self.hidden, x)):
+            all_tokens[il] = np.concatenate((all_tokens[il], new))
 
         out = np.empty_like(q)
         for h in range(c.n_head_kv):

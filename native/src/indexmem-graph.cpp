@@ -276,7 +276,7 @@ void llm_graph_input_attn_bounded::build_evict(
     ggml_tensor * pos = ggml_view_3d(ctx, l.pos, n_slots, l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
 
     ggml_tensor * rank = build_rank(graph, l, pos, q_cur, kq_scale);
-    ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, sh.n_tokens + kv.get_evict_step_max());
+    ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, kv.get_evict_max(sh.n_tokens));
 
     std::vector<ggml_tensor *> nodes = {
         rank,

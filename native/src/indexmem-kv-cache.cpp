@@ -184,8 +184,11 @@ uint32_t llama_kv_cache_bounded::get_evict_step(const seq_state & seq) const {
     return std::max(1u, std::min(want, room));
 }
 
-uint32_t llama_kv_cache_bounded::get_evict_step_max() const {
-    return cfg.evict_step > 0 ? std::min(cfg.evict_step, cfg.budget) : EVICT_STEP_DEFAULT;
+uint32_t llama_kv_cache_bounded::get_evict_max(uint32_t n_tokens) const {
+    if (cfg.ratio > 0.0) {
+        return cfg.budget + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
+    }
+    return n_tokens + (cfg.evict_step > 0 ? std::min(cfg.evict_step, cfg.budget) : EVICT_STEP_DEFAULT);
 }
 
 std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const std::vector<llama_ubatch> & ubatches) const {

@@ -170,7 +170,9 @@ public:
 
     // entries that leave at once: at least the step, and never into what is protected
     uint32_t get_evict_step(const seq_state & seq) const;
-    uint32_t get_evict_step_max() const;
+
+    // entries that leave at once at most, after n_tokens more
+    uint32_t get_evict_max(uint32_t n_tokens) const;
 
     // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
     bool set_pin(llama_seq_id seq_id, uint32_t n, std::string & error);
