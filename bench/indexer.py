@@ -20,7 +20,7 @@ from . import synthetic
 from .machine import describe, rss_bytes
 from .report import Report, Verdict
 from .runner import BenchError, Model, Setup, System, library
-from .stats import alternate, pair_ratio
+from .stats import alternate, pair_interval, pair_ratio
 from .text import TokenStream, read_text
 
 N_CHARS = 50_000  # of the text, fed over and over
@@ -70,7 +70,7 @@ def run_indexer(
             how=f"random weights; at {depth} tokens and more, past the budget of {setup.budget}: {rounds} alternating "
             f"turns of {turn} decoded tokens (whole cycles of eviction), {prefill_rounds} of {setup.ubatch} prefilled "
             "tokens each, with an indexer and with the policy streaming; figures are medians, ratios medians of the "
-            "pairwise ratios",
+            "pairwise ratios, with 95 % intervals by drawing the pairs again",
             repeats=rounds,
             ubatch=setup.ubatch,
             cache_type=setup.cache_type,
@@ -103,7 +103,9 @@ def run_indexer(
                     decode_tps=statistics.median(decode[1]),
                     prefill_tps=statistics.median(prefill[1]),
                     decode_ratio=pair_ratio(decode[1], decode[0]),
+                    decode_interval=pair_interval(decode[1], decode[0]),
                     prefill_ratio=pair_ratio(prefill[1], prefill[0]),
+                    prefill_interval=pair_interval(prefill[1], prefill[0]),
                     **system.byte_counts(),
                 )
             decoded += decode[0]
@@ -161,7 +163,8 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     """The goals are for the retention indexer; the others are told."""
     return [
         Verdict(
-            f"{key.partition('_')[0]} with {row['system']} / streaming",
+            f"{key.partition('_')[0]} with {row['system']} / streaming "
+            f"({' to '.join(f'{x:.3f}' for x in row[key.replace('ratio', 'interval')])})",
             row[key],
             goal if row["indexer"].startswith("retention") else None,
         )
@@ -175,7 +178,10 @@ def plot(figure: Any, report: Report) -> None:
     rows = [row for row in report.rows if row.get("indexer")][::-1]
     for axis, (key, goal) in zip(figure.subplots(1, 2, sharey=True), GOALS.items()):
         colours = ["C0" if row["indexer"].startswith("retention") else "C7" for row in rows]
-        axis.barh([row["system"] for row in rows], [row[key] for row in rows], color=colours)
+        interval = [row[key.replace("ratio", "interval")] for row in rows]
+        values = [row[key] for row in rows]
+        errors = [[v - low for v, (low, _) in zip(values, interval)], [high - v for v, (_, high) in zip(values, interval)]]
+        axis.barh([row["system"] for row in rows], values, color=colours, xerr=errors, ecolor="0.3", capsize=2)
         axis.axvline(goal, color="black", linestyle="--", linewidth=1)
         axis.set(xlabel=f"{key.partition('_')[0]} / streaming (goal of retention: {goal:g})")
         axis.grid(alpha=0.3, axis="x")

@@ -23,6 +23,14 @@ def pair_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
+def pair_interval(a: Sequence[float], b: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of `pair_ratio`: the pairs are drawn again."""
+    ratios = np.asarray(a, dtype=float) / np.asarray(b, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(ratios), (rounds, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def tps(times: Sequence[tuple[int, float]]) -> float:
     """Tokens per second of the median (tokens, seconds) run."""
     return statistics.median(n / seconds for n, seconds in times)

@@ -214,7 +214,9 @@ def test_speed_verdicts_judge_the_depth_the_goal_is_set_for() -> None:
 def test_indexer_verdicts_and_turns() -> None:
     rows = [{"system": "streaming", "decode_ratio": 1.0, "prefill_ratio": 1.0}]
     for name, ratio in (("retention", 0.98), ("retention-linear", 0.94), ("kvzap", 0.5)):
-        rows.append({"system": name, "indexer": name, "decode_ratio": ratio, "prefill_ratio": ratio})
+        ratios = {f"{what}_ratio": ratio for what in ("decode", "prefill")}
+        intervals = {f"{what}_interval": (ratio - 0.01, ratio + 0.01) for what in ("decode", "prefill")}
+        rows.append({"system": name, "indexer": name, **ratios, **intervals})
     assert [v.ok for v in indexer.verdicts(rows)] == [True, False, None] * 2
     assert [indexer.whole_cycles(step) for step in (0, 1, 7, 32, 40)] == [32, 32, 35, 32, 40]
 
