@@ -1,5 +1,7 @@
 #include "indexmem-kv-cache.h"
 
+#include "indexmem-buffers.h"
+
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -59,16 +61,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     const uint32_t n_queries = indexer ? indexer->n_queries() : get_policy().n_queries;
     n_ring = n_queries > (indexer ? 0 : 1) ? n_queries + N_RING_SLACK : 0;
 
-    std::map<std::string, std::pair<ggml_backend_buffer_type_t, ggml_context_ptr>> ctxs;
-
-    auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) {
-        auto & entry = ctxs[ggml_backend_buft_name(buft)];
-        if (!entry.second) {
-            entry.first = buft;
-            entry.second.reset(ggml_init({ 7u*hparams.n_layer_all*ggml_tensor_overhead(), nullptr, true }));
-        }
-        return entry.second.get();
-    };
+    indexmem_buffers buffers(model, offload, 7u*hparams.n_layer_all);
 
     // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
     int64_t head_k = -1;
@@ -85,14 +78,13 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
-        ggml_backend_buffer_type_t buft = offload ?
-            ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        ggml_backend_buffer_type_t buft = buffers.type(il);
         if (!ggml_backend_buft_is_host(buft)) {
             throw std::runtime_error(format("layer %u keeps its KV cache on %s, and only the CPU has the op of the bounded "
                         "cache: offload no layers (n_gpu_layers 0), or keep the cache in host memory (offload_kqv off)",
                         il, ggml_backend_buft_name(buft)));
         }
-        ggml_context * ctx = ctx_for_buft(buft);
+        ggml_context * ctx = buffers.context(il);
 
         layer l = {};
         l.il  = il;
@@ -120,24 +112,10 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         layers.push_back(l);
     }
 
-    for (auto & [name, entry] : ctxs) {
-        auto & [buft, ctx] = entry;
-
-        ggml_backend_buffer_t buf;
-        if (hparams.no_alloc) {
-            buf = ggml_backend_buft_alloc_buffer(buft, 0);
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf;
-            }
-        } else {
-            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
-        }
-        if (!buf) {
-            throw std::runtime_error(format("cannot allocate the bounded KV cache (%u slots per KV head) in %s memory",
-                        n_slots, name.c_str()));
-        }
-        ggml_backend_buffer_clear(buf, 0); // no NaN in slots not written yet
-        ctxs_bufs.emplace_back(std::move(ctx), buf);
+    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", n_slots));
+    ctxs_bufs = std::move(buffers.get());
+    for (auto & [_, buf] : ctxs_bufs) {
+        ggml_backend_buffer_clear(buf.get(), 0); // no NaN in slots not written yet
     }
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);

@@ -1,5 +1,6 @@
 #include "indexmem-sidecar.h"
 
+#include "indexmem-buffers.h"
 #include "indexmem-gguf-check.h"
 #include "indexmem-hash.h"
 
@@ -70,39 +71,20 @@ void indexmem_sidecar::load(const llama_model & model, bool offload) {
     const auto & hparams = model.hparams;
 
     std::vector<indexmem_weights> weights(geometry.n_layer);
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
 
-    std::map<std::string, std::pair<ggml_backend_buffer_type_t, ggml_context_ptr>> ctxs;
+    indexmem_buffers buffers(model, offload, infos.size());
     for (const auto & info : infos) {
-        ggml_backend_buffer_type_t buft = offload ?
-            ggml_backend_dev_buffer_type(model.dev_layer(info.il)) : ggml_backend_cpu_buffer_type();
-        auto & entry = ctxs[ggml_backend_buft_name(buft)];
-        if (!entry.second) {
-            entry.first = buft;
-            entry.second.reset(ggml_init({ infos.size()*ggml_tensor_overhead(), nullptr, true }));
-        }
-        ggml_tensor * t = ggml_new_tensor(entry.second.get(), info.type, (int) info.ne.size(), info.ne.data());
+        ggml_tensor * t = ggml_new_tensor(buffers.context(info.il), info.type, (int) info.ne.size(), info.ne.data());
         ggml_format_name(t, "blk.%u.indexmem.%s", info.il, info.name.c_str());
         weights[info.il][info.name] = t;
     }
-
-    for (auto & [name, entry] : ctxs) {
-        auto & [buft, ctx] = entry;
-
-        ggml_backend_buffer_t buf;
-        if (hparams.no_alloc) {
-            buf = ggml_backend_buft_alloc_buffer(buft, 0);
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf;
-            }
-        } else {
-            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
-        }
-        if (!buf) {
-            throw indexmem_sidecar_error(format("sidecar %s: cannot allocate its weights in %s memory", path.c_str(), name.c_str()));
-        }
-        ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS); // compute where they are
-        bufs.emplace_back(std::move(ctx), buf);
+    try {
+        buffers.alloc("the weights of sidecar " + path);
+    } catch (const std::runtime_error & err) {
+        throw indexmem_sidecar_error(err.what());
+    }
+    for (auto & [_, buf] : buffers.get()) {
+        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS); // compute where they are
     }
 
     if (!hparams.no_alloc) {
@@ -126,7 +108,7 @@ void indexmem_sidecar::load(const llama_model & model, bool offload) {
     }
 
     layers    = std::move(weights);
-    ctxs_bufs = std::move(bufs);
+    ctxs_bufs = std::move(buffers.get());
 }
 
 std::string indexmem_fingerprint(const llama_model & model) {

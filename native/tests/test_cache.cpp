@@ -4,8 +4,8 @@
 
 #include "sidecar_file.h"
 #include "test.h"
+#include "tiny_model.h"
 
-#include "gguf.h"
 #include "indexmem.h"
 #include "llama.h"
 
@@ -18,51 +18,15 @@
 static constexpr int N_VOCAB = 96, N_EMBD = 64, N_LAYER = 2, N_HEAD = 4, N_HEAD_KV = 2, N_FF = 96;
 
 static std::string write_model() {
-    ggml_context * ctx  = ggml_init({ 4u << 20, nullptr, false });
-    gguf_context * gguf = gguf_init_empty();
-
     std::mt19937 rng(0);
-    auto add = [&](const std::string & name, int64_t ne0, int64_t ne1, float scale) {
-        ggml_tensor * t = ne1 > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ne0, ne1) : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ne0);
-        ggml_set_name(t, name.c_str());
-        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
-            ((float *) t->data)[i] = ne1 > 0 ? scale*std::normal_distribution<float>()(rng) : 1.0f;
-        }
-        gguf_add_tensor(gguf, t);
-    };
-
-    const int n_embd_kv = N_EMBD/N_HEAD*N_HEAD_KV;
-    add("token_embd.weight",  N_EMBD, N_VOCAB, 1.0f);
-    add("output_norm.weight", N_EMBD, 0, 0.0f);
-    for (int il = 0; il < N_LAYER; ++il) {
-        const std::string blk = "blk." + std::to_string(il) + ".";
-        add(blk + "attn_norm.weight",   N_EMBD, 0, 0.0f);
-        add(blk + "attn_q.weight",      N_EMBD, N_EMBD, 0.3f);
-        add(blk + "attn_k.weight",      N_EMBD, n_embd_kv, 0.3f);
-        add(blk + "attn_v.weight",      N_EMBD, n_embd_kv, 0.1f);
-        add(blk + "attn_output.weight", N_EMBD, N_EMBD, 0.1f);
-        add(blk + "ffn_norm.weight",    N_EMBD, 0, 0.0f);
-        add(blk + "ffn_gate.weight",    N_EMBD, N_FF, 0.1f);
-        add(blk + "ffn_up.weight",      N_EMBD, N_FF, 0.1f);
-        add(blk + "ffn_down.weight",    N_FF, N_EMBD, 0.1f);
-    }
-
-    gguf_set_val_str(gguf, "general.architecture", "llama");
-    gguf_set_val_str(gguf, "tokenizer.ggml.model", "no_vocab");
-    gguf_set_val_u32(gguf, "llama.vocab_size", N_VOCAB);
-    gguf_set_val_u32(gguf, "llama.context_length", 4096);
-    gguf_set_val_u32(gguf, "llama.embedding_length", N_EMBD);
-    gguf_set_val_u32(gguf, "llama.block_count", N_LAYER);
-    gguf_set_val_u32(gguf, "llama.feed_forward_length", N_FF);
-    gguf_set_val_u32(gguf, "llama.attention.head_count", N_HEAD);
-    gguf_set_val_u32(gguf, "llama.attention.head_count_kv", N_HEAD_KV);
-    gguf_set_val_u32(gguf, "llama.rope.dimension_count", N_EMBD/N_HEAD);
-    gguf_set_val_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
+    std::normal_distribution<float> normal;
 
     const std::string path = "test-cache-model.gguf";
-    gguf_write_to_file(gguf, path.c_str(), false);
-    gguf_free(gguf);
-    ggml_free(ctx);
+    write_tiny_model(path, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF, 4096 }, [&](const std::string & name, int64_t) {
+        const bool is_norm = name.find("norm") != std::string::npos;
+        const bool is_qk   = name.find("attn_q") != std::string::npos || name.find("attn_k") != std::string::npos;
+        return is_norm ? 1.0f : normal(rng)*(name == "token_embd.weight" ? 1.0f : is_qk ? 0.3f : 0.1f);
+    });
     return path;
 }
 

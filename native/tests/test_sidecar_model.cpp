@@ -3,6 +3,7 @@
 #define SIDECAR_PATH "test-sidecar-model.indexmem.gguf"
 
 #include "sidecar_test.h"
+#include "tiny_model.h"
 
 #include "llama.h"
 #include "llama-model.h"
@@ -11,47 +12,10 @@ static constexpr int N_VOCAB = 32, N_EMBD = 32, N_LAYER = 2, N_HEAD = 4, N_HEAD_
 
 // `fine_tuned`: one number in one norm is another
 static llama_model * make_model(bool fine_tuned, bool no_alloc = false) {
-    ggml_context * ctx  = ggml_init({ 1u << 20, nullptr, false });
-    gguf_context * gguf = gguf_init_empty();
-
-    const auto add = [&](const std::string & name, int64_t ne0, int64_t ne1) {
-        ggml_tensor * t = ne1 > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ne0, ne1) : ggml_new_tensor_1d(ctx, GGML_TYPE_F32, ne0);
-        ggml_set_name(t, name.c_str());
-        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
-            ((float *) t->data)[i] = fine_tuned && i == 3 && name == "blk.1.ffn_norm.weight" ? 1.5f : 1.0f;
-        }
-        gguf_add_tensor(gguf, t);
-    };
-    add("token_embd.weight",  N_EMBD, N_VOCAB);
-    add("output_norm.weight", N_EMBD, 0);
-    for (int il = 0; il < N_LAYER; ++il) {
-        const std::string blk = "blk." + std::to_string(il) + ".";
-        add(blk + "attn_norm.weight",   N_EMBD, 0);
-        add(blk + "attn_q.weight",      N_EMBD, N_EMBD);
-        add(blk + "attn_k.weight",      N_EMBD, N_EMBD/N_HEAD*N_HEAD_KV);
-        add(blk + "attn_v.weight",      N_EMBD, N_EMBD/N_HEAD*N_HEAD_KV);
-        add(blk + "attn_output.weight", N_EMBD, N_EMBD);
-        add(blk + "ffn_norm.weight",    N_EMBD, 0);
-        add(blk + "ffn_gate.weight",    N_EMBD, N_FF);
-        add(blk + "ffn_up.weight",      N_EMBD, N_FF);
-        add(blk + "ffn_down.weight",    N_FF, N_EMBD);
-    }
-    gguf_set_val_str(gguf, "general.architecture", "llama");
-    gguf_set_val_str(gguf, "tokenizer.ggml.model", "no_vocab");
-    gguf_set_val_u32(gguf, "llama.vocab_size", N_VOCAB);
-    gguf_set_val_u32(gguf, "llama.context_length", 64);
-    gguf_set_val_u32(gguf, "llama.embedding_length", N_EMBD);
-    gguf_set_val_u32(gguf, "llama.block_count", N_LAYER);
-    gguf_set_val_u32(gguf, "llama.feed_forward_length", N_FF);
-    gguf_set_val_u32(gguf, "llama.attention.head_count", N_HEAD);
-    gguf_set_val_u32(gguf, "llama.attention.head_count_kv", N_HEAD_KV);
-    gguf_set_val_u32(gguf, "llama.rope.dimension_count", N_EMBD/N_HEAD);
-    gguf_set_val_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
-
     const std::string path = "test-sidecar-base.gguf";
-    gguf_write_to_file(gguf, path.c_str(), false);
-    gguf_free(gguf);
-    ggml_free(ctx);
+    write_tiny_model(path, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF, 64 }, [&](const std::string & name, int64_t i) {
+        return fine_tuned && i == 3 && name == "blk.1.ffn_norm.weight" ? 1.5f : 1.0f;
+    });
 
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     auto params = llama_model_default_params();
