@@ -25,6 +25,14 @@ static void indexmem_assert_pos(const ggml_tensor * pos, int64_t n_slots, int64_
     GGML_ASSERT(ggml_is_contiguous_rows(pos));
 }
 
+static void indexmem_assert_plan(const ggml_tensor * plan, int64_t n_head, int64_t n_seq) {
+    GGML_ASSERT(plan->type == GGML_TYPE_I32);
+    GGML_ASSERT(plan->ne[1] == 3);
+    GGML_ASSERT(plan->ne[2] == n_head);
+    GGML_ASSERT(plan->ne[3] == n_seq);
+    GGML_ASSERT(ggml_is_contiguous_rows(plan));
+}
+
 ggml_tensor * ggml_indexmem_rank(
         ggml_context * ctx,
         ggml_tensor  * k,
@@ -153,12 +161,53 @@ ggml_tensor * ggml_indexmem_select(
     return result;
 }
 
-static void indexmem_assert_plan(const ggml_tensor * plan, int64_t n_head, int64_t n_seq) {
-    GGML_ASSERT(plan->type == GGML_TYPE_I32);
-    GGML_ASSERT(plan->ne[1] == 3);
-    GGML_ASSERT(plan->ne[2] == n_head);
-    GGML_ASSERT(plan->ne[3] == n_seq);
-    GGML_ASSERT(ggml_is_contiguous_rows(plan));
+ggml_tensor * ggml_indexmem_absorb(
+        ggml_context * ctx,
+        ggml_tensor  * means,
+        ggml_tensor  * count,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * plan,
+        ggml_tensor  * ctl) {
+    const int64_t n_slots = means->ne[1];
+    const int64_t n_head  = means->ne[2];
+    const int64_t n_seq   = means->ne[3];
+    GGML_ASSERT(means->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(means));
+    GGML_ASSERT(means->ne[0] == k->ne[0] + v->ne[0]);
+    GGML_ASSERT(count->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(count));
+    GGML_ASSERT(count->ne[0] == n_slots && count->ne[1] == n_head && count->ne[2] == n_seq);
+    GGML_ASSERT(k->ne[2] == n_head && k->ne[3] == n_seq && ggml_is_contiguous_rows(k));
+    GGML_ASSERT(v->ne[2] == n_head && v->ne[3] == n_seq && ggml_is_contiguous_rows(v));
+    indexmem_assert_plan(plan, n_head, n_seq);
+    indexmem_assert_ctl(ctl, n_seq);
+
+    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, means), INDEXMEM_OP_ABSORB);
+
+    result->src[0] = means;
+    result->src[1] = count;
+    result->src[2] = k;
+    result->src[3] = v;
+    result->src[4] = plan;
+    result->src[5] = ctl;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_bias(
+        ggml_context * ctx,
+        ggml_tensor  * mask,
+        ggml_tensor  * count) {
+    GGML_ASSERT(mask->type == GGML_TYPE_F16 && ggml_is_contiguous(mask) && mask->ne[2] == 1);
+    GGML_ASSERT(count->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(count));
+    GGML_ASSERT(count->ne[0] <= mask->ne[0] && count->ne[2] == mask->ne[3]);
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_4d(ctx, GGML_TYPE_F16, mask->ne[0], mask->ne[1], 1, count->ne[1]*count->ne[2]), INDEXMEM_OP_BIAS);
+
+    result->src[0] = mask;
+    result->src[1] = count;
+
+    return result;
 }
 
 ggml_tensor * ggml_indexmem_compact(
@@ -203,6 +252,7 @@ ggml_tensor * ggml_indexmem_attend(
         ggml_tensor  * k,
         ggml_tensor  * v,
         ggml_tensor  * mask,
+        ggml_tensor  * count,
         float          scale,
         float          softcap) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
@@ -214,6 +264,8 @@ ggml_tensor * ggml_indexmem_attend(
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && ggml_is_contiguous(mask));
     GGML_ASSERT(mask->ne[0] == k->ne[1] && mask->ne[1] == q->ne[1] && mask->ne[2] == 1);
     GGML_ASSERT(mask->ne[3] == 1 || mask->ne[3] == q->ne[3]);
+    GGML_ASSERT(!count || (count->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(count)));
+    GGML_ASSERT(!count || (count->ne[0] <= k->ne[1] && count->ne[1]*count->ne[2] == q->ne[3]));
 
     ggml_tensor * result = indexmem_op_init(
             ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3]), INDEXMEM_OP_ATTEND);
@@ -225,6 +277,7 @@ ggml_tensor * ggml_indexmem_attend(
     result->src[1] = k;
     result->src[2] = v;
     result->src[3] = mask;
+    result->src[4] = count;
 
     return result;
 }

@@ -6,7 +6,9 @@
 //   pairwise indexer state -> terms what the latest queries of a pairwise indexer say of every entry
 //   rank     cache, terms -> ranks  which entries matter, by policy
 //   select   ranks -> plan          who leaves, and which survivors move into the holes
+//   absorb   plan, cache -> memory  writes what leaves into the centroids of the latent memory, in place
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
+//   bias     mask, counts -> mask   a mask for each KV head, with the biases of its latent slots
 //   attend   q, cache -> output     attention of few queries, on the CPU; elsewhere and for many, ggml_flash_attn_ext
 //
 // Shapes (H KV heads, S sequences of the ubatch, n_slots slots, T tokens a sequence):
@@ -39,6 +41,8 @@ enum indexmem_op {
     INDEXMEM_OP_COMPACT_POS,
     INDEXMEM_OP_ATTEND,
     INDEXMEM_OP_PAIRWISE,
+    INDEXMEM_OP_ABSORB,
+    INDEXMEM_OP_BIAS,
 };
 
 enum indexmem_reduce {
@@ -54,6 +58,7 @@ enum indexmem_ctl {
     INDEXMEM_CTL_KEEP_LO,
     INDEXMEM_CTL_KEEP_HI,
     INDEXMEM_CTL_POS_LAST, // position of the newest token
+    INDEXMEM_CTL_FRESH,    // 1: nothing has been evicted before, the latent memory is to be taken as empty
     INDEXMEM_CTL_SIZE = 8,
 };
 
@@ -98,6 +103,28 @@ GGML_API struct ggml_tensor * ggml_indexmem_select(
         struct ggml_tensor  * ctl,
         int64_t               n_evict_max);
 
+// Centroid memory: the entries that leave (plan, before the compaction) are folded into running means, in fp32.
+//   means F32 [n_embd_k + n_embd_v, R, H, S]   mean of keys, then mean of values, of each latent slot
+//   count F32 [R, H, S]                        entries in it, 0 = empty
+// Of the entries that leave, in the order of the plan, the first fill the empty slots, lowest first; each of the others goes
+// to the slot whose mean key is nearest (squared distance in fp32; the first of equals) as the means are then; the means
+// take them up in that order, c += (x - c)/n. Returns a view of `means`.
+GGML_API struct ggml_tensor * ggml_indexmem_absorb(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * means,
+        struct ggml_tensor  * count,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * ctl);
+
+// mask F16 [n_kv, T, 1, S], count F32 [R, H, S] -> F16 [n_kv, T, 1, H*S]: the mask of each KV head, with log(count) added to
+// its first R columns
+GGML_API struct ggml_tensor * ggml_indexmem_bias(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * count);
+
 // returns a view of `cache`
 GGML_API struct ggml_tensor * ggml_indexmem_compact(
         struct ggml_context * ctx,
@@ -114,13 +141,15 @@ GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
 
 // The same arguments, result and semantics as ggml_flash_attn_ext without ALiBi, for one KV head per dimension 3:
 //   q F32 [n_embd_k, T, G, N]   k, v any type [n_embd, n_kv, 1, N]   mask F16 [n_kv, T, 1, 1 or N]   -> F32 [n_embd_v, G, T, N]
-// Accumulates in fp32, and gives the same bits with any number of threads.
+// count F32 [R, N] or null: log(count) is added to the logits of the first R keys. Accumulates in fp32, and gives the same
+// bits with any number of threads.
 GGML_API struct ggml_tensor * ggml_indexmem_attend(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
         struct ggml_tensor  * k,
         struct ggml_tensor  * v,
         struct ggml_tensor  * mask,
+        struct ggml_tensor  * count,
         float                 scale,
         float                 softcap);
 

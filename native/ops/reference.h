@@ -93,6 +93,45 @@ inline float indexmem_reference_rank_terms(const std::vector<float> & terms, int
     return (float) rank;
 }
 
+// The centroid memory of one KV head: means [R][keys, then values], counts [R]. `entries` are those that leave together, in
+// the order of the plan; one at a time this is the rule of the method.
+struct indexmem_reference_memory {
+    std::vector<std::vector<double>> means;
+    std::vector<double>              counts;
+
+    void absorb(const std::vector<std::vector<float>> & entries, size_t n_embd_k) {
+        size_t i = 0;
+        for (size_t r = 0; r < counts.size() && i < entries.size(); ++r) {
+            if (counts[r] == 0.0) {
+                means[r].assign(entries[i].begin(), entries[i].end());
+                counts[r] = 1.0;
+                ++i;
+            }
+        }
+        std::vector<size_t> nearest(entries.size(), 0);
+        for (size_t j = i; j < entries.size(); ++j) {
+            double best = INFINITY;
+            for (size_t r = 0; r < counts.size(); ++r) {
+                double distance = 0.0;
+                for (size_t d = 0; d < n_embd_k; ++d) {
+                    distance += (entries[j][d] - means[r][d])*(entries[j][d] - means[r][d]);
+                }
+                if (distance < best) {
+                    best = distance;
+                    nearest[j] = r;
+                }
+            }
+        }
+        for (size_t j = i; j < entries.size(); ++j) {
+            const size_t r = nearest[j];
+            counts[r] += 1.0;
+            for (size_t d = 0; d < means[r].size(); ++d) {
+                means[r][d] += (entries[j][d] - means[r][d])/counts[r];
+            }
+        }
+    }
+};
+
 template <typename T>
 void indexmem_reference_compact(const indexmem_reference_plan & plan, std::vector<T> & slots) {
     for (size_t i = 0; i < plan.dst.size(); ++i) {

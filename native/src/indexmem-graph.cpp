@@ -237,7 +237,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
 
     ggml_tensor * cur;
     if (T < ATTEND_MAX_TOKENS && ggml_backend_buffer_is_host(l->k->buffer)) {
-        cur = ggml_indexmem_attend(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, softcap);
+        cur = ggml_indexmem_attend(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), nullptr, kq_scale, softcap);
     } else {
         cur = ggml_flash_attn_ext(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, 0.0f, softcap);
         ggml_prec_set_acc(cur, GGML_PREC_F32);

@@ -13,6 +13,7 @@ struct attend_case {
     int64_t n_used;  // slots in use; the others are poisoned
     bool    per_stream_mask;
     float   softcap;
+    int64_t n_latent = 0; // of the used slots, the first ones; every third of them is empty, hence poisoned as well
 };
 
 static void run_attend(const attend_case & c, ggml_type type, int n_threads, std::vector<float> * out = nullptr) {
@@ -24,7 +25,8 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
     ggml_tensor * k    = g.input(type, c.n_embd_k, c.n_kv, 1, c.n_stream);
     ggml_tensor * v    = g.input(type, c.n_embd_v, c.n_kv, 1, c.n_stream);
     ggml_tensor * mask = g.input(GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.per_stream_mask ? c.n_stream : 1);
-    ggml_tensor * res  = ggml_indexmem_attend(g.ctx, q, k, v, mask, 0.3f, c.softcap);
+    ggml_tensor * count = c.n_latent > 0 ? g.input(GGML_TYPE_F32, c.n_latent, c.n_stream, 1) : nullptr;
+    ggml_tensor * res  = ggml_indexmem_attend(g.ctx, q, k, v, mask, count, 0.3f, c.softcap);
     g.alloc();
 
     auto random = [&](int64_t n) {
@@ -48,6 +50,17 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
         }
     }
 
+    std::vector<float> n(c.n_latent*c.n_stream);
+    for (int64_t i = 0; i < (int64_t) n.size(); ++i) {
+        n[i] = i % 3 == 1 ? 0.0f : (float) (1 + i*i*i);
+        for (auto [bytes, n_embd] : { std::pair{ &k_bytes, c.n_embd_k }, std::pair{ &v_bytes, c.n_embd_v } }) {
+            const size_t row = ggml_row_size(type, n_embd);
+            if (n[i] == 0.0f) {
+                std::fill_n(bytes->begin() + (i/c.n_latent*c.n_kv + i % c.n_latent)*row, row, 0xFF);
+            }
+        }
+    }
+
     // causal tail, a finite bias here and there, and (if a mask per stream) a hole at slot 1
     std::vector<float> bias(ggml_nelements(mask), -INFINITY);
     for (int64_t s = 0; s < mask->ne[3]; ++s) {
@@ -67,6 +80,9 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
     g.set(k, k_bytes);
     g.set(v, v_bytes);
     g.set(mask, mask_data);
+    if (count) {
+        g.set(count, n);
+    }
     g.compute({ res }, n_threads);
     const auto found = g.get<float>(res);
     if (out) {
@@ -91,6 +107,9 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
                         dot = c.softcap*std::tanh(dot/c.softcap);
                     }
                     logit[i] = dot + br[i];
+                    if (i < c.n_latent) {
+                        logit[i] = n[s*c.n_latent + i] == 0.0f ? -INFINITY : logit[i] + std::log(n[s*c.n_latent + i]);
+                    }
                     max = std::max(max, logit[i]);
                 }
                 double sum = 0.0;
@@ -98,7 +117,7 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
                 for (int64_t i = 0; i < c.n_used && max > -INFINITY; ++i) {
                     const double p = std::exp(logit[i] - max);
                     sum += p;
-                    for (int64_t d = 0; d < c.n_embd_v; ++d) {
+                    for (int64_t d = 0; d < c.n_embd_v && p > 0.0; ++d) {
                         expected[d] += p*v_data[(s*c.n_kv + i)*c.n_embd_v + d];
                     }
                 }
@@ -124,6 +143,9 @@ static const attend_case attend_cases[] = {
     {  96, 128,   256,  2, 2, 6,     255, true,  30.0f },
     {  32,  32,   127,  1, 1, 1,     127, false,  0.0f }, // no padding at all, an odd number of keys
     { 256, 256,   130, 63, 2, 1,     130, false,  0.0f },
+    {  64,  64,   512,  1, 3, 3,     300, false,  0.0f,  64 }, // latent slots
+    {  64,  32,   512,  7, 2, 2,     301, true,  20.0f, 129 }, // more of them than one chunk
+    {  32,  32,   256,  1, 1, 2,       3, false,  0.0f,   2 }, // one that holds something, one empty
 };
 
 TEST(attention_equals_the_reference) {

@@ -108,7 +108,8 @@ void attend_chunk(const attend_shape & sh, const ggml_tensor * dst, int64_t task
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * count = dst->src[4];
 
     const float scale   = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_SCALE);
     const float softcap = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_SOFTCAP);
@@ -121,6 +122,11 @@ void attend_chunk(const attend_shape & sh, const ggml_tensor * dst, int64_t task
     const int64_t i0 = chunk*CHUNK;
     const int64_t n  = std::min(CHUNK, sh.n_kv - i0);
 
+    // entries in each latent slot
+    const int64_t n_latent = count ? count->ne[0] : 0;
+    const float * n_in = !count ? nullptr : (const float *) ((const char *) count->data
+            + (stream % count->ne[1])*count->nb[1] + (stream/count->ne[1])*count->nb[2]);
+
     // K and V of the thread's next chunk are on their way while this one is worked on
     ahead next_k = rows_of_task(sh, k, task_next);
     ahead next_v = rows_of_task(sh, v, task_next);
@@ -130,6 +136,9 @@ void attend_chunk(const attend_shape & sh, const ggml_tensor * dst, int64_t task
     for (int64_t t = 0; t < sh.n_tokens; ++t) {
         const char * mask_row = (const char *) mask->data + t*mask->nb[1] + (stream % mask->ne[3])*mask->nb[3];
         ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) mask_row + i0, bias, n);
+        for (int64_t i = i0; i < std::min(i0 + n, n_latent); ++i) {
+            bias[i - i0] += std::log(n_in[i]); // -inf if it is empty
+        }
 
         // most masks end with -inf: slots not in use, and the future
         int64_t n_visible = n;
@@ -141,7 +150,8 @@ void attend_chunk(const attend_shape & sh, const ggml_tensor * dst, int64_t task
             rows_to_f32(k, (const char *) k->data + stream*k->nb[3], i0 + n_converted, i0 + n_visible, k_rows + n_converted*sh.n_embd_k);
             rows_to_f32(v, (const char *) v->data + stream*v->nb[3], i0 + n_converted, i0 + n_visible, v_rows + n_converted*sh.n_embd_v);
             for (; n_converted < n_visible; ++n_converted) {
-                if (bias[n_converted] == -INFINITY && !seen_by_any(sh, mask, stream, i0 + n_converted)) {
+                const bool empty = i0 + n_converted < n_latent && n_in[i0 + n_converted] == 0.0f;
+                if (empty || (bias[n_converted] == -INFINITY && !seen_by_any(sh, mask, stream, i0 + n_converted))) {
                     // may hold anything, NaN included
                     std::fill_n(k_rows + n_converted*sh.n_embd_k, sh.n_embd_k, 0.0f);
                     std::fill_n(v_rows + n_converted*sh.n_embd_v, sh.n_embd_v, 0.0f);

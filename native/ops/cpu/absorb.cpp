@@ -1,0 +1,144 @@
+#include "kernels.h"
+
+// The centroid memory of one KV head, written by one thread.
+
+namespace indexmem_cpu {
+
+namespace {
+
+struct absorb_work {
+    size_t entry;  // keys and values of the entries that leave, in fp32
+    size_t slot;   // the latent slot of each
+    size_t size;
+
+    explicit absorb_work(const ggml_tensor * op) {
+        const size_t n_embd      = op->ne[0];
+        const size_t n_evict_max = op->src[4]->ne[0];
+
+        entry = 0;
+        slot  = align_up(n_evict_max*n_embd*sizeof(float));
+        size  = slot + align_up(n_evict_max*sizeof(int32_t));
+    }
+};
+
+// squared distance; a fixed number of partial sums, so that it is vectorised and the same on every machine
+float distance(const float * a, const float * b, int64_t n) {
+    constexpr int64_t LANES = 16;
+
+    float sums[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int64_t l = 0; l < LANES; ++l) {
+            const float d = a[i + l] - b[i + l];
+            sums[l] += d*d;
+        }
+    }
+    for (; i < n; ++i) {
+        const float d = a[i] - b[i];
+        sums[i % LANES] += d*d;
+    }
+    float sum = 0.0f;
+    for (float x : sums) {
+        sum += x;
+    }
+    return sum;
+}
+
+} // namespace
+
+size_t absorb_work_size(const ggml_tensor * op, int n_tasks) {
+    return absorb_work(op).size*n_tasks;
+}
+
+void absorb(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * count = dst->src[1];
+    const ggml_tensor * k     = dst->src[2];
+    const ggml_tensor * v     = dst->src[3];
+    const ggml_tensor * plan  = dst->src[4];
+    const ggml_tensor * ctl   = dst->src[5];
+
+    const int64_t n_embd_k = k->ne[0];
+    const int64_t n_embd   = dst->ne[0];
+    const int64_t n_latent = dst->ne[1];
+
+    const absorb_work layout(dst);
+    char * work = (char *) params->wdata + params->ith*layout.size;
+    float   * entries = (float   *) (work + layout.entry);
+    int32_t * slot_of = (int32_t *) (work + layout.slot);
+
+    for (int64_t ir = params->ith; ir < dst->ne[2]*dst->ne[3]; ir += params->nth) {
+        const row_index row = row_at(ir, dst->ne[2]);
+        const int32_t * c = ctl_of(ctl, row.s);
+
+        const int64_t n_evict = c[INDEXMEM_CTL_N_EVICT];
+        if (n_evict == 0) {
+            continue;
+        }
+        char  * means = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
+        float * n     = (float *) ((char *) count->data + row.h*count->nb[1] + row.s*count->nb[2]);
+        auto mean = [&](int64_t r) { return (float *) (means + r*dst->nb[1]); };
+
+        if (c[INDEXMEM_CTL_FRESH]) {
+            std::fill(n, n + n_latent, 0.0f);
+        }
+
+        const int32_t * evicted = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]);
+        for (int64_t i = 0; i < n_evict; ++i) {
+            float * e = entries + i*n_embd;
+            rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted[i], evicted[i] + 1, e);
+            rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted[i], evicted[i] + 1, e + n_embd_k);
+        }
+
+        int64_t n_filled = 0; // entries that found an empty slot
+        for (int64_t r = 0; r < n_latent && n_filled < n_evict; ++r) {
+            if (n[r] == 0.0f) {
+                memcpy(mean(r), entries + n_filled*n_embd, n_embd*sizeof(float));
+                n[r] = 1.0f;
+                ++n_filled;
+            }
+        }
+        for (int64_t i = n_filled; i < n_evict; ++i) {
+            float best = INFINITY;
+            slot_of[i] = 0;
+            for (int64_t r = 0; r < n_latent; ++r) {
+                const float d = distance(entries + i*n_embd, mean(r), n_embd_k);
+                if (d < best) {
+                    best = d;
+                    slot_of[i] = (int32_t) r;
+                }
+            }
+        }
+        for (int64_t i = n_filled; i < n_evict; ++i) {
+            float * m = mean(slot_of[i]);
+            const float * e = entries + i*n_embd;
+            const float rate = 1.0f/(n[slot_of[i]] += 1.0f);
+            for (int64_t d = 0; d < n_embd; ++d) {
+                m[d] += (e[d] - m[d])*rate;
+            }
+        }
+    }
+}
+
+void bias(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * mask  = dst->src[0];
+    const ggml_tensor * count = dst->src[1];
+
+    const int64_t n_head   = count->ne[1];
+    const int64_t n_latent = count->ne[0];
+
+    for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[3]; ir += params->nth) {
+        const int64_t t = ir % dst->ne[1];
+        const row_index row = row_at(ir/dst->ne[1], n_head);
+
+        const ggml_fp16_t * src = (const ggml_fp16_t *) ((const char *) mask->data + t*mask->nb[1] + row.s*mask->nb[3]);
+        ggml_fp16_t       * res = (ggml_fp16_t *) ((char *) dst->data + t*dst->nb[1] + (ir/dst->ne[1])*dst->nb[3]);
+        const float       * n   = (const float *) ((const char *) count->data + row.h*count->nb[1] + row.s*count->nb[2]);
+
+        memcpy(res + n_latent, src + n_latent, (dst->ne[0] - n_latent)*sizeof(ggml_fp16_t));
+        for (int64_t r = 0; r < n_latent; ++r) {
+            res[r] = GGML_CPU_FP32_TO_FP16(GGML_CPU_FP16_TO_FP32(src[r]) + std::log(n[r]));
+        }
+    }
+}
+
+} // namespace indexmem_cpu
