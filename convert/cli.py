@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from indexmem_edge import __version__
-from indexmem_edge.cli_options import fail
-from indexmem_edge.errors import IndexMemError
+from indexmem_edge.cli_options import one_line_errors
 
 from .atomic import check_target
 from .basemodel import read_base_model
@@ -101,7 +98,7 @@ def convert(
 
     indexmem-convert --export back.safetensors Qwen3-4B.indexmem.gguf
     """
-    try:
+    with one_line_errors():
         if (out is None) == (export is None):
             raise ConvertError("say what to write: --out FILE.indexmem.gguf, or --export FILE.safetensors of a sidecar")
         target = out or export
@@ -128,13 +125,6 @@ def convert(
             print(json.dumps(to_dict(checkpoint, written, outtype), indent=1))
         else:
             print_summary(_console(), checkpoint, written, outtype)
-    except typer.Exit:
-        raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say no more
-        raise typer.Exit(0) from None
-    except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
-        fail(error)
 
 
 def _describe(

@@ -30,22 +30,22 @@ static thread_local std::string            error_last;
 static thread_local indexmem_error         error_last_kind;
 static thread_local std::optional<request> request_next;
 
-void indexmem_set_error(indexmem_error kind, const std::string & text) {
+static void set_error(indexmem_error kind, const std::string & text) {
     error_last_kind = kind;
     error_last      = text;
 }
 
 void indexmem_fail(indexmem_error kind, const std::string & text) {
-    indexmem_set_error(kind, text);
+    set_error(kind, text);
     throw std::runtime_error(text);
 }
 
 static void clear_error() {
-    indexmem_set_error(INDEXMEM_ERROR_NONE, "");
+    set_error(INDEXMEM_ERROR_NONE, "");
 }
 
 static bool fail(const std::string & text, indexmem_error kind = INDEXMEM_ERROR_PARAMS) {
-    indexmem_set_error(kind, text);
+    set_error(kind, text);
     return false;
 }
 
@@ -262,11 +262,13 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->evict_step  = kv->get_evict_step(*seq);
     stats->kv_bytes    = kv->size_kv_bytes();
     stats->meta_bytes  = kv->size_meta_bytes();
-    stats->indexer_bytes = kv->size_indexer_bytes();
-    stats->sidecar_bytes = kv->get_config().sidecar ? kv->get_config().sidecar->size_bytes() : 0;
-    stats->sidecar_hash  = kv->get_config().sidecar ? kv->get_config().sidecar->get_hash()   : 0;
     stats->evict_us    = kv->evict_us;
     stats->n_evictions = seq->n_evictions;
+
+    const auto * sidecar = kv->get_config().sidecar.get();
+    stats->indexer_bytes = kv->size_indexer_bytes();
+    stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
+    stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
     return true;
 }
 

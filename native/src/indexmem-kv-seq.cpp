@@ -54,6 +54,7 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
     }
     return pos;
 }
+
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
     apply_copies(); // one of them may still read this sequence
     seqs[seq_id]     = {};
