@@ -161,7 +161,7 @@ ggml_tensor * ggml_indexmem_select(
     return result;
 }
 
-ggml_tensor * ggml_indexmem_absorb(
+ggml_tensor * ggml_indexmem_centroid(
         ggml_context * ctx,
         ggml_tensor  * means,
         ggml_tensor  * count,
@@ -181,10 +181,46 @@ ggml_tensor * ggml_indexmem_absorb(
     indexmem_assert_plan(plan, n_head, n_seq);
     indexmem_assert_ctl(ctl, n_seq);
 
-    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, means), INDEXMEM_OP_ABSORB);
+    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, means), INDEXMEM_OP_CENTROID);
 
     result->src[0] = means;
     result->src[1] = count;
+    result->src[2] = k;
+    result->src[3] = v;
+    result->src[4] = plan;
+    result->src[5] = ctl;
+
+    return result;
+}
+
+ggml_tensor * ggml_indexmem_residual(
+        ggml_context * ctx,
+        ggml_tensor  * state,
+        ggml_tensor  * phi,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * plan,
+        ggml_tensor  * ctl,
+        float          rate,
+        float          decay) {
+    const int64_t n_head = state->ne[2];
+    const int64_t n_seq  = state->ne[3];
+    GGML_ASSERT(state->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(state));
+    GGML_ASSERT(state->ne[1] == v->ne[0] + 1);
+    GGML_ASSERT(phi->type == GGML_TYPE_F32 && ggml_is_contiguous(phi) && ggml_is_matrix(phi));
+    GGML_ASSERT(phi->ne[0] == k->ne[0] && phi->ne[1] == state->ne[0]);
+    GGML_ASSERT(k->ne[2] == n_head && k->ne[3] == n_seq && ggml_is_contiguous_rows(k));
+    GGML_ASSERT(v->ne[2] == n_head && v->ne[3] == n_seq && ggml_is_contiguous_rows(v));
+    indexmem_assert_plan(plan, n_head, n_seq);
+    indexmem_assert_ctl(ctl, n_seq);
+
+    ggml_tensor * result = indexmem_op_init(ggml_view_tensor(ctx, state), INDEXMEM_OP_RESIDUAL);
+
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_RATE,  rate);
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_DECAY, decay);
+
+    result->src[0] = state;
+    result->src[1] = phi;
     result->src[2] = k;
     result->src[3] = v;
     result->src[4] = plan;

@@ -6,7 +6,8 @@
 //   pairwise indexer state -> terms what the latest queries of a pairwise indexer say of every entry
 //   rank     cache, terms -> ranks  which entries matter, by policy
 //   select   ranks -> plan          who leaves, and which survivors move into the holes
-//   absorb   plan, cache -> memory  writes what leaves into the centroids of the latent memory, in place
+//   centroid plan, cache -> memory  writes what leaves into the slots of a centroid memory, in place
+//   residual plan, cache -> memory  writes what leaves into the matrix of a residual memory, in place
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
 //   bias     mask, counts -> mask   a mask for each KV head, with the biases of its latent slots
 //   attend   q, cache -> output     attention of few queries, on the CPU; elsewhere and for many, ggml_flash_attn_ext
@@ -41,7 +42,8 @@ enum indexmem_op {
     INDEXMEM_OP_COMPACT_POS,
     INDEXMEM_OP_ATTEND,
     INDEXMEM_OP_PAIRWISE,
-    INDEXMEM_OP_ABSORB,
+    INDEXMEM_OP_CENTROID,
+    INDEXMEM_OP_RESIDUAL,
     INDEXMEM_OP_BIAS,
 };
 
@@ -58,7 +60,6 @@ enum indexmem_ctl {
     INDEXMEM_CTL_KEEP_LO,
     INDEXMEM_CTL_KEEP_HI,
     INDEXMEM_CTL_POS_LAST, // position of the newest token
-    INDEXMEM_CTL_FRESH,    // 1: nothing has been evicted before, the latent memory is to be taken as empty
     INDEXMEM_CTL_SIZE = 8,
 };
 
@@ -103,13 +104,13 @@ GGML_API struct ggml_tensor * ggml_indexmem_select(
         struct ggml_tensor  * ctl,
         int64_t               n_evict_max);
 
-// Centroid memory: the entries that leave (plan, before the compaction) are folded into running means, in fp32.
+// Centroid memory (IndexMem++): the entries that leave (plan, before the compaction) are folded into running means, in fp32.
 //   means F32 [n_embd_k + n_embd_v, R, H, S]   mean of keys, then mean of values, of each latent slot
 //   count F32 [R, H, S]                        entries in it, 0 = empty
 // Of the entries that leave, in the order of the plan, the first fill the empty slots, lowest first; each of the others goes
 // to the slot whose mean key is nearest (squared distance in fp32; the first of equals) as the means are then; the means
 // take them up in that order, c += (x - c)/n. Returns a view of `means`.
-GGML_API struct ggml_tensor * ggml_indexmem_absorb(
+GGML_API struct ggml_tensor * ggml_indexmem_centroid(
         struct ggml_context * ctx,
         struct ggml_tensor  * means,
         struct ggml_tensor  * count,
@@ -117,6 +118,23 @@ GGML_API struct ggml_tensor * ggml_indexmem_absorb(
         struct ggml_tensor  * v,
         struct ggml_tensor  * plan,
         struct ggml_tensor  * ctl);
+
+// Residual memory (IndexMem, arXiv 2605.25475): the entries that leave are added to a matrix and a normaliser, in fp32.
+//   state F32 [n_feature, n_embd_v + 1, H, S]   row d < n_embd_v: component d of the value; the last row: the normaliser
+//   phi   F32 [n_embd_k, n_feature]             features of a key, f = phi k
+// For a sequence of which something leaves, over the entries that leave:
+//   state[:, d] = decay*state[:, d] + rate*sum f*v[d]      state[:, n_embd_v] = decay*state[:, n_embd_v] + rate*sum f*f
+// Returns a view of `state`.
+GGML_API struct ggml_tensor * ggml_indexmem_residual(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * state,
+        struct ggml_tensor  * phi,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor  * ctl,
+        float                 rate,
+        float                 decay);
 
 // mask F16 [n_kv, T, 1, S], count F32 [R, H, S] -> F16 [n_kv, T, 1, H*S]: the mask of each KV head, with log(count) added to
 // its first R columns
@@ -159,7 +177,7 @@ GGML_API void ggml_indexmem_set_timer(struct ggml_tensor * op, int64_t * counter
 #ifdef __cplusplus
 }
 
-// layout of op_params
+// layout of op_params; some share a place, being of different ops
 enum indexmem_param {
     INDEXMEM_PARAM_OP      = 0,
     INDEXMEM_PARAM_POLICY  = 1,
@@ -170,6 +188,8 @@ enum indexmem_param {
     INDEXMEM_PARAM_TIMER   = 8, // a pointer
     INDEXMEM_PARAM_SLOPE   = 10,
     INDEXMEM_PARAM_AGE     = 11,
+    INDEXMEM_PARAM_RATE    = 10,
+    INDEXMEM_PARAM_DECAY   = 11,
     INDEXMEM_PARAM_HEADS   = 12,
     INDEXMEM_PARAM_QUERIES = 13,
     INDEXMEM_PARAM_REDUCE  = 14,

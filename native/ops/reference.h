@@ -95,7 +95,7 @@ inline float indexmem_reference_rank_terms(const std::vector<float> & terms, int
 
 // The centroid memory of one KV head: means [R][keys, then values], counts [R]. `entries` are those that leave together, in
 // the order of the plan; one at a time this is the rule of the method.
-struct indexmem_reference_memory {
+struct indexmem_reference_centroid {
     std::vector<std::vector<double>> means;
     std::vector<double>              counts;
 
@@ -127,6 +127,39 @@ struct indexmem_reference_memory {
             counts[r] += 1.0;
             for (size_t d = 0; d < means[r].size(); ++d) {
                 means[r][d] += (entries[j][d] - means[r][d])/counts[r];
+            }
+        }
+    }
+};
+
+// The residual memory of one KV head: state [n_embd_v + 1][n_feature], the last row is the normaliser.
+struct indexmem_reference_residual {
+    std::vector<std::vector<double>> state;
+
+    // keys [n][n_embd_k], values [n][n_embd_v] of the entries that leave together; phi [n_feature][n_embd_k]
+    void absorb(
+            const std::vector<std::vector<float>> & keys,
+            const std::vector<std::vector<float>> & values,
+            const std::vector<std::vector<float>> & phi,
+            double rate, double decay) {
+        if (keys.empty()) {
+            return;
+        }
+        for (auto & row : state) {
+            for (auto & x : row) {
+                x *= decay;
+            }
+        }
+        for (size_t i = 0; i < keys.size(); ++i) {
+            for (size_t j = 0; j < phi.size(); ++j) {
+                double f = 0.0;
+                for (size_t d = 0; d < keys[i].size(); ++d) {
+                    f += (double) phi[j][d]*keys[i][d];
+                }
+                for (size_t d = 0; d < values[i].size(); ++d) {
+                    state[d][j] += rate*f*values[i][d];
+                }
+                state.back()[j] += rate*f*f;
             }
         }
     }

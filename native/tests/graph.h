@@ -1,19 +1,37 @@
 #pragma once
 
-// one op in a graph of its own on the CPU backend
+// one op in a graph of its own: on the CPU backend, on the device that INDEXMEM_TEST_DEVICE names, or wherever
+// op_elsewhere takes it
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "ggml.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
 
+// Set by a program that runs kernels of a device on the CPU: computes a node whose tensors are in host memory, and returns
+// false if the device has no such op (the CPU backend takes it then).
+inline std::function<bool(ggml_tensor *)> op_elsewhere;
+
+inline ggml_backend_t op_backend() {
+    const char * name = getenv("INDEXMEM_TEST_DEVICE");
+    ggml_backend_t res = name ? ggml_backend_init_by_name(name, nullptr) : ggml_backend_cpu_init();
+    if (!res) {
+        fprintf(stderr, "there is no device %s\n", name);
+        exit(EXIT_FAILURE);
+    }
+    return res;
+}
+
 class op_graph {
 public:
-    op_graph() : ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(ggml_backend_cpu_init()) {
+    op_graph() : ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(op_backend()) {
     }
 
     ~op_graph() {
@@ -49,8 +67,25 @@ public:
         for (ggml_tensor * t : outputs) {
             ggml_build_forward_expand(gf, t);
         }
-        ggml_backend_cpu_set_n_threads(backend, n_threads);
-        GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
+                fprintf(stderr, "%s does not support %s\n", ggml_backend_name(backend), ggml_op_desc(ggml_graph_node(gf, i)));
+                exit(EXIT_FAILURE);
+            }
+        }
+        if (ggml_backend_is_cpu(backend)) {
+            ggml_backend_cpu_set_n_threads(backend, n_threads);
+        }
+        if (!op_elsewhere) {
+            GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
+            return;
+        }
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            if (!op_elsewhere(ggml_graph_node(gf, i))) {
+                ggml_cgraph one = ggml_graph_view(gf, i, i + 1);
+                GGML_ASSERT(ggml_backend_graph_compute(backend, &one) == GGML_STATUS_SUCCESS);
+            }
+        }
     }
 
     ggml_context * ctx;

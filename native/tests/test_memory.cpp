@@ -1,4 +1,4 @@
-// The ops of the centroid memory against their reference.
+// The ops of the latent memories against their references.
 
 #include "test.h"
 
@@ -8,14 +8,16 @@
 
 #include <random>
 
-struct absorb_case {
-    int64_t n_embd_k, n_embd_v, n_latent, n_head, n_seq;
+typedef std::vector<std::vector<float>> rows;
+
+struct memory_case {
+    int64_t n_embd_k, n_embd_v, n_latent, n_head, n_seq; // n_latent: slots of a centroid memory, features of a residual one
     std::vector<int32_t> n_evict; // of each eviction in turn
     bool equal_keys;
     int  n_threads;
 };
 
-static const absorb_case absorb_cases[] = {
+static const memory_case memory_cases[] = {
     { 64, 64, 64, 3, 1, { 512, 32, 32, 1 },    false, 2 }, // the usual
     { 16, 16,  8, 5, 1, { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 }, false, 3 }, // one at a time
     { 33,  7,  5, 2, 2, { 3, 1, 4 },           false, 2 }, // odd sizes, filled in the middle of an eviction
@@ -23,83 +25,110 @@ static const absorb_case absorb_cases[] = {
     { 32, 32,  1, 2, 1, { 1, 5, 9 },           false, 2 }, // one slot
     { 32, 32,  4, 2, 1, { 7, 7 },              true,  2 }, // all keys equal: the first of equals
     { 32, 64,  4, 2, 3, { 0, 6, 0, 6 },        false, 4 }, // nothing leaves
+    { 128, 128, 70, 2, 1, { 40, 3 },           false, 2 },
 };
 
-static void run_absorb(const absorb_case & c, ggml_type type) {
-    const int64_t n_slots     = 640;
-    const int64_t n_evict_max = *std::max_element(c.n_evict.begin(), c.n_evict.end()) + 3;
-    const int64_t n_rows      = c.n_head*c.n_seq;
-    const int64_t n_embd      = c.n_embd_k + c.n_embd_v;
+// A cache of which some rows leave; those that stay are poisoned.
+struct leaving {
+    static constexpr int64_t N_SLOTS = 640;
 
-    std::mt19937 rng(5);
-    std::normal_distribution<float> normal;
+    const memory_case & c;
+    ggml_type type;
+    int64_t   n_evict_max;
 
-    std::vector<float> means(n_embd*c.n_latent*n_rows, NAN); // what an empty slot holds does not matter
-    std::vector<float> counts(c.n_latent*n_rows, 17.0f);     // left over: the first eviction clears it
+    ggml_tensor * k;
+    ggml_tensor * v;
+    ggml_tensor * plan;
+    ggml_tensor * ctl;
 
-    std::vector<indexmem_reference_memory> reference(n_rows,
-            { std::vector<std::vector<double>>(c.n_latent, std::vector<double>(n_embd)), std::vector<double>(c.n_latent) });
+    leaving(op_graph & g, const memory_case & c, ggml_type type) : c(c), type(type) {
+        n_evict_max = *std::max_element(c.n_evict.begin(), c.n_evict.end()) + 3;
 
-    bool fresh = true;
-    for (int32_t n_evict : c.n_evict) {
-        op_graph g;
-        ggml_tensor * m    = g.input(GGML_TYPE_F32, n_embd, c.n_latent, c.n_head, c.n_seq);
-        ggml_tensor * n    = g.input(GGML_TYPE_F32, c.n_latent, c.n_head, c.n_seq);
-        ggml_tensor * k    = g.input(type, c.n_embd_k, n_slots, c.n_head, c.n_seq);
-        ggml_tensor * v    = g.input(type, c.n_embd_v, n_slots, c.n_head, c.n_seq);
-        ggml_tensor * plan = g.input(GGML_TYPE_I32, n_evict_max, 3, c.n_head, c.n_seq);
-        ggml_tensor * ctl  = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, c.n_seq);
-        ggml_tensor * res  = ggml_indexmem_absorb(g.ctx, m, n, k, v, plan, ctl);
-        g.alloc();
+        k    = g.input(type, c.n_embd_k, N_SLOTS, c.n_head, c.n_seq);
+        v    = g.input(type, c.n_embd_v, N_SLOTS, c.n_head, c.n_seq);
+        plan = g.input(GGML_TYPE_I32, n_evict_max, 3, c.n_head, c.n_seq);
+        ctl  = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, c.n_seq);
+    }
 
-        // rows that do not leave are poisoned
+    std::vector<float> values(std::mt19937 & rng, int64_t n, bool equal) const {
+        std::normal_distribution<float> normal;
+        std::vector<float> res(n);
+        for (auto & x : res) {
+            x = equal ? 0.5f : normal(rng);
+        }
+        return res;
+    }
+
+    // writes n_evict entries of each head, and returns their keys and values as the cache holds them
+    std::vector<std::pair<rows, rows>> fill(op_graph & g, std::mt19937 & rng, int32_t n_evict) const {
+        std::vector<std::pair<rows, rows>> res(c.n_head*c.n_seq);
         std::vector<uint8_t> k_bytes(ggml_nbytes(k), 0xFF), v_bytes(ggml_nbytes(v), 0xFF);
         std::vector<int32_t> plan_data(ggml_nelements(plan), -1);
-        for (int64_t row = 0; row < n_rows; ++row) {
-            std::vector<int32_t> slots(n_slots);
-            for (int64_t i = 0; i < n_slots; ++i) {
+
+        const auto put = [&](std::vector<uint8_t> & bytes, size_t i, int64_t n, bool equal) {
+            const auto packed = to_type(type, values(rng, n, equal), n);
+            std::copy(packed.begin(), packed.end(), bytes.begin() + i*packed.size());
+            return from_type(type, packed, n);
+        };
+        for (size_t row = 0; row < res.size(); ++row) {
+            std::vector<int32_t> slots(N_SLOTS);
+            for (int64_t i = 0; i < N_SLOTS; ++i) {
                 slots[i] = (int32_t) i;
             }
             std::shuffle(slots.begin(), slots.end(), rng);
             std::sort(slots.begin(), slots.begin() + n_evict);
-
-            std::vector<std::vector<float>> entries;
             for (int32_t i = 0; i < n_evict; ++i) {
                 plan_data[row*3*n_evict_max + i] = slots[i];
-                std::vector<float> entry;
-                for (auto [bytes, n_values, is_key] : { std::tuple{ &k_bytes, c.n_embd_k, true }, std::tuple{ &v_bytes, c.n_embd_v, false } }) {
-                    std::vector<float> values(n_values);
-                    for (auto & x : values) {
-                        x = is_key && c.equal_keys ? 0.5f : normal(rng);
-                    }
-                    const auto packed = to_type(type, values, n_values);
-                    std::copy(packed.begin(), packed.end(), bytes->begin() + (row*n_slots + slots[i])*packed.size());
-                    values = from_type(type, packed, n_values);
-                    entry.insert(entry.end(), values.begin(), values.end());
-                }
-                entries.push_back(std::move(entry));
+                res[row].first .push_back(put(k_bytes, row*N_SLOTS + slots[i], c.n_embd_k, c.equal_keys));
+                res[row].second.push_back(put(v_bytes, row*N_SLOTS + slots[i], c.n_embd_v, false));
             }
-            reference[row].absorb(entries, c.n_embd_k);
         }
         std::vector<int32_t> ctl_data(ggml_nelements(ctl), 0);
         for (int64_t s = 0; s < c.n_seq; ++s) {
             ctl_data[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_N_EVICT] = n_evict;
-            ctl_data[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_FRESH]   = fresh;
         }
-        fresh = fresh && n_evict == 0;
+        g.set(k,    k_bytes);
+        g.set(v,    v_bytes);
+        g.set(plan, plan_data);
+        g.set(ctl,  ctl_data);
+        return res;
+    }
+};
 
+static void run_centroid(const memory_case & c, ggml_type type) {
+    const int64_t n_rows = c.n_head*c.n_seq;
+    const int64_t n_embd = c.n_embd_k + c.n_embd_v;
+
+    std::mt19937 rng(5);
+
+    std::vector<float> means(n_embd*c.n_latent*n_rows, NAN); // what an empty slot holds does not matter
+    std::vector<float> counts(c.n_latent*n_rows, 0.0f);
+
+    std::vector<indexmem_reference_centroid> reference(n_rows,
+            { std::vector<std::vector<double>>(c.n_latent, std::vector<double>(n_embd)), std::vector<double>(c.n_latent) });
+
+    for (int32_t n_evict : c.n_evict) {
+        op_graph g;
+        const leaving cache(g, c, type);
+        ggml_tensor * m   = g.input(GGML_TYPE_F32, n_embd, c.n_latent, c.n_head, c.n_seq);
+        ggml_tensor * n   = g.input(GGML_TYPE_F32, c.n_latent, c.n_head, c.n_seq);
+        ggml_tensor * res = ggml_indexmem_centroid(g.ctx, m, n, cache.k, cache.v, cache.plan, cache.ctl);
+        g.alloc();
+
+        const auto entries = cache.fill(g, rng, n_evict);
+        for (int64_t row = 0; row < n_rows; ++row) {
+            rows both = entries[row].first;
+            for (size_t i = 0; i < both.size(); ++i) {
+                both[i].insert(both[i].end(), entries[row].second[i].begin(), entries[row].second[i].end());
+            }
+            reference[row].absorb(both, c.n_embd_k);
+        }
         g.set(m, means);
         g.set(n, counts);
-        g.set(k, k_bytes);
-        g.set(v, v_bytes);
-        g.set(plan, plan_data);
-        g.set(ctl, ctl_data);
         g.compute({ res }, c.n_threads);
         means  = g.get<float>(m);
         counts = g.get<float>(n);
-        if (fresh) {
-            continue;
-        }
+
         for (int64_t row = 0; row < n_rows; ++row) {
             for (int64_t r = 0; r < c.n_latent; ++r) {
                 const float found = counts[row*c.n_latent + r];
@@ -113,13 +142,72 @@ static void run_absorb(const absorb_case & c, ggml_type type) {
     }
 }
 
-TEST(absorb_equals_the_reference) {
-    for (const auto & c : absorb_cases) {
-        run_absorb(c, GGML_TYPE_F32);
-        run_absorb(c, GGML_TYPE_F16);
+TEST(centroid_equals_the_reference) {
+    for (const auto & c : memory_cases) {
+        run_centroid(c, GGML_TYPE_F32);
+        run_centroid(c, GGML_TYPE_F16);
     }
-    run_absorb(absorb_cases[0], GGML_TYPE_Q8_0);
-    run_absorb(absorb_cases[0], GGML_TYPE_Q4_0);
+    run_centroid(memory_cases[0], GGML_TYPE_BF16);
+    run_centroid(memory_cases[0], GGML_TYPE_Q8_0);
+    run_centroid(memory_cases[0], GGML_TYPE_Q4_0);
+}
+
+static void run_residual(const memory_case & c, ggml_type type) {
+    const int64_t n_rows    = c.n_head*c.n_seq;
+    const int64_t n_feature = c.n_latent;
+    const float   rate      = 0.25f;
+    const float   decay     = 0.75f;
+
+    std::mt19937 rng(6);
+
+    std::vector<float> state(n_feature*(c.n_embd_v + 1)*n_rows, 0.0f);
+    std::vector<indexmem_reference_residual> reference(n_rows,
+            { std::vector<std::vector<double>>(c.n_embd_v + 1, std::vector<double>(n_feature)) });
+
+    for (int32_t n_evict : c.n_evict) {
+        op_graph g;
+        const leaving cache(g, c, type);
+        ggml_tensor * s   = g.input(GGML_TYPE_F32, n_feature, c.n_embd_v + 1, c.n_head, c.n_seq);
+        ggml_tensor * phi = g.input(GGML_TYPE_F32, c.n_embd_k, n_feature);
+        ggml_tensor * res = ggml_indexmem_residual(g.ctx, s, phi, cache.k, cache.v, cache.plan, cache.ctl, rate, decay);
+        g.alloc();
+
+        rows phi_rows;
+        std::vector<float> phi_data;
+        for (int64_t j = 0; j < n_feature; ++j) {
+            phi_rows.push_back(cache.values(rng, c.n_embd_k, false));
+            phi_data.insert(phi_data.end(), phi_rows.back().begin(), phi_rows.back().end());
+        }
+        const auto entries = cache.fill(g, rng, n_evict);
+        for (int64_t row = 0; row < n_rows; ++row) {
+            reference[row].absorb(entries[row].first, entries[row].second, phi_rows, rate, decay);
+        }
+        g.set(s,   state);
+        g.set(phi, phi_data);
+        g.compute({ res }, c.n_threads);
+        state = g.get<float>(s);
+
+        for (int64_t row = 0; row < n_rows; ++row) {
+            for (int64_t d = 0; d <= c.n_embd_v; ++d) {
+                for (int64_t j = 0; j < n_feature; ++j) {
+                    const double expected = reference[row].state[d][j];
+                    const float  found    = state[(row*(c.n_embd_v + 1) + d)*n_feature + j];
+                    CHECK_MSG(std::fabs(found - expected) < 1e-4*(1.0 + std::fabs(expected)), "row %d component %d feature %d is %g, expected %g",
+                            (int) row, (int) d, (int) j, found, expected);
+                }
+            }
+        }
+    }
+}
+
+TEST(residual_equals_the_reference) {
+    for (const auto & c : memory_cases) {
+        run_residual(c, GGML_TYPE_F32);
+        run_residual(c, GGML_TYPE_F16);
+    }
+    run_residual(memory_cases[0], GGML_TYPE_BF16);
+    run_residual(memory_cases[0], GGML_TYPE_Q8_0);
+    run_residual(memory_cases[0], GGML_TYPE_Q4_0);
 }
 
 TEST(bias_of_each_head) {

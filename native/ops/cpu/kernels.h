@@ -96,13 +96,15 @@ void compact    (const ggml_compute_params * params, ggml_tensor * dst);
 void compact_pos(const ggml_compute_params * params, ggml_tensor * dst);
 void attend     (const ggml_compute_params * params, ggml_tensor * dst);
 void pairwise   (const ggml_compute_params * params, ggml_tensor * dst);
-void absorb     (const ggml_compute_params * params, ggml_tensor * dst);
+void centroid   (const ggml_compute_params * params, ggml_tensor * dst);
+void residual   (const ggml_compute_params * params, ggml_tensor * dst);
 void bias       (const ggml_compute_params * params, ggml_tensor * dst);
 
 size_t rank_work_size    (const ggml_tensor * op, int n_tasks);
 size_t select_work_size  (const ggml_tensor * op, int n_tasks);
 size_t attend_work_size  (const ggml_tensor * op, int n_tasks);
 size_t pairwise_work_size(const ggml_tensor * op, int n_tasks);
-size_t absorb_work_size  (const ggml_tensor * op, int n_tasks);
+size_t centroid_work_size(const ggml_tensor * op, int n_tasks);
+size_t residual_work_size(const ggml_tensor * op, int n_tasks);
 
 } // namespace indexmem_cpu

@@ -6,12 +6,12 @@ namespace indexmem_cpu {
 
 namespace {
 
-struct absorb_work {
+struct centroid_work {
     size_t entry;  // keys and values of the entries that leave, in fp32
     size_t slot;   // the latent slot of each
     size_t size;
 
-    explicit absorb_work(const ggml_tensor * op) {
+    explicit centroid_work(const ggml_tensor * op) {
         const size_t n_embd      = op->ne[0];
         const size_t n_evict_max = op->src[4]->ne[0];
 
@@ -46,11 +46,11 @@ float distance(const float * a, const float * b, int64_t n) {
 
 } // namespace
 
-size_t absorb_work_size(const ggml_tensor * op, int n_tasks) {
-    return absorb_work(op).size*n_tasks;
+size_t centroid_work_size(const ggml_tensor * op, int n_tasks) {
+    return centroid_work(op).size*n_tasks;
 }
 
-void absorb(const ggml_compute_params * params, ggml_tensor * dst) {
+void centroid(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * count = dst->src[1];
     const ggml_tensor * k     = dst->src[2];
     const ggml_tensor * v     = dst->src[3];
@@ -61,7 +61,7 @@ void absorb(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t n_embd   = dst->ne[0];
     const int64_t n_latent = dst->ne[1];
 
-    const absorb_work layout(dst);
+    const centroid_work layout(dst);
     char * work = (char *) params->wdata + params->ith*layout.size;
     float   * entries = (float   *) (work + layout.entry);
     int32_t * slot_of = (int32_t *) (work + layout.slot);
@@ -77,10 +77,6 @@ void absorb(const ggml_compute_params * params, ggml_tensor * dst) {
         char  * means = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
         float * n     = (float *) ((char *) count->data + row.h*count->nb[1] + row.s*count->nb[2]);
         auto mean = [&](int64_t r) { return (float *) (means + r*dst->nb[1]); };
-
-        if (c[INDEXMEM_CTL_FRESH]) {
-            std::fill(n, n + n_latent, 0.0f);
-        }
 
         const int32_t * evicted = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]);
         for (int64_t i = 0; i < n_evict; ++i) {
