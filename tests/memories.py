@@ -45,7 +45,11 @@ class CentroidMemory:
     def write_one_by_one(self, keys: np.ndarray, values: np.ndarray) -> None:
         """The rule of the method: each entry finds the slots as the one before left them."""
         for k, v in zip(keys, values):
-            self.write(k[None], v[None])
+            empty = np.flatnonzero(self.counts == 0)
+            r = empty[0] if len(empty) else np.argmin(((self.keys - k) ** 2).sum(axis=-1))
+            self.counts[r] += 1
+            self.keys[r] += (k - self.keys[r]) / self.counts[r]
+            self.values[r] += (v - self.values[r]) / self.counts[r]
 
     def _nearest(self, key: np.ndarray) -> int:
         distances = ((self.keys - key) ** 2).sum(axis=-1)
@@ -178,12 +182,13 @@ def random_centroid(n_layer: int, n_slots: int, seed: int = 0) -> Centroid:
     return Centroid(n_slots, [True] * n_layer, gate.tolist())
 
 
-def random_residual(n_layer: int, head_dim: int, n_feature: int = 24, seed: int = 0) -> Residual:
-    """No constant near the initial values of training: a default built in somewhere would be seen."""
+def random_residual(n_layer: int, head_dim: int, n_feature: int = 3, seed: int = 0) -> Residual:
+    """Few features, which add much to the output; some of the reads run into the lower bound of the denominator. No
+    constant is near the initial values of training: a default built in somewhere would be seen."""
     draw = np.random.default_rng([seed, 7])
     phi = [(draw.standard_normal((n_feature, head_dim)) * head_dim**-0.5).astype(np.float32) for _ in range(n_layer)]
-    gate, eta, decay = draw.uniform([[-1], [-1.5], [0.5]], [[1], [1], [2]], (3, n_layer)).astype(np.float32).tolist()
-    return Residual(phi, gate, eta, decay, 3e-3, [True] * n_layer)
+    gate, eta, decay = draw.uniform([[0.5], [-1.5], [0.5]], [[2], [1], [2]], (3, n_layer)).astype(np.float32).tolist()
+    return Residual(phi, gate, eta, decay, 20.0, [True] * n_layer)
 
 
 def write_memory_sidecar(path: Path, memory: Memory, indexer: Optional[Indexer] = None, n_embd: int = 0, n_head_kv: int = 0,
