@@ -88,7 +88,8 @@ class CentroidMemory:
 
     def read(self, queries: Array, logits: Logits, exact: Softmax) -> tuple[Array, Array]:
         used = self.counts > 0
-        means, counts = self.means[used].astype(np.float32), self.counts[used].astype(np.float32)
+        means = self.means[used].astype(np.float16).astype(np.float32)  # as rows of the cache
+        counts = self.counts[used].astype(np.float32)
         slots = attend(logits(queries, means[:, : self._n_k]) + np.log(counts), means[:, self._n_k :])
         return slots.output - exact.output, slots.mass - exact.mass
 

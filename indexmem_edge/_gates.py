@@ -1,4 +1,4 @@
-"""The best gate of a layer's memory, and whether the layer is better off with it. Plain NumPy."""
+"""The best gate of a layer's memory, and whether the layer is better off with it than with it switched off. Plain NumPy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ _TINY = np.finfo(float).tiny
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Errors of one layer, on all measured rows. `mean_...` are means of the rows' own relative errors."""
+    """Errors of one layer, on all measured rows. `mean_...` are means of the rows' own relative errors.
+
+    All layers of a cache hold equally many exact entries: slots are paid for in a layer whose memory is off, too.
+    """
 
     layer: int
-    without: float  # no memory
+    without: float  # a cache without memory
+    off: float  # the memory's cache, with the memory off in this layer
     plain: float  # the memory with gate 1, or the one it was trained with
     gated: float  # with `gate`
     mean_without: float
+    mean_off: float
     mean_gated: float
     gate: float
     enabled: bool
 
     @property
     def error(self) -> float:
-        """With the memory where it is enabled."""
-        return self.gated if self.enabled else self.without
+        """As it is written."""
+        return self.gated if self.enabled else self.off
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def choose(layer: int, passages: Sequence[Errors], kind: Kind, plain: float) -> 
 
     def helps(part: Sequence[Errors]) -> bool:
         errors = Errors.joined(part)
-        return bool(errors.at(kind.weight(gate, errors)).sum() < errors.without.sum())
+        return bool(errors.at(kind.weight(gate, errors)).sum() < errors.base.sum())
 
     everything = Errors.joined(passages)
     full = everything.full
@@ -74,9 +79,11 @@ def choose(layer: int, passages: Sequence[Errors], kind: Kind, plain: float) -> 
     return LayerResult(
         layer=layer,
         without=_relative(everything.without, full),
+        off=_relative(everything.base, full),
         plain=_relative(everything.at(kind.weight(plain, everything)), full),
         gated=_relative(gated, full),
         mean_without=_mean_relative(everything.without, full),
+        mean_off=_mean_relative(everything.base, full),
         mean_gated=_mean_relative(gated, full),
         gate=gate,
         enabled=helps(passages[::2]) and helps(passages[1::2]),

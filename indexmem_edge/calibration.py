@@ -6,9 +6,9 @@
     print(result.error_without, result.error)
 
 The error of a layer is that of its attention output against that of a cache that keeps everything: the root of the summed
-squares, relative to the output itself. Without memory all of the budget holds exact entries; with a centroid memory its
-slots are paid from the budget. The gate is chosen on every second passage. A layer uses the memory only if that lowers
-its error on those and on the others.
+squares, relative to the output itself. Without memory all of the budget holds exact entries; a centroid memory has its
+slots paid from the budget, of every layer. The gate is chosen on every second passage, and a layer uses the memory only if
+that lowers its error on those and on the others. Whether the whole is worth its slots is for `Calibration.notes` to say.
 """
 
 from __future__ import annotations
@@ -63,9 +63,22 @@ class Calibration:
         """Mean over layers with the memory as it was written."""
         return float(np.mean([row.error for row in self.layers]))
 
+    @property
+    def worse(self) -> tuple[int, ...]:
+        """Layers that were better off with all of the budget and no memory."""
+        return tuple(row.layer for row in self.layers if row.error > row.without)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should not pass unnoticed."""
+        if self.error < self.error_without:
+            return ()
+        return ("with this budget and policy the model is better off without the memory",)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that json.dumps takes."""
-        return {**asdict(self), "error_without": self.error_without, "error": self.error}
+        more = {name: getattr(self, name) for name in ("error_without", "error", "worse", "notes")}
+        return {**asdict(self), **more}
 
 
 def calibrate_memory(

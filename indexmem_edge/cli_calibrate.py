@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -92,7 +93,8 @@ def calibrate_memory(
 
     A memory is not always a gain: its slots are paid from the budget, and some layers are better off without. For each
     layer this compares the attention output with that of a cache that keeps everything, chooses how much the memory
-    counts on one half of the text, and switches it off unless the error is lower on both halves.
+    counts on one half of the text, and switches it off unless the error is lower on both halves. `no memory` is a cache
+    whose whole budget is exact entries, `off` one that pays for slots that this layer does not use.
 
     Examples:
 
@@ -128,6 +130,8 @@ def calibrate_memory(
             print(json.dumps(result.to_dict(), indent=2))
         else:
             _show(result)
+        for note in result.notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _show(result: Calibration) -> None:
@@ -137,13 +141,11 @@ def _show(result: Calibration) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     plain = "gate 1" if result.memory == "centroid" else "as trained"
-    table = Table(
-        title="Error of the attention output", title_justify="left", title_style="bold", box=box.SIMPLE
-    )
-    for name in ("layer", "no memory", plain, "calibrated", "gate", "memory"):
+    table = Table(title="Error of the attention output", title_justify="left", title_style="bold", box=box.SIMPLE)
+    for name in ("layer", "no memory", "off", plain, "calibrated", "gate", "memory"):
         table.add_column(name, justify="left" if name == "memory" else "right")
     for row in result.layers:
-        errors = (f"{error:.4f}" for error in (row.without, row.plain, row.gated))
+        errors = (f"{error:.4f}" for error in (row.without, row.off, row.plain, row.gated))
         table.add_row(str(row.layer), *errors, f"{row.gate:.3f}", "on" if row.enabled else "off")
     console.print(table)
     on, slots = sum(row.enabled for row in result.layers), f" of {result.slots} slots" if result.slots else ""
@@ -152,6 +154,8 @@ def _show(result: Calibration) -> None:
         f"{result.memory} memory{slots} on in {on} of {len(result.layers)} layers; mean error {result.error_without:.4f} "
         f"without, {result.error:.4f} with it"
     )
+    if result.worse:
+        console.print(f"better off without: layer {', '.join(map(str, result.worse))}")
     console.print(
         f"policy {result.policy}, budget {result.budget:,}; passages of {lengths} tokens, {result.rows:,} outputs a layer"
     )
