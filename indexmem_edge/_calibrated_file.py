@@ -53,9 +53,9 @@ def open_source(model: str, sidecar: Optional[PathLike], fingerprint: bool) -> S
 
 
 def _lossless(checkpoint: Checkpoint, types: Mapping[str, str]) -> str:
-    shapes = checkpoint.shapes()
-    matrices = {types[f"blk.{i}.indexmem.{name}"] for i in range(len(checkpoint.layers)) for name in shapes if shapes[name][1]}
-    return matrices.pop().lower() if len(matrices) == 1 else "f32"
+    matrices = [name for name, (_, matrix) in checkpoint.shapes().items() if matrix]
+    found = {types[f"blk.{i}.indexmem.{name}"] for i in range(len(checkpoint.layers)) for name in matrices}
+    return found.pop().lower() if len(found) == 1 else "f32"
 
 
 def write_calibrated(

@@ -1,4 +1,4 @@
-"""The best gate of a layer's memory, and whether the layer is better off with it than with it switched off. Plain NumPy."""
+"""The best gate of a layer's memory, and whether the layer is better off with it than with it off. Plain NumPy."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -47,8 +47,8 @@ class _Context:
                     options.request().submit()
                 self._ctx = llama_lib.llama_init_from_model(model, params)
                 if not self._ctx:
-                    otherwise = f"cannot create a context of {n_ctx:,} tokens: {reason(log) or 'is there enough memory?'}"
-                    raise _capi.failure(otherwise, ContextError) if options is not None else ContextError(otherwise)
+                    why = f"cannot create a context of {n_ctx:,} tokens: {reason(log) or 'is there enough memory?'}"
+                    raise ContextError(why) if options is None else _capi.failure(why, ContextError)
             finally:
                 _capi.Request.withdraw()
 
@@ -70,21 +70,14 @@ class _Context:
 
     def kept(self) -> Kept:
         layers = range(llama_lib.llama_model_n_layer(self._model))
-        return [
-            [_capi.positions(self._ctx, il, h) for h in range(_capi.n_head_kv(self._ctx, il))] for il in layers
-        ]
+        return [[_capi.positions(self._ctx, il, h) for h in range(_capi.n_head_kv(self._ctx, il))] for il in layers]
 
 
 class Reader:
     """An ordinary context, and one for each kind of bounded cache, by its budget."""
 
     def __init__(
-        self,
-        model: int,
-        bounded: Sequence[CacheOptions],
-        n_ctx: int,
-        n_ubatch: int,
-        n_threads: Optional[int] = None,
+        self, model: int, bounded: Sequence[CacheOptions], n_ctx: int, n_ubatch: int, n_threads: Optional[int] = None
     ) -> None:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
@@ -160,7 +153,7 @@ def tokenize(model: int, text: str) -> list[int]:
 
 def passages(
     texts: Sequence[Sequence[int]], first: Sequence[int], length: int, least: int, most: int
-) -> Iterator[Array]:
+) -> list[Array]:
     """Cuts tokens of texts into passages of up to `length` tokens, each beginning with `first`; no more than `most`,
     spread over the texts. A remainder counts if it has `least` tokens; a single passage is cut into halves.
 
@@ -172,12 +165,11 @@ def passages(
     pieces = [piece for piece in pieces if len(piece) + len(first) >= least]
     if len(pieces) == 1:
         half = len(pieces[0]) // 2
-        pieces = [half_piece for half_piece in (pieces[0][:half], pieces[0][half:]) if half + len(first) >= least]
+        pieces = [pieces[0][:half], pieces[0][half:]] if half + len(first) >= least else []
     if len(pieces) < 2:
         raise IndexMemError(
             f"the text is too short: two passages of at least {least:,} tokens are needed, so that there is something "
             f"to evict in each; found {sum(map(len, texts)):,} tokens. Give more text, or a smaller budget or ubatch"
         )
-    chosen = np.unique(np.linspace(0, len(pieces) - 1, most).round().astype(int)) if len(pieces) > most else range(len(pieces))
-    for i in chosen:
-        yield np.array([*first, *pieces[i]], np.int32)
+    chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), most)).round().astype(int)
+    return [np.array([*first, *pieces[i]], np.int32) for i in chosen]

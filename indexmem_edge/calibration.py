@@ -139,7 +139,7 @@ def calibrate_memory(
         )
     with loaded_model(name) as loaded:
         first = _first(loaded)
-        cut = list(passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages))
+        cut = passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages)
         bounded = [options, *([exact] if exact is not options else [])]
         with Reader(loaded, bounded, max(map(len, cut)), n_ubatch, n_threads) as reader:
             measured = _measure(reader, cut, source.checkpoint, memory, slots, options, exact, progress)
