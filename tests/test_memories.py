@@ -23,6 +23,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 SLOTS = 8
 SETTINGS: dict[str, Any] = dict(budget=40, sinks=3, window=9, policy="knorm")
 LONG = [80, 70, 1, 1, 90, 3]  # ubatches whose attention is not ours
+NEAR = 2e-3  # what rounding may do to ranks, and in units of their deviation to logits; memories move those by 0.08 and more
 
 
 def random_memory(kind: str, config: TinyConfig, n_slots: int = SLOTS, seed: int = 0) -> Memory:
@@ -31,11 +32,11 @@ def random_memory(kind: str, config: TinyConfig, n_slots: int = SLOTS, seed: int
     return random_residual(config.n_layer, config.head_dim, seed=seed)
 
 
-def with_memory(folder: Path, model: Any, config: TinyConfig, memory: Memory, indexer: Optional[Indexer] = None,
+def with_memory(folder: Path, model: Any, config: TinyConfig, trained: Memory, indexer: Optional[Indexer] = None,
                 **options: Any) -> Context:  # fmt: skip
     """A native context with a sidecar that holds the memory and the indexer."""
     path = folder / "memory.gguf"
-    write_memory_sidecar(path, memory, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
+    write_memory_sidecar(path, trained, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
     return Context(model, **dict(sidecar=path, n_ubatch=24) | options)
 
 
@@ -175,9 +176,9 @@ def test_logits_follow_the_reference(tiny: Tiny, tmp_path: Path, arch: str, kind
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
     assert reference.evictions
-    assert worst < 2e-2
+    assert worst < NEAR
     assert error <= 1.5 * base
-    assert error < 0.02 * spread
+    assert error < NEAR * spread
 
 
 @each_kind
@@ -190,7 +191,7 @@ def test_policies(tiny: Tiny, tmp_path: Path, kind: str, policy: str) -> None:
         native, reference = both(tmp_path, model, config, random_memory(kind, config), **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
@@ -205,7 +206,7 @@ def test_indexers(tiny: Tiny, tmp_path: Path, kind: str, arch: str, variant: str
         native, reference = both(tmp_path, model, config, random_memory(kind, config), indexer, **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
@@ -220,15 +221,16 @@ def test_long_ubatches(tiny: Tiny, tmp_path: Path, kind: str, policy: str, heads
         native, reference = both(tmp_path, model, config, random_memory(kind, config), n_ubatch=96, **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, LONG)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
 @pytest.mark.parametrize("cache", [F32, Q8_0, Q4_0], ids=["f32", "q8_0", "q4_0"])
 def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
-    """Quantised caches are rotated, and so is what a memory holds of them."""
+    """Quantised caches are rotated, and so is what a memory holds of them. With these tokens no entry has two slots that
+    are nearly as near: rounding would send it to the other one, and all that follows would differ."""
     path, config = tiny("qwen3")
-    tokens = tokens_of(config, sum(SIZES), seed=2)
+    tokens = tokens_of(config, sum(SIZES), seed=3)
     full = forward(config, tokens)
     with open_model(path) as model:
         with Context(model, type_k=cache, type_v=cache) as original:
@@ -236,7 +238,7 @@ def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
         native, reference = both(tmp_path, model, config, random_memory(kind, config), cache=cache, **SETTINGS)
         with native:
             worst, error, _ = follow(native, reference, tokens, SIZES)
-    assert worst < {F32: 2e-2, Q8_0: 0.1, Q4_0: 0.5}[cache]
+    assert worst < {F32: NEAR, Q8_0: 0.1, Q4_0: 0.5}[cache]
     assert error <= 1.5 * base
 
 
@@ -249,7 +251,7 @@ def test_geometries(tiny: Tiny, tmp_path: Path, kind: str, heads: tuple[int, int
         native, reference = both(tmp_path, model, config, random_memory(kind, config), **SETTINGS)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
@@ -263,7 +265,7 @@ def test_eviction_step(tiny: Tiny, tmp_path: Path, kind: str, step: int) -> None
         with native:
             worst, error, spread = follow(native, reference, tokens, [1] * len(tokens))
             stats = native.stats()
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
     assert stats.n_evictions == len({e.ubatch for e in reference.evictions}) > 1
 
 
@@ -278,7 +280,7 @@ def test_budget_as_a_share_of_the_text(tiny: Tiny, tmp_path: Path, kind: str) ->
         with native:
             worst, error, spread = follow(native, reference, tokens, [24, 13, *[1] * 100, 24, 19])
             assert native.stats().budget_now == reference.budget_now == 54
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 # ---------------------------------------------------------------------------------------------- settings of the memory
@@ -294,7 +296,7 @@ def test_layers_without_memory(tiny: Tiny, tmp_path: Path, kind: str, enabled: l
         native, reference = both(tmp_path, model, config, memory, **SETTINGS)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 27])
@@ -309,7 +311,7 @@ def test_number_of_slots(tiny: Tiny, n_slots: int, sizes: list[int]) -> None:
         with Context(model, n_ubatch=24, **asked, **SETTINGS) as native:
             reference = BoundedReference(config, memory=memory, cache_dtype=np.float16, **SETTINGS)
             worst, error, spread = follow(native, reference, tokens, sizes)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 def test_slots_for_all_that_leaves_are_a_cache_of_everything(tiny: Tiny) -> None:
@@ -378,10 +380,10 @@ def test_several_sequences(tiny: Tiny, tmp_path: Path, kind: str) -> None:
                     exact = references[s].feed(text[lengths[s] + i : lengths[s] + i + n])
                     errors.append(ours[s] - exact)
                     spread.append(exact)
-                    assert references[s].adopt(c.positions(s)) < 2e-2
+                    assert references[s].adopt(c.positions(s)) < NEAR
                 i += n
     assert all(r.evictions for r in references)
-    assert rms(np.concatenate(errors)) < 0.02 * np.concatenate(spread).std()
+    assert rms(np.concatenate(errors)) < NEAR * np.concatenate(spread).std()
 
 
 @each_kind
