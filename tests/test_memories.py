@@ -1,4 +1,4 @@
-"""The latent memories: the references among themselves, the ops, then contexts with a memory against the plain reference."""
+"""The latent memories: the references, the ops, then contexts with a memory against the plain bounded cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 SLOTS = 8
 SETTINGS: dict[str, Any] = dict(budget=40, sinks=3, window=9, policy="knorm")
 LONG = [80, 70, 1, 1, 90, 3]  # ubatches whose attention is not ours
-NEAR = 2e-3  # what rounding may do to ranks, and in units of their deviation to logits; memories move those by 0.08 and more
+NEAR = 2e-3  # what rounding may do to ranks, and in units of their deviation to logits: a memory does 0.08 and more
 
 
 def random_memory(kind: str, config: TinyConfig, n_slots: int = SLOTS, seed: int = 0) -> Memory:
@@ -86,7 +86,8 @@ def test_residual_memory_in_numpy_pytorch_and_native(group: int, n_feature: int,
     native = np.zeros((1, n_head, head_dim + 1, n_feature), np.float32)
     q = draw.standard_normal((n_head * group, 7, head_dim)).astype(np.float32)
     kept = draw.standard_normal(q.shape).astype(np.float32)
-    np.testing.assert_array_equal(theirs(state, torch.from_numpy(q), torch.from_numpy(kept)), kept, "nothing was written")
+    unchanged = theirs(state, torch.from_numpy(q), torch.from_numpy(kept))
+    np.testing.assert_array_equal(unchanged, kept, "nothing was written")
     for n in (1, 40, 3):
         k, v = draw.standard_normal((2, n_head, n, head_dim)).astype(np.float32)
         state = theirs.write(state, torch.from_numpy(k), torch.from_numpy(v))
@@ -195,7 +196,9 @@ def test_policies(tiny: Tiny, tmp_path: Path, kind: str, policy: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("arch,variant", [("llama", "retention-mlp"), ("qwen3", "pairwise-mean"), ("phi3", "fast_kvzip")])
+@pytest.mark.parametrize(
+    "arch,variant", [("llama", "retention-mlp"), ("qwen3", "pairwise-mean"), ("phi3", "fast_kvzip")]
+)
 def test_indexers(tiny: Tiny, tmp_path: Path, kind: str, arch: str, variant: str) -> None:
     """Both in one sidecar."""
     path, config = tiny(arch)
@@ -227,8 +230,8 @@ def test_long_ubatches(tiny: Tiny, tmp_path: Path, kind: str, policy: str, heads
 @each_kind
 @pytest.mark.parametrize("cache", [F32, Q8_0, Q4_0], ids=["f32", "q8_0", "q4_0"])
 def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
-    """Quantised caches are rotated, and so is what a memory holds of them. With these tokens no entry has two slots that
-    are nearly as near: rounding would send it to the other one, and all that follows would differ."""
+    """Quantised caches are rotated, and so is what a memory holds of them. With these tokens no entry has two slots
+    that are nearly as near: rounding would send it to the other one, and all that follows would differ."""
     path, config = tiny("qwen3")
     tokens = tokens_of(config, sum(SIZES), seed=3)
     full = forward(config, tokens)
@@ -302,7 +305,8 @@ def test_layers_without_memory(tiny: Tiny, tmp_path: Path, kind: str, enabled: l
 @pytest.mark.parametrize("n_slots", [1, 2, 27])
 @pytest.mark.parametrize("sizes", [SIZES, [1] * 100, [24] * 5], ids=["mixed", "single", "long"])
 def test_number_of_slots(tiny: Tiny, n_slots: int, sizes: list[int]) -> None:
-    """Asked for without a sidecar: every layer has them, at a gate of 1. 27 leave room for one entry beside the protected."""
+    """Asked for without a sidecar: every layer has them, at a gate of 1. 27 leave room for one entry beside the
+    protected."""
     path, config = tiny("llama")
     tokens = tokens_of(config, sum(sizes), seed=7)
     memory = Centroid(n_slots, [True] * config.n_layer, [1.0] * config.n_layer)
@@ -338,7 +342,8 @@ def test_nothing_changes_before_the_first_eviction(tiny: Tiny, tmp_path: Path, k
     tokens = tokens_of(config, 200)
     native = SETTINGS | dict(budget=200 + SLOTS, n_ubatch=96)
     with open_model(path) as model:
-        c, off = (with_memory(tmp_path, model, config, random_memory(kind, config), memory=m, **native) for m in (None, "off"))
+        trained = random_memory(kind, config)
+        c, off = (with_memory(tmp_path, model, config, trained, memory=asked, **native) for asked in (None, "off"))
         with c, off:
             for first, last in ((0, 90), (90, 130), *((i, i + 1) for i in range(130, 200))):
                 np.testing.assert_array_equal(c.decode(tokens[first:last]), off.decode(tokens[first:last]))
