@@ -258,6 +258,19 @@ def test_geometries(tiny: Tiny, tmp_path: Path, kind: str, heads: tuple[int, int
 
 
 @each_kind
+def test_many_layers(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """llama.cpp allocates graphs by the number of tensors of the model, which says nothing of those of a memory."""
+    path, config = tiny("llama", n_layer=40, n_head=4, head_dim=32)
+    indexer = random_indexer("pairwise-mean", config.n_layer, config.n_embd, config.n_head_kv)
+    settings = SETTINGS | dict(policy="indexer")
+    with open_model(path) as model:
+        with with_memory(tmp_path, model, config, random_memory(kind, config), indexer, **settings) as c:
+            c.feed(tokens_of(config, 60), 24)
+            c.feed(tokens_of(config, 12), 1)
+            assert c.stats().n_evictions > 2
+
+
+@each_kind
 @pytest.mark.parametrize("step", [1, 5, 15])
 def test_eviction_step(tiny: Tiny, tmp_path: Path, kind: str, step: int) -> None:
     path, config = tiny("llama")
@@ -363,6 +376,22 @@ def test_a_memory_that_is_turned_off(tiny: Tiny, tmp_path: Path, kind: str) -> N
         with c, Context(model, n_ubatch=24, **SETTINGS) as plain:
             np.testing.assert_array_equal(c.feed(tokens, 24), plain.feed(tokens, 24))
             np.testing.assert_equal(c.positions(), plain.positions())
+
+
+@each_kind
+def test_what_a_memory_takes(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """Bytes in fp32, the same for any text; slots that are part of the budget."""
+    path, config = tiny("smollm3")
+    trained = replace(random_memory(kind, config), enabled=[True, False, True, True])
+    with open_model(path) as model, with_memory(tmp_path, model, config, trained, **SETTINGS) as c:
+        before = c.stats()
+        c.feed(tokens_of(config, 100), 24)
+        after = c.stats()
+    assert (before.memory_bytes, before.kv_bytes) == (after.memory_bytes, after.kv_bytes)
+    assert (after.memory.decode(), after.memory_layers, after.memory_slots) == (kind, 3, trained.n_slots)
+    per_head = SLOTS * (2 * config.head_dim + 1) if kind == "centroid" else 3 * (config.head_dim + 1)
+    assert after.memory_bytes >= 3 * config.n_head_kv * per_head * 4
+    assert after.n_kept <= after.budget - trained.n_slots
 
 
 @each_kind

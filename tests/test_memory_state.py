@@ -247,6 +247,16 @@ def test_any_order_of_operations(
 # ---------------------------------------------------------------------------------------------- refused
 
 
+def test_the_policy_full_is_full_where_slots_begin(tiny: Tiny) -> None:
+    path, config = tiny("llama")
+    options: dict[str, Any] = dict(budget=40, policy="full", memory="centroid", memory_slots=8)
+    with open_model(path) as model, Context(model, **options) as c:
+        c.decode(tokens_of(config, 32))
+        with pytest.raises(Refused):
+            c.decode([5])
+        assert c.n_seen() == 32
+
+
 def test_settings_that_are_refused(tiny: Tiny, sidecar: Sidecar) -> None:
     """The error says what is missing, or too much."""
     path, config = tiny("llama")
