@@ -191,8 +191,9 @@ def random_residual(n_layer: int, head_dim: int, n_feature: int = 3, seed: int =
     return Residual(phi, gate, eta, decay, 20.0, [True] * n_layer)
 
 
-def write_memory_sidecar(path: Path, memory: Memory, indexer: Optional[Indexer] = None, n_embd: int = 0, n_head_kv: int = 0,
-                         **keys: Any) -> None:  # fmt: skip
+def write_memory_sidecar(
+    path: Path, memory: Memory, indexer: Optional[Indexer] = None, n_embd: int = 0, n_head_kv: int = 0, **keys: Any
+) -> None:
     """A sidecar with a memory, and with an indexer or for a model of that geometry. `keys`: as for `write_sidecar`."""
     own, tensors = memory.sidecar()
     base = indexer or Indexer("none", n_embd, n_head_kv, {}, [{} for _ in tensors])
