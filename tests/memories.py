@@ -1,7 +1,7 @@
 """The latent memories in plain NumPy: what a KV head remembers of the entries that left it.
 
-Letters in shapes: T tokens, G query heads of a KV head, n entries, R slots, f features, D head size (of keys, Dk, and of
-values, Dv, where they may differ), L layers.
+Letters in shapes: T tokens, G query heads of a KV head, n entries, R slots, f features, D head size (Dk of keys and Dv
+of values where they may differ), L layers.
 
 `CentroidMemory` and `ResidualMemory` are those of one KV head of one sequence; `Centroid` and `Residual` say what all
 heads of a model have. The residual one is there again in `memories_torch.py`.
@@ -88,7 +88,7 @@ class CentroidMemory:
 
 
 class ResidualMemory:
-    """IndexMem: the attention to what left, linear in features of keys and queries, added to the attention to the rest."""
+    """IndexMem: attention to what left, linear in features of keys and queries, added to the attention to the rest."""
 
     def __init__(self, phi: np.ndarray, n_embd_v: int, gate: float, eta: float, decay: float, eps: float) -> None:
         """phi [f, Dk]"""
@@ -118,7 +118,7 @@ HeadMemory = Union[CentroidMemory, ResidualMemory]
 
 @dataclass(frozen=True)
 class Centroid:
-    """A centroid memory of every head; what a layer without it lacks are its reads and writes, its budget is the same."""
+    """A centroid memory of every head. A layer that is not enabled neither reads nor writes, its budget is the same."""
 
     n_slots: int
     enabled: list[bool]  # [L]
@@ -191,8 +191,9 @@ def random_residual(n_layer: int, head_dim: int, n_feature: int = 3, seed: int =
     return Residual(phi, gate, eta, decay, 20.0, [True] * n_layer)
 
 
-def write_memory_sidecar(path: Path, memory: Memory, indexer: Optional[Indexer] = None, n_embd: int = 0, n_head_kv: int = 0,
-                         **keys: Any) -> None:  # fmt: skip
+def write_memory_sidecar(
+    path: Path, memory: Memory, indexer: Optional[Indexer] = None, n_embd: int = 0, n_head_kv: int = 0, **keys: Any
+) -> None:
     """A sidecar with a memory, and with an indexer or for a model of that geometry. `keys`: as for `write_sidecar`."""
     own, tensors = memory.sidecar()
     base = indexer or Indexer("none", n_embd, n_head_kv, {}, [{} for _ in tensors])

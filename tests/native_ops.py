@@ -1,8 +1,8 @@
 """Single native ops on arrays: each call is a graph of its own, computed by the CPU backend.
 
-Dimensions are in NumPy order, the reverse of native/ops/indexmem-ops.h: S sequences, H KV heads, n slots, T tokens, G query
-heads of a KV head, D head size. Ops that work in place return what they wrote, and leave the arrays they were given alone.
-A KV head of a sequence may be a sequence of its own everywhere; for `attend` it is one of N streams.
+Dimensions are in NumPy order, the reverse of native/ops/indexmem-ops.h: S sequences, H KV heads, n slots, T tokens,
+G query heads of a KV head, D head size. Ops that work in place return what they wrote, and leave the arrays they were
+given alone. A KV head of a sequence may be a sequence of its own everywhere; for `attend` it is one of N streams.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ I32 = 26  # GGML_TYPE_I32
 TYPES = {F32: np.float32, F16: np.float16, I32: np.int32}
 CTL = ("n_used", "n_evict", "n_fixed", "pos_tail", "keep_lo", "keep_hi", "pos_last", "unused")  # enum indexmem_ctl
 MEMORY = 1 << 26  # bytes for the tensors of a call and for what the op needs beside them
+
+N_THREADS = 2
 
 Pointer = ctypes.c_void_p
 
@@ -46,9 +48,9 @@ def _get(tensor: int) -> np.ndarray:
     return a
 
 
-def _run(op: str, *arguments: Any, n_threads: int = 2) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Computes ggml_indexmem_<op> of arrays (or None), then numbers as ctypes. Returns the result, of four dimensions, and
-    the arrays as the op left them."""
+def _run(op: str, *arguments: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Computes ggml_indexmem_<op> of arrays (or None), then numbers as ctypes. Returns the result, of four dimensions,
+    and the arrays as the op left them."""
     ctx = ggml_function("ggml_init", Pointer, _InitParams)(_InitParams(MEMORY, None, False))
     try:
         arrays = [a for a in arguments if a is None or isinstance(a, np.ndarray)]
@@ -59,7 +61,7 @@ def _run(op: str, *arguments: Any, n_threads: int = 2) -> tuple[np.ndarray, list
         graph = ggml_function("ggml_new_graph", Pointer, Pointer)(ctx)
         ggml_function("ggml_build_forward_expand", None, Pointer, Pointer)(graph, result)
         compute = ggml_function("ggml_graph_compute_with_ctx", ctypes.c_int, Pointer, Pointer, ctypes.c_int)
-        assert compute(ctx, graph, n_threads) == 0
+        assert compute(ctx, graph, N_THREADS) == 0
         return _get(result), [_get(t).reshape(a.shape) for a, t in zip(arrays, tensors) if a is not None]
     finally:
         ggml_function("ggml_free", None, Pointer)(ctx)
@@ -74,12 +76,12 @@ def ctl(n_seq: int, **values: Any) -> np.ndarray:
 
 
 def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, count: Optional[np.ndarray] = None, scale: float = 1.0,
-    softcap: float = 0.0, n_threads: int = 2,
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, count: Optional[np.ndarray], scale: float,
+    softcap: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """q [N, G, T, D], k and v [N, n, D], mask f16 [1 or N, T, n], count [N, R] -> [N, T, G, D]"""
     arrays = (q, k[:, None], v[:, None], mask[:, None].astype(np.float16), count)
-    return _run("attend", *arrays, ctypes.c_float(scale), ctypes.c_float(softcap), n_threads=n_threads)[0]
+    return _run("attend", *arrays, ctypes.c_float(scale), ctypes.c_float(softcap))[0]
 
 
 def bias(mask: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The latent memories: the references among themselves, the ops, then contexts with a memory against the plain reference."""
+"""Contexts with a latent memory against the plain reference: positions and logits, settings, sequences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-import native_ops
 import numpy as np
 import pytest
 from conftest import Tiny
 from indexers import Indexer, random_indexer
-from memories import Centroid, CentroidMemory, Memory, random_centroid, random_residual, write_memory_sidecar
+from memories import Centroid, Memory, random_centroid, random_residual, write_memory_sidecar
 from native_context import F16, F32, Q4_0, Q8_0, Context, open_model
 from policies import BoundedReference
 from reference import forward
@@ -23,6 +22,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 SLOTS = 8
 SETTINGS: dict[str, Any] = dict(budget=40, sinks=3, window=9, policy="knorm")
 LONG = [80, 70, 1, 1, 90, 3]  # ubatches whose attention is not ours
+NEAR = 2e-3  # what rounding may do to ranks, and in units of their deviation to logits: a memory does 0.08 and more
 
 
 def random_memory(kind: str, config: TinyConfig, n_slots: int = SLOTS, seed: int = 0) -> Memory:
@@ -31,11 +31,11 @@ def random_memory(kind: str, config: TinyConfig, n_slots: int = SLOTS, seed: int
     return random_residual(config.n_layer, config.head_dim, seed=seed)
 
 
-def with_memory(folder: Path, model: Any, config: TinyConfig, memory: Memory, indexer: Optional[Indexer] = None,
+def with_memory(folder: Path, model: Any, config: TinyConfig, trained: Memory, indexer: Optional[Indexer] = None,
                 **options: Any) -> Context:  # fmt: skip
     """A native context with a sidecar that holds the memory and the indexer."""
     path = folder / "memory.gguf"
-    write_memory_sidecar(path, memory, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
+    write_memory_sidecar(path, trained, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
     return Context(model, **dict(sidecar=path, n_ubatch=24) | options)
 
 
@@ -46,104 +46,6 @@ def both(folder: Path, model: Any, config: TinyConfig, memory: Memory, indexer: 
     native = with_memory(folder, model, config, memory, indexer, **options, **settings)
     rounded = np.float16 if cache == F16 else None
     return native, BoundedReference(config, memory=memory, indexer=indexer, cache_dtype=rounded, **settings)
-
-
-# ---------------------------------------------------------------------------------------------- the references
-
-
-@pytest.mark.parametrize("n_slots", [1, 3, 16, 64])
-def test_one_entry_at_a_time_the_rules_of_writing_are_one(n_slots: int) -> None:
-    keys, values = np.random.default_rng(n_slots).standard_normal((2, 50, 12))
-    ours, method = (CentroidMemory(n_slots, 12, 12) for _ in range(2))
-    for k, v in zip(keys, values):
-        ours.write(k[None], v[None])
-    method.write_one_by_one(keys, values)
-    np.testing.assert_array_equal(ours.counts, method.counts)
-    np.testing.assert_allclose(ours.keys, method.keys, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(ours.values, method.values, rtol=0, atol=1e-12)
-
-
-def test_entries_that_leave_together_do_not_see_each_other() -> None:
-    """Three keys of a line: the second would pull the slot of the first past the third, were they written in turn."""
-    keys = np.array([[0.0], [10.0], [4.0], [5.2]])
-    ours, method = (CentroidMemory(2, 1, 1) for _ in range(2))
-    ours.write(keys, keys)
-    method.write_one_by_one(keys, keys)
-    np.testing.assert_allclose(ours.keys[:, 0], [2.0, 7.6])
-    np.testing.assert_allclose(method.keys[:, 0], [(0 + 4 + 5.2) / 3, 10])
-
-
-@pytest.mark.parametrize("group,n_feature,head_dim", [(1, 8, 16), (3, 24, 64), (4, 5, 33)])
-def test_residual_memory_in_numpy_pytorch_and_native(group: int, n_feature: int, head_dim: int) -> None:
-    torch = pytest.importorskip("torch")
-    from memories_torch import ResidualMemory
-
-    n_head, draw = 2, np.random.default_rng(3)
-    memory = random_residual(2, head_dim, n_feature, seed=5)
-    ours, theirs = [memory.head(1, head_dim) for _ in range(n_head)], ResidualMemory(memory, 1)
-    state = theirs.start(n_head, head_dim)
-    native = np.zeros((1, n_head, head_dim + 1, n_feature), np.float32)
-    q = draw.standard_normal((n_head * group, 7, head_dim)).astype(np.float32)
-    kept = draw.standard_normal(q.shape).astype(np.float32)
-    np.testing.assert_array_equal(theirs(state, torch.from_numpy(q), torch.from_numpy(kept)), kept, "nothing was written")
-    for n in (1, 40, 3):
-        k, v = draw.standard_normal((2, n_head, n, head_dim)).astype(np.float32)
-        state = theirs.write(state, torch.from_numpy(k), torch.from_numpy(v))
-        plan, ctl = native_ops.plan_of(np.tile(np.arange(n), (1, n_head, 1))), native_ops.ctl(1, n_evict=n)
-        arguments = (native, memory.phi[1], k[None], v[None], plan, ctl)
-        native = native_ops.residual(*arguments, rate=ours[0].eta, decay=ours[0].decay)
-        for h in range(n_head):
-            ours[h].write(k[h].astype(np.float64), v[h].astype(np.float64))
-            np.testing.assert_allclose(state[0][h], ours[h].matrix, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(state[1][h], ours[h].normaliser, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(native[0, h, :-1].T, ours[h].matrix, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(native[0, h, -1], ours[h].normaliser, rtol=1e-4, atol=1e-4)
-    out = theirs(state, torch.from_numpy(q), torch.from_numpy(kept)).numpy()
-    for head in range(n_head * group):
-        read = ours[head // group].gate * ours[head // group].read(q[head].astype(np.float64))
-        np.testing.assert_allclose(out[head], kept[head] + read, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("n_slots", [1, 5, 64])
-@pytest.mark.parametrize("groups", [[1] * 9, [4, 30, 1], [40, 40], [70]], ids=str)
-def test_native_centroid_op(n_slots: int, groups: list[int]) -> None:
-    """Two sequences of three heads, an f16 cache of 90 slots, some of which leave."""
-    shape, draw = (2, 3), np.random.default_rng(4)
-    rows = [CentroidMemory(n_slots, 16, 8) for _ in np.ndindex(shape)]
-    means, count = np.full((*shape, n_slots, 24), np.nan, np.float32), np.zeros((*shape, n_slots), np.float32)
-    for n in groups:
-        k, v = (draw.standard_normal((*shape, 90, d)).astype(np.float16) for d in (16, 8))
-        gone = np.stack([np.sort(draw.permutation(90)[:n]) for _ in rows]).reshape(*shape, n)
-        means, count = native_ops.centroid(means, count, k, v, native_ops.plan_of(gone), native_ops.ctl(2, n_evict=n))
-        for row, (s, h) in zip(rows, np.ndindex(shape)):
-            row.write(k[s, h, gone[s, h]].astype(np.float64), v[s, h, gone[s, h]].astype(np.float64))
-            np.testing.assert_array_equal(count[s, h], row.counts)
-            held = row.counts > 0
-            expected = np.concatenate((row.keys, row.values), axis=-1)
-            np.testing.assert_allclose(means[s, h][held], expected[held], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_native_attention_with_slots(softcap: float) -> None:
-    """Biases given as counts and as a mask; the soft cap is of the product alone."""
-    draw, (n_seq, n_head, n_slots, n_kv) = np.random.default_rng(6), (2, 2, 5, 150)
-    q = draw.standard_normal((n_seq * n_head, 3, 4, 16)).astype(np.float32) * 2
-    k, v = draw.standard_normal((2, n_seq * n_head, n_kv, 16)).astype(np.float32)
-    count = draw.integers(0, 30, (n_seq, n_head, n_slots)).astype(np.float32)
-    mask = np.where(draw.random((n_seq, 4, n_kv)) < 0.7, 0, -np.inf)
-    mask[..., :n_slots] = 0
-    logits = 0.5 * np.einsum("sgtd,snd->sgtn", q.astype(np.float64), k)
-    logits = softcap * np.tanh(logits / softcap) if softcap else logits
-    logits += np.repeat(mask, n_head, axis=0)[:, None]
-    with np.errstate(divide="ignore"):
-        logits[..., :n_slots] += np.log(count.reshape(-1, 1, 1, n_slots))
-    weights = np.exp(logits - np.logaddexp.reduce(logits, axis=-1)[..., None])
-    expected = np.einsum("sgtn,snd->stgd", weights, v)
-    per_head = np.repeat(mask, n_head, axis=0)
-    counted = native_ops.attend(q, k, v, per_head, count.reshape(-1, n_slots), 0.5, softcap)
-    np.testing.assert_allclose(counted, expected, rtol=0, atol=1e-5)
-    biased = native_ops.bias(mask, count)
-    np.testing.assert_allclose(native_ops.attend(q, k, v, biased, None, 0.5, softcap), expected, rtol=0, atol=5e-3)
 
 
 @each_kind
@@ -175,9 +77,9 @@ def test_logits_follow_the_reference(tiny: Tiny, tmp_path: Path, arch: str, kind
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
     assert reference.evictions
-    assert worst < 2e-2
+    assert worst < NEAR
     assert error <= 1.5 * base
-    assert error < 0.02 * spread
+    assert error < NEAR * spread
 
 
 @each_kind
@@ -190,11 +92,13 @@ def test_policies(tiny: Tiny, tmp_path: Path, kind: str, policy: str) -> None:
         native, reference = both(tmp_path, model, config, random_memory(kind, config), **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
-@pytest.mark.parametrize("arch,variant", [("llama", "retention-mlp"), ("qwen3", "pairwise-mean"), ("phi3", "fast_kvzip")])
+@pytest.mark.parametrize(
+    "arch,variant", [("llama", "retention-mlp"), ("qwen3", "pairwise-mean"), ("phi3", "fast_kvzip")]
+)
 def test_indexers(tiny: Tiny, tmp_path: Path, kind: str, arch: str, variant: str) -> None:
     """Both in one sidecar."""
     path, config = tiny(arch)
@@ -205,7 +109,7 @@ def test_indexers(tiny: Tiny, tmp_path: Path, kind: str, arch: str, variant: str
         native, reference = both(tmp_path, model, config, random_memory(kind, config), indexer, **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
@@ -220,15 +124,16 @@ def test_long_ubatches(tiny: Tiny, tmp_path: Path, kind: str, policy: str, heads
         native, reference = both(tmp_path, model, config, random_memory(kind, config), n_ubatch=96, **settings)
         with native:
             worst, error, spread = follow(native, reference, tokens, LONG)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @each_kind
 @pytest.mark.parametrize("cache", [F32, Q8_0, Q4_0], ids=["f32", "q8_0", "q4_0"])
 def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
-    """Quantised caches are rotated, and so is what a memory holds of them."""
+    """Quantised caches are rotated, and so is what a memory holds of them. With these tokens no entry has two slots
+    that are nearly as near: rounding would send it to the other one, and all that follows would differ."""
     path, config = tiny("qwen3")
-    tokens = tokens_of(config, sum(SIZES), seed=2)
+    tokens = tokens_of(config, sum(SIZES), seed=3)
     full = forward(config, tokens)
     with open_model(path) as model:
         with Context(model, type_k=cache, type_v=cache) as original:
@@ -236,7 +141,7 @@ def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
         native, reference = both(tmp_path, model, config, random_memory(kind, config), cache=cache, **SETTINGS)
         with native:
             worst, error, _ = follow(native, reference, tokens, SIZES)
-    assert worst < {F32: 2e-2, Q8_0: 0.1, Q4_0: 0.5}[cache]
+    assert worst < {F32: NEAR, Q8_0: 0.1, Q4_0: 0.5}[cache]
     assert error <= 1.5 * base
 
 
@@ -249,7 +154,20 @@ def test_geometries(tiny: Tiny, tmp_path: Path, kind: str, heads: tuple[int, int
         native, reference = both(tmp_path, model, config, random_memory(kind, config), **SETTINGS)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
+
+
+@each_kind
+def test_many_layers(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """llama.cpp allocates graphs by the number of tensors of the model, which says nothing of those of a memory."""
+    path, config = tiny("llama", n_layer=40, n_head=4, head_dim=32)
+    indexer = random_indexer("pairwise-mean", config.n_layer, config.n_embd, config.n_head_kv)
+    settings = SETTINGS | dict(policy="indexer")
+    with open_model(path) as model:
+        with with_memory(tmp_path, model, config, random_memory(kind, config), indexer, **settings) as c:
+            c.feed(tokens_of(config, 60), 24)
+            c.feed(tokens_of(config, 12), 1)
+            assert c.stats().n_evictions > 2
 
 
 @each_kind
@@ -263,7 +181,7 @@ def test_eviction_step(tiny: Tiny, tmp_path: Path, kind: str, step: int) -> None
         with native:
             worst, error, spread = follow(native, reference, tokens, [1] * len(tokens))
             stats = native.stats()
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
     assert stats.n_evictions == len({e.ubatch for e in reference.evictions}) > 1
 
 
@@ -278,7 +196,7 @@ def test_budget_as_a_share_of_the_text(tiny: Tiny, tmp_path: Path, kind: str) ->
         with native:
             worst, error, spread = follow(native, reference, tokens, [24, 13, *[1] * 100, 24, 19])
             assert native.stats().budget_now == reference.budget_now == 54
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 # ---------------------------------------------------------------------------------------------- settings of the memory
@@ -294,13 +212,14 @@ def test_layers_without_memory(tiny: Tiny, tmp_path: Path, kind: str, enabled: l
         native, reference = both(tmp_path, model, config, memory, **SETTINGS)
         with native:
             worst, error, spread = follow(native, reference, tokens, SIZES)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 27])
 @pytest.mark.parametrize("sizes", [SIZES, [1] * 100, [24] * 5], ids=["mixed", "single", "long"])
 def test_number_of_slots(tiny: Tiny, n_slots: int, sizes: list[int]) -> None:
-    """Asked for without a sidecar: every layer has them, at a gate of 1. 27 leave room for one entry beside the protected."""
+    """Asked for without a sidecar: every layer has them, at a gate of 1. 27 leave room for one entry beside the
+    protected."""
     path, config = tiny("llama")
     tokens = tokens_of(config, sum(sizes), seed=7)
     memory = Centroid(n_slots, [True] * config.n_layer, [1.0] * config.n_layer)
@@ -309,7 +228,7 @@ def test_number_of_slots(tiny: Tiny, n_slots: int, sizes: list[int]) -> None:
         with Context(model, n_ubatch=24, **asked, **SETTINGS) as native:
             reference = BoundedReference(config, memory=memory, cache_dtype=np.float16, **SETTINGS)
             worst, error, spread = follow(native, reference, tokens, sizes)
-    assert worst < 2e-2 and error < 0.02 * spread
+    assert worst < NEAR and error < NEAR * spread
 
 
 def test_slots_for_all_that_leaves_are_a_cache_of_everything(tiny: Tiny) -> None:
@@ -336,7 +255,8 @@ def test_nothing_changes_before_the_first_eviction(tiny: Tiny, tmp_path: Path, k
     tokens = tokens_of(config, 200)
     native = SETTINGS | dict(budget=200 + SLOTS, n_ubatch=96)
     with open_model(path) as model:
-        c, off = (with_memory(tmp_path, model, config, random_memory(kind, config), memory=m, **native) for m in (None, "off"))
+        trained = random_memory(kind, config)
+        c, off = (with_memory(tmp_path, model, config, trained, memory=asked, **native) for asked in (None, "off"))
         with c, off:
             for first, last in ((0, 90), (90, 130), *((i, i + 1) for i in range(130, 200))):
                 np.testing.assert_array_equal(c.decode(tokens[first:last]), off.decode(tokens[first:last]))
@@ -359,6 +279,22 @@ def test_a_memory_that_is_turned_off(tiny: Tiny, tmp_path: Path, kind: str) -> N
 
 
 @each_kind
+def test_what_a_memory_takes(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """Bytes in fp32, the same for any text; slots that are part of the budget."""
+    path, config = tiny("smollm3")
+    trained = replace(random_memory(kind, config), enabled=[True, False, True, True])
+    with open_model(path) as model, with_memory(tmp_path, model, config, trained, **SETTINGS) as c:
+        before = c.stats()
+        c.feed(tokens_of(config, 100), 24)
+        after = c.stats()
+    assert (before.memory_bytes, before.kv_bytes) == (after.memory_bytes, after.kv_bytes)
+    assert (after.memory.decode(), after.memory_layers, after.memory_slots) == (kind, 3, trained.n_slots)
+    per_head = SLOTS * (2 * config.head_dim + 1) if kind == "centroid" else 3 * (config.head_dim + 1)
+    assert after.memory_bytes >= 3 * config.n_head_kv * per_head * 4
+    assert after.n_kept <= after.budget - trained.n_slots
+
+
+@each_kind
 def test_several_sequences(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     """One batch of sequences of different lengths, some of which evict."""
     path, config = tiny("llama")
@@ -378,10 +314,10 @@ def test_several_sequences(tiny: Tiny, tmp_path: Path, kind: str) -> None:
                     exact = references[s].feed(text[lengths[s] + i : lengths[s] + i + n])
                     errors.append(ours[s] - exact)
                     spread.append(exact)
-                    assert references[s].adopt(c.positions(s)) < 2e-2
+                    assert references[s].adopt(c.positions(s)) < NEAR
                 i += n
     assert all(r.evictions for r in references)
-    assert rms(np.concatenate(errors)) < 0.02 * np.concatenate(spread).std()
+    assert rms(np.concatenate(errors)) < NEAR * np.concatenate(spread).std()
 
 
 @each_kind

@@ -1,8 +1,9 @@
 """The centroid memory against vectors computed by the PyTorch code of the method's authors.
 
 First the memory alone: writes one at a time, and reads beside other entries; then 80 tokens after a context of 300 with
-all that happens to them, in the order of the method. Each row, a KV head of a layer, has a budget of its own there: it is
-a sequence of its own for the native ops. The vectors are in golden/memory.safetensors, scores in golden/indexer.safetensors.
+all that happens to them, in the order of the method. Each row, a KV head of a layer, has a budget of its own there: it
+is a sequence of its own for the native ops. The vectors are in golden/memory.safetensors, scores in
+golden/indexer.safetensors.
 
 The authors start from k-means over what the context evicts. We have no such step: a bounded cache never holds what that
 needs, so its slots are filled by the rule of later evictions alone. Here we begin with their result.

@@ -191,15 +191,16 @@ operation = st.one_of(
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_operations(
-    tiny: Tiny, tmp_path: Path, kind: str, n_slots: int, room: int, window: int, step: int, ratio: float, n_ubatch: int,
-    operations: list[tuple[str, int, int]],
+    tiny: Tiny, tmp_path: Path, kind: str, n_slots: int, room: int, window: int, step: int, ratio: float,
+    n_ubatch: int, operations: list[tuple[str, int, int]],
 ) -> None:  # fmt: skip
-    """The reference of every sequence goes through the same; what is kept and the logits follow it after every ubatch."""
+    """The reference of every sequence goes through the same; what is kept and the logits follow it."""
     path, config = tiny("llama", n_head=4, head_dim=32)
     memory = random_memory(kind, config, n_slots)
     rng = np.random.default_rng(0)
     options: dict[str, Any] = dict(
-        budget=3 + window + room + memory.n_slots, sinks=3, window=window, evict_step=step, policy="keydiff", budget_ratio=ratio
+        budget=3 + window + room + memory.n_slots, sinks=3, window=window, evict_step=step, policy="keydiff",
+        budget_ratio=ratio,
     )  # fmt: skip
     new = BoundedReference(config, memory=memory, **options)
     references = [copy.deepcopy(new) for _ in range(N_SEQ)]
@@ -244,6 +245,16 @@ def test_any_order_of_operations(
 
 
 # ---------------------------------------------------------------------------------------------- refused
+
+
+def test_the_policy_full_is_full_where_slots_begin(tiny: Tiny) -> None:
+    path, config = tiny("llama")
+    options: dict[str, Any] = dict(budget=40, policy="full", memory="centroid", memory_slots=8)
+    with open_model(path) as model, Context(model, **options) as c:
+        c.decode(tokens_of(config, 32))
+        with pytest.raises(Refused):
+            c.decode([5])
+        assert c.n_seen() == 32
 
 
 def test_settings_that_are_refused(tiny: Tiny, sidecar: Sidecar) -> None:
