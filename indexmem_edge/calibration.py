@@ -5,10 +5,11 @@
     result = calibrate_memory("model.gguf", ["book.txt"], "model.indexmem.gguf", kv_budget=1024)
     print(result.error_without, result.error)
 
-The error of a layer is that of its attention output against that of a cache that keeps everything: the root of the summed
-squares, relative to the output itself. Without memory all of the budget holds exact entries; a centroid memory has its
-slots paid from the budget, of every layer. The gate is chosen on every second passage, and a layer uses the memory only if
-that lowers its error on those and on the others. Whether the whole is worth its slots is for `Calibration.notes` to say.
+The error of a layer is that of its attention output against that of a cache that keeps everything: the root of the
+summed squares, relative to the output itself. Without memory all of the budget holds exact entries; a centroid memory
+has its slots paid from the budget, of every layer. The gate is chosen on every second passage, and a layer uses the
+memory only if that lowers its error on those and on the others. Whether the whole is worth its slots is for
+`Calibration.notes` to say.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import llama_cpp.llama_cpp as llama_lib
 
 MEMORIES = ("centroid", "residual")
 DEFAULT_SLOTS, DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 64, 4, 4096, 512
+MAX_SLOTS = 4096
 
 PathLike = Union[str, "os.PathLike[str]"]
 Progress = Callable[[int, int], None]
@@ -121,6 +123,9 @@ def calibrate_memory(
     """
     from . import _calibrated_file as files
 
+    _check_range("slots", slots, 1, MAX_SLOTS)
+    _check_range("n_ubatch", n_ubatch, 1)
+    _check_range("n_passages", n_passages, 2)
     name = check_model_file(model)
     names = [os.path.expanduser(os.fspath(text)) for text in texts]
     files.check_output(out, [name, *names, *([indexmem] if indexmem is not None else [])], force)
@@ -170,6 +175,11 @@ def calibrate_memory(
     return replace(result, bytes=written.size)
 
 
+def _check_range(name: str, value: int, least: int, most: int = 1 << 20) -> None:
+    if not least <= value <= most:
+        raise IndexMemError(f"{name} must be from {least:,} to {most:,}, found {value}")
+
+
 def _check_memory(memory: str, checkpoint: Checkpoint) -> None:
     if memory not in MEMORIES:
         raise IndexMemError(f"unknown memory {memory!r}: choose one of {', '.join(MEMORIES)}")
@@ -191,9 +201,9 @@ def _exact(options: CacheOptions, slots: int) -> CacheOptions:
     least = minimum_budget(options.sinks, 0, options.window)
     if options.budget - slots < least:
         raise BudgetError(
-            f"kv_budget {options.budget} is too small: {slots} latent slots are paid from it, and of the rest at least "
-            f"{least} are needed (kv_sinks {options.sinks}, kv_window {options.window}, 1 to evict). Raise kv_budget to "
-            f"{least + slots} or more"
+            f"kv_budget {options.budget} is too small: {slots} latent slots are paid from it, and of the rest at "
+            f"least {least} are needed (kv_sinks {options.sinks}, kv_window {options.window}, 1 to evict). Raise "
+            f"kv_budget to {least + slots} or more"
         )
     return replace(options, budget=options.budget - slots)
 
