@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -44,7 +43,7 @@ class _Context:
         with collected_errors(False) as log:
             try:
                 if options is not None:
-                    replace(options.request(), memory="off").submit()
+                    options.request().submit()
                 self._ctx = llama_lib.llama_init_from_model(model, params)
                 if not self._ctx:
                     why = f"cannot create a context of {n_ctx:,} tokens: {reason(log) or 'is there enough memory?'}"

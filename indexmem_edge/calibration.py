@@ -25,16 +25,17 @@ from . import _capi  # noqa: F401  (chooses the library)
 from ._attention import Array, CentroidMemory, Errors, Logits, Memory, ResidualMemory, layer_errors
 from ._gates import CENTROID, RESIDUAL, LayerResult, choose
 from ._modelfile import check_model_file, loaded_model
+from ._parts import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF
 from ._passages import Reader, passages, tokenize
 from ._textfile import read_text
 from .convert import Checkpoint
-from .errors import BudgetError, IndexMemError
-from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, minimum_budget
+from .errors import BudgetError, IndexMemError, LatentMemoryError
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions
 
 import llama_cpp.llama_cpp as llama_lib
 
 MEMORIES = ("centroid", "residual")
-DEFAULT_SLOTS, DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 64, 4, 4096, 512
+DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 4, 4096, 512
 MAX_SLOTS = 4096
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -94,7 +95,7 @@ def calibrate_memory(
     kv_window: int = DEFAULT_WINDOW,
     indexmem: Optional[PathLike] = None,
     memory: str = "centroid",
-    slots: int = DEFAULT_SLOTS,
+    slots: int = DEFAULT_MEMORY_SLOTS,
     n_ctx: int = DEFAULT_LENGTH,
     n_ubatch: int = DEFAULT_UBATCH,
     n_passages: int = DEFAULT_PASSAGES,
@@ -109,7 +110,8 @@ def calibrate_memory(
         texts: UTF-8 files; passages of `n_ctx` tokens are taken from all over them, at most `n_passages`.
         out: the sidecar; `indexmem` with the memory, or without that, a sidecar of a memory alone.
         kv_budget, kv_policy, kv_sinks, kv_window: the cache that the memory is for, as `Llama` takes them.
-        indexmem: a sidecar whose indexer decides who leaves, and whose weights a residual memory has.
+        indexmem: a sidecar whose indexer decides who leaves unless a kv_policy does, and with the weights of a
+            residual memory.
         memory: `centroid`, or `residual`, which `indexmem` must hold.
         slots: of a centroid memory, for each KV head; paid from the budget.
         n_ubatch: tokens evaluated at once. What leaves leaves with its ubatch.
@@ -131,9 +133,10 @@ def calibrate_memory(
     files.check_output(out, [name, *names, *([indexmem] if indexmem is not None else [])], force)
     source = files.open_source(name, indexmem, fingerprint)
     _check_memory(memory, source.checkpoint)
-    has_indexer = source.checkpoint.kind != "none"
-    sidecar = indexmem if has_indexer else None
-    options = CacheOptions.checked(kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, sidecar=sidecar)
+    ranks = source.checkpoint.kind != "none" and kv_policy in (None, INDEXER_POLICY)
+    options = CacheOptions.checked(
+        kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, None, indexmem if ranks else None, MEMORY_OFF
+    )
     exact = _exact(options, slots if memory == "centroid" else 0)
     contents = [read_text(text) for text in names]
     least = (options.budget // n_ubatch + 2) * n_ubatch  # then all rows of a ubatch see that something has left
@@ -182,9 +185,9 @@ def _check_range(name: str, value: int, least: int, most: int = 1 << 20) -> None
 
 def _check_memory(memory: str, checkpoint: Checkpoint) -> None:
     if memory not in MEMORIES:
-        raise IndexMemError(f"unknown memory {memory!r}: choose one of {', '.join(MEMORIES)}")
+        raise LatentMemoryError(f"unknown memory {memory!r}: choose one of {', '.join(MEMORIES)}")
     if memory == "residual" and checkpoint.memory != "residual":
-        raise IndexMemError(
+        raise LatentMemoryError(
             "a residual memory has trained weights: name a sidecar that holds them with --indexmem FILE (indexmem= in "
             "Python), or calibrate a centroid memory, which needs none"
         )
@@ -198,13 +201,7 @@ def _exact(options: CacheOptions, slots: int) -> CacheOptions:
         raise BudgetError("the policy 'full' never evicts, so there is nothing to remember: choose another kv_policy")
     if slots == 0:
         return options
-    least = minimum_budget(options.sinks, 0, options.window)
-    if options.budget - slots < least:
-        raise BudgetError(
-            f"kv_budget {options.budget} is too small: {slots} latent slots are paid from it, and of the rest at "
-            f"least {least} are needed (kv_sinks {options.sinks}, kv_window {options.window}, 1 to evict). Raise "
-            f"kv_budget to {least + slots} or more"
-        )
+    replace(options, memory_slots=slots).require_room(0, "kv_pin")
     return replace(options, budget=options.budget - slots)
 
 

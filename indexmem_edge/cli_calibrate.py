@@ -16,7 +16,7 @@ from typing_extensions import Annotated
 from ._terminal import printable
 from .cli_options import one_line_errors
 from .demo import demo_model
-from .options import DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY
+from .options import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -56,7 +56,7 @@ def calibrate_memory(
     ] = "centroid",
     memory_slots: Annotated[
         int, _option(_FILE, "--memory-slots", min=1, max=4096, help="Latent slots of a centroid memory, per KV head.")
-    ] = 64,
+    ] = DEFAULT_MEMORY_SLOTS,
     no_fingerprint: Annotated[
         bool, _option(_FILE, "--no-fingerprint", help="Leave the fingerprint out, so that fine-tunes may use the file.")
     ] = False,

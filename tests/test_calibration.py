@@ -128,6 +128,9 @@ def test_who_leaves_is_up_to_the_indexer(tiny: Tiny, text: Path, tmp_path: Path)
     sources = [indexer_of(made, tmp_path / f"{s}.gguf", seed=s, mid_dim=32) for s in range(2)]
     results = [calibrate(made[0], text, source.with_suffix(".out"), indexmem=source) for source in sources]
     assert results[0].layers != results[1].layers
+    options = {"indexmem": sources[0], "kv_policy": "streaming"}  # or to a policy, with the memory of the sidecar
+    other = calibrate(made[0], text, tmp_path / "streaming.gguf", **options)
+    assert other.layers == calibrate(made[0], text, tmp_path / "alone.gguf").layers != results[0].layers
 
 
 def test_a_residual_memory_gets_gates(tiny: Tiny, text: Path, tmp_path: Path) -> None:
@@ -213,6 +216,12 @@ def test_a_sidecar_of_a_memory_alone_is_used(tiny: Tiny, text: Path, tmp_path: P
     assert facts["memory"]["enabled"] == [row.enabled for row in result.layers]
     assert facts["indexer"] == {"kind": "none", "input": "attention_input"} and facts["tensors"] == []
     assert run("inspect", str(tmp_path / "m.gguf")).stdout.count("attention_error") == 2
+    options = ["-f", str(text), "-n", "4", "--kv-budget", str(BUDGET), "--kv-window", "8", "-ub", str(UBATCH), "--json"]
+    for more in ([], ["--kv-policy", "keydiff"]):
+        found = run("generate", "-m", str(model), "--indexmem", str(tmp_path / "m.gguf"), *options, *more)
+        assert found.returncode == 0, found.stderr
+        stats = json.loads(found.stdout)["stats"]
+        assert (stats["memory"], stats["memory_slots"]) == ("centroid", SLOTS) and stats["policy"] == (more or ["streaming"])[-1]
 
 
 # errors
@@ -222,7 +231,7 @@ def test_a_sidecar_of_a_memory_alone_is_used(tiny: Tiny, text: Path, tmp_path: P
     "options, kind, match",
     [
         ({"kv_budget": 0}, BudgetError, "give a kv_budget"),
-        ({"kv_budget": 20}, BudgetError, "Raise kv_budget to 21 or more"),  # 8 slots, 4 sinks, a window of 8, 1
+        ({"kv_budget": 20}, BudgetError, "8 memory_slots.*Raise kv_budget to 21 or more"),  # 8 slots, 4 sinks, a window of 8, 1
         ({"kv_policy": "full"}, BudgetError, "never evicts"),
         ({"kv_policy": "nonsense"}, IndexMemError, "nonsense"),
         ({"kv_policy": "indexer"}, IndexMemError, "--indexmem"),
