@@ -132,7 +132,8 @@ class Errors:
         off = exact - full
         lost = without - full
         pairs = ((full, full), (lost, lost), (off, off), (off, direction), (direction, direction))
-        return cls(*(np.einsum("rd,rd->r", a, b) for a, b in pairs), log_mass.astype(np.float64))
+        products: list[Array] = [np.einsum("rd,rd->r", a, b) for a, b in pairs]
+        return cls(*products, log_mass.astype(np.float64))  # type: ignore[call-arg]
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
@@ -141,7 +142,8 @@ class Errors:
 
     def at(self, weight: Array) -> Array:
         """Squared error of each row with its weight w."""
-        return np.maximum(self.base + 2 * weight * self.cross + np.square(weight) * self.square, 0)
+        error: Array = np.maximum(self.base + 2 * weight * self.cross + np.square(weight) * self.square, 0)
+        return error
 
 
 @dataclass(frozen=True)

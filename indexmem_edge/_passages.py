@@ -150,9 +150,7 @@ def tokenize(model: int, text: str) -> list[int]:
     return list(buffer[:n])
 
 
-def passages(
-    texts: Sequence[Sequence[int]], first: Sequence[int], length: int, least: int, most: int
-) -> list[Array]:
+def passages(texts: Sequence[Sequence[int]], first: Sequence[int], length: int, least: int, most: int) -> list[Array]:
     """Cuts tokens of texts into passages of up to `length` tokens, each beginning with `first`; no more than `most`,
     spread over the texts. A remainder counts if it has `least` tokens; a single passage is cut into halves.
 

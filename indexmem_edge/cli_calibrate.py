@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Optional
 import typer
 from typing_extensions import Annotated
 
+from ._parts import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
 from ._terminal import printable
 from .cli_options import one_line_errors
 from .demo import demo_model
-from .options import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW
 
 if TYPE_CHECKING:
     from .calibration import Calibration

@@ -217,11 +217,12 @@ def test_a_sidecar_of_a_memory_alone_is_used(tiny: Tiny, text: Path, tmp_path: P
     assert facts["indexer"] == {"kind": "none", "input": "attention_input"} and facts["tensors"] == []
     assert run("inspect", str(tmp_path / "m.gguf")).stdout.count("attention_error") == 2
     options = ["-f", str(text), "-n", "4", "--kv-budget", str(BUDGET), "--kv-window", "8", "-ub", str(UBATCH), "--json"]
-    for more in ([], ["--kv-policy", "keydiff"]):
+    for policy, more in (("streaming", []), ("keydiff", ["--kv-policy", "keydiff"])):
         found = run("generate", "-m", str(model), "--indexmem", str(tmp_path / "m.gguf"), *options, *more)
         assert found.returncode == 0, found.stderr
         stats = json.loads(found.stdout)["stats"]
-        assert (stats["memory"], stats["memory_slots"]) == ("centroid", SLOTS) and stats["policy"] == (more or ["streaming"])[-1]
+        assert [stats[name] for name in ("memory", "memory_slots", "policy")] == ["centroid", SLOTS, policy]
+        assert stats["memory_layers"] == sum(row.enabled for row in result.layers) and stats["evicted"] > 0
 
 
 # errors
@@ -231,7 +232,7 @@ def test_a_sidecar_of_a_memory_alone_is_used(tiny: Tiny, text: Path, tmp_path: P
     "options, kind, match",
     [
         ({"kv_budget": 0}, BudgetError, "give a kv_budget"),
-        ({"kv_budget": 20}, BudgetError, "8 memory_slots.*Raise kv_budget to 21 or more"),  # 8 slots, 4 sinks, a window of 8, 1
+        ({"kv_budget": 20}, BudgetError, "8 memory_slots.*Raise kv_budget to 21 or more"),
         ({"kv_policy": "full"}, BudgetError, "never evicts"),
         ({"kv_policy": "nonsense"}, IndexMemError, "nonsense"),
         ({"kv_policy": "indexer"}, IndexMemError, "--indexmem"),
@@ -303,6 +304,13 @@ def arguments(model: Path, text: Path, out: Path) -> list[str]:
         "calibrate-memory", "-m", str(model), "--text", str(text), "--out", str(out), "--kv-budget", str(BUDGET),
         "--kv-window", "8", "--memory-slots", str(SLOTS), "-c", str(LENGTH), "-ub", str(UBATCH),
     ]  # fmt: skip
+
+
+def test_help() -> None:
+    result = run("calibrate-memory", "--help")
+    assert result.returncode == 0
+    for word in ("--text", "--kv-budget", "--memory-slots", "--passages", "--force", "-ub", "calibrate-memory -m"):
+        assert word in result.stdout
 
 
 def test_the_command(tiny: Tiny, text: Path, tmp_path: Path) -> None:
