@@ -117,8 +117,8 @@ class Reader:
                 context.decode(tokens[start:end])
                 kept[budget].append(context.kept())
                 done()
-        least = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
-        rows = [_spread(*ubatch) if n < ubatch[0] else np.empty(0, np.intp) for n, ubatch in zip(least, ubatches)]
+        fewest = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
+        rows = [_spread(*ubatch) if m < ubatch[0] else np.empty(0, np.intp) for m, ubatch in zip(fewest, ubatches)]
 
         self._full.clear()
         self._capture.layers = {}
