@@ -1,13 +1,14 @@
 """Attention over what a bounded cache keeps, with and without a memory of what left, against attention over everything.
 
-Plain NumPy, for one layer at a time. Of each measured row and query head only a few numbers are kept, with which the error
-at any gate can be computed: if o_S is the output of the exact entries and d the direction in which the memory moves it,
+Plain NumPy, for one layer at a time. Of each measured row and query head only a few numbers are kept, with which the
+error at any gate can be computed: if o_S is the output of the exact entries and d the direction in which the memory
+moves it,
 
     |o_S + w d - o_full|^2 = base + 2 w cross + w^2 square       w: how far, by kind of memory and gate
 
-The output of a centroid memory is one softmax over exact entries and slots, whose mass is multiplied by the gate g: then d
-leads from o_S to the output of the slots alone, and w = g M/(1 + g M), where M is the mass of the slots in units of that of
-the exact entries. A residual memory is added: d is what it reads, and w = g.
+The output of a centroid memory is one softmax over exact entries and slots, whose mass is multiplied by the gate g:
+then d leads from o_S to the output of the slots alone, and w = g M/(1 + g M), where M is the mass of the slots in units
+of that of the exact entries. A residual memory is added: d is what it reads, and w = g.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Memory(Protocol):
 
 
 class CentroidMemory:
-    """Means of keys and values with counts, written by the rule of the op: what leaves with one ubatch fills empty slots
-    first; all others go to the slot whose key was nearest before any of them was added.
+    """Means of keys and values with counts, written by the rule of the op: what leaves with one ubatch fills empty
+    slots first; all others go to the slot whose key was nearest before any of them was added.
     """
 
     def __init__(self, n_slots: int, n_k: int, n_v: int) -> None:
@@ -129,8 +130,10 @@ class Errors:
         """From outputs [row][n]."""
         full, exact, direction = (a.astype(np.float64) for a in (full, exact, direction))
         off = exact - full
-        products = ((full, full), (without - full, without - full), (off, off), (off, direction), (direction, direction))
-        return cls(*(np.einsum("rd,rd->r", a, b) for a, b in products), log_mass.astype(np.float64))
+        lost = without - full
+        pairs = ((full, full), (lost, lost), (off, off), (off, direction), (direction, direction))
+        products: list[Array] = [np.einsum("rd,rd->r", a, b) for a, b in pairs]
+        return cls(*products, log_mass.astype(np.float64))  # type: ignore[call-arg]
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
@@ -139,7 +142,8 @@ class Errors:
 
     def at(self, weight: Array) -> Array:
         """Squared error of each row with its weight w."""
-        return np.maximum(self.base + 2 * weight * self.cross + np.square(weight) * self.square, 0)
+        error: Array = np.maximum(self.base + 2 * weight * self.cross + np.square(weight) * self.square, 0)
+        return error
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def write_calibrated(
     """
     c = source.checkpoint
     p = c.provenance
-    sources = dict.fromkeys([*zip(p.source_files, p.source_sha256), *((os.path.basename(t), _sha256(t)) for t in texts)])
+    measured_on = [(os.path.basename(text), _sha256(text)) for text in texts]
+    sources = dict.fromkeys([*zip(p.source_files, p.source_sha256), *measured_on])
     tensors = {t.name for kind in (c.kinds[0], find(MEMORIES, "memory", memory)) for t in kind.tensors}
     calibrated = replace(
         c,

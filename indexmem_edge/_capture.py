@@ -35,7 +35,7 @@ Tensor._fields_ = [
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * 64),
 ]
-_TYPES = {llama_lib.GGML_TYPE_F32: np.dtype(np.float32), llama_lib.GGML_TYPE_F16: np.dtype(np.float16)}
+_TYPES: dict[int, npt.DTypeLike] = {llama_lib.GGML_TYPE_F32: np.float32, llama_lib.GGML_TYPE_F16: np.float16}
 
 
 def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:

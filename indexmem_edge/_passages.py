@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -118,8 +117,8 @@ class Reader:
                 context.decode(tokens[start:end])
                 kept[budget].append(context.kept())
                 done()
-        least = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
-        rows = [_spread(*ubatch) if n < ubatch[0] else np.empty(0, np.intp) for n, ubatch in zip(least, ubatches)]
+        fewest = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
+        rows = [_spread(*ubatch) if m < ubatch[0] else np.empty(0, np.intp) for m, ubatch in zip(fewest, ubatches)]
 
         self._full.clear()
         self._capture.layers = {}
@@ -151,9 +150,7 @@ def tokenize(model: int, text: str) -> list[int]:
     return list(buffer[:n])
 
 
-def passages(
-    texts: Sequence[Sequence[int]], first: Sequence[int], length: int, least: int, most: int
-) -> list[Array]:
+def passages(texts: Sequence[Sequence[int]], first: Sequence[int], length: int, least: int, most: int) -> list[Array]:
     """Cuts tokens of texts into passages of up to `length` tokens, each beginning with `first`; no more than `most`,
     spread over the texts. A remainder counts if it has `least` tokens; a single passage is cut into halves.
 

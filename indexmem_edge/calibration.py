@@ -5,10 +5,11 @@
     result = calibrate_memory("model.gguf", ["book.txt"], "model.indexmem.gguf", kv_budget=1024)
     print(result.error_without, result.error)
 
-The error of a layer is that of its attention output against that of a cache that keeps everything: the root of the summed
-squares, relative to the output itself. Without memory all of the budget holds exact entries; a centroid memory has its
-slots paid from the budget, of every layer. The gate is chosen on every second passage, and a layer uses the memory only if
-that lowers its error on those and on the others. Whether the whole is worth its slots is for `Calibration.notes` to say.
+The error of a layer is that of its attention output against that of a cache that keeps everything: the root of the
+summed squares, relative to the output itself. Without memory all of the budget holds exact entries; a centroid memory
+has its slots paid from the budget, of every layer. The gate is chosen on every second passage, and a layer uses the
+memory only if that lowers its error on those and on the others. Whether the whole is worth its slots is for
+`Calibration.notes` to say.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from . import _capi  # noqa: F401  (chooses the library)
 from ._attention import Array, CentroidMemory, Errors, Logits, Memory, ResidualMemory, layer_errors
 from ._gates import CENTROID, RESIDUAL, LayerResult, choose
 from ._modelfile import check_model_file, loaded_model
+from ._parts import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF
 from ._passages import Reader, passages, tokenize
 from ._textfile import read_text
 from .convert import Checkpoint
-from .errors import BudgetError, IndexMemError
-from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, minimum_budget
+from .errors import BudgetError, IndexMemError, LatentMemoryError
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions
 
 import llama_cpp.llama_cpp as llama_lib
 
 MEMORIES = ("centroid", "residual")
-DEFAULT_SLOTS, DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 64, 4, 4096, 512
+DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 4, 4096, 512
+MAX_SLOTS = 4096
 
 PathLike = Union[str, "os.PathLike[str]"]
 Progress = Callable[[int, int], None]
@@ -92,7 +95,7 @@ def calibrate_memory(
     kv_window: int = DEFAULT_WINDOW,
     indexmem: Optional[PathLike] = None,
     memory: str = "centroid",
-    slots: int = DEFAULT_SLOTS,
+    slots: int = DEFAULT_MEMORY_SLOTS,
     n_ctx: int = DEFAULT_LENGTH,
     n_ubatch: int = DEFAULT_UBATCH,
     n_passages: int = DEFAULT_PASSAGES,
@@ -107,7 +110,8 @@ def calibrate_memory(
         texts: UTF-8 files; passages of `n_ctx` tokens are taken from all over them, at most `n_passages`.
         out: the sidecar; `indexmem` with the memory, or without that, a sidecar of a memory alone.
         kv_budget, kv_policy, kv_sinks, kv_window: the cache that the memory is for, as `Llama` takes them.
-        indexmem: a sidecar whose indexer decides who leaves, and whose weights a residual memory has.
+        indexmem: a sidecar whose indexer decides who leaves unless a kv_policy does, and with the weights of a
+            residual memory.
         memory: `centroid`, or `residual`, which `indexmem` must hold.
         slots: of a centroid memory, for each KV head; paid from the budget.
         n_ubatch: tokens evaluated at once. What leaves leaves with its ubatch.
@@ -121,14 +125,18 @@ def calibrate_memory(
     """
     from . import _calibrated_file as files
 
+    _check_range("slots", slots, 1, MAX_SLOTS)
+    _check_range("n_ubatch", n_ubatch, 1)
+    _check_range("n_passages", n_passages, 2)
     name = check_model_file(model)
     names = [os.path.expanduser(os.fspath(text)) for text in texts]
     files.check_output(out, [name, *names, *([indexmem] if indexmem is not None else [])], force)
     source = files.open_source(name, indexmem, fingerprint)
     _check_memory(memory, source.checkpoint)
-    has_indexer = source.checkpoint.kind != "none"
-    sidecar = indexmem if has_indexer else None
-    options = CacheOptions.checked(kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, sidecar=sidecar)
+    ranks = source.checkpoint.kind != "none" and kv_policy in (None, INDEXER_POLICY)
+    options = CacheOptions.checked(
+        kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, None, indexmem if ranks else None, MEMORY_OFF
+    )
     exact = _exact(options, slots if memory == "centroid" else 0)
     contents = [read_text(text) for text in names]
     least = (options.budget // n_ubatch + 2) * n_ubatch  # then all rows of a ubatch see that something has left
@@ -170,11 +178,16 @@ def calibrate_memory(
     return replace(result, bytes=written.size)
 
 
+def _check_range(name: str, value: int, least: int, most: int = 1 << 20) -> None:
+    if not least <= value <= most:
+        raise IndexMemError(f"{name} must be from {least:,} to {most:,}, found {value}")
+
+
 def _check_memory(memory: str, checkpoint: Checkpoint) -> None:
     if memory not in MEMORIES:
-        raise IndexMemError(f"unknown memory {memory!r}: choose one of {', '.join(MEMORIES)}")
+        raise LatentMemoryError(f"unknown memory {memory!r}: choose one of {', '.join(MEMORIES)}")
     if memory == "residual" and checkpoint.memory != "residual":
-        raise IndexMemError(
+        raise LatentMemoryError(
             "a residual memory has trained weights: name a sidecar that holds them with --indexmem FILE (indexmem= in "
             "Python), or calibrate a centroid memory, which needs none"
         )
@@ -188,13 +201,7 @@ def _exact(options: CacheOptions, slots: int) -> CacheOptions:
         raise BudgetError("the policy 'full' never evicts, so there is nothing to remember: choose another kv_policy")
     if slots == 0:
         return options
-    least = minimum_budget(options.sinks, 0, options.window)
-    if options.budget - slots < least:
-        raise BudgetError(
-            f"kv_budget {options.budget} is too small: {slots} latent slots are paid from it, and of the rest at least "
-            f"{least} are needed (kv_sinks {options.sinks}, kv_window {options.window}, 1 to evict). Raise kv_budget to "
-            f"{least + slots} or more"
-        )
+    replace(options, memory_slots=slots).require_room(0, "kv_pin")
     return replace(options, budget=options.budget - slots)
 
 

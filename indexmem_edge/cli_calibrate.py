@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Optional
 import typer
 from typing_extensions import Annotated
 
+from ._parts import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
 from ._terminal import printable
 from .cli_options import one_line_errors
 from .demo import demo_model
-from .options import DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -55,8 +56,8 @@ def calibrate_memory(
         str, _option(_FILE, "--memory", help="centroid, or residual, whose weights --indexmem must hold.")
     ] = "centroid",
     memory_slots: Annotated[
-        int, _option(_FILE, "--memory-slots", min=1, max=4096, help="Latent slots of a centroid memory, for each KV head.")
-    ] = 64,
+        int, _option(_FILE, "--memory-slots", min=1, max=4096, help="Latent slots of a centroid memory, per KV head.")
+    ] = DEFAULT_MEMORY_SLOTS,
     no_fingerprint: Annotated[
         bool, _option(_FILE, "--no-fingerprint", help="Leave the fingerprint out, so that fine-tunes may use the file.")
     ] = False,
@@ -151,13 +152,14 @@ def _show(result: Calibration) -> None:
     on, slots = sum(row.enabled for row in result.layers), f" of {result.slots} slots" if result.slots else ""
     lengths = ", ".join(f"{n:,}" for n in result.passages)
     console.print(
-        f"{result.memory} memory{slots} on in {on} of {len(result.layers)} layers; mean error {result.error_without:.4f} "
-        f"without, {result.error:.4f} with it"
+        f"{result.memory} memory{slots} on in {on} of {len(result.layers)} layers; "
+        f"mean error {result.error_without:.4f} without, {result.error:.4f} with it"
     )
     if result.worse:
         console.print(f"better off without: layer {', '.join(map(str, result.worse))}")
     console.print(
-        f"policy {result.policy}, budget {result.budget:,}; passages of {lengths} tokens, {result.rows:,} outputs a layer"
+        f"policy {result.policy}, budget {result.budget:,}; "
+        f"passages of {lengths} tokens, {result.rows:,} outputs a layer"
     )
     console.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)
 
