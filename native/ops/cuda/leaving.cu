@@ -15,10 +15,10 @@ struct leaving_args {
 
 } // namespace
 
-// a block for each entry
+// a warp for each entry
 static __global__ void leaving_kernel(const leaving_args a) {
     const row_index row = row_of_block(a.k.ne[2]);
-    const int i = blockIdx.x;
+    const int i = blockIdx.x*WARPS + threadIdx.x/WARP;
     if (i >= a.ctl.at<int32_t>(row.s)[INDEXMEM_CTL_N_EVICT]) {
         return;
     }
@@ -29,14 +29,14 @@ static __global__ void leaving_kernel(const leaving_args a) {
     const char * value = a.v.at<char>(slot, row.h, row.s);
 
     float * entry = a.entries + ((int64_t) blockIdx.y*a.plan.ne[0] + i)*n_embd;
-    for (int d = threadIdx.x; d < n_embd; d += THREADS) {
+    for (int d = threadIdx.x % WARP; d < n_embd; d += WARP) {
         entry[d] = d < n_embd_k ? value_at(a.k.type, key, d) : value_at(a.v.type, value, d - n_embd_k);
     }
 }
 
 void gather_leaving(ggml_backend_cuda_context & ctx, const ggml_tensor * op, float * entries) {
     const ggml_tensor * plan = op->src[4];
-    launch(leaving_kernel, dim3(plan->ne[0], plan->ne[2]*plan->ne[3]), THREADS, ctx, leaving_args(op, entries));
+    launch(leaving_kernel, dim3(blocks_for(plan->ne[0], WARPS), plan->ne[2]*plan->ne[3]), THREADS, ctx, leaving_args(op, entries));
 }
 
 } // namespace indexmem_cuda

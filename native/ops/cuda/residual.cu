@@ -23,23 +23,15 @@ struct residual_args : op_view {
 
 } // namespace
 
-// a block for each entry, a warp for each feature
+// a warp for each entry, its lanes share the features
 static __global__ void residual_feature_kernel(const residual_args a) {
-    const int i = blockIdx.x;
+    const int i = blockIdx.x*WARPS + threadIdx.x/WARP;
     if (i >= a.n_evict(row_of_block(a.dst.ne[2]))) {
         return;
     }
     const tensor & phi = a.src[1];
-    const float  * key = a.entry(i);
-    for (int j = threadIdx.x/WARP; j < a.dst.ne[0]; j += WARPS) {
-        float f = 0.0f;
-        for (int d = threadIdx.x % WARP; d < phi.ne[0]; d += WARP) {
-            f += phi.at<float>(j)[d]*key[d];
-        }
-        f = warp_sum(f);
-        if (threadIdx.x % WARP == 0) {
-            a.feature(i)[j] = f;
-        }
+    for (int j = threadIdx.x % WARP; j < a.dst.ne[0]; j += WARP) {
+        a.feature(i)[j] = dot(phi.at<float>(j), a.entry(i), phi.ne[0]);
     }
 }
 
@@ -77,8 +69,8 @@ void residual(ggml_backend_cuda_context & ctx, const ggml_tensor * op) {
     args.features = features.get();
 
     gather_leaving(ctx, op, args.entries);
-    launch(residual_feature_kernel, dim3(n_evict_max, n_row), THREADS, ctx, args);
-    launch(residual_state_kernel, dim3(blocks_for(op->ne[0], THREADS), n_row, op->ne[1]), THREADS, ctx, args);
+    launch(residual_feature_kernel, dim3(blocks_for(n_evict_max, WARPS), n_row),              THREADS, ctx, args);
+    launch(residual_state_kernel,   dim3(blocks_for(op->ne[0], THREADS), n_row, op->ne[1]), THREADS, ctx, args);
 }
 
 } // namespace indexmem_cuda
