@@ -69,10 +69,16 @@ typedef void * cudaStream_t;
 
 #define CUDA_CHECK(call) GGML_ASSERT((call) == cudaSuccess)
 
+// Each launch takes another order, the same in every run, or all the one that INDEXMEM_SHIM_ORDER names.
+inline shim::order order_of_launch() {
+    static std::mt19937 rng(1);
+    return getenv("INDEXMEM_SHIM_ORDER") ? shim::order_of_environment() : (shim::order) (rng() % 3);
+}
+
 template <typename A>
 cudaError_t cudaLaunchKernel(void (*kernel)(A), dim3 grid, dim3 block, void ** args, size_t, cudaStream_t) {
     const A a = *(const A *) args[0];
-    shim::run({ grid.x, grid.y, grid.z }, { block.x, block.y, block.z }, 0, shim::order_of_environment(), [&] { kernel(a); });
+    shim::run({ grid.x, grid.y, grid.z }, { block.x, block.y, block.z }, 0, order_of_launch(), [&] { kernel(a); });
     return cudaSuccess;
 }
 
