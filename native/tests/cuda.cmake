@@ -32,7 +32,7 @@ if(NVCC_PROGRAM AND NOT WIN32)
     list(TRANSFORM cuda_sources REPLACE "(.+)" "#include \"\\1\"" OUTPUT_VARIABLE lines)
     list(JOIN lines "\n" lines)
     file(CONFIGURE OUTPUT "${unit}" CONTENT "${lines}\n" @ONLY)
-    set(nvcc_includes "${source}/llama.cpp/ggml/src/ggml-cuda" "${source}/llama.cpp/ggml/include" ${indexmem_includes}
+    set(nvcc_includes "${source}/llama.cpp/ggml/include" ${indexmem_includes}
                       "${PROJECT_SOURCE_DIR}/native/ops/cuda")
     list(TRANSFORM nvcc_includes PREPEND -I)
     file(GLOB cuda_headers CONFIGURE_DEPENDS native/ops/cuda/*.cuh)

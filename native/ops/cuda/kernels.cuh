@@ -9,7 +9,7 @@
 //
 // y of a grid counts (KV head, sequence) pairs, x parts of such a row.
 
-#include "common.cuh"
+#include "ggml-cuda/common.cuh"
 
 #include "indexmem-ops.h"
 

@@ -13,11 +13,11 @@ enum policy {
 #undef INDEXMEM_POLICY
 };
 
-policy policy_of(const ggml_tensor * op) {
+} // namespace
+
+static policy policy_of(const ggml_tensor * op) {
     return (policy) ggml_get_op_params_i32(op, INDEXMEM_PARAM_POLICY);
 }
-
-} // namespace
 
 //
 // what does not look at keys: full, streaming, random, indexer

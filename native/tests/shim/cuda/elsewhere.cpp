@@ -2,7 +2,7 @@
 
 #include "graph.h"
 
-#include "common.cuh"
+#include "ggml-cuda/common.cuh"
 #include "indexmem-cuda.cuh"
 #include "indexmem-ops.h"
 
