@@ -22,7 +22,7 @@ _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 2
+API_VERSION = 3
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR = range(4)  # enum indexmem_error
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
@@ -42,6 +42,8 @@ class Params(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("policy", ctypes.c_char_p),
         ("sidecar", ctypes.c_char_p),
+        ("memory", ctypes.c_char_p),
+        ("memory_slots", ctypes.c_uint32),
     ]
 
 
@@ -63,10 +65,14 @@ class Stats(ctypes.Structure):
         ("kv_bytes", ctypes.c_uint64),
         ("meta_bytes", ctypes.c_uint64),
         ("indexer_bytes", ctypes.c_uint64),
+        ("memory_bytes", ctypes.c_uint64),
         ("sidecar_bytes", ctypes.c_uint64),
         ("sidecar_hash", ctypes.c_uint64),
         ("evict_us", ctypes.c_int64),
         ("n_evictions", ctypes.c_uint64),
+        ("memory_slots", ctypes.c_uint32),
+        ("memory_layers", ctypes.c_uint32),
+        ("memory", ctypes.c_char * 16),
     ]
 
 
@@ -85,6 +91,9 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_indexer_count": (_INT, []),
     "indexmem_indexer_name": (ctypes.c_char_p, [_INT]),
     "indexmem_indexer_help": (ctypes.c_char_p, [_INT]),
+    "indexmem_memory_count": (_INT, []),
+    "indexmem_memory_name": (ctypes.c_char_p, [_INT]),
+    "indexmem_memory_help": (ctypes.c_char_p, [_INT]),
     "indexmem_model_supported": (ctypes.c_bool, [_P, ctypes.c_char_p, ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
@@ -175,6 +184,11 @@ def indexers() -> dict[str, str]:
     return _table("indexer")
 
 
+def memories() -> dict[str, str]:
+    """Name and one line of help of each kind of latent memory."""
+    return _table("memory")
+
+
 def check_sidecar(path: str, model: Optional[int] = None) -> None:
     """Reads a whole sidecar and, with a model, compares it with that; keeps nothing.
 
@@ -197,7 +211,7 @@ class Request:
     """The bounded cache to be made for the next context of this thread, in the fields of indexmem_params."""
 
     budget: int
-    policy: Optional[str]  # None, "": the indexer with a sidecar, else streaming
+    policy: Optional[str]  # None, "": the indexer with a sidecar that has one, else streaming
     sinks: int
     window: int
     pin: int
@@ -205,6 +219,8 @@ class Request:
     seed: int
     budget_ratio: float = 0.0  # 0: none
     sidecar: Optional[str] = None
+    memory: Optional[str] = None  # None, "": that of the sidecar, without one "off"
+    memory_slots: int = 0  # 0: as in the sidecar, without one the default of the kind
 
     def submit(self) -> None:
         """Asks that the next context created by this thread be bounded.
@@ -217,6 +233,8 @@ class Request:
         params.evict_step, params.seed, params.budget_ratio = self.evict_step, self.seed, self.budget_ratio
         params.policy = self.policy.encode() if self.policy else None
         params.sidecar = os.fsencode(self.sidecar) if self.sidecar else None
+        params.memory = self.memory.encode() if self.memory else None
+        params.memory_slots = self.memory_slots
         if not library().indexmem_next_context(ctypes.byref(params)):
             raise failure("the library refused the requested KV cache")
 

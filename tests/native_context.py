@@ -108,6 +108,8 @@ class Context:
         n_threads: int = 2,
         sidecar: Optional[Path] = None,
         budget_ratio: float = 0.0,
+        memory: Optional[str] = None,
+        memory_slots: int = 0,
         capture: Optional[Capture] = None,
     ) -> None:
         self.model, self.n_seq, self.n_batch = model, n_seq, 512
@@ -123,8 +125,9 @@ class Context:
         if capture:
             params.cb_eval = capture.callback
         request = _capi.Request(
-            budget, policy, sinks, window, pin, evict_step, seed, budget_ratio, str(sidecar) if sidecar else None
-        )
+            budget, policy, sinks, window, pin, evict_step, seed, budget_ratio,
+            str(sidecar) if sidecar else None, memory, memory_slots,
+        )  # fmt: skip
         request.submit()
         self.ctx = llama_cpp.llama_init_from_model(model, params)
         error = _capi.last_error()

@@ -228,8 +228,8 @@ def test_pins(tiny: Tiny) -> None:
 # ---------------------------------------------------------------------------------------------- damaged states
 
 
-# up to the number of sequences: llama.cpp's own 8 bytes, magic, version, policy, numbers, the sidecar's hash, layers
-N_HEADER = 8 + 4 + 4 + 4 + len("streaming") + 6 * 4 + 8 + 2 * 6 * 4 + 4
+# up to the number of sequences: llama.cpp's own 8 bytes, magic, version, policy, memory, numbers, the sidecar's hash, layers
+N_HEADER = 8 + 4 + 4 + 4 + len("streaming") + 4 + len("off") + 7 * 4 + 8 + 2 * 6 * 4 + 4
 
 
 @pytest.fixture(scope="module")

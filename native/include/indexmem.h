@@ -40,7 +40,7 @@ extern "C" {
 struct llama_model;
 struct llama_context;
 
-#define INDEXMEM_API_VERSION 2
+#define INDEXMEM_API_VERSION 3
 
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
@@ -52,8 +52,10 @@ struct indexmem_params {
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
     double       budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
     uint64_t     seed;        // for policies that draw numbers
-    const char * policy;      // name out of indexmem_policy_name(), NULL = "indexer" with a sidecar, else "streaming"
-    const char * sidecar;     // file with a trained indexer, see docs/sidecar.md; NULL = none
+    const char * policy;      // name out of indexmem_policy_name(), NULL = "indexer" with a sidecar that has one, else "streaming"
+    const char * sidecar;     // file with a trained indexer or memory, see docs/sidecar.md; NULL = none
+    const char * memory;      // kind out of indexmem_memory_name(), or "off"; NULL = that of the sidecar, without one "off"
+    uint32_t     memory_slots; // of a memory that has slots, part of the budget; 0 = as in the sidecar, without one 64
 };
 
 // Counts of one sequence.
@@ -70,12 +72,16 @@ struct indexmem_stats {
     uint32_t pin;            // of this sequence
     uint32_t evict_step;
     uint64_t kv_bytes;       // K and V of the whole context, all layers and sequences: fixed at creation
-    uint64_t meta_bytes;     // positions, policy and indexer state, likewise fixed
+    uint64_t meta_bytes;     // positions, state of policy, indexer and memory, likewise fixed
     uint64_t indexer_bytes;  // the part of meta_bytes that the indexer keeps
+    uint64_t memory_bytes;   // the part of meta_bytes that the latent memory keeps
     uint64_t sidecar_bytes;  // weights of the sidecar in memory
     uint64_t sidecar_hash;   // identity of the sidecar, 0 = none
     int64_t  evict_us;       // wall time spent in ranking, selection and compaction on the CPU since creation
     uint64_t n_evictions;    // ubatches that evicted from this sequence
+    uint32_t memory_slots;   // slots of the latent memory, of the budget; 0 without one or if its kind has none
+    uint32_t memory_layers;  // layers that have a latent memory
+    char     memory[16];     // kind of the latent memory, or "off"
 };
 
 INDEXMEM_API int          indexmem_api_version(void);
@@ -110,6 +116,11 @@ INDEXMEM_API void indexmem_model_fingerprint(const struct llama_model * model, c
 INDEXMEM_API int          indexmem_indexer_count(void);
 INDEXMEM_API const char * indexmem_indexer_name (int i); // NULL out of range
 INDEXMEM_API const char * indexmem_indexer_help (int i); // one line
+
+// The table of kinds of latent memory.
+INDEXMEM_API int          indexmem_memory_count(void);
+INDEXMEM_API const char * indexmem_memory_name (int i); // NULL out of range
+INDEXMEM_API const char * indexmem_memory_help (int i); // one line
 
 // Whether a bounded cache can be made for the model; if not, the reason is written to `reason` (may be NULL).
 INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, char * reason, size_t reason_size);

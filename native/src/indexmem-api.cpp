@@ -23,7 +23,10 @@
 // state of the calling thread
 struct request {
     llama_kv_cache_bounded::config config;
+    std::string policy;  // empty = the indexer of the sidecar, without one streaming
     std::string sidecar; // path, empty = none
+    std::string memory;  // empty = that of the sidecar
+    uint32_t    memory_slots;
 };
 
 static thread_local std::string            error_last;
@@ -69,6 +72,16 @@ indexmem_params indexmem_default_params(void) {
     return params;
 }
 
+// names of a table, for people
+template <typename F>
+static std::string names_of(F name) {
+    std::string res;
+    for (int i = 0; name(i); ++i) {
+        res += std::string(i ? ", " : "") + name(i);
+    }
+    return res;
+}
+
 bool indexmem_next_context(const indexmem_params * params) {
     clear_error();
     request_next.reset();
@@ -83,8 +96,7 @@ bool indexmem_next_context(const indexmem_params * params) {
         return true; // unbounded
     }
 
-    const bool has_sidecar = params->sidecar && *params->sidecar;
-    const char * policy = params->policy ? params->policy : has_sidecar ? "indexer" : "streaming";
+    const auto text = [](const char * s) { return std::string(s ? s : ""); };
 
     llama_kv_cache_bounded::config cfg = {};
     cfg.budget     = params->budget;
@@ -94,18 +106,19 @@ bool indexmem_next_context(const indexmem_params * params) {
     cfg.evict_step = params->evict_step;
     cfg.ratio      = params->budget_ratio;
     cfg.seed       = params->seed;
-    cfg.policy     = indexmem_policy_find(policy);
-    if (cfg.policy < 0) {
-        std::string names;
-        for (int i = 0; i < indexmem_policy_count(); ++i) {
-            names += std::string(i ? ", " : "") + indexmem_policy_name(i);
-        }
-        return fail(format("unknown policy '%s'; there are: %s", policy, names.c_str()));
+
+    const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots };
+    if (!req.policy.empty() && indexmem_policy_find(req.policy.c_str()) < 0) {
+        return fail(format("unknown policy '%s'; there are: %s", req.policy.c_str(), names_of(indexmem_policy_name).c_str()));
     }
-    if (has_sidecar != (strcmp(policy, "indexer") == 0)) {
-        return fail(has_sidecar ?
-                format("the policy '%s' would not use the indexer of the sidecar: leave out one of them", policy) :
-                "the policy 'indexer' needs a sidecar with a trained indexer");
+    if (req.sidecar.empty() && req.policy == "indexer") {
+        return fail("the policy 'indexer' needs a sidecar with a trained indexer");
+    }
+    if (!req.memory.empty() && req.memory != "off" && !indexmem_memory_find(req.memory)) {
+        return fail(format("unknown memory '%s'; there are: off, %s", req.memory.c_str(), names_of(indexmem_memory_name).c_str()));
+    }
+    if (req.memory_slots > 0 && (req.memory == "off" || (req.memory.empty() && req.sidecar.empty()))) {
+        return fail(format("%u slots for a memory that is off: choose a memory, or leave the number out", req.memory_slots));
     }
     if (!(cfg.ratio >= 0.0 && cfg.ratio <= 1.0)) {
         return fail(format("a budget ratio is a share of the tokens seen, above 0 and at most 1: it is %g", cfg.ratio));
@@ -114,7 +127,7 @@ bool indexmem_next_context(const indexmem_params * params) {
         return fail("the window must hold at least the newest token: it is 0");
     }
 
-    const uint64_t min = llama_kv_cache_bounded::budget_min(cfg.sinks, cfg.pin, cfg.window);
+    const uint64_t min = llama_kv_cache_bounded::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory
     if (cfg.budget < min) {
         return fail(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + 1)",
                     cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window));
@@ -124,15 +137,53 @@ bool indexmem_next_context(const indexmem_params * params) {
         return fail(format("a budget of %u is too large: at most %u", cfg.budget, BUDGET_MAX));
     }
 
-    request_next = request { cfg, has_sidecar ? params->sidecar : "" };
+    request_next = req;
     return true;
+}
+
+// What ranks and what remembers: fills policy, memory and sidecar.
+static void choose_parts(const request & req, const llama_model & model, bool offload, llama_kv_cache_bounded::config & cfg) {
+    std::shared_ptr<indexmem_sidecar> sidecar;
+    if (!req.sidecar.empty()) {
+        sidecar = std::make_shared<indexmem_sidecar>(req.sidecar);
+    }
+    const bool has_indexer = sidecar && sidecar->get_indexer();
+    const auto of_sidecar  = sidecar ? sidecar->get_memory() : nullptr;
+
+    const std::string policy = !req.policy.empty() ? req.policy : has_indexer ? "indexer" : "streaming";
+    const std::string kind   = !req.memory.empty() ? req.memory : of_sidecar ? of_sidecar->kind() : "off";
+
+    const bool uses_indexer = policy == "indexer";
+    const bool uses_memory  = of_sidecar && kind == of_sidecar->kind();
+
+    if (uses_indexer && !has_indexer) {
+        throw indexmem_sidecar_error("the policy 'indexer' needs an indexer, and " + req.sidecar + " has a memory only: choose another policy");
+    }
+    if (has_indexer && !uses_indexer && !uses_memory) {
+        indexmem_fail(INDEXMEM_ERROR_PARAMS, format("the policy '%s' would not use the indexer of the sidecar: leave out one of them",
+                    policy.c_str()));
+    }
+
+    std::shared_ptr<indexmem_memory> memory;
+    if (kind != "off") {
+        memory = uses_memory ? of_sidecar : indexmem_memory_find(kind)->make({}, nullptr);
+        if (req.memory_slots > 0 && !memory->set_slots(req.memory_slots)) {
+            indexmem_fail(INDEXMEM_ERROR_PARAMS, format("the memory '%s' cannot have %u slots", kind.c_str(), req.memory_slots));
+        }
+    }
+    if (uses_indexer || uses_memory) {
+        sidecar->load(model, offload, uses_indexer, uses_memory);
+        cfg.sidecar = sidecar;
+    }
+    cfg.policy = indexmem_policy_find(policy.c_str());
+    cfg.memory = memory;
 }
 
 llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (!request_next) {
         return nullptr;
     }
-    auto [cfg, sidecar] = *request_next;
+    const request req = *request_next;
     request_next.reset();
 
     auto refuse = [](const std::string & reason) {
@@ -158,17 +209,11 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         refuse(format("a bounded KV cache gives each of the %u sequences a budget of its own: switch kv_unified off", cparams.n_seq_max));
     }
-    if (!sidecar.empty()) {
-        try {
-            auto loaded = std::make_shared<indexmem_sidecar>(sidecar);
-            if (!loaded->get_indexer()) {
-                throw indexmem_sidecar_error(sidecar + " holds a latent memory and no indexer, and this version runs indexers only: leave it out");
-            }
-            loaded->load(model, cparams.offload_kqv);
-            cfg.sidecar = std::move(loaded);
-        } catch (const indexmem_sidecar_error & err) {
-            indexmem_fail(INDEXMEM_ERROR_SIDECAR, err.what());
-        }
+    llama_kv_cache_bounded::config cfg = req.config;
+    try {
+        choose_parts(req, model, cparams.offload_kqv, cfg);
+    } catch (const indexmem_sidecar_error & err) {
+        indexmem_fail(INDEXMEM_ERROR_SIDECAR, err.what());
     }
     try {
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
@@ -222,6 +267,24 @@ const char * indexmem_indexer_help(int i) {
     return info ? info->help : nullptr;
 }
 
+int indexmem_memory_count(void) {
+    int n = 0;
+    while (indexmem_memory_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_memory_name(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_memory_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_memory_help(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_memory_get(i);
+    return info ? info->help : nullptr;
+}
+
 bool indexmem_model_supported(const llama_model * model, char * reason, size_t reason_size) {
     const std::string text = indexmem_unsupported_reason(*model);
     if (reason && reason_size > 0) {
@@ -252,7 +315,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
 
     stats->budget      = kv->get_config().budget;
     stats->n_slots     = kv->get_n_slots();
-    stats->budget_now  = kv->get_budget(*seq);
+    stats->budget_now  = kv->get_budget(*seq) + kv->get_n_latent();
     stats->n_kept      = seq->n_used;
     stats->n_seen      = seq->n_seen;
     stats->n_evicted   = seq->n_seen - seq->n_used;
@@ -266,6 +329,14 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->n_evictions = seq->n_evictions;
 
     const auto * sidecar = kv->get_config().sidecar.get();
+    const auto * memory  = kv->get_memory();
+    stats->memory_slots  = kv->get_n_latent();
+    stats->memory_bytes  = kv->size_memory_bytes();
+    stats->memory_layers = 0;
+    for (const auto & l : kv->get_layers()) {
+        stats->memory_layers += memory && memory->enabled(l.il);
+    }
+    snprintf(stats->memory, sizeof(stats->memory), "%s", memory ? memory->kind() : "off");
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;

@@ -13,9 +13,8 @@
 // row and one key at a time and adds up the values in half precision, so they go to our own op.
 static constexpr int64_t ATTEND_MAX_TOKENS = 64;
 
-// orthonormal Walsh-Hadamard matrix of size n, a power of two: entry (i, j) is +-1/sqrt(n), negative where i and j share
-// an odd number of bits
-static std::vector<float> hadamard(int64_t n) {
+// entry (i, j) is +-1/sqrt(n), negative where i and j share an odd number of bits
+std::vector<float> indexmem_hadamard(int64_t n) {
     const float value = 1.0f/std::sqrt((float) n);
     std::vector<float> res(n*n);
     for (int64_t i = 0; i < n; ++i) {
@@ -37,8 +36,8 @@ ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_typ
     return res;
 }
 
-ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq) {
-    return ggml_view_4d(ctx, t, t->ne[0], n, t->ne[2], n_seq, t->nb[1], t->nb[2], t->nb[3], s0*t->nb[3]);
+ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq, int64_t i0) {
+    return ggml_view_4d(ctx, t, t->ne[0], n, t->ne[2], n_seq, t->nb[1], t->nb[2], t->nb[3], i0*t->nb[1] + s0*t->nb[3]);
 }
 
 ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n) {
@@ -54,7 +53,7 @@ ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_
 llm_graph_input_attn_bounded::shape llm_graph_input_attn_bounded::shape_of(
         const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens) {
     const auto & st = mctx->get_step();
-    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.score, st.n_old };
+    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.recall, st.score, st.n_old };
 }
 
 llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
@@ -71,6 +70,9 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
     if (sh.evict) {
         ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
     }
+    if (kv.get_memory()) {
+        latent.emplace(ctx, kv, mctx->get_step());
+    }
     if (kv.get_indexer()) {
         scoring.emplace(ctx, kv, mctx->get_step(), sh.n_tokens);
     } else if (kv.get_n_ring() > 0) {
@@ -80,11 +82,11 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
     // the caller rotates q, k, v and the output when these are set
     if (kv.get_rot_k() > 0) {
-        hadamard_k = hadamard(kv.get_rot_k());
+        hadamard_k = indexmem_hadamard(kv.get_rot_k());
         self_k_rot = indexmem_new_input(ctx, "attn_inp_k_rot", GGML_TYPE_F32, kv.get_rot_k(), kv.get_rot_k());
     }
     if (kv.get_rot_v() > 0) {
-        hadamard_v = hadamard(kv.get_rot_v());
+        hadamard_v = indexmem_hadamard(kv.get_rot_v());
         self_v_rot = indexmem_new_input(ctx, "attn_inp_v_rot", GGML_TYPE_F32, kv.get_rot_v(), kv.get_rot_v());
     }
 }
@@ -117,12 +119,19 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
 
             // everything in the cache is in the past; among the new tokens attention is causal
             ggml_fp16_t * row = data_mask.data() + (int64_t) (s*sh.n_tokens + i)*sh.n_kv;
+            if (sh.recall) {
+                std::fill(row, row + kv.get_n_latent(), zero); // empty ones are masked by their counts
+            }
+            row += kv.get_n_front() - row_first();
             std::fill(row, row + n_used + i + 1, zero);
         }
     }
     ggml_backend_tensor_set(mask,  data_mask.data(),  0, ggml_nbytes(mask));
     ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
 
+    if (latent) {
+        latent->set_input();
+    }
     if (scoring) {
         scoring->set_input(kv, st);
     }
@@ -168,6 +177,12 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     }
 }
 
+// the slots of entries of K or V, for the sequences of the ubatch
+ggml_tensor * llm_graph_input_attn_bounded::view_entries(ggml_context * ctx, ggml_tensor * t) const {
+    const auto & kv = mctx->get_kv();
+    return indexmem_view_seqs(ctx, t, kv.get_n_slots(), sh.s0, sh.n_seq, kv.get_n_front());
+}
+
 // One sequence: the same mask serves all KV heads. Several: a copy for each, since dimension 3 counts both.
 ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, int64_t n_head_kv) {
     if (sh.n_seq == 1 || n_head_kv == 1) {
@@ -201,11 +216,9 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     const int64_t H   = l->k->ne[2];
     const int64_t Hq  = q_cur->ne[1];
     const int64_t G   = Hq/H;
-    const int64_t n_k = l->k->ne[1];
-
     // store
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l->k, n_k, sh.s0, S), indexmem_tokens_last(ctx, k_cur, T, S, T), slots));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l->v, n_k, sh.s0, S), indexmem_tokens_last(ctx, v_cur, T, S, T), slots));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_entries(ctx, l->k), indexmem_tokens_last(ctx, k_cur, T, S, T), slots));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_entries(ctx, l->v), indexmem_tokens_last(ctx, v_cur, T, S, T), slots));
     if (l->q) {
         ggml_build_forward_expand(gf, ggml_set_rows(ctx,
                     indexmem_view_seqs(ctx, l->q, l->q->ne[1], sh.s0, S), indexmem_tokens_last(ctx, q_cur, T, S, rings->ne[0]), rings));
@@ -221,10 +234,6 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     }
 
     // attend: heads of a sequence are neighbours in memory, so (head, sequence) is one dimension
-    auto streams = [&](ggml_tensor * t) {
-        return ggml_view_4d(ctx, t, t->ne[0], sh.n_kv, 1, H*S, t->nb[1], t->nb[2], t->nb[2], sh.s0*t->nb[3]);
-    };
-
     ggml_tensor * q;
     if (S == 1) {
         q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
@@ -232,16 +241,9 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
         q = ggml_cont(ctx, indexmem_tokens_last(ctx, q_cur, T, S, T));
         q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
     }
-
-    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-
-    ggml_tensor * cur;
-    if (T < ATTEND_MAX_TOKENS && ggml_backend_buffer_is_host(l->k->buffer)) {
-        cur = ggml_indexmem_attend(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), nullptr, kq_scale, softcap);
-    } else {
-        cur = ggml_flash_attn_ext(ctx, q, streams(l->k), streams(l->v), get_mask(ctx, H), kq_scale, 0.0f, softcap);
-        ggml_prec_set_acc(cur, GGML_PREC_F32);
-        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, il });
+    ggml_tensor * cur = build_attend(graph, *l, q, kq_scale);
+    if (latent) {
+        cur = latent->build_add(ctx, *l, q, cur);
     }
 
     // [n_embd_head_v, G, T, H*S] -> [n_embd_head_v*G*H, T*S]
@@ -259,6 +261,31 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     return cur;
 }
 
+// q F32 [n_embd_head_k, T, G, H*S] -> F32 [n_embd_head_v, G, T, H*S]
+ggml_tensor * llm_graph_input_attn_bounded::build_attend(
+        const llm_graph_context & graph,
+        const llama_kv_cache_bounded::layer & l,
+        ggml_tensor * q,
+        float kq_scale) {
+    ggml_context * ctx = graph.ctx0;
+
+    const auto streams = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx, t, t->ne[0], sh.n_kv, 1, q->ne[3], t->nb[1], t->nb[2], t->nb[2], row_first()*t->nb[1] + sh.s0*t->nb[3]);
+    };
+    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
+
+    if (sh.n_tokens < ATTEND_MAX_TOKENS && ggml_backend_buffer_is_host(l.k->buffer)) {
+        return ggml_indexmem_attend(ctx, q, streams(l.k), streams(l.v), get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap);
+    }
+    ggml_tensor * biased = count ? ggml_indexmem_bias(ctx, mask, count) : get_mask(ctx, l.k->ne[2]);
+    ggml_tensor * cur    = ggml_flash_attn_ext(ctx, q, streams(l.k), streams(l.v), biased, kq_scale, 0.0f, softcap);
+    ggml_prec_set_acc(cur, GGML_PREC_F32);
+    graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, (int) l.il });
+    return cur;
+}
+
 void llm_graph_input_attn_bounded::build_evict(
         const llm_graph_context & graph,
         const llama_kv_cache_bounded::layer & l,
@@ -269,27 +296,28 @@ void llm_graph_input_attn_bounded::build_evict(
 
     const auto & kv = mctx->get_kv();
 
-    const int64_t n_slots = l.k->ne[1];
-
-    ggml_tensor * k   = indexmem_view_seqs(ctx, l.k, n_slots, sh.s0, sh.n_seq);
-    ggml_tensor * v   = indexmem_view_seqs(ctx, l.v, n_slots, sh.s0, sh.n_seq);
-    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, n_slots, l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
+    ggml_tensor * k   = view_entries(ctx, l.k);
+    ggml_tensor * v   = view_entries(ctx, l.v);
+    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, l.pos->ne[0], l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
 
     ggml_tensor * rank = build_rank(graph, l, pos, q_cur, kq_scale);
     ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, kv.get_evict_max(sh.n_tokens));
 
-    std::vector<ggml_tensor *> nodes = {
-        rank,
-        plan,
-        ggml_indexmem_compact    (ctx, k,   plan, ctl),
-        ggml_indexmem_compact    (ctx, v,   plan, ctl),
-        ggml_indexmem_compact_pos(ctx, pos, plan, ctl),
-    };
+    std::vector<ggml_tensor *> nodes = { rank, plan };
+    if (latent) {
+        const auto writes = latent->build_write(ctx, l, k, v, plan, ctl);
+        nodes.insert(nodes.end(), writes.begin(), writes.end());
+    }
+    nodes.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
+    nodes.push_back(ggml_indexmem_compact    (ctx, v,   plan, ctl));
+    nodes.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
     if (scoring) {
         nodes.push_back(scoring->build_compact(ctx, kv, l, plan, ctl));
     }
     for (ggml_tensor * t : nodes) {
-        ggml_indexmem_set_timer(t, &kv.evict_us);
+        if (t->op == GGML_OP_INDEXMEM) {
+            ggml_indexmem_set_timer(t, &kv.evict_us);
+        }
         ggml_build_forward_expand(gf, t);
     }
     graph.cb(rank, "bounded_rank", l.il);
@@ -315,8 +343,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_rank(
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, sh.n_tokens, sh.n_seq, 1); // a ring of one row
     }
-    ggml_tensor * k = indexmem_view_seqs(ctx, l.k, l.k->ne[1], sh.s0, sh.n_seq);
-    return ggml_indexmem_rank(ctx, k, pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
+    return ggml_indexmem_rank(ctx, view_entries(ctx, l.k), pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
             kq_scale, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
 }
 
@@ -329,8 +356,8 @@ uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
     if (!kv) {
         return 0;
     }
-    // what is needed: 28 a layer for storing, attending and evicting, 45 for the largest indexer
-    return (uint32_t) kv->get_layers().size()*(kv->get_indexer() ? 128 : 48);
+    // what is needed: 28 a layer for storing, attending and evicting, 45 for the largest indexer, 22 for the larger memory
+    return (uint32_t) kv->get_layers().size()*(48 + (kv->get_indexer() ? 80 : 0) + (kv->get_memory() ? 40 : 0));
 }
 
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "indexmem-kv-cache.h"
+#include "indexmem-latent.h"
 #include "indexmem-scoring.h"
 
 #include <optional>
@@ -9,7 +10,8 @@
 // The attention of a bounded cache in the compute graph
 //
 // Invariants
-//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph
+//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph, and what leaves is
+//     written into the latent memory before its rows are overwritten
 //   - a graph without eviction is built for ubatches that evict nothing; likewise with scoring
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
@@ -44,21 +46,29 @@ private:
         uint32_t n_tokens; // per sequence
         uint32_t n_kv;
         bool     evict;
+        bool     recall;
         bool     score;
         uint32_t n_old;
 
         bool operator==(const shape & other) const {
             return s0 == other.s0 && n_seq == other.n_seq && n_tokens == other.n_tokens && n_kv == other.n_kv &&
-                evict == other.evict && score == other.score && n_old == other.n_old;
+                evict == other.evict && recall == other.recall && score == other.score && n_old == other.n_old;
         }
     };
 
     static shape shape_of(const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens);
 
+    // the first row that attention looks at
+    int64_t row_first() const { return sh.recall ? 0 : mctx->get_kv().get_n_front(); }
+
+    ggml_tensor * build_attend(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q, float kq_scale);
+
     void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
 
     ggml_tensor * build_rank(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * pos,
             ggml_tensor * q_cur, float kq_scale);
+
+    ggml_tensor * view_entries(ggml_context * ctx, ggml_tensor * t) const;
 
     ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
 
@@ -70,6 +80,8 @@ private:
     ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
     ggml_tensor * rings = nullptr; // I64 [n_last, 1, n_seq]             ring rows of the newest queries
     ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
+
+    std::optional<indexmem_latent> latent; // if there is a latent memory
 
     std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
 
@@ -87,11 +99,14 @@ const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_conte
 
 ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1);
 
-// the first n slots or rows of the sequences [s0, s0 + n_seq) of a cache tensor
-ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq);
+// n slots or rows, from i0 on, of the sequences [s0, s0 + n_seq) of a cache tensor
+ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq, int64_t i0 = 0);
 
 // [n_embd, n_head, n_tokens*n_seq] -> the last n tokens of each sequence as [n_embd, n, n_head, n_seq], without a copy
 ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n);
+
+// orthonormal Walsh-Hadamard matrix of size n, a power of two: what K and V of quantised caches are rotated by
+std::vector<float> indexmem_hadamard(int64_t n);
 
 // hooks of llama-graph.cpp
 

@@ -1,6 +1,7 @@
 #include "indexmem-kv-cache.h"
 
 #include "indexmem-buffers.h"
+#include "indexmem-graph.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -15,6 +16,9 @@
 // while the cache fills
 static constexpr uint32_t N_KV_PAD = 256;
 
+// rows of any type begin at multiples of 16 bytes then
+static constexpr uint32_t N_FRONT_PAD = 8;
+
 static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
 
 std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
@@ -24,6 +28,7 @@ std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
             res.push_back(t);
         }
     }
+    res.insert(res.end(), memory.begin(), memory.end());
     return res;
 }
 
@@ -55,13 +60,24 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     model(model), cfg(cfg), seqs(n_seq_max) {
     const auto & hparams = model.hparams;
 
-    n_slots = GGML_PAD(cfg.budget + n_ubatch, N_KV_PAD);
+    const uint64_t min = budget_min(cfg.sinks, cfg.pin, cfg.window, get_n_latent());
+    if (cfg.budget < min) {
+        throw std::runtime_error(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + "
+                    "%u slots of the memory + 1)", cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window, get_n_latent()));
+    }
+    if (strcmp(get_policy().name, "indexer") == 0) {
+        indexer = cfg.sidecar->get_indexer();
+    }
 
-    const auto * indexer   = get_indexer();
+    // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on.
+    const uint32_t n_entries = cfg.budget - get_n_latent() + n_ubatch;
+    n_front = GGML_PAD(get_n_latent(), N_FRONT_PAD);
+    n_slots = std::max(GGML_PAD(n_entries, N_KV_PAD), GGML_PAD(n_front + n_entries, N_KV_PAD) - n_front);
+
     const uint32_t n_queries = indexer ? indexer->n_queries() : get_policy().n_queries;
     n_ring = n_queries > (indexer ? 0 : 1) ? n_queries + N_RING_SLACK : 0;
 
-    indexmem_buffers buffers(model, offload, 7u*hparams.n_layer_all);
+    indexmem_buffers buffers(model, offload, 10u*hparams.n_layer_all);
 
     // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
     int64_t head_k = -1;
@@ -88,8 +104,8 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
         layer l = {};
         l.il  = il;
-        l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, n_slots, n_head, n_seq_max);
-        l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, n_slots, n_head, n_seq_max);
+        l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, n_front + n_slots, n_head, n_seq_max);
+        l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, n_front + n_slots, n_head, n_seq_max);
         l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_slots, n_head, n_seq_max);
         ggml_format_name(l.k,   "bounded_k_l%d",   il);
         ggml_format_name(l.v,   "bounded_v_l%d",   il);
@@ -107,6 +123,13 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
             l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, n_ring, hparams.n_head(il), n_seq_max);
             ggml_format_name(l.q, "bounded_q_l%d", il);
         }
+        if (cfg.memory) {
+            for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
+                ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
+                ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
+                l.memory.push_back(t);
+            }
+        }
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
@@ -114,16 +137,18 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
     buffers.alloc(format("the bounded KV cache (%u slots per KV head)", n_slots));
     ctxs_bufs = std::move(buffers.get());
-    for (auto & [_, buf] : ctxs_bufs) {
-        ggml_backend_buffer_clear(buf.get(), 0); // no NaN in slots not written yet
-    }
+    clear(true); // no NaN in slots not written yet, and an empty memory
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);
     rot_v = rotation_size(type_v, std::max<int64_t>(head_v, 0), false);
     rot_k = head_k > 0 ? rot_k : 0;
     rot_v = head_v > 0 ? rot_v : 0;
 
-    clear(false);
+    if (cfg.memory && rot_k > 0 && !cfg.memory->tensors().empty() && !hparams.no_alloc) {
+        for (const auto & l : layers) {
+            cfg.memory->rotate_weights(cfg.sidecar->get_layer(l.il), indexmem_hadamard(rot_k), rot_k);
+        }
+    }
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
             get_policy().name, cfg.budget, n_slots, cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
@@ -134,14 +159,18 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         LLAMA_LOG_INFO("%s: indexer %s of %s: weights %.2f MiB, state %.2f MiB\n", __func__, indexer->kind(),
                 cfg.sidecar->get_path().c_str(), cfg.sidecar->size_bytes()/1024.0/1024.0, size_indexer_bytes()/1024.0/1024.0);
     }
+    if (cfg.memory) {
+        LLAMA_LOG_INFO("%s: memory %s: %u slots, state %.2f MiB\n", __func__, cfg.memory->kind(), get_n_latent(),
+                size_memory_bytes()/1024.0/1024.0);
+    }
 }
 
 //
 // budget arithmetic
 //
 
-uint64_t llama_kv_cache_bounded::budget_min(uint64_t sinks, uint64_t pin, uint64_t window) {
-    return std::max(sinks, pin) + window + 1;
+uint64_t llama_kv_cache_bounded::budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent) {
+    return std::max(sinks, pin) + window + n_latent + 1;
 }
 
 uint32_t llama_kv_cache_bounded::n_protected(const seq_state & seq) const {
@@ -149,11 +178,12 @@ uint32_t llama_kv_cache_bounded::n_protected(const seq_state & seq) const {
 }
 
 uint32_t llama_kv_cache_bounded::get_budget(const seq_state & seq) const {
-    if (cfg.ratio <= 0.0) {
-        return cfg.budget;
+    uint64_t res = cfg.budget;
+    if (cfg.ratio > 0.0) {
+        const uint64_t min = budget_min(cfg.sinks, seq.pin, cfg.window, get_n_latent());
+        res = std::min<uint64_t>(res, std::max<uint64_t>((uint64_t) std::ceil(cfg.ratio*seq.n_seen), min));
     }
-    const uint64_t min = budget_min(cfg.sinks, seq.pin, cfg.window);
-    return (uint32_t) std::min<uint64_t>(cfg.budget, std::max<uint64_t>((uint64_t) std::ceil(cfg.ratio*seq.n_seen), min));
+    return (uint32_t) res - get_n_latent();
 }
 
 uint32_t llama_kv_cache_bounded::get_evict_step(const seq_state & seq) const {
@@ -190,6 +220,7 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
 
             seq_state & seq = state[st.s0 + s];
             st.before.push_back(seq);
+            st.recall = st.recall || (cfg.memory && seq.n_evictions > 0);
 
             if (ubatch.pos[s*n_tokens] != seq.n_seen) {
                 LLAMA_LOG_ERROR("%s: sequence %u continues at position %d, the batch starts at %d\n", __func__,
@@ -230,7 +261,7 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
             st.after.push_back(state[st.s0 + s]);
         }
 
-        st.n_kv = std::min<uint32_t>(n_slots, GGML_PAD(n_top, N_KV_PAD));
+        st.n_kv = GGML_PAD(n_top + (st.recall ? n_front : 0), N_KV_PAD);
         res.push_back(std::move(st));
     }
 
@@ -332,6 +363,16 @@ size_t llama_kv_cache_bounded::size_indexer_bytes() const {
     return size;
 }
 
+size_t llama_kv_cache_bounded::size_memory_bytes() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        for (const ggml_tensor * t : l.memory) {
+            size += ggml_nbytes(t);
+        }
+    }
+    return size;
+}
+
 //
 // llama_kv_cache_bounded_context
 //
@@ -344,8 +385,9 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     step st = {};
     st.n_seq  = kv->get_n_seq_max();
-    st.n_kv   = kv->get_n_slots();
+    st.n_kv   = kv->get_n_slots() + kv->get_n_front();
     st.evict  = true;
+    st.recall = kv->get_memory() != nullptr;
     st.score  = kv->get_indexer() != nullptr;
     st.n_old  = st.score ? kv->N_PENDING : 0;
     st.before = kv->seqs;

@@ -26,9 +26,11 @@ struct llama_model;
 // Invariants
 //   - buffers are allocated once; their size depends on the budget and n_ubatch, never on the number of tokens seen
 //   - the host knows how many slots are in use (equal for all heads), the device which tokens they hold
+//   - with a latent memory that has slots, these lie in front of all others in K and V, in rows [0, n_front); slot i of an
+//     entry is row n_front + i. They are read from the first eviction of a sequence on
 //   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in the device table `pos`;
 //     slot n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
-//   - after apply() of a ubatch, n_used <= budget
+//   - after apply() of a ubatch, n_used plus the slots of the memory <= budget
 //   - with an indexer, entries at positions [n_scored, n_seen) are pending: the hidden states they are scored from lie in
 //     a ring of N_PENDING rows. What is ranked has been scored, so pending entries are in slots from n_fixed on
 //
@@ -46,7 +48,8 @@ public:
         int         policy;     // index into policies.def
         double      ratio;      // of the tokens seen, 0 = none
 
-        std::shared_ptr<const indexmem_sidecar> sidecar; // null unless its indexer is the policy
+        std::shared_ptr<const indexmem_sidecar> sidecar; // null if nothing of one is used
+        std::shared_ptr<const indexmem_memory>  memory;  // null = off
     };
 
     // tokens that can wait to be scored: a small network costs less per token when it sees many
@@ -82,6 +85,7 @@ public:
         uint32_t n_seq;   // consecutive sequences
         uint32_t n_kv;    // slots that attention looks at
         bool     evict;   // some sequence evicts
+        bool     recall;  // some sequence has evicted before, and the memory is read
         bool     score;   // the indexer scores what is pending and the new tokens; if not, the new tokens become pending
         uint32_t n_old;   // pending entries scored, the most of any sequence
 
@@ -92,8 +96,8 @@ public:
     struct layer {
         uint32_t il;
 
-        ggml_tensor * k;   // [n_embd_head_k, n_slots, n_head_kv, n_seq_max]
-        ggml_tensor * v;   // [n_embd_head_v, n_slots, n_head_kv, n_seq_max]
+        ggml_tensor * k;   // [n_embd_head_k, n_front + n_slots, n_head_kv, n_seq_max]
+        ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
 
@@ -102,6 +106,8 @@ public:
         ggml_tensor * state;   // F32 [n_state, n_slots + N_PENDING, n_state_heads, n_seq_max]
         ggml_tensor * pending; // F32 [n_embd, N_PENDING, 1, n_seq_max] hidden states: the one of position p in row p % N_PENDING
         ggml_tensor * queries; // F32 [n_query_state, n_ring + N_PENDING, 1, n_seq_max], null unless its rank reads queries
+
+        std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
@@ -159,13 +165,16 @@ public:
     const layer     * get_layer(int32_t il) const; // null if the layer has no cache
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 
-    const indexmem_indexer * get_indexer() const { return cfg.sidecar ? cfg.sidecar->get_indexer() : nullptr; }
+    const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
+    const indexmem_memory  * get_memory()  const { return cfg.memory.get(); } // null = off
 
-    uint32_t get_n_slots()   const { return n_slots; }
+    uint32_t get_n_slots()   const { return n_slots; } // of entries
+    uint32_t get_n_front()   const { return n_front; }
+    uint32_t get_n_latent()  const { return cfg.memory ? cfg.memory->n_slots() : 0; } // slots of the memory
     uint32_t get_n_ring()    const { return n_ring; }
     uint32_t get_n_seq_max() const { return (uint32_t) seqs.size(); }
 
-    // entries that a sequence may keep at its present length
+    // entries that a sequence may keep at its present length, the slots of the memory not counted
     uint32_t get_budget(const seq_state & seq) const;
 
     // entries that leave at once: at least the step, and never into what is protected
@@ -183,6 +192,7 @@ public:
     size_t size_kv_bytes()      const;
     size_t size_meta_bytes()    const; // all but K and V
     size_t size_indexer_bytes() const; // the part of it that the indexer keeps
+    size_t size_memory_bytes()  const; // the part of it that the latent memory keeps
 
     int64_t get_rot_k() const { return rot_k; } // size of the Hadamard rotation of keys and queries, 0 = none
     int64_t get_rot_v() const { return rot_v; }
@@ -192,15 +202,18 @@ public:
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;
 
-    // smallest budget that leaves room to evict
-    static uint64_t budget_min(uint64_t sinks, uint64_t pin, uint64_t window);
+    // smallest budget that leaves room to evict, with so many slots of a memory
+    static uint64_t budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent);
 
 private:
     const llama_model & model;
 
     const config cfg;
 
+    const indexmem_indexer * indexer = nullptr;
+
     uint32_t n_slots = 0;
+    uint32_t n_front = 0;
     uint32_t n_ring  = 0; // of queries, of the policy or the indexer
 
     int64_t rot_k = 0;
@@ -213,6 +226,8 @@ private:
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
+    // a sequence to be copied, or (src NOTHING) whose memory is to be cleared
+    static constexpr uint32_t NOTHING = UINT32_MAX;
     struct copy { uint32_t src, dst; };
     std::vector<copy> copies; // pending, applied by init_update
 
@@ -226,6 +241,7 @@ private:
     void reset(llama_seq_id seq_id);
 
     void apply_copies();
+    void clear_memory(uint32_t stream);
 
     friend class llama_kv_cache_bounded_context;
 };

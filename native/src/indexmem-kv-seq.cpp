@@ -20,10 +20,10 @@ bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::strin
     }
     auto & seq = seqs[seq_id];
 
-    const uint64_t min = budget_min(cfg.sinks, n, cfg.window);
+    const uint64_t min = budget_min(cfg.sinks, n, cfg.window, get_n_latent());
     if (cfg.budget < min) {
-        error = format("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + 1), the budget is %u",
-                n, (unsigned long long) min, cfg.sinks, n, cfg.window, cfg.budget);
+        error = format("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
+                "the memory + 1), the budget is %u", n, (unsigned long long) min, cfg.sinks, n, cfg.window, get_n_latent(), cfg.budget);
         return false;
     }
     if (seq.n_evictions > 0 && n > n_protected(seq)) {
@@ -39,7 +39,7 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
     // a pending copy would make the table of the destination stale; its source holds the same entries
     uint32_t stream = seq_id;
     for (auto it = copies.rbegin(); it != copies.rend(); ++it) {
-        if (it->dst == stream) {
+        if (it->dst == stream && it->src != NOTHING) {
             stream = it->src;
         }
     }
@@ -57,15 +57,21 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
 
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
     apply_copies(); // one of them may still read this sequence
+    if (cfg.memory && seqs[seq_id].n_evictions > 0) {
+        copies.push_back({ NOTHING, (uint32_t) seq_id });
+    }
     seqs[seq_id]     = {};
     seqs[seq_id].pin = cfg.pin;
 }
 
 void llama_kv_cache_bounded::clear(bool data) {
     copies.clear();
-    for (auto & seq : seqs) {
-        seq     = {};
-        seq.pin = cfg.pin;
+    for (size_t s = 0; s < seqs.size(); ++s) {
+        if (cfg.memory && !data) {
+            copies.push_back({ NOTHING, (uint32_t) s });
+        }
+        seqs[s]     = {};
+        seqs[s].pin = cfg.pin;
     }
     if (data) {
         for (auto & [_, buf] : ctxs_bufs) {
@@ -151,6 +157,10 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
 // pending copies in order; the device is idle with respect to the cache when this is called
 void llama_kv_cache_bounded::apply_copies() {
     for (const auto & c : copies) {
+        if (c.src == NOTHING) {
+            clear_memory(c.dst);
+            continue;
+        }
         for (const auto & l : layers) {
             for (ggml_tensor * t : l.tensors()) {
                 const size_t size = ggml_nbytes(t)/seqs.size();
@@ -170,6 +180,21 @@ void llama_kv_cache_bounded::apply_copies() {
         }
     }
     copies.clear();
+}
+
+// Zero is empty. The rows that attention reads are cleared, too: what they hold must be finite even where it is masked.
+void llama_kv_cache_bounded::clear_memory(uint32_t stream) {
+    for (const auto & l : layers) {
+        for (ggml_tensor * t : l.memory) {
+            const size_t size = ggml_nbytes(t)/seqs.size();
+            ggml_backend_tensor_memset(t, 0, stream*size, size);
+        }
+        for (ggml_tensor * t : { l.k, l.v }) {
+            for (int64_t h = 0; h < t->ne[2] && n_front > 0; ++h) {
+                ggml_backend_tensor_memset(t, 0, h*t->nb[2] + stream*t->nb[3], n_front*t->nb[1]);
+            }
+        }
+    }
 }
 
 void llama_kv_cache_bounded::seq_keep(llama_seq_id seq_id) {

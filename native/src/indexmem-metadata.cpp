@@ -1,4 +1,4 @@
-#include "indexer.h"
+#include "indexmem-metadata.h"
 
 #include "indexmem-gguf-check.h"
 

@@ -53,6 +53,9 @@ void indexmem_sidecar::check_model(const llama_model & model) const {
         if (n_embd_head) {
             compare("attention.key_length", n_embd_head, hparams.n_embd_head_k(il));
         }
+        if (memory && memory->n_embd_head()) {
+            compare("heads of size", memory->n_embd_head(), hparams.n_embd_head_k(il));
+        }
     }
 
     if (!fingerprint.empty() && !hparams.no_alloc) { // a dry run has no norms to look at
@@ -65,18 +68,23 @@ void indexmem_sidecar::check_model(const llama_model & model) const {
     }
 }
 
-void indexmem_sidecar::load(const llama_model & model, bool offload) {
+void indexmem_sidecar::load(const llama_model & model, bool offload, bool with_indexer, bool with_memory) {
     check_model(model);
 
     const auto & hparams = model.hparams;
 
     std::vector<indexmem_weights> weights(geometry.n_layer);
+    n_bytes = 0;
 
     indexmem_buffers buffers(model, offload, infos.size());
     for (const auto & info : infos) {
+        if (!(info.memory ? with_memory : with_indexer)) {
+            continue;
+        }
         ggml_tensor * t = ggml_new_tensor(buffers.context(info.il), info.type, (int) info.ne.size(), info.ne.data());
         ggml_format_name(t, "blk.%u.indexmem.%s", info.il, info.name.c_str());
         weights[info.il][info.name] = t;
+        n_bytes += info.size;
     }
     try {
         buffers.alloc("the weights of sidecar " + path);
@@ -94,8 +102,11 @@ void indexmem_sidecar::load(const llama_model & model, bool offload) {
             llama_file file(path.c_str(), "rb");
             same = file.size() == file_size;
             if (same) {
-                found = read_data(file, infos, hash_head, [&](const tensor_info & info, size_t offset, const uint8_t * data, size_t n) {
-                    ggml_backend_tensor_set(weights[info.il].at(info.name), data, offset, n);
+                found = read_data(file, [&](const tensor_info & info, size_t offset, const uint8_t * data, size_t n) {
+                    const auto it = weights[info.il].find(info.name);
+                    if (it != weights[info.il].end()) {
+                        ggml_backend_tensor_set(it->second, data, offset, n);
+                    }
                 });
             }
         } catch (const std::exception & err) {

@@ -17,34 +17,15 @@ static constexpr uint32_t SCHEMA_VERSION = 1;
 
 static const char * const CONVERT = "convert it again with indexmem-convert";
 
-static std::vector<const char *> indexer_kinds() {
+// names of a table, and "none"
+template <typename F>
+static std::vector<const char *> kinds_of(F get) {
     std::vector<const char *> res;
-    for (size_t i = 0; indexmem_indexer_get(i); ++i) {
-        res.push_back(indexmem_indexer_get(i)->name);
+    for (size_t i = 0; get(i); ++i) {
+        res.push_back(get(i)->name);
     }
     res.push_back("none");
     return res;
-}
-
-// The memory of IndexMem v1. It is checked, so that a file is whole or refused; nothing reads it yet.
-static std::vector<indexmem_tensor_spec> make_residual(
-        const indexmem_geometry & geometry,
-        const indexmem_metadata & meta,
-                       uint32_t   n_embd_head) {
-    const uint32_t n_feature = meta.u32("indexmem.residual.feature_dim", 1, 65536);
-    const uint32_t n_dim     = meta.u32("indexmem.residual.head_dim",    1, 65536);
-    if (n_embd_head && n_embd_head != n_dim) {
-        throw indexmem_sidecar_error(format("key 'indexmem.residual.head_dim' is %u, and 'indexmem.attention.key_length' %u: %s",
-                    n_dim, n_embd_head, CONVERT));
-    }
-    meta.f32_pos("indexmem.residual.eps");
-    meta.f32s   ("indexmem.residual.gate_logit",  geometry.n_layer);
-    meta.f32s   ("indexmem.residual.eta_raw",     geometry.n_layer);
-    meta.f32s   ("indexmem.residual.decay_logit", geometry.n_layer);
-    meta.bools  ("indexmem.residual.enabled",     geometry.n_layer);
-    return {
-        { "phi_proj.weight", { n_dim, n_feature }, false },
-    };
 }
 
 // index of the first value that is not finite, or -1; data begins at a block
@@ -114,21 +95,24 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
         check_type(meta);
         read_keys(gguf.get(), meta);
 
-        const size_t i_kind = meta.choice("indexmem.indexer.kind", indexer_kinds());
+        const size_t i_indexer = meta.choice("indexmem.indexer.kind", kinds_of(indexmem_indexer_get));
+        const size_t i_memory  = meta.choice("indexmem.memory.kind",  kinds_of(indexmem_memory_get));
         meta.choice("indexmem.indexer.input", { "attention_input" });
-        const bool memory = meta.choice("indexmem.memory.kind", { "none", "residual" }) == 1;
 
-        if (const auto * info = indexmem_indexer_get(i_kind)) {
+        if (const auto * info = indexmem_indexer_get(i_indexer)) {
             indexer = info->make(geometry, meta);
+        }
+        if (const auto * info = indexmem_memory_get(i_memory)) {
+            memory = info->make(geometry, &meta);
         }
         if (!indexer && !memory) {
             throw indexmem_sidecar_error("it holds neither an indexer nor a memory");
         }
-        std::vector<indexmem_tensor_spec> specs_memory;
-        if (memory) {
-            specs_memory = make_residual(geometry, meta, n_embd_head);
+        if (memory && memory->n_embd_head() && n_embd_head && n_embd_head != memory->n_embd_head()) {
+            throw indexmem_sidecar_error(format("key 'indexmem.%s.head_dim' is %u, and 'indexmem.attention.key_length' %u: %s",
+                        memory->kind(), memory->n_embd_head(), n_embd_head, CONVERT));
         }
-        check_tensors(gguf.get(), specs_memory, data_offset);
+        check_tensors(gguf.get(), data_offset);
         hash_constants(gguf.get());
 
         const auto check_values = [](const tensor_info & info, size_t offset, const uint8_t * data, size_t n) {
@@ -140,8 +124,7 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
                             (long long) (i_first + i)));
             }
         };
-        hash = read_data(*file, infos, hash_head, check_values);
-        read_data(*file, infos_memory, 0, check_values);
+        hash = read_data(*file, check_values);
     });
 }
 
@@ -211,17 +194,14 @@ void indexmem_sidecar::read_keys(const gguf_context * gguf, const indexmem_metad
     }
 }
 
-// exactly the tensors of the specs, in every layer; fills infos and infos_memory
-void indexmem_sidecar::check_tensors(
-        const gguf_context * gguf,
-        const std::vector<indexmem_tensor_spec> & specs_memory,
-        uint64_t data_offset) {
+// exactly the tensors of the kinds, in every layer; fills infos
+void indexmem_sidecar::check_tensors(const gguf_context * gguf, uint64_t data_offset) {
     std::unordered_map<std::string, int64_t> ids;
     for (int64_t id = 0; id < gguf_get_n_tensors(gguf); ++id) {
         ids.emplace(gguf_get_tensor_name(gguf, id), id);
     }
 
-    const auto take = [&](uint32_t il, const indexmem_tensor_spec & spec) -> tensor_info {
+    const auto take = [&](bool of_memory, uint32_t il, const indexmem_tensor_spec & spec) -> tensor_info {
         const std::string name = tensor_name(il, spec.name);
         const auto it = ids.find(name);
         if (it == ids.end()) {
@@ -245,19 +225,22 @@ void indexmem_sidecar::check_tensors(
             throw indexmem_sidecar_error(format("tensor '%s' is %s, expected %s after the constants of the file: %s", name.c_str(),
                         shape_text(found).c_str(), shape_text(spec.ne).c_str(), CONVERT));
         }
-        return { il, spec.name, type, found, data_offset + gguf_get_tensor_offset(gguf, id), gguf_get_tensor_size(gguf, id) };
+        return { of_memory, il, spec.name, type, found, data_offset + gguf_get_tensor_offset(gguf, id), gguf_get_tensor_size(gguf, id) };
     };
 
     // by name, so that the hash does not depend on the order of the table in the code
-    auto specs = indexer ? indexer->tensors() : std::vector<indexmem_tensor_spec>();
-    std::sort(specs.begin(), specs.end(), [](const auto & a, const auto & b) { return a.name < b.name; });
-
+    const auto sorted = [](std::vector<indexmem_tensor_spec> specs) {
+        std::sort(specs.begin(), specs.end(), [](const auto & a, const auto & b) { return a.name < b.name; });
+        return specs;
+    };
+    const auto of_indexer = sorted(indexer ? indexer->tensors() : std::vector<indexmem_tensor_spec>());
+    const auto of_memory  = sorted(memory  ? memory ->tensors() : std::vector<indexmem_tensor_spec>());
     for (uint32_t il = 0; il < geometry.n_layer; ++il) {
-        for (const auto & spec : specs) {
-            infos.push_back(take(il, spec));
+        for (const auto & spec : of_indexer) {
+            infos.push_back(take(false, il, spec));
         }
-        for (const auto & spec : specs_memory) {
-            infos_memory.push_back(take(il, spec));
+        for (const auto & spec : of_memory) {
+            infos.push_back(take(true, il, spec));
         }
     }
     if (!ids.empty()) {
@@ -265,25 +248,31 @@ void indexmem_sidecar::check_tensors(
         const auto it = std::min_element(ids.begin(), ids.end(), [](const auto & a, const auto & b) { return a.second < b.second; });
         throw indexmem_sidecar_error(format("tensor '%s' does not belong to it: by its kinds and indexmem.block_count (%u) it has %zu "
                     "tensors, the file has %zu: %s", indexmem_printable(it->first).c_str(), geometry.n_layer,
-                    infos.size() + infos_memory.size(), (size_t) gguf_get_n_tensors(gguf), CONVERT));
+                    infos.size(), (size_t) gguf_get_n_tensors(gguf), CONVERT));
     }
 }
 
-// of kind and constants: what the weights are continued from
+// of kinds and constants: what the weights are continued from
 void indexmem_sidecar::hash_constants(const gguf_context * gguf) {
-    const std::string kind   = indexer ? indexer->kind() : "none";
-    const std::string prefix = "indexmem." + kind + ".";
+    const std::string kinds[] = { indexer ? indexer->kind() : "none", memory ? memory->kind() : "none" };
 
     std::vector<std::pair<std::string, int64_t>> keys;
     for (int64_t id = 0; id < gguf_get_n_kv(gguf); ++id) {
         const std::string key = gguf_get_key(gguf, id);
-        if (key.compare(0, prefix.size(), prefix) == 0) {
-            keys.emplace_back(key, id);
+        for (const auto & kind : kinds) {
+            const std::string prefix = "indexmem." + kind + ".";
+            if (key.compare(0, prefix.size(), prefix) == 0) {
+                keys.emplace_back(key, id);
+                break;
+            }
         }
     }
     std::sort(keys.begin(), keys.end());
 
-    uint64_t res = indexmem_hash_str(INDEXMEM_HASH_INIT, kind);
+    uint64_t res = INDEXMEM_HASH_INIT;
+    for (const auto & kind : kinds) {
+        res = indexmem_hash_str(res, kind);
+    }
     for (const auto & [key, id] : keys) {
         const bool      is_array = gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY;
         const gguf_type type     = is_array ? gguf_get_arr_type(gguf, id) : gguf_get_kv_type(gguf, id);
@@ -305,11 +294,12 @@ void indexmem_sidecar::hash_constants(const gguf_context * gguf) {
     hash_head = res;
 }
 
-uint64_t indexmem_sidecar::read_data(llama_file & file, const std::vector<tensor_info> & tensors, uint64_t res, const data_fn & use) {
+uint64_t indexmem_sidecar::read_data(llama_file & file, const data_fn & use) const {
     constexpr size_t n_blocks = 32768; // read at once
 
+    uint64_t res = hash_head;
     std::vector<uint8_t> buf;
-    for (const auto & info : tensors) {
+    for (const auto & info : infos) {
         res = indexmem_hash_u64(res, info.il);
         res = indexmem_hash_str(res, info.name);
         res = indexmem_hash_u64(res, info.type);
@@ -327,12 +317,4 @@ uint64_t indexmem_sidecar::read_data(llama_file & file, const std::vector<tensor
         }
     }
     return res == 0 ? 1 : res;
-}
-
-size_t indexmem_sidecar::size_bytes() const {
-    size_t res = 0;
-    for (const auto & info : infos) {
-        res += layers.empty() ? 0 : info.size;
-    }
-    return res;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "indexer.h"
+#include "memory.h"
 
 #include "ggml-cpp.h"
 
@@ -26,8 +27,8 @@ public:
     // throws unless the file is for this model
     void check_model(const llama_model & model) const;
 
-    // check_model, then weights into memory next to the layers of the model
-    void load(const llama_model & model, bool offload);
+    // check_model, then the weights of the parts that are used into memory next to the layers of the model
+    void load(const llama_model & model, bool offload, bool with_indexer, bool with_memory);
 
     const std::string & get_path() const { return path; }
 
@@ -35,15 +36,18 @@ public:
 
     const indexmem_indexer * get_indexer() const { return indexer.get(); } // null if the sidecar has none
 
+    const std::shared_ptr<indexmem_memory> & get_memory() const { return memory; } // likewise
+
     const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load()
 
-    // identity of what changes ranks: kind, constants and weights; never 0
+    // identity of what changes ranks and memory: kinds, constants and weights; never 0
     uint64_t get_hash() const { return hash; }
 
-    size_t size_bytes() const; // weights in memory
+    size_t size_bytes() const { return n_bytes; } // weights in memory
 
 private:
     struct tensor_info {
+        bool        memory; // of the memory; otherwise of the indexer
         uint32_t    il;
         std::string name;   // in the spec
         ggml_type   type;
@@ -57,11 +61,11 @@ private:
 
     void check_type    (const indexmem_metadata & meta) const;
     void read_keys     (const gguf_context * gguf, const indexmem_metadata & meta);
-    void check_tensors (const gguf_context * gguf, const std::vector<indexmem_tensor_spec> & specs_memory, uint64_t data_offset);
+    void check_tensors (const gguf_context * gguf, uint64_t data_offset);
     void hash_constants(const gguf_context * gguf);
 
-    // passes all data through `use`; returns `res` continued over tensors and data
-    static uint64_t read_data(llama_file & file, const std::vector<tensor_info> & tensors, uint64_t res, const data_fn & use);
+    // passes all data through `use`; returns the hash
+    uint64_t read_data(llama_file & file, const data_fn & use) const;
 
     std::string path;
 
@@ -73,14 +77,16 @@ private:
     uint32_t    n_embd_head = 0;
 
     std::unique_ptr<indexmem_indexer> indexer;
+    std::shared_ptr<indexmem_memory>  memory;
 
     uint64_t file_size = 0;
 
-    std::vector<tensor_info>      infos;        // of the indexer, by layer and name
-    std::vector<tensor_info>      infos_memory; // checked only
-    std::vector<indexmem_weights> layers;       // [n_layer]
+    std::vector<tensor_info>      infos;  // by layer and name
+    std::vector<indexmem_weights> layers; // [n_layer]
 
-    uint64_t hash_head = 0; // of kind and constants
+    size_t n_bytes = 0; // of weights in memory
+
+    uint64_t hash_head = 0; // of kinds and constants
     uint64_t hash      = 0; // continued over the weights
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

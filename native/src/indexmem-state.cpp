@@ -13,7 +13,8 @@
 //   magic, version, geometry (checked field by field), number of sequences
 //   per sequence: id, n_seen, n_used, n_fixed, pin, n_scored, n_evictions; positions [n_head_kv][n_used] of every layer
 //   per sequence and layer: rows of K, rows of V [n_head_kv][n_used], the ring of queries if the policy keeps one; of an
-//   indexer its state [n_state_heads][n_used], the hidden states of pending entries, the ring of queries if it keeps one
+//   indexer its state [n_state_heads][n_used], the hidden states of pending entries, the ring of queries if it keeps one;
+//   of a latent memory, once something has been evicted, its state and the rows of its slots in K and V
 //
 // Invariants
 //   - reading validates everything and holds the data aside before the first byte of the cache changes
@@ -21,7 +22,7 @@
 //
 
 static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
-static constexpr uint32_t STATE_VERSION = 2;
+static constexpr uint32_t STATE_VERSION = 3;
 
 namespace {
 
@@ -61,46 +62,77 @@ void expect(llama_io_read_i & io, uint32_t expected, const char * what, int32_t 
     }
 }
 
-// the first n slots of every head of a sequence
-void put_rows(llama_io_write_i & io, const ggml_tensor * t, uint32_t stream, int64_t n) {
-    std::vector<uint8_t> buf(n*t->nb[1]);
-    for (int64_t h = 0; h < t->ne[2] && n > 0; ++h) {
-        ggml_backend_tensor_get(t, buf.data(), h*t->nb[2] + stream*t->nb[3], buf.size());
+// rows [i0, i0 + n) of every head of a sequence
+struct stored {
+    ggml_tensor * tensor;
+    int64_t       i0;
+    int64_t       n;
+
+    size_t offset(int64_t h, uint32_t stream) const {
+        return i0*tensor->nb[1] + h*tensor->nb[2] + stream*tensor->nb[3];
+    }
+};
+
+void put_rows(llama_io_write_i & io, const stored & part, uint32_t stream) {
+    std::vector<uint8_t> buf(part.n*part.tensor->nb[1]);
+    for (int64_t h = 0; h < part.tensor->ne[2] && part.n > 0; ++h) {
+        ggml_backend_tensor_get(part.tensor, buf.data(), part.offset(h, stream), buf.size());
         put_all(io, buf);
     }
 }
 
 struct pending_rows {
-    ggml_tensor * tensor;
-    int64_t       n;
+    stored               part;
     std::vector<uint8_t> data;
 };
 
-pending_rows get_rows(llama_io_read_i & io, ggml_tensor * t, int64_t n) {
-    pending_rows rows = { t, n, std::vector<uint8_t>(t->ne[2]*n*t->nb[1]) };
+pending_rows get_rows(llama_io_read_i & io, const stored & part) {
+    pending_rows rows = { part, std::vector<uint8_t>(part.tensor->ne[2]*part.n*part.tensor->nb[1]) };
     get_all(io, rows.data);
     return rows;
 }
 
-struct stored {
-    ggml_tensor * tensor;
-    int64_t       n; // rows of each head
-};
+// what of a layer belongs to the state of a sequence, in its order
+std::vector<stored> stored_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l, const llama_kv_cache_bounded::seq_state & seq) {
+    const int64_t n_front = kv.get_n_front();
+    const int64_t n_ring  = kv.get_n_ring();
 
-// what of a layer belongs to a state, in its order
-std::vector<stored> stored_of(const llama_kv_cache_bounded::layer & l, uint32_t n_used, uint32_t n_ring) {
-    std::vector<stored> res = { { l.k, n_used }, { l.v, n_used } };
+    std::vector<stored> res = { { l.k, n_front, seq.n_used }, { l.v, n_front, seq.n_used } };
     if (l.q) {
-        res.push_back({ l.q, n_ring });
+        res.push_back({ l.q, 0, n_ring });
     }
     if (l.state) {
-        res.push_back({ l.state,   n_used });
-        res.push_back({ l.pending, llama_kv_cache_bounded::N_PENDING });
+        res.push_back({ l.state,   0, seq.n_used });
+        res.push_back({ l.pending, 0, llama_kv_cache_bounded::N_PENDING });
     }
     if (l.queries) {
-        res.push_back({ l.queries, n_ring });
+        res.push_back({ l.queries, 0, n_ring });
+    }
+    if (seq.n_evictions > 0 && !l.memory.empty()) {
+        for (ggml_tensor * t : l.memory) {
+            res.push_back({ t, 0, t->ne[1] });
+        }
+        res.push_back({ l.k, 0, kv.get_n_latent() });
+        res.push_back({ l.v, 0, kv.get_n_latent() });
     }
     return res;
+}
+
+// not read_string(): its length is not to be trusted
+void expect_name(llama_io_read_i & io, const std::string & name, const char * what) {
+    expect(io, name.size(), format("length of the name of the %s", what).c_str());
+    std::string found(name.size(), '\0');
+    io.read(&found[0], found.size());
+    if (found != name) {
+        for (char & c : found) {
+            c = c >= 0x20 && c < 0x7F ? c : '?'; // it is about to be printed
+        }
+        throw std::runtime_error(format("bounded KV state: made with %s '%s', this context has '%s'", what, found.c_str(), name.c_str()));
+    }
+}
+
+std::string name_of(const indexmem_memory * memory) {
+    return memory ? memory->kind() : "off";
 }
 
 // Positions of one head: distinct, in range, consecutive since the last eviction, and with every protected one present.
@@ -139,6 +171,8 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     put<uint32_t>(io, STATE_MAGIC);
     put<uint32_t>(io, STATE_VERSION);
     io.write_string(get_policy().name);
+    io.write_string(name_of(get_memory()));
+    put<uint32_t>(io, get_n_latent());
     put<uint32_t>(io, cfg.sinks);
     put<uint32_t>(io, cfg.window);
     put<uint64_t>(io, cfg.sidecar ? cfg.sidecar->get_hash() : 0);
@@ -180,8 +214,8 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
     for (llama_seq_id id : ids) {
         for (const auto & l : layers) {
-            for (const auto & part : stored_of(l, seqs[id].n_used, n_ring)) {
-                put_rows(io, part.tensor, id, part.n);
+            for (const auto & part : stored_of(*this, l, seqs[id])) {
+                put_rows(io, part, id);
             }
         }
     }
@@ -196,19 +230,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
 
     expect(io, STATE_MAGIC,   "magic");
     expect(io, STATE_VERSION, "version");
-    {
-        // not read_string(): its length is not to be trusted
-        std::string name(get_policy().name);
-        expect(io, name.size(), "length of the policy's name");
-        std::string found(name.size(), '\0');
-        io.read(&found[0], found.size());
-        if (found != name) {
-            for (char & c : found) {
-                c = c >= 0x20 && c < 0x7F ? c : '?'; // it is about to be printed
-            }
-            throw std::runtime_error(format("bounded KV state: made with policy '%s', this context has '%s'", found.c_str(), name.c_str()));
-        }
-    }
+    expect_name(io, get_policy().name, "policy");
+    expect_name(io, name_of(get_memory()), "memory");
+    expect(io, get_n_latent(), "number of slots of the memory");
     expect(io, cfg.sinks,     "number of sinks");
     expect(io, cfg.window,    "window");
     if (get<uint64_t>(io) != (cfg.sidecar ? cfg.sidecar->get_hash() : 0)) {
@@ -258,10 +282,11 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         if (!get_seq(p.id)) {
             throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %zu", id, seqs.size()));
         }
-        if (n_used > cfg.budget) {
-            throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", n_used, cfg.budget));
+        if (n_used > cfg.budget - get_n_latent()) {
+            throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", n_used, cfg.budget - get_n_latent()));
         }
-        if (n_used > n_seen || n_fixed > n_used || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window)) {
+        const bool evicted = p.state.n_evictions > 0;
+        if (n_used > n_seen || evicted != (n_used < n_seen) || n_fixed > n_used || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window, get_n_latent())) {
             throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u)",
                         n_seen, n_used, n_fixed, pin));
         }
@@ -289,27 +314,30 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
     for (auto & p : pending) {
         for (const auto & l : layers) {
-            for (const auto & part : stored_of(l, p.state.n_used, n_ring)) {
-                p.rows.push_back(get_rows(io, part.tensor, part.n));
+            for (const auto & part : stored_of(*this, l, p.state)) {
+                p.rows.push_back(get_rows(io, part));
             }
         }
     }
 
     // nothing below fails
-    apply_copies();
     if (seq_id == -1) {
         clear(false);
     }
+    for (const auto & p : pending) {
+        reset(p.id);
+    }
+    apply_copies(); // and clear the memories that are about to be replaced
     for (const auto & p : pending) {
         seqs[p.id] = p.state;
         if (p.state.n_used == 0) {
             continue;
         }
         for (const auto & rows : p.rows) {
-            const ggml_tensor * t = rows.tensor;
-            const size_t size = rows.n*t->nb[1];
+            ggml_tensor * t = rows.part.tensor;
+            const size_t size = rows.part.n*t->nb[1];
             for (int64_t h = 0; h < t->ne[2]; ++h) {
-                ggml_backend_tensor_set(rows.tensor, rows.data.data() + h*size, h*t->nb[2] + p.id*t->nb[3], size);
+                ggml_backend_tensor_set(t, rows.data.data() + h*size, rows.part.offset(h, p.id), size);
             }
         }
         for (size_t i = 0; i < layers.size(); ++i) {

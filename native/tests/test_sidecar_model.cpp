@@ -31,7 +31,7 @@ static std::string load_error(const gguf_file & file, const llama_model * model)
     write(PATH, file.bytes());
     indexmem_sidecar sidecar(PATH);
     try {
-        sidecar.load(*model, false);
+        sidecar.load(*model, false, true, true);
     } catch (const indexmem_sidecar_error & err) {
         CHECK(sidecar.size_bytes() == 0);
         return err.what();
@@ -47,8 +47,8 @@ TEST(weights_of_a_model) {
             const auto file = sidecar_file(kind, true, type);
             write(PATH, file.bytes());
             indexmem_sidecar sidecar(PATH);
-            sidecar.load(*model, type == GGML_TYPE_F32);
-            sidecar.load(*model, type == GGML_TYPE_F32); // twice is as good as once
+            sidecar.load(*model, type == GGML_TYPE_F32, true, true);
+            sidecar.load(*model, type == GGML_TYPE_F32, true, true); // twice is as good as once
 
             size_t size = 0, n = 0;
             for (const auto & t : file.tensors) {
@@ -81,14 +81,14 @@ TEST(weights_of_a_model) {
         indexmem_sidecar sidecar(PATH);
         write(PATH, bytes);
         try {
-            sidecar.load(*model, false);
+            sidecar.load(*model, false, true, true);
             CHECK_MSG(false, "a file of %zu bytes, %zu expected", bytes.size(), file.bytes().size());
         } catch (const indexmem_sidecar_error & err) {
             CHECK_MSG(has(err.what(), "has changed"), "%s", err.what());
         }
         remove(PATH.c_str());
         try {
-            sidecar.load(*model, false);
+            sidecar.load(*model, false, true, true);
             CHECK_MSG(false, "no file");
         } catch (const indexmem_sidecar_error & err) {
             CHECK_MSG(has(err.what(), "cannot read"), "%s", err.what());
