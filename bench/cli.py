@@ -29,6 +29,13 @@ POLICY = typer.Option(
 INDEXMEM = typer.Option(
     None, "--indexmem", metavar="FILE", help="Sidecar with an indexer trained for the model.", show_default=False
 )
+MEMORY = typer.Option(
+    None,
+    "--memory",
+    help="Latent memory: centroid, residual or off.",
+    show_default="that of the sidecar, without one off",
+)
+SLOTS = typer.Option(None, "--memory-slots", min=1, help="Slots of the memory centroid.", show_default=False)
 RATIO = typer.Option(
     None, "--kv-budget-ratio", help="Keep no more than this share of the tokens seen, either.", show_default=False
 )
@@ -50,6 +57,8 @@ def memory(
     kv_budget: int = BUDGET,
     kv_policy: Optional[str] = POLICY,
     indexmem: Optional[Path] = INDEXMEM,
+    latent: Optional[str] = MEMORY,
+    memory_slots: Optional[int] = SLOTS,
     kv_budget_ratio: Optional[float] = RATIO,
     kv_sinks: int = SINKS,
     kv_window: int = WINDOW,
@@ -79,6 +88,8 @@ def memory(
             ubatch,
             indexmem=indexmem,
             ratio=kv_budget_ratio,
+            memory=latent,
+            slots=memory_slots,
         )
         report = bench.run_memory(
             loaded,
@@ -99,6 +110,8 @@ def speed(
     kv_budget: int = BUDGET,
     kv_policy: Optional[str] = POLICY,
     indexmem: Optional[Path] = INDEXMEM,
+    latent: Optional[str] = MEMORY,
+    memory_slots: Optional[int] = SLOTS,
     kv_budget_ratio: Optional[float] = RATIO,
     kv_sinks: int = SINKS,
     kv_window: int = WINDOW,
@@ -126,6 +139,8 @@ def speed(
             ubatch,
             indexmem=indexmem,
             ratio=kv_budget_ratio,
+            memory=latent,
+            slots=memory_slots,
         )
         report = bench.run_speed(
             loaded,
@@ -316,17 +331,23 @@ def _setup(
     seed: int = 0,
     indexmem: Optional[Path] = None,
     ratio: Optional[float] = None,
+    memory: Optional[str] = None,
+    slots: Optional[int] = None,
 ) -> Any:
+    from indexmem_edge import _capi
     from indexmem_edge._modelfile import check_sidecar_file
-    from indexmem_edge.options import check_share, choose_policy
+    from indexmem_edge._parts import choose_memory, choose_policy, sidecar_kinds
+    from indexmem_edge.options import check_share
 
     from .runner import CACHE_TYPES, BenchError, Setup
 
     if cache_type not in CACHE_TYPES:
         raise BenchError(f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}")
     sidecar = check_sidecar_file(indexmem) if indexmem is not None else None
+    kinds = sidecar_kinds(sidecar)
+    memory, n_slots = choose_memory(memory, slots, kinds, _capi.memories())
     return Setup(
-        policy=choose_policy(policy, sidecar),
+        policy=choose_policy(policy, memory, sidecar, kinds),
         budget=budget,
         cache_type=cache_type,
         sinks=sinks,
@@ -336,6 +357,8 @@ def _setup(
         seed=seed,
         sidecar=indexmem,
         ratio=0.0 if ratio is None else check_share("--kv-budget-ratio", ratio),
+        memory=memory,
+        memory_slots=n_slots,
     )
 
 

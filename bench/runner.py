@@ -22,7 +22,8 @@ LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
 # name -> (ggml type, bytes of 32 values)
 CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
-BYTE_KEYS = ("kv_bytes", "meta_bytes", "indexer_bytes", "sidecar_bytes")  # indexer_bytes are part of meta_bytes
+# the bytes of the indexer and of the memory are part of meta_bytes
+BYTE_KEYS = ("kv_bytes", "meta_bytes", "indexer_bytes", "memory_bytes", "sidecar_bytes")
 
 
 class BenchError(IndexMemError):
@@ -45,12 +46,15 @@ class Setup:
     ubatch: int = 512
     sidecar: Path | None = None  # of the policy `indexer`
     ratio: float = 0.0  # of the tokens seen, that are kept at most; 0: no such limit
+    memory: str = "off"
+    memory_slots: int = 0  # 0: as the sidecar says, or the default
 
     @property
     def label(self) -> str:
         if not self.budget:
             return "unbounded" + ("" if self.flash else ", no flash")
-        return f"{self.policy} {self.budget}" + (f", at most {self.ratio:.0%}" if self.ratio else "")
+        memory = f", memory {self.memory}" if self.memory != "off" else ""
+        return f"{self.policy} {self.budget}" + (f", at most {self.ratio:.0%}" if self.ratio else "") + memory
 
 
 class Model:
@@ -108,8 +112,9 @@ class System:
         if setup.budget:
             sidecar = str(setup.sidecar) if setup.sidecar else None
             _capi.Request(
-                setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar
-            ).submit()
+                setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar,
+                setup.memory, setup.memory_slots,
+            ).submit()  # fmt: skip
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
         if not self.ctx:
@@ -211,6 +216,7 @@ class System:
                 "kv_bytes": stats.kv_bytes,
                 "meta_bytes": stats.meta_bytes,
                 "indexer_bytes": stats.indexer_bytes,
+                "memory_bytes": stats.memory_bytes,
                 "sidecar_bytes": stats.sidecar_bytes,
                 "kept": stats.n_kept,
                 "evicted": stats.n_evicted,
@@ -220,6 +226,7 @@ class System:
             "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
             "meta_bytes": 0,
             "indexer_bytes": 0,
+            "memory_bytes": 0,
             "sidecar_bytes": 0,
             "kept": self.seen,
             "evicted": 0,

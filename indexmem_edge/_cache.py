@@ -195,6 +195,10 @@ class BoundedCache:
             sidecar=os.path.basename(self._options.sidecar or ""),
             sidecar_bytes=native.sidecar_bytes,
             indexer_bytes=native.indexer_bytes,
+            memory=native.memory.decode(),
+            memory_slots=native.memory_slots,
+            memory_layers=native.memory_layers,
+            memory_bytes=native.memory_bytes,
             budget_now=native.budget_now,
             **_common(self._llm, native.n_seen),
         )

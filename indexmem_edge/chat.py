@@ -66,6 +66,7 @@ class Chat:
         stats = self._llm.kv_stats()
         cache = f"KV cache {stats.policy}" + (f" ({stats.indexer})" if stats.indexer else "")
         cache += f", budget {stats.budget:,}" if stats.budget else ""
+        cache += f", memory {stats.memory}" if stats.remembers else ""
         return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, Ctrl-D leaves"
 
     def _handle(self, line: str) -> None:
@@ -135,8 +136,9 @@ class Chat:
             if ratio is not None and stats.budget_now < stats.budget:
                 reached = f"the KV cache keeps a share of {ratio:g} of the text, at most {stats.budget:,} entries"
             self._terminal.note(
-                f"{reached}: from now on the policy `{stats.policy}` drops entries. "
-                f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
+                f"{reached}: from now on the policy `{stats.policy}` drops entries"
+                + (f", and the memory `{stats.memory}` takes them up. " if stats.remembers else ". ")
+                +                 f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
             )
         if stats.reevaluated > self._reevaluated:
             n = stats.reevaluated - self._reevaluated

@@ -22,7 +22,9 @@ from typing_extensions import Annotated
 from ._terminal import printable
 from .demo import demo_model
 from .errors import BudgetError, IndexMemError
-from .options import DEFAULT_BUDGET, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY, PIN_AUTO
+from .options import (
+    DEFAULT_BUDGET, DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY, MEMORY_OFF, PIN_AUTO,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -99,7 +101,27 @@ class RunOptions:
             "--indexmem",
             metavar="FILE",
             show_default=False,
-            help="Sidecar with an indexer trained for the model, from indexmem-convert; `indexmem inspect` shows it.",
+            help="Sidecar with an indexer or a memory for the model; `indexmem inspect` shows what is in it.",
+        ),
+    ] = None
+    memory: Annotated[
+        Optional[str],
+        _option(
+            _CACHE,
+            "--memory",
+            show_default=f"that of the sidecar, without one {MEMORY_OFF}",
+            help="What becomes of evicted entries: `centroid` keeps running means of them and needs no training, "
+            "`residual` needs a trained sidecar, `off` forgets them.",
+        ),
+    ] = None
+    memory_slots: Annotated[
+        Optional[int],
+        _option(
+            _CACHE,
+            "--memory-slots",
+            min=1,
+            show_default=f"that of the sidecar, without one {DEFAULT_MEMORY_SLOTS}",
+            help="Slots of the memory `centroid` per KV head, out of the budget.",
         ),
     ] = None
     kv_policy: Annotated[
@@ -107,7 +129,7 @@ class RunOptions:
         _option(
             _CACHE,
             "--kv-policy",
-            show_default=f"{INDEXER_POLICY} with a sidecar, else {DEFAULT_POLICY}",
+            show_default=f"{INDEXER_POLICY} with a sidecar that has one, else {DEFAULT_POLICY}",
             help="Who is evicted when the budget is reached; `indexmem doctor` lists and explains the policies.",
         ),
     ] = None
@@ -177,6 +199,8 @@ class RunOptions:
             kv_window=self.kv_window,
             kv_pin=_pin(self.kv_pin),
             indexmem=self.indexmem,
+            memory=self.memory,
+            memory_slots=self.memory_slots,
             n_batch=self.batch_size,
             n_ubatch=self.ubatch_size,
             n_gpu_layers=self.gpu_layers,

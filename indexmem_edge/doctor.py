@@ -93,7 +93,8 @@ def _bounded_cache() -> list[Finding]:
     _capi.library()
     about = [Finding("bounded cache", "ok", f"interface version {_capi.API_VERSION}; {_capi.build_info()}")]
     about += [Finding("policy", "ok", f"{name}: {text}") for name, text in _capi.policies().items()]
-    return about + [Finding("indexer", "ok", f"{name}: {text}") for name, text in _capi.indexers().items()]
+    about += [Finding("indexer", "ok", f"{name}: {text}") for name, text in _capi.indexers().items()]
+    return about + [Finding("memory", "ok", f"{name}: {text}") for name, text in _capi.memories().items()]
 
 
 def _loaded_files() -> list[Finding]:

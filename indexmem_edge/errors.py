@@ -39,6 +39,10 @@ class PolicyError(IndexMemError, ValueError):
     """There is no eviction policy of that name."""
 
 
+class LatentMemoryError(IndexMemError, ValueError):
+    """There is no latent memory of that kind, or not without trained weights."""
+
+
 class ContextError(IndexMemError, RuntimeError):
     """The native context could not be created, for example for want of memory."""
 

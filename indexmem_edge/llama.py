@@ -40,7 +40,11 @@ class Llama(llama_cpp.Llama):
             kv_budget remains the most that is kept, and what is allocated.
         kv_policy: which entries leave when the budget is reached; `indexmem_edge.policies()` lists them. None: the
             indexer with a sidecar, else streaming.
-        indexmem: a sidecar, the file with an indexer that was trained for this model (docs/sidecar.md).
+        indexmem: a sidecar, the file with an indexer or a memory for this model (docs/sidecar.md).
+        memory: what becomes of evicted entries: "centroid" keeps them as running means in `memory_slots` slots of the
+            budget and needs no training, "residual" needs the trained weights of a sidecar, "off" forgets them. None:
+            that of the sidecar, without one off.
+        memory_slots: of the memory "centroid"; None: as the sidecar says, without one 64.
         kv_sinks: first tokens that are never evicted.
         kv_window: most recent tokens that are never evicted.
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
@@ -57,6 +61,7 @@ class Llama(llama_cpp.Llama):
     Raises:
         BudgetError, PolicyError: an option is impossible; the message names the minimum or lists the choices.
         SidecarError: the sidecar is damaged, or for another model.
+        LatentMemoryError: there is no such memory, or not without trained weights.
         ModelFileError, ModelNotSupported, ContextError: the model cannot be loaded, or not with a budget.
     """
 
@@ -73,11 +78,14 @@ class Llama(llama_cpp.Llama):
         kv_evict_step: int = 0,
         kv_seed: int = 0,
         indexmem: Optional[PathLike] = None,
+        memory: Optional[str] = None,
+        memory_slots: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         options = CacheOptions.checked(
-            kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem
-        )
+            kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem, memory,
+            memory_slots,
+        )  # fmt: skip
         path = check_model_file(model_path)
         self.kv_options = options
         self._cache: Optional[_cache.BoundedCache] = None

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ._modelfile import check_sidecar_file
+from ._parts import (
+    DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds,
+)  # fmt: skip
 from .errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:
     from ._capi import Request
 
-DEFAULT_POLICY = "streaming"  # without a sidecar
-INDEXER_POLICY = "indexer"  # with one
 DEFAULT_BUDGET = 1024  # of the command line; Llama itself is unbounded unless told otherwise
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
@@ -24,9 +25,9 @@ LOGICAL_MAX = 1 << 21  # default n_ctx with a budget: a limit on positions, not 
 _MAX_COUNT = (1 << 31) - 1
 
 
-def minimum_budget(sinks: int, pin: int, window: int) -> int:
-    """The smallest budget that protects these and still has something to evict."""
-    return max(sinks, pin) + window + 1
+def minimum_budget(sinks: int, pin: int, window: int, memory_slots: int = 0) -> int:
+    """The smallest budget that protects these, has slots for a memory, and still has something to evict."""
+    return max(sinks, pin) + window + memory_slots + 1
 
 
 def _count(name: str, value: Any, largest: int = _MAX_COUNT) -> int:
@@ -54,27 +55,6 @@ def check_share(name: str, value: Any) -> float:
     return number
 
 
-def choose_policy(policy: Optional[str], sidecar: Optional[str]) -> str:
-    """The policy that is meant: by default that of the sidecar's indexer, if there is a sidecar.
-
-    Raises:
-        PolicyError: the policy and the sidecar contradict each other.
-    """
-    if sidecar is None:
-        if policy == INDEXER_POLICY:
-            raise PolicyError(
-                f"kv_policy {INDEXER_POLICY!r} needs a sidecar with a trained indexer: name one with --indexmem FILE "
-                "(indexmem= in Python), or choose another kv_policy"
-            )
-        return policy or DEFAULT_POLICY
-    if policy and policy != INDEXER_POLICY:
-        raise PolicyError(
-            f"kv_policy {policy!r} contradicts the sidecar {os.path.basename(sidecar)}, whose indexer would not be used: "
-            "leave kv_policy out, or the sidecar"
-        )
-    return INDEXER_POLICY
-
-
 @dataclass(frozen=True)
 class CacheOptions:
     """What the user asked of the KV cache. `budget` 0 means unbounded: llama.cpp's own cache."""
@@ -88,6 +68,8 @@ class CacheOptions:
     seed: int = 0
     budget_ratio: Optional[float] = None  # of the tokens seen
     sidecar: Optional[str] = None
+    memory: str = MEMORY_OFF
+    memory_slots: int = 0  # 0: none, or as the sidecar says
 
     @classmethod
     def checked(
@@ -101,6 +83,8 @@ class CacheOptions:
         seed: int,
         budget_ratio: Optional[float] = None,
         sidecar: Union[str, os.PathLike[str], None] = None,
+        memory: Optional[str] = None,
+        memory_slots: Optional[int] = None,
     ) -> CacheOptions:
         """Validates what does not depend on the model.
 
@@ -108,20 +92,31 @@ class CacheOptions:
             BudgetError: a value is out of range, or the budget is too small; the message names the minimum.
             PolicyError: no such policy (the message lists them), or one that contradicts the sidecar.
             SidecarError: the sidecar is not there, or not a GGUF file.
+            LatentMemoryError: no such memory (the message lists them), or not without trained weights.
         """
         size = 0 if budget is None else _count("kv_budget", budget)
         if size == 0:
-            for value, name in ((sidecar, "a sidecar (indexmem)"), (budget_ratio, "kv_budget_ratio")):
-                if value is not None:
+            asked = {
+                "a sidecar (indexmem)": sidecar is not None, "kv_budget_ratio": budget_ratio is not None,
+                "a latent memory (memory)": memory not in (None, MEMORY_OFF), "memory_slots": memory_slots is not None,
+            }  # fmt: skip
+            for name, given in asked.items():
+                if given:
                     raise BudgetError(f"{name} needs a bounded KV cache: give a kv_budget, or leave it out")
             return cls()
         path = None if sidecar is None else check_sidecar_file(sidecar)
         if isinstance(pin, str) and pin != PIN_AUTO:
             raise BudgetError(f'kv_pin must be a number of tokens or "{PIN_AUTO}", found {pin!r}')
         fixed_pin = PIN_AUTO if pin == PIN_AUTO else _count("kv_pin", pin)
+        from . import _capi  # here, because it loads the library: --help needs only the defaults
+
+        kinds = sidecar_kinds(path)
+        if memory_slots is not None and _count("memory_slots", memory_slots) == 0:
+            raise BudgetError("memory_slots must be at least 1, found 0: memory 'off' is none")
+        kind, slots = choose_memory(memory, memory_slots, kinds, _capi.memories())
         options = cls(
             budget=size,
-            policy=choose_policy(policy, path),
+            policy=choose_policy(policy, kind, path, kinds),
             sinks=_count("kv_sinks", sinks),
             window=_count("kv_window", window),
             pin=fixed_pin,
@@ -129,10 +124,10 @@ class CacheOptions:
             seed=_count("kv_seed", seed, (1 << 64) - 1),
             budget_ratio=None if budget_ratio is None else check_share("kv_budget_ratio", budget_ratio),
             sidecar=path,
+            memory=kind,
+            memory_slots=slots,
         )
         options.require_room(options.fixed_pin, "kv_pin")
-        from . import _capi  # here, because it loads the library: --help needs only the defaults
-
         known = _capi.policies()
         if options.policy not in known:
             raise PolicyError(f"unknown kv_policy {options.policy!r}: choose one of {', '.join(sorted(known))}")
@@ -155,12 +150,13 @@ class CacheOptions:
 
     def require_room(self, pin: int, what: str) -> None:
         """Raises BudgetError if a pinned prefix of `pin` tokens leaves nothing to evict."""
-        least = minimum_budget(self.sinks, pin, self.window)
+        least = minimum_budget(self.sinks, pin, self.window, self.memory_slots)
         if self.budget < least:
+            slots = f"plus {self.memory_slots} memory_slots, " if self.memory_slots else ""
             raise BudgetError(
                 f"kv_budget {self.budget} is too small: at least {least} are needed (the larger of kv_sinks "
-                f"{self.sinks} and {what} {pin}, plus kv_window {self.window}, plus 1 to evict). Raise kv_budget to "
-                f"{least} or more, or lower the others"
+                f"{self.sinks} and {what} {pin}, plus kv_window {self.window}, {slots}plus 1 to evict). Raise kv_budget "
+                f"to {least} or more, or lower the others"
             )
 
     def request(self) -> Request:
@@ -177,13 +173,20 @@ class CacheOptions:
             self.seed,
             self.budget_ratio or 0.0,
             self.sidecar,
+            self.memory,
+            self.memory_slots,
         )
 
     def keywords(self) -> dict[str, Any]:
         """The same as keyword arguments of `Llama`."""
         values = asdict(self)
-        return {"indexmem": values.pop("sidecar"), **{f"kv_{name}": value for name, value in values.items()}}
+        own = {"indexmem": values.pop("sidecar"), "memory": values.pop("memory")}
+        own["memory_slots"] = values.pop("memory_slots") or None
+        return {**own, **{f"kv_{name}": value for name, value in values.items()}}
 
     def fixed_for_state(self) -> dict[str, Any]:
-        """What must be equal to continue a KV state: all but the ratio, and the sidecar, which goes by content."""
-        return {k: v for k, v in self.keywords().items() if k not in ("indexmem", "kv_budget_ratio")}
+        """What must be equal to continue a KV state: all but the ratio, and the sidecar, which goes by content.
+
+        The number of memory slots is the cache's to say.
+        """
+        return {k: v for k, v in self.keywords().items() if k not in ("indexmem", "kv_budget_ratio", "memory_slots")}

@@ -48,6 +48,7 @@ def identity(llm: Llama) -> dict[str, Any]:
             "lora": [fingerprint(llm.lora_path), llm.lora_scale] if llm.lora_path else None,
             "sidecar": sidecar_hash(llm),
             **llm.kv_options.fixed_for_state(),
+            "memory_slots": _capi.get_stats(llm.ctx).memory_slots if llm._cache is not None else 0,
             **{name: getattr(params, name) for name in _CONTEXT_FIELDS},
         }
         llm.__dict__["_session_identity"] = known
@@ -55,7 +56,7 @@ def identity(llm: Llama) -> dict[str, Any]:
 
 
 def sidecar_hash(llm: Llama) -> str:
-    """What the ranks of the cached entries were made with: 16 hexadecimal digits, "" without a sidecar."""
+    """What ranks and memory of the cached entries were made with: 16 hexadecimal digits, "" without a sidecar."""
     found = _capi.get_stats(llm.ctx).sidecar_hash if llm._cache is not None else 0
     return f"{found:016x}" if found else ""
 
@@ -134,6 +135,8 @@ def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> Non
                 f"{_sidecar(value, os.path.basename(llm.kv_options.sidecar or ''))}: "
                 + ("name that one with --indexmem FILE (indexmem= in Python)" if found else "leave the sidecar out")
             )
+        if found is None and (key, value) in (("memory", "off"), ("memory_slots", 0)):
+            continue  # saved before there were memories
         if key == "model":
             raise SessionError(f"{name} was saved with another model file than {llm.model_path}: load it with that one")
         raise SessionError(

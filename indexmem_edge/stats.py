@@ -21,11 +21,15 @@ class KVStats:
     turn_reused: int = 0  # prompt tokens of the last prompt that were already in the cache
     turn_generated: int = 0  # tokens generated after it that went through the model
     kv_bytes: Optional[int] = None  # K and V of the whole context; fixed at creation; None if unknown
-    meta_bytes: int = 0  # positions, policy and indexer state; fixed at creation
+    meta_bytes: int = 0  # positions, state of policy, indexer and memory; fixed at creation
     indexer: str = ""  # kind of the trained indexer, "" without one
     sidecar: str = ""  # name of the file that it came from
     sidecar_bytes: int = 0  # its weights in memory
     indexer_bytes: int = 0  # the part of meta_bytes that the indexer keeps
+    memory: str = ""  # kind of the latent memory, "off" without one, "" without a budget
+    memory_slots: int = 0  # its slots, which are part of the budget; 0 of a kind that has none
+    memory_layers: int = 0  # layers that have it
+    memory_bytes: int = 0  # the part of meta_bytes that it keeps
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     slots: int = 0  # slots allocated per KV head: the budget plus working room
     sinks: int = 0
@@ -37,6 +41,11 @@ class KVStats:
     n_ctx: int = 0  # largest logical length
     n_ctx_train: int = 0  # length the model was trained for
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a latent memory."""
+        return self.memory not in ("", "off")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that json.dumps takes."""
@@ -62,7 +71,11 @@ class KVStats:
             ("KV memory", _memory(self)),
         ]
         if self.sidecar:
-            rows.append(("indexer", f"{self.indexer}, {self.sidecar} ({format_bytes(self.sidecar_bytes)})"))
+            what = "sidecar" if self.indexer == "none" else "indexer"
+            rows.append((what, f"{self.indexer}, {self.sidecar} ({format_bytes(self.sidecar_bytes)})"))
+        if self.remembers:
+            slots = f"{self.memory_slots} slots per KV head, " if self.memory_slots else ""
+            rows.append(("memory", f"{self.memory}, {slots}{self.memory_layers} layers"))
         if self.budget:
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
@@ -86,9 +99,9 @@ def _memory(stats: KVStats) -> str:
         return "unknown"
     if not stats.budget:
         return f"{format_bytes(stats.kv_bytes)} for {stats.n_ctx:,} tokens"
-    state = "positions and policy state"
-    if stats.indexer:
-        state = f"positions, policy and indexer state (indexer {format_bytes(stats.indexer_bytes)})"
+    parts = {"indexer": stats.indexer_bytes, "memory": stats.memory_bytes}
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    state = "positions and state" + (f" ({sizes})" if sizes else "")
     return (
         f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of {state}, "
         f"fixed ({stats.slots:,} slots per KV head)"

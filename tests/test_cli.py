@@ -44,8 +44,8 @@ def one_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
     "command, words",
     [
         ((), ("chat", "generate", "inspect", "doctor")),
-        (("chat",), ("--kv-budget", "--ctx-size", "-ctk", "--indexmem", "/read FILE", "indexmem chat")),
-        (("generate",), ("--prompt", "--file", "--kv-budget-ratio", "indexer with a sidecar, else streaming", "-ngl")),
+        (("chat",), ("--kv-budget", "--ctx-size", "-ctk", "--indexmem", "--memory", "/read FILE", "indexmem chat")),
+        (("generate",), ("--prompt", "--file", "--kv-budget-ratio", "--memory-slots", "-ngl")),
         (("inspect",), ("FILE", "--model", "--json", "indexmem inspect")),
         (("doctor",), ("--model", "--json")),
     ],

@@ -13,8 +13,11 @@ from conftest import Tiny
 from test_cli import one_error, run
 
 import indexmem_edge
-from indexmem_edge import BudgetError, ModelNotSupported, PolicyError, SessionError, SidecarError, _native
-from indexmem_edge.options import CacheOptions, choose_policy
+from indexmem_edge import (
+    BudgetError, LatentMemoryError, ModelNotSupported, PolicyError, SessionError, SidecarError, _capi, _native,
+)  # fmt: skip
+from indexmem_edge._parts import SidecarKinds, choose_memory, choose_policy
+from indexmem_edge.options import CacheOptions
 
 pytestmark = pytest.mark.skipif(_native.library_file() is None, reason="the native library has not been built")
 
@@ -58,7 +61,7 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     "options, kind, words",
     [
         ({"kv_budget": None}, BudgetError, "sidecar.*needs a bounded KV cache: give a kv_budget"),
-        ({"kv_policy": "snapkv"}, PolicyError, "would not be used: leave kv_policy out"),
+        ({"kv_policy": "snapkv"}, PolicyError, "nothing would be used: leave kv_policy out"),
         ({"indexmem": None, "kv_policy": "indexer"}, PolicyError, "--indexmem FILE"),
         ({"indexmem": None, "kv_budget": 0, "kv_budget_ratio": 0.5}, BudgetError, "kv_budget_ratio needs"),
         ({"kv_budget_ratio": 0}, BudgetError, "above 0 and at most 1, found 0"),
@@ -83,9 +86,29 @@ def test_impossible_options(
 
 
 def test_the_policy_that_is_meant() -> None:
-    assert choose_policy(None, None) == choose_policy("", None) == "streaming"
-    assert choose_policy(None, "x") == choose_policy("indexer", "x") == "indexer"
-    assert choose_policy("tova", None) == "tova"
+    nothing, indexer, memory = SidecarKinds(), SidecarKinds("kvzap", "none"), SidecarKinds("none", "centroid")
+    both = SidecarKinds("kvzap", "residual")
+    assert choose_policy(None, "off", None, nothing) == choose_policy("", "off", None, nothing) == "streaming"
+    assert choose_policy(None, "off", "x", indexer) == choose_policy("indexer", "off", "x", indexer) == "indexer"
+    assert choose_policy("tova", "off", None, nothing) == choose_policy("tova", "centroid", "x", memory) == "tova"
+    assert choose_policy(None, "centroid", "x", memory) == "streaming"
+    assert choose_policy("tova", "residual", "x", both) == "tova"  # a memory without its indexer
+    for policy, remembers, kinds in [("tova", "off", both), ("tova", "centroid", both), ("indexer", "centroid", memory)]:
+        with pytest.raises(PolicyError):
+            choose_policy(policy, remembers, "x", kinds)
+
+
+def test_the_memory_that_is_meant() -> None:
+    known = _capi.memories()
+    nothing, sidecar, trained = SidecarKinds(), SidecarKinds("none", "centroid"), SidecarKinds("kvzap", "residual")
+    assert choose_memory(None, None, nothing, known) == choose_memory("off", None, trained, known) == ("off", 0)
+    assert choose_memory("centroid", None, nothing, known) == choose_memory("centroid", None, trained, known) == ("centroid", 64)
+    assert choose_memory(None, None, sidecar, known) == ("centroid", 0)
+    assert choose_memory(None, 7, sidecar, known) == choose_memory("centroid", 7, nothing, known) == ("centroid", 7)
+    assert choose_memory(None, None, trained, known) == ("residual", 0)
+    for memory, slots, kinds in [("residual", None, nothing), ("residual", 3, trained), ("off", 3, sidecar), ("x", None, sidecar)]:
+        with pytest.raises(LatentMemoryError):
+            choose_memory(memory, slots, kinds, known)
 
 
 def test_options_survive_as_keywords(made: tuple[Path, Path]) -> None:
@@ -126,7 +149,7 @@ def test_every_kind_keeps_the_budget_and_says_what_it_costs(
     assert stats.kept <= BUDGET == stats.budget_now and stats.evicted == len(TOKENS) - stats.kept
     assert 0 < stats.indexer_bytes < stats.meta_bytes and stats.sidecar_bytes > 0
     assert (stats.policy, stats.sidecar) == ("indexer", "s.indexmem.gguf")
-    assert f"{kind}, s.indexmem.gguf (" in str(stats) and "indexer state (indexer " in str(stats)
+    assert f"{kind}, s.indexmem.gguf (" in str(stats) and "positions and state (indexer " in str(stats)
     assert len(stats.line()) < 80
     heads = [head.tolist() for layer in llm.kv_snapshot().values() for head in layer]
     assert kind == "pairwise" or any(head != heads[0] for head in heads), (
