@@ -5,6 +5,9 @@
 
 add_library(indexmem_cuda_shim OBJECT ${cuda_sources} native/tests/shim/cuda/elsewhere.cpp)
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
+if(SKBUILD)
+    set_target_properties(indexmem_cuda_shim PROPERTIES EXCLUDE_FROM_ALL ON)
+endif()
 target_compile_features(indexmem_cuda_shim PRIVATE cxx_std_17)
 target_compile_options(indexmem_cuda_shim PRIVATE -Wno-ignored-attributes)
 target_include_directories(indexmem_cuda_shim BEFORE PRIVATE native/tests/shim/cuda native/tests/shim native/tests native/ops/cuda
