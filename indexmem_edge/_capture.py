@@ -17,11 +17,11 @@ import llama_cpp.llama_cpp as llama_lib
 Array = npt.NDArray[Any]
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """struct ggml_tensor, as far as it is read here."""
 
 
-_Tensor._fields_ = [
+Tensor._fields_ = [
     ("type", ctypes.c_int),
     ("buffer", ctypes.c_void_p),
     ("ne", ctypes.c_int64 * 4),
@@ -29,8 +29,8 @@ _Tensor._fields_ = [
     ("op", ctypes.c_int),
     ("op_params", ctypes.c_int32 * 16),
     ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.POINTER(_Tensor)),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.POINTER(Tensor)),
     ("view_offs", ctypes.c_size_t),
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * 64),
@@ -38,7 +38,8 @@ _Tensor._fields_ = [
 _TYPES = {llama_lib.GGML_TYPE_F32: np.dtype(np.float32), llama_lib.GGML_TYPE_F16: np.dtype(np.float16)}
 
 
-def _ggml(name: str, restype: Any, *argtypes: Any) -> Any:
+def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
+    """A function of ggml, typed."""
     function = getattr(llama_lib._lib, name)
     function.restype, function.argtypes = restype, list(argtypes)
     return function
@@ -52,15 +53,15 @@ class _Callback:
 
     def __init__(self) -> None:
         self.error: Optional[BaseException] = None
-        self._get = _ggml("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
-        self._bytes = _ggml("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)
-        self._op = _ggml("ggml_op_desc", ctypes.c_char_p, ctypes.c_void_p)
+        self._get = ggml_function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+        self._bytes = ggml_function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)
+        self._op = ggml_function("ggml_op_desc", ctypes.c_char_p, ctypes.c_void_p)
         self.callback = llama_lib.ggml_backend_sched_eval_callback(self._on_tensor)
 
     def _on_tensor(self, address: int, ask: bool, _: object) -> bool:
         """Asked first whether a tensor is wanted; if so, called again when it is there. Returns whether to go on."""
         try:
-            tensor = _Tensor.from_address(address)
+            tensor = Tensor.from_address(address)
             if ask:
                 return self.wants(tensor)
             self.take(tensor)
@@ -69,15 +70,15 @@ class _Callback:
             return False
         return True
 
-    def wants(self, tensor: _Tensor) -> bool:
+    def wants(self, tensor: Tensor) -> bool:
         """Whether to take a tensor once it is computed."""
         raise NotImplementedError
 
-    def take(self, tensor: _Tensor) -> None:
+    def take(self, tensor: Tensor) -> None:
         """Called with each of them."""
         raise NotImplementedError
 
-    def read(self, tensor: _Tensor) -> Array:
+    def read(self, tensor: Tensor) -> Array:
         """The values, dimensions in NumPy order: first the outermost."""
         kind = _TYPES.get(tensor.type)
         if kind is None:
@@ -96,10 +97,10 @@ class Capture(_Callback):
         self.found: dict[str, list[Array]] = {}  # by name, one array for each ubatch
         self._prefixes = tuple(p.encode() for p in prefixes)
 
-    def wants(self, tensor: _Tensor) -> bool:
+    def wants(self, tensor: Tensor) -> bool:
         return bool(tensor.name.startswith(self._prefixes))
 
-    def take(self, tensor: _Tensor) -> None:
+    def take(self, tensor: Tensor) -> None:
         self.found.setdefault(tensor.name.decode(), []).append(self.read(tensor))
 
     def __getitem__(self, name: str) -> Array:
@@ -133,10 +134,10 @@ class AttentionCapture(_Callback):
         self.cache = False
         self.layers: dict[int, LayerCapture] = {}
 
-    def wants(self, tensor: _Tensor) -> bool:
+    def wants(self, tensor: Tensor) -> bool:
         return (len(self.rows) > 0 or self.cache) and self._op(ctypes.byref(tensor)) == b"FLASH_ATTN_EXT"
 
-    def take(self, tensor: _Tensor) -> None:
+    def take(self, tensor: Tensor) -> None:
         q, k, v = (tensor.src[i].contents for i in range(3))
         cell = re.fullmatch(rb"cache_k_l(\d+)", k.view_src.contents.name if k.view_src else b"")
         if cell is None:

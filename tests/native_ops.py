@@ -11,7 +11,9 @@ import ctypes
 from typing import Any, Optional
 
 import numpy as np
-from native_context import F16, F32, _ggml, _TensorHead
+from native_context import F16, F32
+
+from indexmem_edge._capture import Tensor, ggml_function
 
 I32 = 26  # GGML_TYPE_I32
 TYPES = {F32: np.float32, F16: np.float16, I32: np.int32}
@@ -31,36 +33,36 @@ def _put(ctx: int, a: Optional[np.ndarray]) -> Optional[int]:
         return None
     a = np.ascontiguousarray(a)
     kind = next(kind for kind, dtype in TYPES.items() if dtype == a.dtype)
-    new = _ggml("ggml_new_tensor_4d", Pointer, Pointer, ctypes.c_int, *[ctypes.c_int64] * 4)
+    new = ggml_function("ggml_new_tensor_4d", Pointer, Pointer, ctypes.c_int, *[ctypes.c_int64] * 4)
     tensor = new(ctx, kind, *[*a.shape[::-1], 1, 1, 1][:4])
-    ctypes.memmove(_ggml("ggml_get_data", Pointer, Pointer)(tensor), a.ctypes.data, a.nbytes)
+    ctypes.memmove(ggml_function("ggml_get_data", Pointer, Pointer)(tensor), a.ctypes.data, a.nbytes)
     return tensor
 
 
 def _get(tensor: int) -> np.ndarray:
-    head = _TensorHead.from_address(tensor)
+    head = Tensor.from_address(tensor)
     a = np.empty(tuple(head.ne)[::-1], TYPES[head.type])
-    ctypes.memmove(a.ctypes.data, _ggml("ggml_get_data", Pointer, Pointer)(tensor), a.nbytes)
+    ctypes.memmove(a.ctypes.data, ggml_function("ggml_get_data", Pointer, Pointer)(tensor), a.nbytes)
     return a
 
 
 def _run(op: str, *arguments: Any, n_threads: int = 2) -> tuple[np.ndarray, list[np.ndarray]]:
     """Computes ggml_indexmem_<op> of arrays (or None), then numbers as ctypes. Returns the result, of four dimensions, and
     the arrays as the op left them."""
-    ctx = _ggml("ggml_init", Pointer, _InitParams)(_InitParams(MEMORY, None, False))
+    ctx = ggml_function("ggml_init", Pointer, _InitParams)(_InitParams(MEMORY, None, False))
     try:
         arrays = [a for a in arguments if a is None or isinstance(a, np.ndarray)]
         numbers = arguments[len(arrays) :]
         tensors = [_put(ctx, a) for a in arrays]
-        build = _ggml(f"ggml_indexmem_{op}", Pointer, Pointer, *[Pointer] * len(tensors), *map(type, numbers))
+        build = ggml_function(f"ggml_indexmem_{op}", Pointer, Pointer, *[Pointer] * len(tensors), *map(type, numbers))
         result = build(ctx, *tensors, *numbers)
-        graph = _ggml("ggml_new_graph", Pointer, Pointer)(ctx)
-        _ggml("ggml_build_forward_expand", None, Pointer, Pointer)(graph, result)
-        compute = _ggml("ggml_graph_compute_with_ctx", ctypes.c_int, Pointer, Pointer, ctypes.c_int)
+        graph = ggml_function("ggml_new_graph", Pointer, Pointer)(ctx)
+        ggml_function("ggml_build_forward_expand", None, Pointer, Pointer)(graph, result)
+        compute = ggml_function("ggml_graph_compute_with_ctx", ctypes.c_int, Pointer, Pointer, ctypes.c_int)
         assert compute(ctx, graph, n_threads) == 0
         return _get(result), [_get(t).reshape(a.shape) for a, t in zip(arrays, tensors) if a is not None]
     finally:
-        _ggml("ggml_free", None, Pointer)(ctx)
+        ggml_function("ggml_free", None, Pointer)(ctx)
 
 
 def ctl(n_seq: int, **values: Any) -> np.ndarray:
