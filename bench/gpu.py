@@ -35,7 +35,16 @@ THREADS = typer.Option(8, "-t", "--threads", help="CPU threads.")
 PREFILL, DECODE = 1024, 96  # tokens of the check: those before its logits are looked at, and those of single steps
 BUDGET = 512
 CHECK_COLUMNS = ("system", "placement", "kl", "nll", "nll_change", "same_top", "kept_alike", "noise")
-SPEED_COLUMNS = ("system", "budget", "depth", "kv_bytes", "prefill_tps", "decode_tps", "decode_vs_flash", "prefill_vs_flash")
+SPEED_COLUMNS = (
+    "system",
+    "budget",
+    "depth",
+    "kv_bytes",
+    "prefill_tps",
+    "decode_tps",
+    "decode_vs_flash",
+    "prefill_vs_flash",
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ def kept_positions(system: System) -> list[np.ndarray]:
 def compare(found: Outcome, expected: Outcome) -> dict[str, float]:
     """Differences of two outcomes: the mean KL divergence of the next token, and what each head kept."""
     kl = (np.exp(expected.log_probs) * (expected.log_probs - found.log_probs)).sum(axis=1).mean()
-    alike = [np.intersect1d(a, b).size / max(a.size, b.size, 1) for a, b in zip(found.kept, expected.kept, strict=True)]
+    both = zip(found.kept, expected.kept, strict=True)
+    alike = [np.intersect1d(a, b).size / max(a.size, b.size, 1) for a, b in both]
     return {
         "kl": float(kl),
         "nll": found.nll,
@@ -134,7 +144,8 @@ def verdict(setup: Setup, row: dict[str, Any]) -> list[Verdict]:
 
 
 def run_check(path: Path, where: list[Placement], setups: list[Setup], out: Path, name: str = "cuda-check") -> Report:
-    meta = describe(path.name, library(), setups[0].threads, how=f"{PREFILL} tokens, then {DECODE} single steps", device=devices())
+    how = f"{PREFILL} tokens, then {DECODE} single steps"
+    meta = describe(path.name, library(), setups[0].threads, how=how, device=devices())
     report = Report(name, meta)
     tokens: list[int] = []
     expected: dict[Setup, Outcome] = {}
@@ -151,8 +162,13 @@ def run_check(path: Path, where: list[Placement], setups: list[Setup], out: Path
             difference = compare(found, expected[setup])
             noise.setdefault(place, difference["kl"])
             row = report.add(
-                policy=setup.policy, budget=setup.budget, system=label(setup), placement=place.name, noise=noise[place], **difference
-            )  # fmt: skip
+                policy=setup.policy,
+                budget=setup.budget,
+                system=label(setup),
+                placement=place.name,
+                noise=noise[place],
+                **difference,
+            )
             report.verdicts += verdict(setup, row)
             report.save(out)
         model.close()
@@ -218,7 +234,8 @@ def speed(
     _require_gpu()
     if geometry and geometry not in synthetic.GEOMETRIES:
         raise BenchError(f"unknown geometry {geometry!r}: choose one of {', '.join(synthetic.GEOMETRIES)}")
-    loaded = Model(synthetic.cached_model(synthetic.GEOMETRIES[geometry], folder=cache) if geometry else model or _demo())
+    path = synthetic.cached_model(synthetic.GEOMETRIES[geometry], folder=cache) if geometry else model or _demo()
+    loaded = Model(path)
     for wanted in systems.split(","):
         policy, _, memory = wanted.partition("/")
         setup = Setup(policy, kv_budget, threads=threads, memory=memory or "off")

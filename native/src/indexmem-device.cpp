@@ -16,7 +16,8 @@
 indexmem_device_needs indexmem_device_needs::of_layer(
         const llama_hparams & hparams, uint32_t il, ggml_type type_k, ggml_type type_v, int policy) {
     const int64_t n_head_kv = hparams.n_head_kv(il);
-    return { type_k, type_v, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), n_head_kv, hparams.n_head(il)/n_head_kv, policy };
+    const int64_t n_group   = hparams.n_head(il)/n_head_kv;
+    return { type_k, type_v, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), n_head_kv, n_group, policy };
 }
 
 // Builds the nodes that the graphs are made of, without memory, and asks for each.
@@ -56,22 +57,23 @@ const char * indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device
         ggml_indexmem_rank_terms(ctx, terms, pos, ctl, 0.0f, 1.0f) :
         ggml_indexmem_rank(ctx, k, pos, ctl, policy->n_queries > 0 ? q : nullptr, n.policy, 0, 0, 1.0f, 0.0f);
     ggml_tensor * plan   = ggml_indexmem_select(ctx, rank, pos, ctl, n_evict);
-    ggml_tensor * attend = ggml_flash_attn_ext(ctx, query, streams(k), streams(v), ggml_indexmem_bias(ctx, mask, count), 1.0f, 0.0f, 0.0f);
+    ggml_tensor * biased = ggml_indexmem_bias(ctx, mask, count);
+    ggml_tensor * attend = ggml_flash_attn_ext(ctx, query, streams(k), streams(v), biased, 1.0f, 0.0f, 0.0f);
     ggml_prec_set_acc(attend, GGML_PREC_F32);
 
     const std::pair<const char *, ggml_tensor *> nodes[] = {
-        { "storing keys of this type",   ggml_set_rows(ctx, k, k_cur, rows)                                         },
-        { "storing values of this type", ggml_set_rows(ctx, v, v_cur, rows)                                         },
-        { "flash attention",             attend                                                                      },
-        { "masks with biases",           attend->src[3]                                                              },
-        { "the policy",                  rank                                                                        },
-        { "selection",                   plan                                                                        },
-        { "compaction of keys",          ggml_indexmem_compact(ctx, k, plan, ctl)                                    },
-        { "compaction of values",        ggml_indexmem_compact(ctx, v, plan, ctl)                                    },
-        { "compaction of states",        ggml_indexmem_compact(ctx, terms, plan, ctl)                                },
-        { "compaction of positions",     ggml_indexmem_compact_pos(ctx, pos, plan, ctl)                              },
-        { "centroid memories",           ggml_indexmem_centroid(ctx, means, count, k, v, plan, ctl)                  },
-        { "residual memories",           ggml_indexmem_residual(ctx, sums, phi, k, v, plan, ctl, 1.0f, 1.0f)         },
+        { "storing keys of this type",   ggml_set_rows(ctx, k, k_cur, rows)                                  },
+        { "storing values of this type", ggml_set_rows(ctx, v, v_cur, rows)                                  },
+        { "flash attention",             attend                                                              },
+        { "masks with biases",           biased                                                              },
+        { "the policy",                  rank                                                                },
+        { "selection",                   plan                                                                },
+        { "compaction of keys",          ggml_indexmem_compact(ctx, k, plan, ctl)                            },
+        { "compaction of values",        ggml_indexmem_compact(ctx, v, plan, ctl)                            },
+        { "compaction of states",        ggml_indexmem_compact(ctx, terms, plan, ctl)                        },
+        { "compaction of positions",     ggml_indexmem_compact_pos(ctx, pos, plan, ctl)                      },
+        { "centroid memories",           ggml_indexmem_centroid(ctx, means, count, k, v, plan, ctl)          },
+        { "residual memories",           ggml_indexmem_residual(ctx, sums, phi, k, v, plan, ctl, 1.0f, 1.0f) },
     };
     for (const auto & [what, node] : nodes) {
         if (!ggml_backend_dev_supports_op(dev, node)) {

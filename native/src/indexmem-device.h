@@ -19,7 +19,8 @@ struct indexmem_device_needs {
     int64_t   n_group; // query heads of a KV head
     int       policy;  // index into policies.def
 
-    static indexmem_device_needs of_layer(const llama_hparams & hparams, uint32_t il, ggml_type type_k, ggml_type type_v, int policy);
+    static indexmem_device_needs of_layer(
+            const llama_hparams & hparams, uint32_t il, ggml_type type_k, ggml_type type_v, int policy);
 };
 
 // The first thing the device has no kernel for, or null. Such a cache has to lie in host memory: what is written in place is

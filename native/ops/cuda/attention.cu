@@ -27,8 +27,8 @@ struct attention_args : op_view {
 
     using op_view::op_view;
 
-    __device__ int     n_all()                const { return n_queries*n_group; }
-    __device__ int64_t query_index(int iq)    const { return (int64_t) blockIdx.y*n_all() + iq; }
+    __device__ int     n_all()             const { return n_queries*n_group; }
+    __device__ int64_t query_index(int iq) const { return (int64_t) blockIdx.y*n_all() + iq; }
 };
 
 // The tile of a block, and the logits of its entries.
@@ -59,11 +59,12 @@ struct attention_tile {
 
     // of query head g at position p and this lane's entry
     __device__ float logit(const float * keys, int g, int32_t p) const {
-        const tensor & q = a.src[3];
-        const float  * query = q.at<float>(p % q.ne[1], row.h*a.n_group + g, row.s);
+        const tensor & q       = a.src[3];
+        const float  * query   = q.at<float>(p % q.ne[1], row.h*a.n_group + g, row.s);
 
-        const float softcap = a.param_f32(INDEXMEM_PARAM_SOFTCAP);
-        const float x = a.param_f32(INDEXMEM_PARAM_SCALE)*dot(query, keys + (threadIdx.x % WARP)*tile_pitch(a.src[0]), a.src[0].ne[0]);
+        const float    softcap = a.param_f32(INDEXMEM_PARAM_SOFTCAP);
+        const float  * key     = keys + (threadIdx.x % WARP)*tile_pitch(a.src[0]);
+        const float x = a.param_f32(INDEXMEM_PARAM_SCALE)*dot(query, key, a.src[0].ne[0]);
         if (softcap == 0.0f) {
             return x;
         }

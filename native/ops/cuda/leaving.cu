@@ -36,7 +36,8 @@ static __global__ void leaving_kernel(const leaving_args a) {
 
 void gather_leaving(ggml_backend_cuda_context & ctx, const ggml_tensor * op, float * entries) {
     const ggml_tensor * plan = op->src[4];
-    launch(leaving_kernel, dim3(blocks_for(plan->ne[0], WARPS), plan->ne[2]*plan->ne[3]), THREADS, ctx, leaving_args(op, entries));
+    const dim3 grid(blocks_for(plan->ne[0], WARPS), plan->ne[2]*plan->ne[3]);
+    launch(leaving_kernel, grid, THREADS, ctx, leaving_args(op, entries));
 }
 
 } // namespace indexmem_cuda

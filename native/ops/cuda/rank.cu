@@ -60,9 +60,9 @@ static __global__ void rank_kernel(const op_view op) {
 
     float rank = 0.0f;
     switch (op.params[INDEXMEM_PARAM_POLICY]) {
-        case POLICY_streaming: rank = (float) pos;                                                    break;
-        case POLICY_random:    rank = random_rank(op, row, pos);                                      break;
-        case POLICY_indexer:   rank = indexer_rank(op, row, i, pos, c[INDEXMEM_CTL_POS_LAST]);        break;
+        case POLICY_streaming: rank = (float) pos;                                             break;
+        case POLICY_random:    rank = random_rank(op, row, pos);                               break;
+        case POLICY_indexer:   rank = indexer_rank(op, row, i, pos, c[INDEXMEM_CTL_POS_LAST]); break;
     }
     op.dst.at<float>(row.h, row.s)[i] = rank;
 }
@@ -197,9 +197,9 @@ static void keydiff(ggml_backend_cuda_context & ctx, const ggml_tensor * op) {
     args.partial = partial.get();
     args.sum     = sum.get();
 
-    launch(keydiff_partial_kernel, dim3(args.n_groups,                 n_row), THREADS, ctx, args);
-    launch(keydiff_sum_kernel,     dim3(blocks_for(n_embd, THREADS),   n_row), THREADS, ctx, args);
-    launch(keydiff_kernel,         dim3(blocks_for(op->ne[0], WARPS),  n_row), THREADS, ctx, args);
+    launch(keydiff_partial_kernel, dim3(args.n_groups,                n_row), THREADS, ctx, args);
+    launch(keydiff_sum_kernel,     dim3(blocks_for(n_embd, THREADS),  n_row), THREADS, ctx, args);
+    launch(keydiff_kernel,         dim3(blocks_for(op->ne[0], WARPS), n_row), THREADS, ctx, args);
 }
 
 bool rank_supported(const ggml_tensor * op) {
@@ -218,13 +218,17 @@ bool rank_supported(const ggml_tensor * op) {
 }
 
 void rank(ggml_backend_cuda_context & ctx, const ggml_tensor * op) {
-    const int n_row = (int) (op->ne[1]*op->ne[2]);
-    switch (policy_of(op)) {
-        case POLICY_knorm:   launch(knorm_kernel, dim3(blocks_for(op->ne[0], WARPS), n_row), THREADS, ctx, op_view(op)); break;
-        case POLICY_keydiff: keydiff(ctx, op);                   break;
-        case POLICY_tova:    attention_mean(ctx, op, 1, false);  break;
-        case POLICY_snapkv:  attention_mean(ctx, op, 32, true);  break;
-        default:             launch(rank_kernel, dim3(blocks_for(op->ne[0], THREADS), n_row), THREADS, ctx, op_view(op)); break;
+    const auto launch_all = [&](void (*kernel)(op_view), int entries_per_block) {
+        launch(kernel, dim3(blocks_for(op->ne[0], entries_per_block), op->ne[1]*op->ne[2]), THREADS, ctx, op_view(op));
+    };
+    const policy p = policy_of(op);
+    const int n_queries = indexmem_policy_get(p)->n_queries;
+    switch (p) {
+        case POLICY_knorm:   launch_all(knorm_kernel, WARPS);            break;
+        case POLICY_keydiff: keydiff(ctx, op);                           break;
+        case POLICY_tova:    attention_mean(ctx, op, n_queries, false);  break;
+        case POLICY_snapkv:  attention_mean(ctx, op, n_queries, true);   break;
+        default:             launch_all(rank_kernel, THREADS);           break;
     }
 }
 
