@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 BUILD=build/gpu
-OUT=${OUT_DIR:-bench/results}
+OUT=$PWD/bench/results
 JOBS=${JOBS:-$(nproc)}
 TESTS=(test_evict test_rank test_memory test_indexer)
 STEPS=("$@")
@@ -41,9 +41,9 @@ done
 
 built() { [ -x "$BUILD/${TESTS[0]}" ] || stop "nothing is built: bench/cuda.sh build"; }
 
+# from the folder of the package, because python finds what lies in the present one first
 bench() {
-    PYTHONPATH="$PWD/$BUILD/python${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m indexmem_edge.bench.gpu "$@" \
-        --out "$OUT" --threads "$(nproc)" || stop "bench.gpu $1 failed"
+    (cd "$BUILD/python" && "$PYTHON" -m indexmem_edge.bench.gpu "$@" --out "$OUT" --threads "$(nproc)") || stop "bench.gpu $1 failed"
 }
 
 need nvidia-smi "this is to be run on a machine with an NVIDIA GPU"
@@ -94,7 +94,7 @@ if wants check || wants speed || wants large; then
     "$PYTHON" -c 'import numpy, typer, rich, gguf, safetensors, jinja2, diskcache, typing_extensions' ||
         stop "$PYTHON lacks packages: see the head of this file"
 fi
-model=(${MODEL:+-m "$MODEL"})
+model=(${MODEL:+-m "$(realpath "$MODEL")"})
 
 if wants check; then
     say "check: logits of the demo model against the CPU's"
