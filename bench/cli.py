@@ -43,6 +43,9 @@ SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
 WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
 TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0.")
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
+GPU = typer.Option(
+    None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all"
+)
 UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
 TEXT = typer.Option(
     None, "--text", help="Text file to feed; default: sentences made up on the spot.", show_default=False
@@ -119,6 +122,7 @@ def speed(
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
+    gpu_layers: Optional[int] = GPU,
     decode_tokens: int = typer.Option(64, help="Tokens decoded in one repeat."),
     repeats: int = typer.Option(3, help="Repeats at each depth."),
     text: Optional[Path] = TEXT,
@@ -128,7 +132,7 @@ def speed(
     """Decode and prefill at growing depths, against the unbounded cache with and without flash attention."""
     from . import speed as bench
 
-    with _session(model, as_json) as (loaded, progress):
+    with _session(model, as_json, gpu_layers=gpu_layers) as (loaded, progress):
         setup = _setup(
             kv_policy,
             kv_budget,
@@ -364,7 +368,10 @@ def _setup(
 
 @contextmanager
 def _session(
-    path: Optional[Path], as_json: bool, make: Optional[Callable[[], Path]] = None
+    path: Optional[Path],
+    as_json: bool,
+    make: Optional[Callable[[], Path]] = None,
+    gpu_layers: Optional[int] = None,
 ) -> Iterator[tuple[Any, Progress]]:
     """The loaded model, which `make` makes if given, and a progress bar; errors become one line."""
     bar = Progress(
@@ -379,7 +386,7 @@ def _session(
     try:
         from .runner import Model
 
-        loaded = Model(make() if make else path or _demo_model())
+        loaded = Model(make() if make else path or _demo_model(), gpu_layers)
         with bar:
             yield loaded, bar
         loaded.close()

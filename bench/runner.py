@@ -48,6 +48,7 @@ class Setup:
     ratio: float = 0.0  # of the tokens seen, that are kept at most; 0: no such limit
     memory: str = "off"
     memory_slots: int = 0  # 0: as the sidecar says, or the default
+    offload: bool = True  # the cache of a layer that is on a GPU lies there, too
 
     @property
     def label(self) -> str:
@@ -58,16 +59,18 @@ class Setup:
 
 
 class Model:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, gpu_layers: int | None = None):
+        """`gpu_layers`: how many layers go to a GPU, if the build has a backend for one; None: all."""
         if not path.is_file():
             raise BenchError(f"no model file at {path}")
         self.path = path
         llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        if gpu_layers is not None:
+            params.n_gpu_layers = gpu_layers
         with _quiet() as lines:
             try:
-                self.raw = LlamaModel(
-                    path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
-                )
+                self.raw = LlamaModel(path_model=str(path), params=params, verbose=False)
             except ValueError as error:
                 raise BenchError(f"cannot load {path.name}: {_logs.reason(lines) or error}") from None
         self.n_vocab = self.raw.n_vocab()
@@ -108,6 +111,7 @@ class System:
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setup.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.type_k = params.type_v = CACHE_TYPES[setup.cache_type][0]
+        params.offload_kqv = params.op_offload = setup.offload
         params.no_perf = True
         if setup.budget:
             sidecar = str(setup.sidecar) if setup.sidecar else None

@@ -41,6 +41,7 @@ def run_speed(
     decode_tokens: int = 64,
     repeats: int = 3,
     no_flash: bool = True,
+    name: str = "speed",
     progress: Progress | None = None,
     out: Path | None = None,
 ) -> Report:
@@ -65,7 +66,7 @@ def run_speed(
         ubatch=setup.ubatch,
         cache_type=setup.cache_type,
     )
-    report = Report("speed", meta)
+    report = Report(name, meta)
     corpus = model.tokens(read_text(text))
     systems = [System(model, s) for s in [*setups, setup]]
     task = progress.add_task("speed", total=len(depths) * len(systems)) if progress else None

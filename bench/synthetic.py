@@ -36,7 +36,10 @@ class Shape:
     n_ff: int = 0  # needed to write a model
 
 
-GEOMETRIES = {"qwen3-4b": Shape("qwen3", 36, 2560, 32, 8, 128, 9728)}
+GEOMETRIES = {
+    "qwen3-4b": Shape("qwen3", 36, 2560, 32, 8, 128, 9728),
+    "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288),
+}
 
 _RETENTION: dict[str, Any] = {"norm_eps": 1e-5, "pos_slope": 1e-3, "age_scale": 4096.0, "decay": True}
 

@@ -95,6 +95,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_memory_name": (ctypes.c_char_p, [_INT]),
     "indexmem_memory_help": (ctypes.c_char_p, [_INT]),
     "indexmem_model_supported": (ctypes.c_bool, [_P, ctypes.c_char_p, ctypes.c_size_t]),
+    "indexmem_device_supported": (ctypes.c_bool, [ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),

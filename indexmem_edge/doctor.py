@@ -133,7 +133,9 @@ def _backends() -> list[Finding]:
     for i in range(lib.ggml_backend_dev_count()):
         device = lib.ggml_backend_dev_get(i)
         name = lib.ggml_backend_dev_name(device).decode("utf-8", "replace")
-        devices.append(f"{name} ({lib.ggml_backend_dev_description(device).decode('utf-8', 'replace').strip()})")
+        about = lib.ggml_backend_dev_description(device).decode("utf-8", "replace").strip()
+        where = "" if _capi.library().indexmem_device_supported(i) else "; bounded caches stay in host memory"
+        devices.append(f"{name} ({about}{where})")
     if not devices:
         return [Finding("backends", "wrong", "none: the ggml libraries beside libllama are incomplete; reinstall")]
     gpu = "" if _capi.llama_lib.llama_supports_gpu_offload() else "; no GPU backend in this build, -ngl has no effect"

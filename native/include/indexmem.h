@@ -125,6 +125,10 @@ INDEXMEM_API const char * indexmem_memory_help (int i); // one line
 // Whether a bounded cache can be made for the model; if not, the reason is written to `reason` (may be NULL).
 INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, char * reason, size_t reason_size);
 
+// Whether the i-th device of ggml (ggml_backend_dev_get) can hold bounded caches of the usual kind, f16 and heads of 128. If
+// not, those of the layers it computes lie in host memory.
+INDEXMEM_API bool indexmem_device_supported(size_t i);
+
 INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);
 
 INDEXMEM_API bool indexmem_get_stats(struct llama_context * ctx, int32_t seq_id, struct indexmem_stats * stats);

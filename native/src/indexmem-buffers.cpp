@@ -14,8 +14,8 @@ ggml_backend_buffer_type_t indexmem_buffers::type(uint32_t il) const {
     return offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
 }
 
-ggml_context * indexmem_buffers::context(uint32_t il) {
-    ggml_backend_buffer_type_t buft = type(il);
+ggml_context * indexmem_buffers::context(uint32_t il, ggml_backend_buffer_type_t buft) {
+    buft = buft ? buft : type(il);
 
     auto & entry = ctxs[ggml_backend_buft_name(buft)];
     if (!entry.second) {

@@ -1,6 +1,7 @@
 #include "indexmem-kv-cache.h"
 
 #include "indexmem-buffers.h"
+#include "indexmem-device.h"
 #include "indexmem-graph.h"
 
 #include "llama-cparams.h"
@@ -94,13 +95,8 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
-        ggml_backend_buffer_type_t buft = buffers.type(il);
-        if (!ggml_backend_buft_is_host(buft)) {
-            throw std::runtime_error(format("layer %u keeps its KV cache on %s, and only the CPU has the op of the bounded "
-                        "cache: offload no layers (n_gpu_layers 0), or keep the cache in host memory (offload_kqv off)",
-                        il, ggml_backend_buft_name(buft)));
-        }
-        ggml_context * ctx = buffers.context(il);
+        ggml_context * ctx = buffers.context(il, offload ?
+                indexmem_device_buft(model.dev_layer(il), indexmem_device_needs::of_layer(hparams, il, type_k, type_v, cfg.policy)) : nullptr);
 
         layer l = {};
         l.il  = il;

@@ -88,6 +88,9 @@ public:
         }
     }
 
+    // whether the device of the tests has an op: ours always, ggml's own perhaps for other shapes only
+    bool has(const ggml_tensor * op) const { return ggml_backend_supports_op(backend, op); }
+
     ggml_context * ctx;
 
 private:

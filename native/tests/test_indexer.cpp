@@ -117,6 +117,10 @@ TEST(pairwise_scores_agree_with_ggml) {
 
     ggml_tensor * ours   = ggml_indexmem_pairwise(g.ctx, keys, queries, ctl, n_head, n_queries, INDEXMEM_REDUCE_MEAN);
     ggml_tensor * theirs = ggml_lightning_indexer(g.ctx, q, k, w, mask);
+    if (!g.has(theirs)) {
+        printf("no second opinion: the device has ggml's op for other shapes only\n");
+        return;
+    }
     g.alloc();
 
     std::mt19937 rng(3);

@@ -1,0 +1,274 @@
+// Ranks of the policies that read keys, positions and queries, each against a plain version in double.
+
+#include "test.h"
+
+#include "graph.h"
+#include "indexmem-ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <string>
+
+struct rank_case {
+    int64_t n_embd, n_slots, n_head, n_group;
+    std::vector<int32_t> n_used; // of each sequence; 0: nothing leaves it
+    int32_t n_fixed;             // at most: slots whose positions stand in the table
+    float   softcap;
+    int     n_threads;
+};
+
+static const rank_case rank_cases[] = {
+    {  64, 256, 3, 2, { 200 },      100,  0.0f, 2 }, // the usual
+    { 128, 256, 1, 4, { 256, 97 },  256,  0.0f, 3 }, // a full cache; two sequences
+    {  32, 256, 2, 1, { 40, 0, 1 }, 20,  30.0f, 2 }, // softcap; one sequence evicts nothing, one has one entry
+    {  96, 512, 2, 3, { 321 },      0,   20.0f, 1 }, // nothing but the tail
+};
+
+static const int32_t IL    = 5;
+static const uint64_t SEED = 42;
+static const float SCALE   = 0.3f;
+
+// one KV head of one sequence
+struct entries {
+    std::vector<int32_t>            pos;
+    std::vector<std::vector<float>> keys;
+    std::vector<std::vector<std::vector<float>>> queries; // [group][position - p0]
+    int32_t head, p0, pos_last;
+    float   softcap;
+
+    size_t size() const { return pos.size(); }
+};
+
+static double product(const std::vector<float> & a, const std::vector<float> & b) {
+    return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
+
+typedef std::vector<double> ranks;
+
+static ranks plain_full(const entries & e) {
+    return ranks(e.size(), 0.0);
+}
+
+static ranks plain_streaming(const entries & e) {
+    return ranks(e.pos.begin(), e.pos.end());
+}
+
+static ranks plain_random(const entries & e) {
+    ranks res;
+    for (int32_t p : e.pos) {
+        uint64_t x = SEED + 0x9E3779B97F4A7C15u*(1 + (uint64_t) p + (((uint64_t) IL*4096 + e.head) << 32));
+        x = (x ^ x >> 30)*0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27)*0x94D049BB133111EBu;
+        res.push_back((double) ((x ^ x >> 31) >> 40)*std::pow(2.0, -24));
+    }
+    return res;
+}
+
+static ranks plain_knorm(const entries & e) {
+    ranks res;
+    for (const auto & k : e.keys) {
+        res.push_back(-std::sqrt(product(k, k)));
+    }
+    return res;
+}
+
+static ranks plain_keydiff(const entries & e) {
+    const size_t n_embd = e.keys[0].size();
+    std::vector<double> mean(n_embd);
+    for (const auto & k : e.keys) {
+        const double norm = std::sqrt(product(k, k));
+        for (size_t d = 0; d < n_embd && norm > 0.0; ++d) {
+            mean[d] += k[d]/norm/(double) e.size();
+        }
+    }
+    ranks res;
+    for (const auto & k : e.keys) {
+        const double length = std::sqrt(product(k, k)*std::inner_product(mean.begin(), mean.end(), mean.begin(), 0.0));
+        res.push_back(length > 0.0 ? -std::inner_product(k.begin(), k.end(), mean.begin(), 0.0)/length : 0.0);
+    }
+    return res;
+}
+
+// mean over the last n queries and the group
+static ranks plain_attention(const entries & e, int32_t n) {
+    ranks res(e.size());
+    const int32_t p0 = std::max(0, e.pos_last + 1 - n);
+    const double weight = 1.0/(double) (e.queries.size()*(e.pos_last + 1 - p0));
+    for (const auto & of_head : e.queries) {
+        for (int32_t p = p0; p <= e.pos_last; ++p) {
+            ranks prob(e.size());
+            for (size_t i = 0; i < e.size(); ++i) {
+                double x = SCALE*product(of_head[p - e.p0], e.keys[i]);
+                x = e.softcap > 0.0f ? e.softcap*std::tanh(x/e.softcap) : x;
+                prob[i] = e.pos[i] <= p ? std::exp(x) : 0.0;
+            }
+            const double sum = std::accumulate(prob.begin(), prob.end(), 0.0);
+            for (size_t i = 0; i < e.size() && sum > 0.0; ++i) {
+                res[i] += prob[i]/sum*weight;
+            }
+        }
+    }
+    return res;
+}
+
+static ranks plain_tova(const entries & e) {
+    return plain_attention(e, 1);
+}
+
+static ranks plain_snapkv(const entries & e) {
+    const ranks mean = plain_attention(e, 32);
+    ranks res;
+    for (size_t i = 0; i < e.size(); ++i) {
+        // the places by which others come before or after this entry decide whether they are its neighbours
+        double sum = 0.0;
+        int    n   = 0;
+        for (size_t j = 0; j < e.size(); ++j) {
+            const auto [lo, hi] = std::minmax(e.pos[i], e.pos[j]);
+            if (std::count_if(e.pos.begin(), e.pos.end(), [&, lo = lo, hi = hi](int32_t p) { return p > lo && p <= hi; }) <= 3) {
+                sum += mean[j];
+                ++n;
+            }
+        }
+        res.push_back(sum/n);
+    }
+    return res;
+}
+
+static const struct {
+    const char * name;
+    ranks (*plain)(const entries &);
+    double tolerance; // relative
+} policies[] = {
+    { "full",      plain_full,      0.0  },
+    { "streaming", plain_streaming, 0.0  },
+    { "random",    plain_random,    0.0  },
+    { "knorm",     plain_knorm,     1e-6 },
+    { "keydiff",   plain_keydiff,   1e-4 },
+    { "tova",      plain_tova,      1e-4 },
+    { "snapkv",    plain_snapkv,    1e-4 },
+};
+
+static void run_rank(const rank_case & c, ggml_type type, int i_policy) {
+    const int64_t n_seq  = c.n_used.size();
+    const int     policy = indexmem_policy_find(policies[i_policy].name);
+    const auto  * info   = indexmem_policy_get(policy);
+    const int64_t n_ring = info->n_queries > 1 ? 48 : 1;
+
+    op_graph g;
+    ggml_tensor * k   = g.input(type, c.n_embd, c.n_slots, c.n_head, n_seq);
+    ggml_tensor * pos = g.input(GGML_TYPE_I32, c.n_slots, c.n_head, n_seq);
+    ggml_tensor * ctl = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, n_seq);
+    ggml_tensor * q   = info->n_queries > 0 ? g.input(GGML_TYPE_F32, c.n_embd, n_ring, c.n_head*c.n_group, n_seq) : nullptr;
+    ggml_tensor * res = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, policy, IL, SEED, SCALE, c.softcap);
+    g.alloc();
+
+    std::mt19937 rng(23);
+    std::normal_distribution<float> normal;
+
+    // slots and ring rows that are not in use are poisoned
+    std::vector<uint8_t> data_k(ggml_nbytes(k), 0xFF);
+    std::vector<int32_t> data_pos(ggml_nelements(pos), -9);
+    std::vector<int32_t> data_ctl(ggml_nelements(ctl), 0);
+    std::vector<float>   data_q(q ? ggml_nelements(q) : 0, NAN);
+    std::vector<entries> rows;
+    const size_t row_size = ggml_row_size(type, c.n_embd);
+    for (int64_t s = 0; s < n_seq; ++s) {
+        const int32_t n_used  = c.n_used[s];
+        const int32_t n_fixed = std::min(n_used, c.n_fixed);
+        const int32_t n_past  = 2*n_fixed;
+        int32_t * ctl_s = data_ctl.data() + s*INDEXMEM_CTL_SIZE;
+        ctl_s[INDEXMEM_CTL_N_USED]   = n_used;
+        ctl_s[INDEXMEM_CTL_N_EVICT]  = n_used > 0;
+        ctl_s[INDEXMEM_CTL_N_FIXED]  = n_fixed;
+        ctl_s[INDEXMEM_CTL_POS_TAIL] = n_past;
+        ctl_s[INDEXMEM_CTL_POS_LAST] = n_past + n_used - n_fixed - 1;
+
+        for (int64_t h = 0; h < c.n_head; ++h) {
+            entries e;
+            e.head     = (int32_t) h;
+            e.pos_last = ctl_s[INDEXMEM_CTL_POS_LAST];
+            e.p0       = std::max(0, e.pos_last + 1 - 32);
+            e.softcap  = c.softcap;
+            e.pos.resize(n_past);
+            std::iota(e.pos.begin(), e.pos.end(), 0);
+            std::shuffle(e.pos.begin(), e.pos.end(), rng);
+            e.pos.resize(n_fixed);
+            std::copy(e.pos.begin(), e.pos.end(), data_pos.begin() + (s*c.n_head + h)*c.n_slots);
+            for (int32_t i = n_fixed; i < n_used; ++i) {
+                e.pos.push_back(n_past + i - n_fixed);
+            }
+            for (int32_t i = 0; i < n_used; ++i) {
+                std::vector<float> key(c.n_embd);
+                for (auto & x : key) {
+                    x = i == 3 ? 0.0f : normal(rng);
+                }
+                const auto packed = to_type(type, key, c.n_embd);
+                std::copy(packed.begin(), packed.end(), data_k.begin() + ((s*c.n_head + h)*c.n_slots + i)*row_size);
+                e.keys.push_back(from_type(type, packed, c.n_embd));
+            }
+            for (int64_t ig = 0; ig < c.n_group; ++ig) {
+                e.queries.emplace_back();
+                for (int32_t p = e.p0; p <= e.pos_last; ++p) {
+                    std::vector<float> query(c.n_embd);
+                    for (auto & x : query) {
+                        x = normal(rng);
+                    }
+                    if (q && p > e.pos_last - info->n_queries) {
+                        std::copy(query.begin(), query.end(),
+                                data_q.begin() + (((s*c.n_head + h)*c.n_group + ig)*n_ring + p % n_ring)*c.n_embd);
+                    }
+                    e.queries.back().push_back(query);
+                }
+            }
+            rows.push_back(e);
+        }
+    }
+    g.set(k,   data_k);
+    g.set(pos, data_pos);
+    g.set(ctl, data_ctl);
+    if (q) {
+        g.set(q, data_q);
+    }
+    g.compute({ res }, c.n_threads);
+
+    const auto found = g.get<float>(res);
+    for (size_t row = 0; row < rows.size(); ++row) {
+        if (rows[row].size() == 0) {
+            continue;
+        }
+        const ranks expected = policies[i_policy].plain(rows[row]);
+        for (size_t i = 0; i < expected.size(); ++i) {
+            const float x = found[row*c.n_slots + i];
+            CHECK_MSG(std::fabs(x - expected[i]) <= policies[i_policy].tolerance*std::max(1e-3, std::fabs(expected[i])),
+                    "%s, %s, row %zu, entry %zu: %g, expected %g", policies[i_policy].name, ggml_type_name(type), row, i, x, expected[i]);
+        }
+    }
+}
+
+TEST(every_policy_is_tested) {
+    for (int policy = 0; indexmem_policy_get(policy); ++policy) {
+        const std::string name = indexmem_policy_get(policy)->name;
+        CHECK_MSG(name == "indexer" || std::any_of(std::begin(policies), std::end(policies), [&](const auto & p) { return name == p.name; }),
+                "%s", name.c_str());
+    }
+}
+
+TEST(ranks_equal_the_plain_versions) {
+    for (const auto & c : rank_cases) {
+        for (size_t i = 0; i < std::size(policies); ++i) {
+            run_rank(c, GGML_TYPE_F16, (int) i);
+        }
+    }
+}
+
+TEST(keys_of_any_type) {
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0 }) {
+        for (size_t i = 0; i < std::size(policies); ++i) {
+            if (indexmem_policy_get(indexmem_policy_find(policies[i].name))->needs_keys) {
+                run_rank(rank_cases[0], type, (int) i);
+            }
+        }
+    }
+}
