@@ -12,6 +12,7 @@
 //
 // The language of a device goes on top of it (metal_shim.h): shim::run() starts a grid, the rest is called by threads.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -99,8 +100,7 @@ public:
             while (!ended(n)) {
                 for (uint32_t i : sequence(n, o)) {
                     if (fibers[i].at == RUNS) {
-                        current = i;
-                        swapcontext(&scheduler, &fibers[i].context);
+                        resume(i);
                     }
                 }
                 release(n);
@@ -142,7 +142,9 @@ private:
     enum state { RUNS, AT_SIMD, AT_GROUP, ENDED };
 
     struct fiber {
-        ucontext_t   context;
+        ucontext_t   context; // how it starts
+        jmp_buf      place;   // where it goes on; contexts would cost two calls of the system each time
+        bool         started;
         thread       self;
         state        at;
         const char * what;
@@ -159,7 +161,7 @@ private:
     std::vector<char>             memory;
     const std::function<void()> * kernel  = nullptr;
     uint32_t                      current = 0;
-    ucontext_t                    scheduler;
+    jmp_buf                       scheduler;
     std::mt19937                  rng;
 
     uint32_t n_fibers() const { return (uint32_t) fibers.size(); }
@@ -192,6 +194,7 @@ private:
     void start(uint32_t i, const thread & self) {
         fiber & f = fibers[i];
         f.self = self;
+        f.started = false;
         f.at   = RUNS;
         f.what = "";
         f.n_exchanged = 0;
@@ -206,7 +209,22 @@ private:
         fiber & f = fibers[current];
         f.at   = at;
         f.what = what;
-        swapcontext(&f.context, &scheduler);
+        if (_setjmp(f.place) == 0) {
+            _longjmp(scheduler, 1);
+        }
+    }
+
+    // until it waits
+    void resume(uint32_t i) {
+        fiber & f = fibers[current = i];
+        if (_setjmp(scheduler) != 0) {
+            return;
+        }
+        if (f.started) {
+            _longjmp(f.place, 1);
+        }
+        f.started = true;
+        setcontext(&f.context);
     }
 
     bool ended(uint32_t n) const {
