@@ -29,6 +29,7 @@ static ggml_metal_pipeline_with_params pipeline_of(ggml_metal_library_t lib, con
         res = ggml_metal_library_compile_pipeline(lib, base, name, cv);
         ggml_metal_cv_free(cv);
     }
+    GGML_ASSERT(res.pipeline);
     GGML_ASSERT(ggml_metal_pipeline_max_theads_per_threadgroup(res) >= INDEXMEM_METAL_THREADS);
     return res;
 }
