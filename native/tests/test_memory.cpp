@@ -26,6 +26,7 @@ static const memory_case memory_cases[] = {
     { 32, 32,  4, 2, 1, { 7, 7 },              true,  2 }, // all keys equal: the first of equals
     { 32, 64,  4, 2, 3, { 0, 6, 0, 6 },        false, 4 }, // nothing leaves
     { 128, 128, 70, 2, 1, { 40, 3 },           false, 2 },
+    { 16, 16, 600, 1, 1, { 290, 300, 40 },     false, 2 }, // more slots than a group has threads
 };
 
 // A cache of which some rows leave; those that stay are poisoned.

@@ -38,24 +38,24 @@ inline device float * scratch_of(constant indexmem_metal_args & args, device flo
 
 // shared: [SIMD] largest logits, [SIMD] sums
 INDEXMEM_KERNEL(attention_sum) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
-    const indexmem::query_range latest = indexmem::latest_queries(c, args.n_queries);
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
+    const query_range latest = latest_queries(c, args.n_queries);
     const int g = tgpig.x/args.n_queries;
     const int p = latest.first + (int) (tgpig.x % args.n_queries);
     if (c.n_evict == 0 || p > c.pos_last) {
         return;
     }
-    device const float * q    = indexmem::query_of(args, src3, tgpig.y, tgpig.z, g, p);
-    device const int   * pos  = (device const int *) indexmem::at1(src1, args.src[1], tgpig.y, tgpig.z);
-    device const char  * keys = indexmem::at2(src0, args.src[0], tgpig.y, tgpig.z);
+    device const float * q    = query_of(args, src3, tgpig.y, tgpig.z, g, p);
+    device const int   * pos  = (device const int *) at1(src1, args.src[1], tgpig.y, tgpig.z);
+    device const char  * keys = at2(src0, args.src[0], tgpig.y, tgpig.z);
 
     float top = 0.0f;
     float sum = 0.0f; // 0: nothing seen yet
-    for (int i = sgitg; i < c.n_used; i += indexmem::SIMD) {
-        if (indexmem::pos_at(pos, c, i) > p) {
+    for (int i = sgitg; i < c.n_used; i += SIMD) {
+        if (pos_at(pos, c, i) > p) {
             continue;
         }
-        const float logit = indexmem::logit_of(args, q, keys + i*args.src[0].nb[1], tiisg);
+        const float logit = logit_of(args, q, keys + i*args.src[0].nb[1], tiisg);
         if (sum == 0.0f || logit > top) {
             sum = sum == 0.0f ? 1.0f : sum*precise::exp(top - logit) + 1.0f;
             top = logit;
@@ -64,14 +64,14 @@ INDEXMEM_KERNEL(attention_sum) {
         }
     }
     threadgroup float * tops = (threadgroup float *) shared;
-    threadgroup float * sums = tops + indexmem::SIMD;
+    threadgroup float * sums = tops + SIMD;
     if (tiisg == 0) {
         tops[sgitg] = top;
         sums[sgitg] = sum;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (tiitg == 0) {
-        for (int j = 1; j < indexmem::SIMD; ++j) {
+        for (int j = 1; j < SIMD; ++j) {
             if (sums[j] == 0.0f) {
                 continue;
             }
@@ -79,54 +79,54 @@ INDEXMEM_KERNEL(attention_sum) {
             sum = sum*precise::exp(top - most) + sums[j]*precise::exp(tops[j] - most);
             top = most;
         }
-        device float * res = indexmem::scratch_of(args, scratch, tgpig.y, tgpig.z) + 2*tgpig.x;
+        device float * res = scratch_of(args, scratch, tgpig.y, tgpig.z) + 2*tgpig.x;
         res[0] = top;
         res[1] = sum;
     }
 }
 
 INDEXMEM_KERNEL(attention_mean) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
-    const int i = tgpig.x*indexmem::SIMD + sgitg;
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
+    const int i = tgpig.x*SIMD + sgitg;
     if (c.n_evict == 0 || i >= c.n_used) {
         return;
     }
-    const indexmem::query_range latest = indexmem::latest_queries(c, args.n_queries);
+    const query_range latest = latest_queries(c, args.n_queries);
     const int n_group = args.src[3].ne[2]/args.src[0].ne[2];
-    const int pos     = indexmem::pos_at((device const int *) indexmem::at1(src1, args.src[1], tgpig.y, tgpig.z), c, i);
+    const int pos     = pos_at((device const int *) at1(src1, args.src[1], tgpig.y, tgpig.z), c, i);
 
-    device const char  * k    = indexmem::at2(src0, args.src[0], tgpig.y, tgpig.z) + i*args.src[0].nb[1];
-    device       float * sums = indexmem::scratch_of(args, scratch, tgpig.y, tgpig.z);
+    device const char  * k    = at2(src0, args.src[0], tgpig.y, tgpig.z) + i*args.src[0].nb[1];
+    device       float * sums = scratch_of(args, scratch, tgpig.y, tgpig.z);
 
     float total = 0.0f;
     for (int g = 0; g < n_group; ++g) {
         for (int j = max(0, pos - latest.first); j < latest.n; ++j) {
-            device const float * q   = indexmem::query_of(args, src3, tgpig.y, tgpig.z, g, latest.first + j);
+            device const float * q   = query_of(args, src3, tgpig.y, tgpig.z, g, latest.first + j);
             device const float * sum = sums + 2*(g*args.n_queries + j);
-            total += precise::exp(indexmem::logit_of(args, q, k, tiisg) - sum[0])/sum[1]; // sum[1] > 0: this entry is in it
+            total += precise::exp(logit_of(args, q, k, tiisg) - sum[0])/sum[1]; // sum[1] > 0: this entry is in it
         }
     }
     if (tiisg == 0) {
         device float * res = args.smooth ? sums + 2*n_group*args.n_queries
-                                         : (device float *) indexmem::at1(dst, args.dst, tgpig.y, tgpig.z);
+                                         : (device float *) at1(dst, args.dst, tgpig.y, tgpig.z);
         res[i] = total/(float) (n_group*latest.n);
     }
 }
 
 INDEXMEM_KERNEL(attention_smooth) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
     if (c.n_evict == 0) {
         return;
     }
     const int n = c.n_used;
     const int n_group = args.src[3].ne[2]/args.src[0].ne[2];
 
-    device const int   * pos   = (device const int *) indexmem::at1(src1, args.src[1], tgpig.y, tgpig.z);
-    device       float * rank  = (device float *) indexmem::at1(dst, args.dst, tgpig.y, tgpig.z);
-    device const float * mean  = indexmem::scratch_of(args, scratch, tgpig.y, tgpig.z) + 2*n_group*args.n_queries;
+    device const int   * pos   = (device const int *) at1(src1, args.src[1], tgpig.y, tgpig.z);
+    device       float * rank  = (device float *) at1(dst, args.dst, tgpig.y, tgpig.z);
+    device const float * mean  = scratch_of(args, scratch, tgpig.y, tgpig.z) + 2*n_group*args.n_queries;
     device       int   * order = (device int *) mean + args.src[0].ne[1];
 
-    for (int i = tiitg; i < n; i += indexmem::THREADS) {
+    for (int i = tiitg; i < n; i += THREADS) {
         order[i] = i;
     }
     threadgroup_barrier(mem_flags::mem_device);
@@ -135,7 +135,7 @@ INDEXMEM_KERNEL(attention_smooth) {
     // its mirror image), so that what a power of two is short of counts as largest, and takes no part.
     for (int size = 2; size < 2*n; size *= 2) {
         for (int step = size/2; step > 0; step /= 2) {
-            for (int t = tiitg; ; t += indexmem::THREADS) {
+            for (int t = tiitg; ; t += THREADS) {
                 const int base = t/step*2*step;
                 const int a = base + t % step;
                 const int b = step == size/2 ? base + size - 1 - t % step : a + step;
@@ -145,7 +145,7 @@ INDEXMEM_KERNEL(attention_smooth) {
                 if (b < n) {
                     const int ia = order[a];
                     const int ib = order[b];
-                    if (indexmem::pos_at(pos, c, ia) > indexmem::pos_at(pos, c, ib)) {
+                    if (pos_at(pos, c, ia) > pos_at(pos, c, ib)) {
                         order[a] = ib;
                         order[b] = ia;
                     }
@@ -156,7 +156,7 @@ INDEXMEM_KERNEL(attention_smooth) {
     }
 
     constexpr int reach = 3;
-    for (int i = tiitg; i < n; i += indexmem::THREADS) {
+    for (int i = tiitg; i < n; i += THREADS) {
         const int lo = max(0,     i - reach);
         const int hi = min(n - 1, i + reach);
         float sum = 0.0f;

@@ -122,3 +122,5 @@ inline uint group_scan(uint value, uint lane, uint simd, threadgroup uint * work
 }
 
 } // namespace indexmem
+
+using namespace indexmem;

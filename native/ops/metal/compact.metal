@@ -17,43 +17,43 @@ inline void copy_row(device const char * from, device char * to, uint n, uint la
 
 // grid [n_evict_max/SIMD, H, S]: a simdgroup for each row
 INDEXMEM_KERNEL(compact) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
     const int n_max = args.src[1].ne[0];
-    const int i = tgpig.x*indexmem::SIMD + sgitg;
+    const int i = tgpig.x*SIMD + sgitg;
     if (c.n_evict == 0 || i >= n_max) {
         return;
     }
-    device const int * plan = (device const int *) indexmem::at2(src1, args.src[1], tgpig.y, tgpig.z);
+    device const int * plan = (device const int *) at2(src1, args.src[1], tgpig.y, tgpig.z);
     const int to   = plan[  n_max + i];
     const int from = plan[2*n_max + i];
     if (to < 0 || from < 0) {
         return;
     }
-    device char * rows = indexmem::at2(dst, args.dst, tgpig.y, tgpig.z);
+    device char * rows = at2(dst, args.dst, tgpig.y, tgpig.z);
     device const char * a = rows + from*args.dst.nb[1];
     device       char * b = rows + to  *args.dst.nb[1];
     if (args.copy_size == 16) {
-        indexmem::copy_row<uint4>(a, b, args.row_size/16, tiisg);
+        copy_row<uint4>(a, b, args.row_size/16, tiisg);
     } else {
-        indexmem::copy_row<ushort>(a, b, args.row_size/2, tiisg);
+        copy_row<ushort>(a, b, args.row_size/2, tiisg);
     }
 }
 
 // grid [1, H, S]
 INDEXMEM_KERNEL(compact_pos) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
     if (c.n_evict == 0) {
         return;
     }
     const int n_max = args.src[1].ne[0];
-    device const int * plan = (device const int *) indexmem::at2(src1, args.src[1], tgpig.y, tgpig.z);
-    device       int * pos  = (device       int *) indexmem::at1(dst,  args.dst,    tgpig.y, tgpig.z);
+    device const int * plan = (device const int *) at2(src1, args.src[1], tgpig.y, tgpig.z);
+    device       int * pos  = (device       int *) at1(dst,  args.dst,    tgpig.y, tgpig.z);
 
-    for (int i = c.n_fixed + (int) tiitg; i < c.n_used; i += indexmem::THREADS) {
-        pos[i] = indexmem::pos_at(pos, c, i);
+    for (int i = c.n_fixed + (int) tiitg; i < c.n_used; i += THREADS) {
+        pos[i] = pos_at(pos, c, i);
     }
     threadgroup_barrier(mem_flags::mem_device);
-    for (int i = tiitg; i < n_max; i += indexmem::THREADS) {
+    for (int i = tiitg; i < n_max; i += THREADS) {
         const int to   = plan[  n_max + i];
         const int from = plan[2*n_max + i];
         if (to >= 0 && from >= 0) {

@@ -55,7 +55,8 @@ void ggml_indexmem_metal_encode(ggml_metal_library_t lib, ggml_metal_encoder_t e
         ggml_metal_encoder_set_buffer(enc, dst,     1 + INDEXMEM_METAL_N_SRC);
         ggml_metal_encoder_set_buffer(enc, scratch, 2 + INDEXMEM_METAL_N_SRC);
         ggml_metal_encoder_set_threadgroup_memory_size(enc, launch.memory, 0);
-        ggml_metal_encoder_dispatch_threadgroups(enc, launch.grid[0], launch.grid[1], launch.grid[2], INDEXMEM_METAL_THREADS, 1, 1);
+        ggml_metal_encoder_dispatch_threadgroups(
+                enc, launch.grid[0], launch.grid[1], launch.grid[2], INDEXMEM_METAL_THREADS, 1, 1);
         ggml_metal_encoder_memory_barrier(enc);
     }
 }

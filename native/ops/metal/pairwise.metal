@@ -4,8 +4,8 @@
 //   src: keys | queries | ctl
 
 INDEXMEM_KERNEL(pairwise) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
-    const int i = tgpig.x*indexmem::SIMD + sgitg;
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
+    const int i = tgpig.x*SIMD + sgitg;
     if (c.n_evict == 0 || i >= c.n_used) {
         return;
     }
@@ -13,12 +13,12 @@ INDEXMEM_KERNEL(pairwise) {
     const int end    = c.pos_last + 1;
     const int first  = max(0, end - args.n_queries);
 
-    device const float * k = (device const float *) (indexmem::at2(src0, args.src[0], 0, tgpig.z) + i*args.src[0].nb[1]);
+    device const float * k = (device const float *) (at2(src0, args.src[0], 0, tgpig.z) + i*args.src[0].nb[1]);
 
     float total = 0.0f;
     bool  empty = true;
-    for (int p = first + (int) tiisg; p < end; p += indexmem::WIDTH) {
-        device const float * q = (device const float *) (indexmem::at2(src1, args.src[1], 0, tgpig.z)
+    for (int p = first + (int) tiisg; p < end; p += WIDTH) {
+        device const float * q = (device const float *) (at2(src1, args.src[1], 0, tgpig.z)
                 + (p % args.src[1].ne[1])*args.src[1].nb[1]);
         device const float * w = q + args.n_head*n_embd;
 
@@ -40,6 +40,6 @@ INDEXMEM_KERNEL(pairwise) {
         total = simd_sum(total)/(float) (end - first);
     }
     if (tiisg == 0) {
-        ((device float *) indexmem::at2(dst, args.dst, 0, tgpig.z))[i] = total;
+        ((device float *) at2(dst, args.dst, 0, tgpig.z))[i] = total;
     }
 }

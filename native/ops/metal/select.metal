@@ -40,23 +40,23 @@ struct select_shared {
 } // namespace indexmem
 
 INDEXMEM_KERNEL(select) {
-    device const indexmem_metal_ctl & c = indexmem::ctl_of(src2, args.src[2], tgpig.z);
+    device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
 
     const int n_max = args.dst.ne[0];
-    device int * evicted  = (device int *) indexmem::at2(dst, args.dst, tgpig.y, tgpig.z);
+    device int * evicted  = (device int *) at2(dst, args.dst, tgpig.y, tgpig.z);
     device int * move_dst = evicted  + n_max;
     device int * move_src = move_dst + n_max;
 
-    threadgroup indexmem::select_shared * sh = (threadgroup indexmem::select_shared *) shared;
+    threadgroup select_shared * sh = (threadgroup select_shared *) shared;
 
     const int n_evict = min(c.n_evict, n_max);
     int n_out  = 0;
     int n_from = 0;
 
     if (n_evict > 0) {
-        const indexmem::select_row row = {
-            (device const uint *) indexmem::at1(src0, args.src[0], tgpig.y, tgpig.z),
-            (device const int  *) indexmem::at1(src1, args.src[1], tgpig.y, tgpig.z),
+        const select_row row = {
+            (device const uint *) at1(src0, args.src[0], tgpig.y, tgpig.z),
+            (device const int  *) at1(src1, args.src[1], tgpig.y, tgpig.z),
             min(c.n_used, args.src[0].ne[0]),
         };
 
@@ -69,7 +69,7 @@ INDEXMEM_KERNEL(select) {
         for (int shift = 56; shift >= 0; shift -= 8) {
             atomic_store_explicit(&sh->count[tiitg], 0u, memory_order_relaxed);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (int i = tiitg; i < row.n_used; i += indexmem::THREADS) {
+            for (int i = tiitg; i < row.n_used; i += THREADS) {
                 ulong key;
                 if (row.key_of(c, i, key) && (key >> shift >> 8) == cut) {
                     atomic_fetch_add_explicit(&sh->count[(uint) (key >> shift) & 0xFFu], 1u, memory_order_relaxed);
@@ -79,7 +79,7 @@ INDEXMEM_KERNEL(select) {
 
             const uint n = atomic_load_explicit(&sh->count[tiitg], memory_order_relaxed);
             uint total;
-            const uint before = indexmem::group_scan(n, tiisg, sgitg, sh->work, total);
+            const uint before = group_scan(n, tiisg, sgitg, sh->work, total);
             if (before < wanted && wanted <= before + n) {
                 sh->byte_found  = tiitg;
                 sh->wanted_next = wanted - before;
@@ -90,7 +90,7 @@ INDEXMEM_KERNEL(select) {
         }
 
         const int n_left = row.n_used - n_evict;
-        for (int i0 = 0; i0 < row.n_used; i0 += indexmem::THREADS) {
+        for (int i0 = 0; i0 < row.n_used; i0 += THREADS) {
             const int i = i0 + (int) tiitg;
             ulong key = 0;
             const bool leaves = row.key_of(c, i, key) && key <= cut;
@@ -98,7 +98,7 @@ INDEXMEM_KERNEL(select) {
 
             // two counts in one number, neither exceeds THREADS
             uint total;
-            const uint before = indexmem::group_scan((leaves ? 1u : 0u) + (moves ? 1u << 16 : 0u), tiisg, sgitg, sh->work, total);
+            const uint before = group_scan((leaves ? 1u : 0u) + (moves ? 1u << 16 : 0u), tiisg, sgitg, sh->work, total);
             const int out  = n_out  + (int) (before & 0xFFFFu);
             const int from = n_from + (int) (before >> 16);
             if (leaves && out < n_max) {
@@ -113,11 +113,11 @@ INDEXMEM_KERNEL(select) {
         }
     }
 
-    for (int i = n_out + (int) tiitg; i < n_max; i += indexmem::THREADS) {
+    for (int i = n_out + (int) tiitg; i < n_max; i += THREADS) {
         evicted [i] = -1;
         move_dst[i] = -1;
     }
-    for (int i = n_from + (int) tiitg; i < n_max; i += indexmem::THREADS) {
+    for (int i = n_from + (int) tiitg; i < n_max; i += THREADS) {
         move_src[i] = -1;
     }
 }
