@@ -21,7 +21,7 @@ static const rank_case rank_cases[] = {
     {  64, 256, 2, 3,  77,  70,  0.0f, { 1 } },
     {  32, 256, 3, 1, 150, 150,  5.0f, { 4, 0, 9 } }, // no tail; one of the sequences evicts nothing
     { 128, 256, 1, 2,  20,   0,  0.0f, { 2 } },       // fewer tokens than snapkv has queries, a tail only
-    { 160, 256, 2, 1, 256, 129, 30.0f, { 8, 8 } },    // a full cache
+    { 160, 256, 2, 1, 256, 129, 30.0f, { 8 } },       // a full cache
     {  96, 256, 1, 1,   1,   1,  0.0f, { 1 } },       // one entry
 };
 

@@ -18,14 +18,13 @@ inline void copy_row(device const char * from, device char * to, uint n, uint la
 // grid [n_evict_max/SIMD, H, S]: a simdgroup for each row
 INDEXMEM_KERNEL(compact) {
     device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
-    const int n_max = args.src[1].ne[0];
     const int i = tgpig.x*SIMD + sgitg;
-    if (c.n_evict == 0 || i >= n_max) {
+    if (c.n_evict == 0 || i >= args.src[1].ne[0]) {
         return;
     }
-    device const int * plan = (device const int *) at2(src1, args.src[1], tgpig.y, tgpig.z);
-    const int to   = plan[  n_max + i];
-    const int from = plan[2*n_max + i];
+    device const char * plan = at2(src1, args.src[1], tgpig.y, tgpig.z);
+    const int to   = ((device const int *) (plan +   args.src[1].nb[1]))[i];
+    const int from = ((device const int *) (plan + 2*args.src[1].nb[1]))[i];
     if (to < 0 || from < 0) {
         return;
     }
@@ -45,19 +44,18 @@ INDEXMEM_KERNEL(compact_pos) {
     if (c.n_evict == 0) {
         return;
     }
-    const int n_max = args.src[1].ne[0];
-    device const int * plan = (device const int *) at2(src1, args.src[1], tgpig.y, tgpig.z);
-    device       int * pos  = (device       int *) at1(dst,  args.dst,    tgpig.y, tgpig.z);
+    device const char * plan     = at2(src1, args.src[1], tgpig.y, tgpig.z);
+    device const int  * move_dst = (device const int *) (plan +   args.src[1].nb[1]);
+    device const int  * move_src = (device const int *) (plan + 2*args.src[1].nb[1]);
+    device       int  * pos      = (device       int *) at1(dst, args.dst, tgpig.y, tgpig.z);
 
     for (int i = c.n_fixed + (int) tiitg; i < c.n_used; i += THREADS) {
         pos[i] = pos_at(pos, c, i);
     }
     threadgroup_barrier(mem_flags::mem_device);
-    for (int i = tiitg; i < n_max; i += THREADS) {
-        const int to   = plan[  n_max + i];
-        const int from = plan[2*n_max + i];
-        if (to >= 0 && from >= 0) {
-            pos[to] = pos[from];
+    for (int i = tiitg; i < args.src[1].ne[0]; i += THREADS) {
+        if (move_dst[i] >= 0 && move_src[i] >= 0) {
+            pos[move_dst[i]] = pos[move_src[i]];
         }
     }
 }

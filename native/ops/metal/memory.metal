@@ -52,7 +52,6 @@ INDEXMEM_KERNEL(centroid) {
             }
         }
         n_filled = min(n_evict, n_filled + (int) n_empty);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     threadgroup_barrier(mem_flags::mem_device);
 
