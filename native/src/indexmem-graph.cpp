@@ -71,7 +71,7 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
         ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
     }
     if (kv.get_memory()) {
-        latent.emplace(ctx, kv, mctx->get_step());
+        latent.emplace(kv, mctx->get_step());
     }
     if (kv.get_indexer()) {
         scoring.emplace(ctx, kv, mctx->get_step(), sh.n_tokens);
@@ -243,7 +243,8 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     }
     ggml_tensor * cur = build_attend(graph, *l, q, kq_scale);
     if (latent) {
-        cur = latent->build_add(ctx, *l, q, cur);
+        const float scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) l->k->ne[0]);
+        cur = latent->build_add(ctx, *l, q, kq_scale/scale, cur);
     }
 
     // [n_embd_head_v, G, T, H*S] -> [n_embd_head_v*G*H, T*S]

@@ -56,7 +56,6 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
 }
 
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
-    apply_copies(); // one of them may still read this sequence
     if (cfg.memory && seqs[seq_id].n_evictions > 0) {
         copies.push_back({ NOTHING, (uint32_t) seq_id });
     }
@@ -109,7 +108,6 @@ bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos
     if (!can_remove(seq, p0)) {
         return false;
     }
-    apply_copies();
     seq.truncate(p0);
     return true;
 }
@@ -144,17 +142,12 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
         return;
     }
 
-    for (const auto & c : copies) {
-        if ((llama_seq_id) c.src == seq_id_dst) {
-            apply_copies(); // the destination is the source of a pending copy
-            break;
-        }
-    }
     copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
     seqs[seq_id_dst] = dst;
 }
 
-// pending copies in order; the device is idle with respect to the cache when this is called
+// What is pending, in order, so that a copy reads what its source held then: nothing but this writes to sequences between
+// two ubatches. The device is idle with respect to the cache when this is called.
 void llama_kv_cache_bounded::apply_copies() {
     for (const auto & c : copies) {
         if (c.src == NOTHING) {

@@ -6,11 +6,8 @@
 
 using kv_cache = llama_kv_cache_bounded;
 
-indexmem_latent::indexmem_latent(ggml_context * ctx, const kv_cache & kv, const kv_cache::step & st) :
+indexmem_latent::indexmem_latent(const kv_cache & kv, const kv_cache::step & st) :
     kv(kv), memory(*kv.get_memory()), s0(st.s0), n_seq(st.n_seq), recall(st.recall) {
-    if (st.evict && memory.n_slots() > 0) {
-        rows = indexmem_new_input(ctx, "bounded_latent", GGML_TYPE_I64, memory.n_slots(), 1);
-    }
 }
 
 void indexmem_latent::set_input() {
@@ -36,14 +33,23 @@ ggml_tensor * indexmem_latent::build_count(ggml_context * ctx, const kv_cache::l
     return recall ? memory.build_count(ctx, view(ctx, l)) : nullptr;
 }
 
-ggml_tensor * indexmem_latent::build_add(ggml_context * ctx, const kv_cache::layer & l, ggml_tensor * q, ggml_tensor * cur) const {
-    return recall && memory.enabled(l.il) ? memory.build_add(ctx, view(ctx, l), q, cur) : cur;
+ggml_tensor * indexmem_latent::build_add(ggml_context * ctx, const kv_cache::layer & l, ggml_tensor * q, float q_scale, ggml_tensor * cur) const {
+    if (!recall || !memory.enabled(l.il)) {
+        return cur;
+    }
+    if (q_scale != 1.0f) {
+        q = ggml_scale(ctx, ggml_cont(ctx, q), q_scale);
+    }
+    return memory.build_add(ctx, view(ctx, l), q, cur);
 }
 
 std::vector<ggml_tensor *> indexmem_latent::build_write(ggml_context * ctx, const kv_cache::layer & l,
-        ggml_tensor * k, ggml_tensor * v, ggml_tensor * plan, ggml_tensor * ctl) const {
+        ggml_tensor * k, ggml_tensor * v, ggml_tensor * plan, ggml_tensor * ctl) {
     if (!memory.enabled(l.il)) {
         return {};
+    }
+    if (!rows && memory.n_slots() > 0) {
+        rows = indexmem_new_input(ctx, "bounded_latent", GGML_TYPE_I64, memory.n_slots(), 1);
     }
     indexmem_memory_leaving e = { k, v, plan, ctl, nullptr, nullptr, rows };
     if (rows) {

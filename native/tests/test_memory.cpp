@@ -24,8 +24,10 @@ static const memory_case memory_cases[] = {
     { 32, 32, 64, 1, 1, { 10 },                false, 1 }, // more slots than entries
     { 32, 32,  1, 2, 1, { 1, 5, 9 },           false, 2 }, // one slot
     { 32, 32,  4, 2, 1, { 7, 7 },              true,  2 }, // all keys equal: the first of equals
+    { 32, 32, 70, 1, 1, { 70, 9 },             true,  2 }, // the same among many slots
     { 32, 64,  4, 2, 3, { 0, 6, 0, 6 },        false, 4 }, // nothing leaves
     { 128, 128, 70, 2, 1, { 40, 3 },           false, 2 },
+    { 16, 16, 600, 1, 1, { 290, 300, 40 },     false, 2 }, // more slots than a group has threads
 };
 
 // A cache of which some rows leave; those that stay are poisoned.

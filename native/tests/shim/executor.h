@@ -4,7 +4,7 @@
 // that hand over only where they wait for each other. A kernel that leaves out a barrier therefore sees what the order of
 // the threads makes of it: run it forward, reverse and shuffled.
 //
-//   order    forward, reverse, shuffled: of the groups, and of the threads between any two barriers; always the same
+//   order    forward, reverse, shuffled: of the groups, and of the simdgroups and threads between barriers; always the same
 //   memory   of a group; filled with 0xFF (NaN, -1) before each group, and nothing behind it may be written
 //   waiting  all threads of a group (or simdgroup, 32 of them) arrive at the same kind of barrier, or the program ends with
 //            a message: threads that have ended or wait elsewhere would hang a GPU
@@ -97,14 +97,10 @@ public:
                 start(i, { grid, grid.at(ig), size, size.at(i), i, i % WIDTH, i/WIDTH,
                            std::min(WIDTH, n - i/WIDTH*WIDTH), memory.data() });
             }
-            while (!ended(n)) {
-                for (uint32_t i : sequence(n, o)) {
-                    if (fibers[i].at == RUNS) {
-                        resume(i);
-                    }
-                }
-                release(n);
-            }
+            do {
+                run_to_barrier(n, o);
+            } while (!ended(n) && release_group(n));
+
             for (size_t i = 0; i < GUARD; ++i) {
                 if (memory[n_memory + i] != POISON) {
                     fail("a thread wrote behind the memory of its group");
@@ -231,20 +227,41 @@ private:
         return std::all_of(fibers.begin(), fibers.begin() + n, [](const fiber & f) { return f.at == ENDED; });
     }
 
-    // No thread runs: those that have found all their company go on.
-    void release(uint32_t n) {
-        bool progress = false;
-        for (uint32_t i0 = 0; i0 < n; i0 += WIDTH) {
-            progress |= release(i0, std::min(n, i0 + WIDTH), AT_SIMD);
+    // Until every thread has ended or waits for the group. In order, a simdgroup gets as far ahead of the others as it can;
+    // shuffled, they alternate.
+    void run_to_barrier(uint32_t n, order o) {
+        std::vector<uint32_t> first_lane;
+        for (uint32_t i : sequence((n + WIDTH - 1)/WIDTH, o)) {
+            first_lane.push_back(i*WIDTH);
         }
-        if (!progress && !ended(n)) {
-            progress = release(0, n, AT_GROUP);
-            if (!progress) {
-                fail_divergent(n);
+        while (!first_lane.empty()) {
+            const size_t next = o == order::shuffled ? rng() % first_lane.size() : 0;
+            const uint32_t i0 = first_lane[next];
+            const uint32_t i1 = std::min(n, i0 + WIDTH);
+            for (uint32_t i : sequence(i1 - i0, o)) {
+                if (fibers[i0 + i].at == RUNS) {
+                    resume(i0 + i);
+                }
+            }
+            if (!release(i0, i1, AT_SIMD)) {
+                first_lane.erase(first_lane.begin() + next);
             }
         }
     }
 
+    bool release_group(uint32_t n) {
+        if (release(0, n, AT_GROUP)) {
+            return true;
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            if (i == 0 || strcmp(fibers[i].what, fibers[i - 1].what) != 0) {
+                fprintf(stderr, "from thread %u on at %s\n", i, fibers[i].what);
+            }
+        }
+        fail("threads wait for threads that never come");
+    }
+
+    // of threads that are all at the same kind of barrier
     bool release(uint32_t i0, uint32_t i1, state at) {
         for (uint32_t i = i0; i < i1; ++i) {
             if (fibers[i].at != at || strcmp(fibers[i].what, fibers[i0].what) != 0) {
@@ -255,15 +272,6 @@ private:
             fibers[i].at = RUNS;
         }
         return true;
-    }
-
-    void fail_divergent(uint32_t n) {
-        for (uint32_t i = 0; i < n; ++i) {
-            if (i == 0 || strcmp(fibers[i].what, fibers[i - 1].what) != 0) {
-                fprintf(stderr, "from thread %u on at %s\n", i, fibers[i].what);
-            }
-        }
-        fail("threads wait for threads that never come");
     }
 
     [[noreturn]] void fail(const char * message) {
