@@ -35,7 +35,7 @@ static const pairwise_case pairwise_cases[] = {
     {  1, 1, 256,   1,   1, { {   1, 1, 0 } },                       1 }, // one of everything
     {  5, 3, 256,   7,   9, { {  65, 1, 30 } },                      3 }, // one more than a block, odd sizes
     { 16, 4, 256, 128, 160, { {  64, 4, 49 } },                      2 }, // fewer tokens than queries
-    { 16, 2, 256,   3,   4, { { 100, 1, 80 } },                      2 }, // few queries: even the maximum is often negative
+    { 16, 4, 256,   1,   4, { { 100, 1, 80 } },                      2 }, // one query: even the maximum is often negative
     { 16, 4, 512,  32,  64, { { 400, 8, 63 }, { 3, 1, 2 } },         2 }, // two sequences, ring full and almost empty
     { 16, 4, 256, 128, 160, { {  90, 0, 300 }, { 129, 2, 159 } },    5 }, // one of them evicts nothing
 };
