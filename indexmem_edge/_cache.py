@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from . import _capi
 from ._align import common_prefix
-from ._modelfile import gguf_strings
+from ._parts import INDEXER_POLICY, sidecar_kinds
 from .errors import BudgetExhausted, ContextError, DecodeError
 from .options import CacheOptions
 from .stats import KVStats, trained_length_warning
@@ -45,7 +45,7 @@ class BoundedCache:
             raise ContextError("the library made an unbounded KV cache although a budget was requested")
         self._llm = llm
         self._options = options
-        self._indexer = _indexer_kind(options.sidecar) if options.sidecar else ""
+        self._indexer = sidecar_kinds(options.sidecar).indexer if options.policy == INDEXER_POLICY else ""
         self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
         self._reevaluated = 0
         self._reason: Optional[str] = None
@@ -202,12 +202,6 @@ class BoundedCache:
             budget_now=native.budget_now,
             **_common(self._llm, native.n_seen),
         )
-
-
-def _indexer_kind(sidecar: str) -> str:
-    """Of a file that the library has accepted a moment ago."""
-    key = "indexmem.indexer.kind"
-    return gguf_strings(sidecar, [key]).get(key, "")
 
 
 def _common(llm: Llama, seen: int) -> dict[str, Any]:

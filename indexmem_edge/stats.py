@@ -22,8 +22,8 @@ class KVStats:
     turn_generated: int = 0  # tokens generated after it that went through the model
     kv_bytes: Optional[int] = None  # K and V of the whole context; fixed at creation; None if unknown
     meta_bytes: int = 0  # positions, state of policy, indexer and memory; fixed at creation
-    indexer: str = ""  # kind of the trained indexer, "" without one
-    sidecar: str = ""  # name of the file that it came from
+    indexer: str = ""  # kind of the trained indexer that ranks, "" without one
+    sidecar: str = ""  # name of the file of indexer or memory
     sidecar_bytes: int = 0  # its weights in memory
     indexer_bytes: int = 0  # the part of meta_bytes that the indexer keeps
     memory: str = ""  # kind of the latent memory, "off" without one, "" without a budget
@@ -71,8 +71,8 @@ class KVStats:
             ("KV memory", _memory(self)),
         ]
         if self.sidecar:
-            what = "sidecar" if self.indexer == "none" else "indexer"
-            rows.append((what, f"{self.indexer}, {self.sidecar} ({format_bytes(self.sidecar_bytes)})"))
+            kind = f"{self.indexer}, " if self.indexer else ""
+            rows.append(("indexer" if kind else "sidecar", f"{kind}{self.sidecar} ({format_bytes(self.sidecar_bytes)})"))
         if self.remembers:
             slots = f"{self.memory_slots} slots per KV head, " if self.memory_slots else ""
             rows.append(("memory", f"{self.memory}, {slots}{self.memory_layers} layers"))
