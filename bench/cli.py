@@ -1,54 +1,41 @@
-"""`indexmem bench`: memory, speed, quality and indexers of the bounded cache: a table, a JSON file and a plot each."""
+"""`indexmem bench`: memory, speed, quality, indexers and latent memories: a table, a JSON file and a plot each."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from indexmem_edge._terminal import printable
-from indexmem_edge.errors import IndexMemError
+from .cli_options import (
+    BUDGET,
+    DEPTH,
+    INDEXMEM,
+    INDEXMEMS,
+    JSON,
+    MEMORY,
+    MODEL,
+    OUT,
+    POLICY,
+    PREFILL_REPEATS,
+    RATIO,
+    REPEATS,
+    SINKS,
+    SLOTS,
+    TEXT,
+    THREADS,
+    TYPE,
+    UBATCH,
+    WINDOW,
+    finish,
+    memories_of,
+    numbers,
+    policies_of,
+    session,
+    setup_of,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
-
-MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
-BUDGET = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps.")
-POLICY = typer.Option(
-    None,
-    "--kv-policy",
-    "--policy",
-    help="Who is evicted.",
-    show_default="indexer with a sidecar, else streaming",
-)
-INDEXMEM = typer.Option(
-    None, "--indexmem", metavar="FILE", help="Sidecar with an indexer trained for the model.", show_default=False
-)
-MEMORY = typer.Option(
-    None,
-    "--memory",
-    help="Latent memory: centroid, residual or off.",
-    show_default="that of the sidecar, without one off",
-)
-SLOTS = typer.Option(None, "--memory-slots", min=1, help="Slots of the memory centroid.", show_default=False)
-RATIO = typer.Option(
-    None, "--kv-budget-ratio", help="Keep no more than this share of the tokens seen, either.", show_default=False
-)
-SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
-WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
-TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0.")
-THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
-UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
-TEXT = typer.Option(
-    None, "--text", help="Text file to feed; default: sentences made up on the spot.", show_default=False
-)
-OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
-JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")
 
 
 @app.command()
@@ -77,8 +64,8 @@ def memory(
     """KV bytes, resident memory and speed while the tokens seen grow."""
     from . import memory as bench
 
-    with _session(model, as_json) as (loaded, progress):
-        setup = _setup(
+    with session(model, as_json) as (loaded, progress):
+        setup = setup_of(
             kv_policy,
             kv_budget,
             cache_type,
@@ -101,7 +88,7 @@ def memory(
             progress=progress,
             out=out,
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
 @app.command()
@@ -128,8 +115,8 @@ def speed(
     """Decode and prefill at growing depths, against the unbounded cache with and without flash attention."""
     from . import speed as bench
 
-    with _session(model, as_json) as (loaded, progress):
-        setup = _setup(
+    with session(model, as_json) as (loaded, progress):
+        setup = setup_of(
             kv_policy,
             kv_budget,
             cache_type,
@@ -145,7 +132,7 @@ def speed(
         report = bench.run_speed(
             loaded,
             setup,
-            _numbers(depths, int),
+            numbers(depths, int),
             text=text,
             decode_tokens=decode_tokens,
             repeats=repeats,
@@ -153,7 +140,7 @@ def speed(
             progress=progress,
             out=out,
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
 @app.command()
@@ -163,9 +150,10 @@ def quality(
     lengths: str = typer.Option("2048,4096", help="Lengths, folders of DATA."),
     tasks: Optional[str] = typer.Option(None, help="Tasks; default: all that are there.", show_default=False),
     policies: Optional[str] = typer.Option(
-        None, help="Policies; default: all. The full cache always runs, the indexer with a sidecar.", show_default=False
+        None, help="Policies; default: all. The full cache always runs, so do indexers of sidecars.", show_default=False
     ),
-    indexmem: Optional[Path] = INDEXMEM,
+    memories: str = typer.Option("off", help="Latent memories: off, centroid, centroid:SLOTS, residual."),
+    indexmem: Optional[list[Path]] = INDEXMEMS,
     kv_budget_ratio: Optional[float] = RATIO,
     budgets: str = typer.Option("0.25,0.5,0.1", help="Shares of the context that the cache keeps."),
     samples: int = typer.Option(25, help="Samples of each task."),
@@ -182,38 +170,44 @@ def quality(
     as_json: bool = JSON,
 ) -> None:
     """RULER scores and likelihoods with physically evicted contexts. Can be stopped and started again: finished runs are kept."""
+    from . import effect, ruler, summary
     from . import quality as bench
-    from . import ruler, summary
+    from .arms import Sidecars
+    from .report import draw, print_table, quality_markdown
     from .runner import BenchError
 
-    with _session(model, as_json) as (loaded, progress):
-        wanted = tuple(_numbers(lengths, int))
+    with session(model, as_json) as (loaded, progress):
+        wanted = tuple(numbers(lengths, int))
         names = (
             tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
         )
         missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
         if missing or not names:
             raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
-        base = _setup(None, 0, cache_type, 4, 128, threads, ubatch, seed, indexmem=indexmem, ratio=kv_budget_ratio)
+        sidecars = Sidecars.open(indexmem or [])
+        found = [] if full_only else policies_of(policies, list(sidecars.indexers))
         plan = bench.Plan(
             data,
             wanted,
             names,
-            tuple(p for p in _policies(policies, full_only, indexmem is not None) if p != bench.FULL),
-            tuple(_numbers(budgets, float)),
+            tuple(name for name in found if name != bench.FULL),
+            tuple(numbers(budgets, float)),
             samples,
-            base,
+            setup_of(None, 0, cache_type, 4, 128, threads, ubatch, seed, ratio=kv_budget_ratio),
             all_tasks,
             nll_text,
             nll_tokens // bench.BOOK_SCORED if nll_text else 0,
+            memories_of(memories),
+            sidecars,
         )
         report = bench.run_quality(loaded, plan, out, seed, full_only, progress)
-    _finish(
+    finish(
         report,
         (
             "task",
             "length",
             "policy",
+            "memory",
             "ratio",
             "budget",
             "kv_bytes",
@@ -228,10 +222,13 @@ def quality(
         summary.plot,
         as_json,
     )
+    changed = report.extra.get("differences", [])
+    if changed:
+        draw(out / "quality-memory.png", report, effect.plot)
+        if not as_json:
+            print_table("memory - off", effect.COLUMNS, effect.table(changed, tasks=False))
     if markdown:
-        from .report import quality_markdown
-
-        markdown.write_text(quality_markdown(report.to_dict()))
+        markdown.write_text("\n".join(filter(None, (quality_markdown(report.to_dict()), effect.markdown(changed)))))
 
 
 @app.command()
@@ -239,7 +236,7 @@ def indexer(
     model: Optional[Path] = MODEL,
     geometry: Optional[str] = typer.Option(
         None,
-        help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once).",
+        help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once) or `demo`.",
         show_default=False,
     ),
     layers: int = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all."),
@@ -252,12 +249,12 @@ def indexer(
     kv_budget: int = BUDGET,
     kv_sinks: int = SINKS,
     kv_window: int = WINDOW,
-    depth: int = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch."),
+    depth: int = DEPTH,
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
-    repeats: int = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more."),
-    prefill_repeats: int = typer.Option(8, min=1, help="Alternating turns of prefill, each of one ubatch."),
+    repeats: int = REPEATS,
+    prefill_repeats: int = PREFILL_REPEATS,
     text: Optional[Path] = TEXT,
     out: Path = OUT,
     as_json: bool = JSON,
@@ -275,10 +272,10 @@ def indexer(
         shape = synthetic.GEOMETRIES[geometry]
         return synthetic.cached_model(replace(shape, n_layer=layers or shape.n_layer), weights, cache)
 
-    with _session(model, as_json, synthetic_model if geometry else None) as (loaded, progress):
+    with session(model, as_json, synthetic_model if geometry else None) as (loaded, progress):
         report = bench.run_indexer(
             loaded,
-            _setup(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            setup_of(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
             kinds.split(",") if kinds else list(synthetic.VARIANTS),
             types.split(","),
             name=f"indexer-{geometry}" if geometry else "indexer",
@@ -290,121 +287,81 @@ def indexer(
             out=out,
             **({"geometry": geometry, "all_layers": synthetic.GEOMETRIES[geometry].n_layer} if geometry else {}),
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-def _policies(wanted: Optional[str], none: bool, sidecar: bool) -> list[str]:
-    """The policies that were asked for, or all; an unknown one is an error before anything runs."""
-    from indexmem_edge import _capi
-    from indexmem_edge.errors import PolicyError
-    from indexmem_edge.options import INDEXER_POLICY
+@app.command()
+def latent(
+    model: Optional[Path] = MODEL,
+    memories: str = typer.Option("centroid", help="Latent memories: centroid, centroid:SLOTS, residual."),
+    indexmem: Optional[list[Path]] = INDEXMEMS,
+    kv_budget: int = BUDGET,
+    kv_policy: str = typer.Option("streaming", "--kv-policy", "--policy", help="Who is evicted, beside indexers."),
+    kv_sinks: int = SINKS,
+    kv_window: int = WINDOW,
+    depth: int = DEPTH,
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    repeats: int = REPEATS,
+    prefill_repeats: int = PREFILL_REPEATS,
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """What latent memories cost: decode and prefill with them, against the same policy and budget without."""
+    from . import latent as bench
+    from .arms import Sidecars
 
-    if none:
-        return []
-    known = [name for name in _capi.policies() if name != INDEXER_POLICY]
-    names = wanted.split(",") if wanted else list(known)
-    if sidecar and INDEXER_POLICY not in names:
-        names.append(INDEXER_POLICY)
-    if INDEXER_POLICY in names and not sidecar:
-        raise PolicyError(f"the policy {INDEXER_POLICY} needs a sidecar: name one with --indexmem FILE")
-    unknown = [name for name in names if name not in known and name != INDEXER_POLICY]
-    if unknown:
-        raise PolicyError(f"unknown policy {', '.join(unknown)}: choose from {', '.join(known)}")
-    return names
-
-
-def _numbers(text: str, kind: Any) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas between them, found {text!r}") from None
-
-
-def _setup(
-    policy: Optional[str],
-    budget: int,
-    cache_type: str,
-    sinks: int,
-    window: int,
-    threads: int,
-    ubatch: int,
-    seed: int = 0,
-    indexmem: Optional[Path] = None,
-    ratio: Optional[float] = None,
-    memory: Optional[str] = None,
-    slots: Optional[int] = None,
-) -> Any:
-    from indexmem_edge import _capi
-    from indexmem_edge._modelfile import check_sidecar_file
-    from indexmem_edge._parts import choose_memory, choose_policy, sidecar_kinds
-    from indexmem_edge.options import check_share
-
-    from .runner import CACHE_TYPES, BenchError, Setup
-
-    if cache_type not in CACHE_TYPES:
-        raise BenchError(f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}")
-    sidecar = check_sidecar_file(indexmem) if indexmem is not None else None
-    kinds = sidecar_kinds(sidecar)
-    memory, n_slots = choose_memory(memory, slots, kinds, _capi.memories())
-    return Setup(
-        policy=choose_policy(policy, memory, sidecar, kinds),
-        budget=budget,
-        cache_type=cache_type,
-        sinks=sinks,
-        window=window,
-        threads=threads,
-        ubatch=ubatch,
-        seed=seed,
-        sidecar=indexmem,
-        ratio=0.0 if ratio is None else check_share("--kv-budget-ratio", ratio),
-        memory=memory,
-        memory_slots=n_slots,
-    )
+    with session(model, as_json) as (loaded, progress):
+        (policy,) = policies_of(kv_policy)
+        report = bench.run_latent(
+            loaded,
+            setup_of(policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            memories_of(memories),
+            Sidecars.open(indexmem or []),
+            depth=depth,
+            rounds=repeats,
+            prefill_rounds=prefill_repeats,
+            text=text,
+            progress=progress,
+            out=out,
+        )
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-@contextmanager
-def _session(
-    path: Optional[Path], as_json: bool, make: Optional[Callable[[], Path]] = None
-) -> Iterator[tuple[Any, Progress]]:
-    """The loaded model, which `make` makes if given, and a progress bar; errors become one line."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=as_json,
-    )
-    try:
-        from .runner import Model
+@app.command()
+def soak(
+    tokens: int = typer.Option(1_000_000, min=1, help="Tokens to feed."),
+    layers: int = typer.Option(2, min=1, help="Layers of the random model, each of the demo model's shape."),
+    memory: str = typer.Option("centroid", help="Latent memory: centroid, centroid:SLOTS, residual or off."),
+    kv_budget: int = typer.Option(256, "-b", "--kv-budget", help="Entries that each KV head keeps."),
+    kv_policy: str = typer.Option("streaming", "--kv-policy", "--policy", help="Who is evicted."),
+    kv_sinks: int = SINKS,
+    kv_window: int = typer.Option(64, "--kv-window", help="Most recent tokens that always stay."),
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """A million tokens through one context of a small random model: does anything grow, get lost or stop being a number?"""
+    from dataclasses import replace
 
-        loaded = Model(make() if make else path or _demo_model())
-        with bar:
-            yield loaded, bar
-        loaded.close()
-    except IndexMemError as error:
-        text = printable(" ".join(str(error).split()))
-        Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", highlight=False, markup=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+    from . import soak as bench
+    from . import synthetic
 
+    def small() -> Path:
+        return synthetic.cached_model(replace(synthetic.GEOMETRIES["demo"], n_layer=layers), "q8_0")
 
-def _demo_model() -> Path:
-    from indexmem_edge import demo
-
-    return demo.demo_model()
-
-
-def _finish(report: Any, columns: tuple[str, ...], out: Path, plot: Any, as_json: bool) -> None:
-    files = report.save(out, plot)
-    if as_json:
-        print(files[0])
-        return
-    report.print(columns)
-    print("wrote " + ", ".join(str(path) for path in files))
+    with session(None, as_json, small) as (loaded, progress):
+        (policy,) = policies_of(kv_policy)
+        base = setup_of(policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch)
+        (kind,) = memories_of(memory)
+        report = bench.run_soak(loaded, base, kind, tokens, progress=progress, out=out)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json, bench.shown(report.rows))
+    if any(verdict.ok is False for verdict in report.verdicts):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
