@@ -105,7 +105,10 @@ def check_memories(wanted: Sequence[str], known: Mapping[str, str]) -> tuple[str
 
 
 def arms(policies: Sequence[str], ratios: Sequence[float], memories: Sequence[str], sidecars: Sidecars) -> list[Arm]:
-    """All that can be: a memory that needs trained weights goes with sidecars that have them. Neighbours differ in memory."""
+    """All that can be: a memory that needs trained weights goes with sidecars that have them.
+
+    Those that differ in memory alone are neighbours.
+    """
 
     def possible(policy: str, memory: str) -> bool:
         sidecar = sidecars.of(policy, memory)
@@ -113,7 +116,7 @@ def arms(policies: Sequence[str], ratios: Sequence[float], memories: Sequence[st
 
     for memory in memories if policies else ():
         if not any(possible(policy, memory) for policy in policies):
-            raise BenchError(f"the memory {memory!r} needs trained weights: name a sidecar that has them with --indexmem")
+            raise BenchError(f"the memory {memory!r} needs trained weights: name a sidecar with them (--indexmem FILE)")
     return [Arm(p, ratio, m) for ratio in ratios for p in policies for m in memories if possible(p, m)]
 
 

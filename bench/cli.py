@@ -29,6 +29,7 @@ from .cli_options import (
     WINDOW,
     finish,
     memories_of,
+    memory_of,
     numbers,
     policies_of,
     session,
@@ -296,7 +297,7 @@ def latent(
     memories: str = typer.Option("centroid", help="Latent memories: centroid, centroid:SLOTS, residual."),
     indexmem: Optional[list[Path]] = INDEXMEMS,
     kv_budget: int = BUDGET,
-    kv_policy: str = typer.Option("streaming", "--kv-policy", "--policy", help="Who is evicted, beside indexers."),
+    policies: str = typer.Option("streaming", help="Policies, beside the indexers of sidecars."),
     kv_sinks: int = SINKS,
     kv_window: int = WINDOW,
     depth: int = DEPTH,
@@ -314,12 +315,13 @@ def latent(
     from .arms import Sidecars
 
     with session(model, as_json) as (loaded, progress):
-        (policy,) = policies_of(kv_policy)
+        sidecars = Sidecars.open(indexmem or [])
         report = bench.run_latent(
             loaded,
-            setup_of(policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            setup_of(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            policies_of(policies, list(sidecars.indexers)),
             memories_of(memories),
-            Sidecars.open(indexmem or []),
+            sidecars,
             depth=depth,
             rounds=repeats,
             prefill_rounds=prefill_repeats,
@@ -336,7 +338,9 @@ def soak(
     layers: int = typer.Option(2, min=1, help="Layers of the random model, each of the demo model's shape."),
     memory: str = typer.Option("centroid", help="Latent memory: centroid, centroid:SLOTS, residual or off."),
     kv_budget: int = typer.Option(256, "-b", "--kv-budget", help="Entries that each KV head keeps."),
-    kv_policy: str = typer.Option("streaming", "--kv-policy", "--policy", help="Who is evicted."),
+    kv_policy: Optional[str] = typer.Option(
+        None, "--kv-policy", "--policy", help="Who is evicted.", show_default="streaming"
+    ),
     kv_sinks: int = SINKS,
     kv_window: int = typer.Option(64, "--kv-window", help="Most recent tokens that always stay."),
     cache_type: str = TYPE,
@@ -355,10 +359,8 @@ def soak(
         return synthetic.cached_model(replace(synthetic.GEOMETRIES["demo"], n_layer=layers), "q8_0")
 
     with session(None, as_json, small) as (loaded, progress):
-        (policy,) = policies_of(kv_policy)
-        base = setup_of(policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch)
-        (kind,) = memories_of(memory)
-        report = bench.run_soak(loaded, base, kind, tokens, progress=progress, out=out)
+        base = setup_of(kv_policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch)
+        report = bench.run_soak(loaded, base, memory_of(memory), tokens, progress=progress, out=out)
     finish(report, bench.COLUMNS, out, bench.plot, as_json, bench.shown(report.rows))
     if any(verdict.ok is False for verdict in report.verdicts):
         raise typer.Exit(1)

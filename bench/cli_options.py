@@ -80,6 +80,16 @@ def memories_of(wanted: str) -> tuple[str, ...]:
     return check_memories([word for word in wanted.split(",") if word], _capi.memories())
 
 
+def memory_of(wanted: str) -> str:
+    """The one memory that was asked for."""
+    from .runner import BenchError
+
+    found = memories_of(wanted)
+    if len(found) > 1:
+        raise BenchError(f"one memory can be tried at a time: choose from {', '.join(found)}")
+    return found[0]
+
+
 def numbers(text: str, kind: Any) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]

@@ -18,9 +18,9 @@ BETTER = {"score": 1, "nll": -1}  # which sign of a difference is good
 NONE, FEW = "no difference", "too few samples"
 COLUMNS = ("length", "policy", "kept", "memory", "slots", "task", "n", "score, memory - off", "NLL, memory - off")
 HOW = (
-    "score and NLL with the memory minus without it, same policy, budget and sample; mean, standard error, 95 % interval by "
-    f"paired bootstrap; helps or hurts: the interval excludes zero, with {LEAST_PAIRS} pairs or more, two of each task; with "
-    "so many comparisons about one in twenty of those that show nothing does so by chance"
+    "score and NLL with the memory minus without it, same policy, budget and sample; mean, standard error, 95 % interval "
+    f"by paired bootstrap; helps or hurts: the interval excludes zero, with {LEAST_PAIRS} pairs or more, two of each task; "
+    "where a memory changes nothing, about one interval in twenty excludes zero by chance"
 )
 
 
@@ -109,7 +109,9 @@ def plot(figure: Any, report: Any) -> None:
     rows = report.extra["differences"]
     shown = next((found for task in (MEAN, BOOK) if (found := [r for r in rows if r["task"] == task])), rows)
     lengths, ratios = sorted({r["length"] for r in shown}), sorted({r["ratio"] for r in shown}, reverse=True)
-    arms = list(dict.fromkeys((r["policy"], r["memory"]) for r in sorted(shown, key=lambda r: (r["policy"], r["memory"]))))
+    arms = list(
+        dict.fromkeys((r["policy"], r["memory"]) for r in sorted(shown, key=lambda r: (r["policy"], r["memory"])))
+    )
     several = len({memory for _, memory in arms}) > 1
     names = [f"{policy}\n{memory}" if several else policy for policy, memory in arms]
     panels = figure.subplots(len(lengths), 2, squeeze=False)
@@ -120,9 +122,13 @@ def plot(figure: Any, report: Any) -> None:
                 x = [arms.index((r["policy"], r["memory"])) + 0.2 * (i - (len(ratios) - 1) / 2) for r in mine]
                 y = [r[f"{key}_delta"] for r in mine]
                 errors = [[abs(r[f"{key}_delta"] - r[f"{key}_{end}"]) for r in mine] for end in ("low", "high")]
-                axis.errorbar(x, y, yerr=errors, fmt="o", markersize=4, capsize=3, color=f"C{i}", label=f"{ratio:.0%} kept")
+                axis.errorbar(
+                    x, y, yerr=errors, fmt="o", markersize=4, capsize=3, color=f"C{i}", label=f"{ratio:.0%} kept"
+                )
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set_xticks(range(len(arms)), names, fontsize=8)
-            axis.set(ylabel=f"{key}, memory - off\n{length} tokens, {'higher' if BETTER[key] > 0 else 'lower'} is better")
+            axis.set(
+                ylabel=f"{key}, memory - off\n{length} tokens, {'higher' if BETTER[key] > 0 else 'lower'} is better"
+            )
             axis.grid(alpha=0.3, axis="y")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)

@@ -37,6 +37,7 @@ COLUMNS = (
 def run_latent(
     model: Model,
     base: Setup,
+    policies: Sequence[str],
     memories: Sequence[str],
     sidecars: Sidecars,
     *,
@@ -47,12 +48,12 @@ def run_latent(
     progress: Progress | None = None,
     out: Path | None = None,
 ) -> Report:
-    """Each memory, with `base` and with the indexers, takes turns with the same cache without it."""
+    """Each memory takes turns, with each policy, with the same cache without it."""
     if MEMORY_OFF in memories:
         raise BenchError(f"the memory {MEMORY_OFF} is what the others are compared with: leave it out")
     with tempfile.TemporaryDirectory() as folder:
         sidecars = with_random_memory(model, memories, sidecars, Path(folder))
-        found = arms([base.policy, *sidecars.indexers], [1.0], memories, sidecars)
+        found = arms(policies, [1.0], memories, sidecars)
         setups = [setup_for(base, arm, sidecars, base.budget, 0) for arm in found]
         depth, corpus = past_budget(base, depth), corpus_of(model, text)
         report = Report(
@@ -61,8 +62,8 @@ def run_latent(
                 model.path.name,
                 library(),
                 base.threads,
-                how=f"at {depth} tokens and more, past the budget of {base.budget} (the slots of the memory are part of it): "
-                f"{rounds} alternating turns of decode over whole cycles of eviction, {prefill_rounds} of {base.ubatch} "
+                how=f"at {depth} tokens and more, past the budget of {base.budget}, of which the slots of the memory are "
+                f"a part: {rounds} alternating turns of decode over whole cycles of eviction, {prefill_rounds} of {base.ubatch} "
                 f"prefilled tokens each, with and without the memory; {HOW}",
                 repeats=rounds,
                 ubatch=base.ubatch,
@@ -75,9 +76,10 @@ def run_latent(
         task = progress.add_task("latent", total=len(setups)) if progress else None
         for arm, setup in zip(found, setups):
             with System(model, _without(setup)) as plain, System(model, setup) as system:
-                turns = take_turns(*(Side(s, corpus, depth) for s in (plain, system)), rounds, prefill_rounds)
-                for side, s in enumerate((plain, system)):
-                    report.add(**_row(arm.policy, s), turn=turns.turn, **turns.figures(side))
+                sides = Side(plain, corpus, depth), Side(system, corpus, depth)
+                turns = take_turns(*sides, rounds, prefill_rounds)
+                for i, side in enumerate(sides):
+                    report.add(**_row(arm.policy, side.system), turn=turns.turn, **turns.figures(i))
             report.verdicts = verdicts(report.rows)
             if out:
                 report.save(out)

@@ -1,8 +1,8 @@
 """Does a bounded cache still know? RULER questions asked after the context was compressed, and likelihood of text.
 
-Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen), then the
-question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily. With and
-without a latent memory the budget is the same: the memory's slots are part of it.
+Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen),
+then the question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily. With
+and without a latent memory the budget is the same: the memory's slots are part of it.
 """
 
 from __future__ import annotations

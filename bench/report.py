@@ -87,7 +87,9 @@ class Report:
         """The table, of all rows or of some, and the verdicts."""
         title = f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}"
         names = [name.replace("_", " ") for name in columns]
-        print_table(title, names, [[show(n, row.get(n)) for n in columns] for row in (self.rows if rows is None else rows)])
+        print_table(
+            title, names, [[show(n, row.get(n)) for n in columns] for row in (self.rows if rows is None else rows)]
+        )
         for verdict in self.verdicts:
             console().print(str(verdict), highlight=False)
 

@@ -29,7 +29,17 @@ SPAN = 8192  # tokens from one checkpoint to the next
 DECODED = 64  # of them one by one, just before the checkpoint
 WARM_UP = 4 * SPAN  # tokens after which resident memory is not to grow
 GROWTH = 8 * 2**20  # that is allowed all the same
-COLUMNS = ("tokens_seen", "kept", "evicted", "memory_slots", "kv_bytes", "meta_bytes", "rss_bytes", "span_tps", "failed")
+COLUMNS = (
+    "tokens_seen",
+    "kept",
+    "evicted",
+    "memory_slots",
+    "kv_bytes",
+    "meta_bytes",
+    "rss_bytes",
+    "span_tps",
+    "failed",
+)
 
 
 def run_soak(
@@ -51,9 +61,9 @@ def _run(model: Model, setup: Setup, tokens: int, progress: Progress | None, out
             model.path.name,
             library(),
             setup.threads,
-            how=f"every {SPAN} tokens, the last {DECODED} of them decoded greedily: logits finite, bytes and slots as at the "
-            "start, entries within the budget less the slots of the memory, kept + evicted = seen, every head holds distinct "
-            f"positions with all that are protected; resident memory against that at {WARM_UP} tokens",
+            how=f"every {SPAN} tokens, the last {DECODED} of them decoded greedily: logits finite, bytes and slots as at "
+            "the start, entries within the budget less the slots of the memory, kept + evicted = seen, every head holds "
+            f"distinct positions with all that are protected; resident memory against that at {WARM_UP} tokens",
             ubatch=setup.ubatch,
             cache_type=setup.cache_type,
             sinks=setup.sinks,
@@ -133,7 +143,9 @@ def positions_wrong(held: np.ndarray, kept: int, seen: int, sinks: int, window: 
     if kept and (held[0] < 0 or held[-1] >= seen or (np.diff(held) <= 0).any()):
         return "positions out of range or twice"
     first, last = min(sinks, seen), min(window, seen)
-    if not np.array_equal(held[:first], np.arange(first)) or not np.array_equal(held[-last:], np.arange(seen - last, seen)):
+    if not np.array_equal(held[:first], np.arange(first)) or not np.array_equal(
+        held[-last:], np.arange(seen - last, seen)
+    ):
         return "a protected position is gone"
     return ""
 
@@ -162,11 +174,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 
 def shown(rows: list[Row]) -> list[Row]:
     """Rows for people: those at doubling numbers of checkpoints, those that failed, and the last."""
-    return [
-        row
-        for i, row in enumerate(rows, 1)
-        if row["failed"] or i == len(rows) or math.log2(i).is_integer()
-    ]
+    return [row for i, row in enumerate(rows, 1) if row["failed"] or i == len(rows) or math.log2(i).is_integer()]
 
 
 def plot(figure: Any, report: Report) -> None:

@@ -36,7 +36,7 @@ def by_cell(rows: Iterable[Row]) -> dict[tuple[Cell, str], Runs]:
 def summarise(rows: Iterable[Row], able: dict[int, list[str]]) -> list[Row]:
     """One row per length, policy, ratio, memory and task; task "mean" is the mean over the tasks the full cache can do."""
     runs = by_cell(rows)
-    cells = sorted({cell for cell, _ in runs}, key=lambda c: (c.length, c.policy != FULL, -c.ratio, c.policy, c.memory != MEMORY_OFF, c))
+    cells = sorted({cell for cell, _ in runs}, key=_place)
     out = []
     for cell in cells:
         reference = Cell(cell.length, FULL, 1.0)
@@ -55,6 +55,10 @@ def summarise(rows: Iterable[Row], able: dict[int, list[str]]) -> list[Row]:
                 )
             )
     return out
+
+
+def _place(cell: Cell) -> tuple[Any, ...]:
+    return cell.length, cell.policy != FULL, -cell.ratio, cell.policy, cell.memory != MEMORY_OFF, cell.memory
 
 
 def _means(cell: Cell, task: str, runs: Runs) -> Row:
@@ -112,7 +116,8 @@ def verdicts(rows: Sequence[Row], able: dict[int, list[str]]) -> list[Verdict]:
     means = [row for row in rows if row["task"] == MEAN]
     bounded = [row for row in means if row["policy"] != FULL]
     for length, ratio in sorted({(row["length"], row["ratio"]) for row in bounded}, key=lambda k: (k[0], -k[1])):
-        best = max((row for row in bounded if (row["length"], row["ratio"]) == (length, ratio)), key=lambda row: row["score"])
+        here = [row for row in bounded if (row["length"], row["ratio"]) == (length, ratio)]
+        best = max(here, key=lambda row: row["score"])
         full = next((row["score"] for row in means if row["length"] == length and row["policy"] == FULL), None)
         if full:
             out.append(

@@ -90,12 +90,17 @@ def verdict(row: Row, key: str, what: str, goal: float | None) -> Verdict:
     return Verdict(f"{key.partition('_')[0]} {what} ({low:.3f} to {high:.3f})", row[key], goal)
 
 
-def plot_ratios(figure: Any, rows: Sequence[Row], goals: Mapping[str, float], against: Callable[[float], str], judged: str) -> None:
-    """Bars with intervals, those that the goals are for in colour; `against(goal)` names the base."""
+def plot_ratios(
+    figure: Any, rows: Sequence[Row], goals: Mapping[str, float], against: Callable[[float], str], judged: str
+) -> None:
+    """Bars with intervals, in colour those whose names begin with `judged`; `against(goal)` names the base."""
     for axis, (key, goal) in zip(figure.subplots(1, 2, sharey=True), goals.items()):
         interval = [row[key.replace("ratio", "interval")] for row in rows]
         values = [row[key] for row in rows]
-        errors = [[v - low for v, (low, _) in zip(values, interval)], [high - v for v, (_, high) in zip(values, interval)]]
+        errors = [
+            [v - low for v, (low, _) in zip(values, interval)],
+            [high - v for v, (_, high) in zip(values, interval)],
+        ]
         colours = ["C0" if row["system"].startswith(judged) else "C7" for row in rows]
         axis.barh([row["system"] for row in rows], values, color=colours, xerr=errors, ecolor="0.3", capsize=2)
         axis.axvline(goal, color="black", linestyle="--", linewidth=1)

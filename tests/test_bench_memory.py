@@ -13,7 +13,7 @@ import pytest
 from bench_data import invoke, ruler_folder, sidecar_shape, single_runs
 
 from indexmem_edge.bench import arms, effect, latent, quality, soak, summary, synthetic
-from indexmem_edge.bench.arms import Arm, Sidecar, Sidecars
+from indexmem_edge.bench.arms import Sidecar, Sidecars
 from indexmem_edge.bench.report import quality_markdown
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.stats import standard_error
@@ -32,7 +32,13 @@ def test_standard_errors_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "budget", "slots"),
-    [("centroid", 1024, 64), ("centroid", 255, 56), ("centroid", 20, 8), ("centroid:16", 1024, 16), ("centroid:16", 40, 8)],
+    [
+        ("centroid", 1024, 64),
+        ("centroid", 255, 56),
+        ("centroid", 20, 8),
+        ("centroid:16", 1024, 16),
+        ("centroid:16", 40, 8),
+    ],
 )
 def test_a_memory_takes_at_most_a_quarter_of_the_budget(memory: str, budget: int, slots: int) -> None:
     assert arms.memory_for(memory, budget, None) == {"memory": "centroid", "memory_slots": slots}
@@ -66,9 +72,11 @@ def test_a_memory_that_needs_weights_goes_where_they_are() -> None:
 def test_memories_are_checked_before_anything_runs() -> None:
     known = {"centroid": "", "residual": ""}
     assert arms.check_memories(["off", "centroid:8", "off"], known) == ("off", "centroid:8")
-    for wrong, why in (["cache"], "off, centroid, residual"), (["residual:4"], "centroid:16"), (["centroid:0"], "16"), ([], "off"):
+    for wrong, why in {"cache": "off, centroid, residual", "residual:4": "centroid:16", "centroid:0": "as in"}.items():
         with pytest.raises(BenchError, match=why):
-            arms.check_memories(wrong, known)
+            arms.check_memories([wrong], known)
+    with pytest.raises(BenchError, match="no memory was named"):
+        arms.check_memories([], known)
 
 
 def test_several_sidecars_are_named_by_kind_and_file(tmp_path: Path) -> None:
@@ -164,7 +172,8 @@ def test_tables_and_pictures_show_the_memory_beside_the_policy(tmp_path: Path) -
     earlier = [{k: v for k, v in row.items() if k != "memory"} for row in rows if row["memory"] == "off"]
     assert "| knorm | off | 25% |" in quality_markdown({"rows": earlier})
     changed = effect.differences(runs_with_memory(), able)
-    assert "| 64 | knorm | 25% | centroid | 8 | a | 4 | +0.250 ± 0.250 [+0.000, +0.750] too few samples |" in effect.markdown(changed)
+    told = "| 64 | knorm | 25% | centroid | 8 | a | 4 | +0.250 ± 0.250 [+0.000, +0.750] too few samples |"
+    assert told in effect.markdown(changed)
     assert [cells[5] for cells in effect.table(changed, tasks=False)] == ["mean", "book"] and effect.markdown([]) == ""
 
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -204,7 +213,9 @@ def test_quality_compares_memories_on_a_tiny_model(tiny: Any, tmp_path: Path) ->
     changed = {(row["policy"], row["memory"], row["task"]): row for row in data["differences"]}
     row = changed["kvzap a", "centroid", "vt"]
     assert (row["n"], row["budget"]) == (2, cells["kvzap a", "off"]["budget"])
-    assert row["nll_delta"] == pytest.approx(cells["kvzap a", "centroid"]["nll"] - cells["kvzap a", "off"]["nll"], abs=2e-6)
+    assert row["nll_delta"] == pytest.approx(
+        cells["kvzap a", "centroid"]["nll"] - cells["kvzap a", "off"]["nll"], abs=2e-6
+    )
     assert row["nll_se"] is not None and row["nll_low"] <= row["nll_delta"] <= row["nll_high"]
     assert "memory - off" in shown and "### Memory minus off" in (tmp_path / "q.md").read_text()
     assert (tmp_path / "quality-memory.png").is_file()
@@ -226,7 +237,22 @@ def test_latent_verdicts_are_for_rows_with_a_memory() -> None:
 def test_latent_measures_every_memory_with_and_without_it(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     sidecar = synthetic.random_sidecar(tmp_path / "s.gguf", sidecar_shape(model), "kvzap")
-    words = ["latent", "-m", model, "--out", tmp_path, "--json", "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
+    words = [
+        "latent",
+        "-m",
+        model,
+        "--out",
+        tmp_path,
+        "--json",
+        "--kv-budget",
+        96,
+        "--kv-window",
+        32,
+        "-ub",
+        64,
+        "-t",
+        1,
+    ]
     words += ["--repeats", 1, "--prefill-repeats", 1, "--indexmem", sidecar, "--memories", "centroid,residual"]
     invoke(*words)
     data = json.loads((tmp_path / "latent.json").read_text())
@@ -243,11 +269,15 @@ def test_latent_measures_every_memory_with_and_without_it(tiny: Any, tmp_path: P
     assert centroid["kept"] <= 96 - 24 and plain["kept"] <= 96
     assert centroid["turn"] == 40  # evictions of 8 and of 5: an eighth of each room
     assert len(data["verdicts"]) == 2 * 3 and (tmp_path / "latent.png").is_file()
-    assert data["meta"]["sidecars"] == {"indexer": "s.gguf (random weights)", "memory residual": "random.indexmem.gguf (random weights)"}
+    assert data["meta"]["sidecars"] == {
+        "indexer": "s.gguf (random weights)",
+        "memory residual": "random.indexmem.gguf (random weights)",
+    }
 
 
 @pytest.mark.parametrize("memory", ["off", "centroid:16", "residual"])
 def test_soak_passes_on_a_small_model(tmp_path: Path, monkeypatch: Any, memory: str) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setitem(synthetic.GEOMETRIES, "demo", synthetic.Shape("llama", 2, 64, 2, 1, 32, 96))
     for name, value in (("SPAN", 256), ("DECODED", 16), ("WARM_UP", 512)):
         monkeypatch.setattr(soak, name, value)
@@ -297,7 +327,8 @@ def test_positions_of_a_head(held: list[int], why: str) -> None:
 
 
 def test_soak_verdicts_name_the_first_failure_and_judge_growth_after_the_start() -> None:
-    rows = [{"tokens_seen": n * soak.WARM_UP, "rss_bytes": size, "failed": None} for n, size in ((0, 0), (1, 2**30), (2, 2**30 + 2**23))]
+    sizes = (0, 2**30, 2**30 + 2**23)
+    rows = [{"tokens_seen": n * soak.WARM_UP, "rss_bytes": size, "failed": None} for n, size in enumerate(sizes)]
     assert [v.ok for v in soak.verdicts(rows)] == [True, True]
     rows[2].update(failed="x", rss_bytes=2**30 + 2**23 + 1)
     assert [v.ok for v in soak.verdicts(rows)] == [False, False] and "tokens: x" in soak.verdicts(rows)[0].name
