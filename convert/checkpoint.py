@@ -85,18 +85,19 @@ def from_safefile(file: SafeFile) -> Checkpoint:
     d = _metadata(file)
     memory = _dict(d, "memory")
     base = _dict(d, "base_model", {})
-    geometry = _dict(d, "geometry")
-    unknown = [key for key in geometry if key not in Geometry.__dataclass_fields__]
+    numbers = _dict(d, "geometry")
+    unknown = [key for key in numbers if key not in Geometry.__dataclass_fields__]
     if unknown:
         raise ConvertError(f"geometry: unexpected key {show(unknown[0])}")
     for key in ("block_count", "embedding_length", "head_count_kv"):
-        if key not in geometry:
+        if key not in numbers:
             raise ConvertError(f"geometry: {key!r} is missing")
+    geometry = Geometry(**numbers)
     return Checkpoint(
-        geometry=Geometry(**geometry),
+        geometry=geometry,
         kind=_need(d, "kind"),
         constants=_dict(d, "constants"),
-        layers=layers_from({name: tensor.read() for name, tensor in file.tensors.items()}),
+        layers=layers_from({name: tensor.read() for name, tensor in file.tensors.items()}, geometry),
         provenance=_provenance(_dict(d, "provenance")),
         memory=_need(memory, "kind"),
         memory_constants=_dict(memory, "constants"),

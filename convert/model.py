@@ -210,12 +210,15 @@ class Checkpoint:
         ]
 
 
-def layers_from(tensors: Mapping[str, Array]) -> list[Layer]:
-    """Sorts tensors named `blk.<layer>.indexmem.<name>` into layers.
+def layers_from(tensors: Mapping[str, Array], geometry: Geometry) -> list[Layer]:
+    """Sorts tensors named `blk.<layer>.indexmem.<name>` into layers. Without any there are empty ones: some memories
+    have no tensors.
 
     Raises:
         ConvertError: another name, or layers that are not contiguous from 0.
     """
+    if not tensors:
+        return [{} for _ in range(geometry.validated().block_count)]
     found: dict[int, Layer] = {}
     for key, array in tensors.items():
         match = _TENSOR.fullmatch(key)

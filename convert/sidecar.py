@@ -77,7 +77,7 @@ def _read(file: GGUFFile) -> Sidecar:
         geometry=geometry,
         kind=indexer.name,
         constants=_constants(file, indexer),
-        layers=layers_from(arrays),
+        layers=layers_from(arrays, geometry),
         memory=memory.name,
         memory_constants=_constants(file, memory),
         architecture=need("general.architecture", "string"),

@@ -28,7 +28,7 @@ Sizes = dict[str, int]
 
 @dataclass(frozen=True)
 class Constant:
-    """One key. `low` and `high` bound a u32; `positive` asks an f32 to be above 0; arrays have one value a layer."""
+    """One key. `low` and `high` bound a u32; `positive` asks every f32 to be above 0; arrays have one value a layer."""
 
     name: str
     type: str
@@ -149,6 +149,10 @@ INDEXERS = {kind.name: kind for kind in (
 
 MEMORIES = {kind.name: kind for kind in (
     Kind(
+        "centroid", "centroid memory of IndexMem++",
+        (Constant("slot_count", U32, 1, 4096), Constant("enabled", BOOLS), Constant("gate", F32S, positive=True)),
+    ),
+    Kind(
         "residual", "residual memory of IndexMem v1, arXiv 2605.25475",
         (
             Constant("feature_dim", U32, 1, 65536), Constant("head_dim", U32, 1, LIMITS["key_length"]),
@@ -235,7 +239,7 @@ def _check_constant(what: str, c: Constant, value: Any, n_layer: int) -> Any:
     if c.type == BOOL:
         return _check_bool(what, value)
     if c.type == F32S:
-        return _check_array(what, value, n_layer, check_f32)
+        return _check_array(what, value, n_layer, lambda item, v: check_f32(item, v, c.positive))
     if c.type == BOOLS:
         return _check_array(what, value, n_layer, _check_bool)
     text = check_text(what, value)

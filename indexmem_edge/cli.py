@@ -12,6 +12,7 @@ import typer
 from typing_extensions import Annotated
 
 from . import __version__
+from .cli_calibrate import calibrate_memory
 from .cli_options import RunOptions, fail, one_line_errors, with_run_options
 from .errors import IndexMemError
 
@@ -186,6 +187,9 @@ def doctor(
     findings = examine(model)
     report(findings, as_json)
     raise typer.Exit(0 if all(f.status != "wrong" for f in findings) else 1)
+
+
+app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)
 
 
 def _add_bench() -> None:

@@ -12,57 +12,13 @@ import llama_cpp
 import numpy as np
 
 from indexmem_edge import _capi
+from indexmem_edge._capture import Capture  # noqa: F401  (tests take it from here)
 
 F32, F16, Q4_0, Q8_0 = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q4_0, llama_cpp.GGML_TYPE_Q8_0)
 
 
 class Refused(Exception):
     """The library did not create the context, or did not decode."""
-
-
-class _TensorHead(ctypes.Structure):
-    """The first fields of struct ggml_tensor."""
-
-    _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4)]
-
-
-def _ggml(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(llama_cpp.llama_cpp._lib, name)
-    function.restype, function.argtypes = restype, list(argtypes)
-    return function
-
-
-class Capture:
-    """Copies tensors out of the graph while it is computed: all whose name begins with one of the prefixes."""
-
-    def __init__(self, *prefixes: str) -> None:
-        self.found: dict[str, list[np.ndarray]] = {}  # by name, one array for each ubatch; dimensions in NumPy order
-        self._prefixes = tuple(p.encode() for p in prefixes)
-        self._name = _ggml("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
-        self._contiguous = _ggml("ggml_is_contiguous", ctypes.c_bool, ctypes.c_void_p)
-        self._get = _ggml("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
-        self.callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
-
-    def _on_tensor(self, tensor: int, ask: bool, _: object) -> bool:
-        """Asked first whether a tensor is wanted; if so, called again when it is there. Returns whether to go on."""
-        name = self._name(tensor)
-        if ask:
-            return name.startswith(self._prefixes)
-        head = _TensorHead.from_address(tensor)
-        values = np.empty(tuple(head.ne)[::-1], np.float32)
-        if head.type != F32 or not self._contiguous(tensor):
-            values.fill(np.nan)  # an exception would vanish in the library
-        else:
-            self._get(tensor, values.ctypes.data, 0, values.nbytes)
-        self.found.setdefault(name.decode(), []).append(values)
-        return True
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """What the last ubatch computed, without dimensions of 1 in front."""
-        values = self.found[name][-1]
-        while values.ndim > 2 and len(values) == 1:
-            values = values[0]
-        return values
 
 
 @llama_cpp.llama_log_callback
@@ -167,6 +123,8 @@ class Context:
             status = llama_cpp.llama_decode(self.ctx, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
+        if self._capture and self._capture.error:
+            raise self._capture.error
         if status != 0:
             raise Refused(f"llama_decode returned {status}")
         flat = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), shape=(len(order), self.n_vocab)).copy()

@@ -2,7 +2,8 @@
 
 After each ubatch of T tokens a head that holds more than `budget` entries evicts its lowest-ranked candidates. See
 `RANKS` for the ranks, and `indexers.py` for those of the policy `indexer`. The decoder below never forgets a key;
-evicted positions are merely made invisible.
+evicted positions are merely made invisible. With a memory (`memories.py`) what leaves a head is written to it, and read
+from the next ubatch on; its slots, if it has any, are paid from the budget.
 
 Rounding can swap two entries whose ranks are nearly equal, after which nothing downstream is comparable. Every
 eviction therefore reports its `gap`, and `adopt` continues from the choice that another implementation made.
@@ -10,13 +11,15 @@ eviction therefore reports its `gap`, and `adopt` continues from the choice that
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 from indexers import Indexer
+from memories import HeadMemory, Memory
 from numpy.typing import DTypeLike
 from reference import Decoder, causal, softmax
 from tiny_models import TinyConfig
@@ -107,8 +110,20 @@ POLICIES = ("full", *RANKS)
 EXACT = {"streaming", "random"}  # ranks that no rounding touches
 
 
+class RememberingDecoder(Decoder):
+    """Heads attend through their memories, where they have one."""
+
+    memories: list[list[Optional[HeadMemory]]]  # [L][H]
+
+    def attend(self, il: int, h: int, q: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        memory = self.memories[il][h]
+        if memory is None:
+            return super().attend(il, h, q, visible)
+        return memory.attend(q, self.keys[il][:, h], self.values[il][:, h], visible, self.config.scale)
+
+
 class BoundedReference:
-    """One sequence with a bounded cache. `kept[il][h]` are the ascending positions held by a KV head."""
+    """One sequence with a bounded cache. `kept[il][h]` are the positions held by a KV head, ascending."""
 
     def __init__(
         self,
@@ -123,23 +138,28 @@ class BoundedReference:
         seed: int = 0,
         budget_ratio: float = 0.0,
         indexer: Indexer | None = None,
+        memory: Memory | None = None,
         dtype: DTypeLike = np.float64,
         cache_dtype: DTypeLike | None = None,
     ) -> None:
         if policy not in POLICIES and (policy != "indexer" or indexer is None):
             raise ValueError(f"no policy {policy!r}, or no indexer for it")
-        if budget < max(sinks, pin) + window + 1:
+        self.n_latent = memory.n_slots if memory else 0
+        if budget < max(sinks, pin) + window + 1 + self.n_latent:
             raise ValueError("no room beyond what is protected")
         self.config, self.policy, self.seed = config, policy, seed
         self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
         self.evict_step, self.budget_ratio, self.indexer = evict_step, budget_ratio, indexer
-        self.decoder = Decoder(config, dtype, cache_dtype)
+        self.memory = memory
+        self.decoder = RememberingDecoder(config, dtype, cache_dtype)
+        self._forget()
         self.n_ubatches = 0
         self.n_before = 0  # tokens seen at the last eviction
         self.evictions: list[Eviction] = []
-        self.kept: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
+        self.slots: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
         self._ranks: dict[tuple[int, int], dict[int, float]] = {}  # of the candidates of the last ubatch
         self._spread: dict[tuple[int, int], float] = {}  # deviation of all ranks of the head, likewise
+        self._before: dict[tuple[int, int], tuple[list[int], Optional[HeadMemory]]] = {}  # slots and memory, likewise
 
     @property
     def protected(self) -> int:
@@ -147,17 +167,26 @@ class BoundedReference:
         return max(self.sinks, self.pin)
 
     @property
+    def kept(self) -> list[list[list[int]]]:
+        return [[sorted(head) for head in layer] for layer in self.slots]
+
+    @property
     def budget_now(self) -> int:
         """The budget at this length."""
         if not self.budget_ratio:
             return self.budget
         share = math.ceil(self.budget_ratio * self.n_seen)
-        return min(self.budget, max(share, self.protected + self.window + 1))
+        return min(self.budget, max(share, self.protected + self.window + 1 + self.n_latent))
+
+    @property
+    def capacity(self) -> int:
+        """Entries that may stay at this length: the budget without the slots of a memory."""
+        return self.budget_now - self.n_latent
 
     @property
     def step(self) -> int:
         """Entries evicted at once during decode."""
-        room = self.budget_now - self.protected - self.window
+        room = self.capacity - self.protected - self.window
         return min(self.evict_step or min(max(room // 8, 1), 32), room)
 
     @property
@@ -170,18 +199,18 @@ class BoundedReference:
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Evaluates one ubatch, then evicts; returns logits [T, V]."""
         n_past, n_new = self.n_seen, len(tokens)
-        if self.policy == "full" and n_past + n_new > self.budget:
+        if self.policy == "full" and n_past + n_new > self.budget - self.n_latent:
             raise Full
-        visible = [[causal(n_past, n_new) for _ in layer] for layer in self.kept]
+        visible = [[causal(n_past, n_new) for _ in layer] for layer in self.slots]
         for il, h in self.heads():
-            evicted = np.setdiff1d(np.arange(n_past), self.kept[il][h])
+            evicted = np.setdiff1d(np.arange(n_past), self.slots[il][h])
             visible[il][h][:, evicted] = False
         logits = self.decoder.append(tokens, visible)
 
         self._ranks.clear()
         for il, h in self.heads():
-            self.kept[il][h] += range(n_past, n_past + n_new)
-            if len(self.kept[il][h]) > self.budget_now:
+            self.slots[il][h] += range(n_past, n_past + n_new)
+            if len(self.slots[il][h]) > self.capacity:
                 self._evict(il, h)
         self.n_ubatches += 1
         return logits
@@ -195,13 +224,23 @@ class BoundedReference:
         if n > 0 and n < self.n_before:
             return False
         self.decoder.truncate(n)
-        self.kept = [[[p for p in head if p < n] for head in layer] for layer in self.kept]
+        self.slots = [[[p for p in head if p < n] for head in layer] for layer in self.slots]
         self.n_before = min(self.n_before, n)
+        if n == 0:
+            self._forget()
         return True
 
+    def _forget(self) -> None:
+        """Empty memories."""
+        c, dtype = self.config, self.decoder.cache_dtype
+        self.decoder.memories = [
+            [self.memory.head(il, c.head_dim, dtype) if self.memory else None for _ in range(c.n_head_kv)]
+            for il in range(c.n_layer)
+        ]
+
     def _evict(self, il: int, h: int) -> None:
-        kept, last = self.kept[il][h], self.n_seen - 1
-        n_evict = min(max(len(kept) - self.budget_now, self.step), len(kept) - self.protected - self.window)
+        kept, last = sorted(self.slots[il][h]), self.n_seen - 1
+        n_evict = min(max(len(kept) - self.capacity, self.step), len(kept) - self.protected - self.window)
         ranks = self._rank(il, h)
         candidates = {
             p: -np.inf if np.isnan(r) else float(r)
@@ -213,14 +252,26 @@ class BoundedReference:
         cut = [candidates[p] for p in order[n_evict - 1 : n_evict + 1]]
         self._spread[il, h] = float(np.nanstd(ranks))
         gap = self._distance(cut[1], cut[0], self._spread[il, h]) if len(cut) == 2 else np.inf
-        self.kept[il][h] = [p for p in kept if p not in gone]
         self._ranks[il, h] = candidates
+        self._before[il, h] = self.slots[il][h], copy.deepcopy(self.decoder.memories[il][h])
+        self._leave(il, h, gone)
         self.n_before = self.n_seen
         self.evictions.append(Eviction(self.n_ubatches, il, h, tuple(sorted(gone)), gap))
 
+    def _leave(self, il: int, h: int, gone: set[int]) -> None:
+        """Out of the slots, into the memory in their order; then survivors at the end of the slots fill the holes."""
+        slots = self.slots[il][h]
+        leaving = [p for p in slots if p in gone]
+        memory = self.decoder.memories[il][h]
+        if memory:
+            memory.write(self.decoder.keys[il][leaving, h], self.decoder.values[il][leaving, h])
+        head, tail = slots[: len(slots) - len(gone)], slots[len(slots) - len(gone) :]
+        moving = iter([p for p in tail if p not in gone])
+        self.slots[il][h] = [next(moving) if p in gone else p for p in head]
+
     def _rank(self, il: int, h: int) -> np.ndarray:
-        """Ranks of the entries of one head."""
-        kept, c = self.kept[il][h], self.config
+        """Ranks of the entries of one head, by position."""
+        kept, c = sorted(self.slots[il][h]), self.config
         if self.policy == "indexer":
             assert self.indexer is not None
             hidden = self.decoder.hidden[il]
@@ -264,7 +315,7 @@ class BoundedReference:
         """
         worst = 0.0
         for il, h in self.heads():
-            mine, theirs = self.kept[il][h], sorted(int(p) for p in kept[il][h])
+            mine, theirs = self.slots[il][h], sorted(int(p) for p in kept[il][h])
             ranks = self._ranks.get((il, h), {})
             gone, extra = set(mine) - set(theirs), set(theirs) - set(mine)
             if len(mine) != len(theirs) or len(set(theirs)) != len(theirs) or not gone | extra <= ranks.keys():
@@ -272,5 +323,6 @@ class BoundedReference:
             if gone:  # theirs evicted the best of `gone` and kept the worst of `extra`
                 high, low = max(ranks[p] for p in gone), min(ranks[p] for p in extra)
                 worst = max(worst, self._distance(high, low, self._spread[il, h]))
-            self.kept[il][h] = theirs
+                self.slots[il][h], self.decoder.memories[il][h] = self._before[il, h]
+                self._leave(il, h, set(self.slots[il][h]) - set(theirs))
         return worst

@@ -59,6 +59,12 @@ def softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
     return weights / np.where(total > 0, total, 1)
 
 
+def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:
+    """q [T, G, D], keys [N, D], values [N, Dv], visible [T, N] -> [T, G, Dv]"""
+    weights = softmax(scale * np.einsum("tgd,nd->tgn", q, keys), visible[:, None, :])
+    return np.einsum("tgn,nd->tgd", weights, values)
+
+
 def causal(n_past: int, n_tokens: int) -> np.ndarray:
     """bool [n_tokens, n_past + n_tokens]"""
     return np.tri(n_tokens, n_past + n_tokens, n_past, dtype=bool)
@@ -127,10 +133,12 @@ class Decoder:
         out = np.empty_like(q)
         for h in range(c.n_head_kv):
             heads = np.s_[:, h * c.group : (h + 1) * c.group]
-            scores = c.scale * np.einsum("tgd,nd->tgn", q[heads], self.keys[il][:, h])
-            weights = softmax(scores, visible[h][:, None, :])
-            out[heads] = np.einsum("tgn,nd->tgd", weights, self.values[il][:, h])
+            out[heads] = self.attend(il, h, q[heads], visible[h])
         return out.reshape(len(x), -1) @ w[p + "attn_output.weight"].T
+
+    def attend(self, il: int, h: int, q: np.ndarray, visible: np.ndarray) -> np.ndarray:
+        """One KV head: q [T, G, D], visible [T, N] -> [T, G, D]"""
+        return attend(q, self.keys[il][:, h], self.values[il][:, h], visible, self.config.scale)
 
     def _ffn(self, p: str, x: np.ndarray) -> np.ndarray:
         """[T, E] -> [T, E]"""

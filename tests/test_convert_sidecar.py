@@ -280,6 +280,48 @@ def test_constants_are_as_exact_as_a_file_holds_them(value: float) -> None:
     assert check_f32("x", value) == value == json.loads(json.dumps(check_f32("x", value)))
 
 
+# a memory without tensors
+
+
+CENTROID = {"slot_count": 64, "enabled": [True, False], "gate": [0.5, 1.0]}
+
+
+def test_a_memory_alone_needs_no_tensor(tmp_path: Path) -> None:
+    c = Checkpoint(
+        Geometry(2, 8, 1), "none", {}, [{}, {}], Provenance("indexmem-edge", ("a.txt",), ("0" * 64,)),
+        memory="centroid", memory_constants=CENTROID,
+    )  # fmt: skip
+    write_sidecar(tmp_path / "s.gguf", c)
+    assert read_sidecar(tmp_path / "s.gguf").checkpoint == c
+    write_checkpoint(tmp_path / "c.safetensors", c)
+    assert read_checkpoint(tmp_path / "c.safetensors") == c
+
+
+def test_it_takes_the_place_of_the_memory_beside_an_indexer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    layers = [{name: a for name, a in layer.items() if name != "phi_proj.weight"} for layer in checkpoint.layers]
+    c = replace(checkpoint, memory="centroid", memory_constants=CENTROID, layers=layers).validated()
+    write_sidecar(tmp_path / "s.gguf", c, "f32")
+    found = read_sidecar(tmp_path / "s.gguf").checkpoint
+    assert (found.memory, found.memory_constants) == ("centroid", CENTROID)
+    assert found.constants == c.constants and found.tensors().keys() == c.tensors().keys()
+    with pytest.raises(ConvertError, match="phi_proj.weight"):
+        replace(c, layers=checkpoint.layers).validated()
+
+
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        ({"slot_count": 0}, "1 to 4096"), ({"slot_count": 4097}, "1 to 4096"),
+        ({"gate": [1.0, 0.0]}, "gate[1] must be a finite number above 0"),
+        ({"gate": [1.0]}, "one value for each of 2 layers"), ({"enabled": [1, 0]}, "true or false"),
+    ],
+)  # fmt: skip
+def test_its_constants_are_checked(checkpoint: Checkpoint, changed: dict[str, Any], word: str) -> None:
+    constants = {**CENTROID, **changed}
+    with pytest.raises(ConvertError, match=re.escape(word)):
+        replace(checkpoint, memory="centroid", memory_constants=constants).validated()
+
+
 # the table
 
 
@@ -305,7 +347,7 @@ def _documented(heading: str) -> tuple[set[str], set[str], dict[str, bool]]:
     return keys, tensors, matrices
 
 
-@pytest.mark.parametrize("kind", [*(k for k in INDEXERS if k != "none"), "residual"])
+@pytest.mark.parametrize("kind", [k for k in (*INDEXERS, *MEMORIES) if k != "none"])
 def test_the_table_is_the_one_of_the_page(kind: str) -> None:
     keys, tensors, matrices = _documented(kind)
     spec = {**INDEXERS, **MEMORIES}[kind]

@@ -45,7 +45,7 @@ struct llama_context;
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
     uint32_t     struct_size; // sizeof(struct indexmem_params), set by indexmem_default_params()
-    uint32_t     budget;      // entries kept after every ubatch: sinks, pinned prefix and window included; 0 = unbounded
+    uint32_t     budget;      // slots kept after every ubatch: sinks, pinned prefix, window and memory included; 0 = unbounded
     uint32_t     sinks;       // first tokens of a sequence that are never evicted (default 4)
     uint32_t     window;      // most recent tokens that are never evicted (default 128)
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
@@ -62,7 +62,7 @@ struct indexmem_params {
 struct indexmem_stats {
     uint32_t struct_size;    // sizeof(struct indexmem_stats), set by the caller
     uint32_t budget;
-    uint32_t n_slots;        // slots allocated per KV head: the budget plus one ubatch of working room, padded
+    uint32_t n_slots;        // slots for entries per KV head: the budget plus one ubatch of working room, padded
     uint32_t budget_now;     // the budget at this length: smaller than `budget` only with a budget_ratio
     uint32_t n_kept;         // entries held now, per KV head
     uint64_t n_seen;         // tokens evaluated so far (the logical length)

@@ -134,7 +134,7 @@ struct sidecar_shape {
 };
 
 // A whole sidecar. The shapes of its tensors are written here once more, so that they are compared with those of the code.
-inline gguf_file sidecar_file(const std::string & kind, bool memory = false, ggml_type matrix = GGML_TYPE_F32,
+inline gguf_file sidecar_file(const std::string & kind, const std::string & memory = "none", ggml_type matrix = GGML_TYPE_F32,
                               bool small = false, const sidecar_shape & shape = {}) {
     gguf_file res;
     res.str("general.type", "adapter");
@@ -146,7 +146,7 @@ inline gguf_file sidecar_file(const std::string & kind, bool memory = false, ggm
     res.u32("indexmem.attention.head_count_kv", shape.n_head_kv);
     res.str("indexmem.indexer.kind", kind);
     res.str("indexmem.indexer.input", "attention_input");
-    res.str("indexmem.memory.kind", memory ? "residual" : "none");
+    res.str("indexmem.memory.kind", memory);
     res.str("indexmem.provenance.tool", "test");
     res.str("indexmem.provenance.source_format", "indexmem");
     for (const char * key : { "indexmem.provenance.source_files", "indexmem.provenance.source_sha256" }) {
@@ -195,7 +195,7 @@ inline gguf_file sidecar_file(const std::string & kind, bool memory = false, ggm
             { "weights_proj.weight", { d, 2 }, false }, { "weights_proj.bias", { 2 }, false }, { "q_norm.weight", { 4 }, false },
             { "q_norm.bias", { 4 }, false }, { "k_norm.weight", { 4 }, false }, { "k_norm.bias", { 4 }, false } };
     }
-    if (memory) {
+    if (memory == "residual") {
         res.u32("indexmem.residual.feature_dim", 4);
         res.u32("indexmem.residual.head_dim", 8);
         res.f32("indexmem.residual.eps", 1e-6f);
@@ -205,6 +205,10 @@ inline gguf_file sidecar_file(const std::string & kind, bool memory = false, ggm
         }
         res.array("indexmem.residual.enabled", GGUF_TYPE_BOOL, std::vector<std::string>(shape.n_layer, gguf_file::raw((int8_t) 1)));
         specs.push_back({ "phi_proj.weight", { 8, 4 }, false });
+    } else if (memory == "centroid") {
+        res.u32("indexmem.centroid.slot_count", 3);
+        res.array("indexmem.centroid.enabled", GGUF_TYPE_BOOL, std::vector<std::string>(shape.n_layer, gguf_file::raw((int8_t) 1)));
+        res.array("indexmem.centroid.gate", GGUF_TYPE_FLOAT32, std::vector<std::string>(shape.n_layer, gguf_file::raw(0.5f)));
     }
 
     for (uint32_t il = 0; il < shape.n_layer; ++il) {

@@ -167,7 +167,7 @@ TEST(random_operations_with_every_indexer) {
         for (bool small : { false, true }) {
             for (double ratio : { 0.0, 0.5 }) {
                 const char * path = "test-cache.indexmem.gguf";
-                const std::string bytes = sidecar_file(indexmem_indexer_name(kind), false, small ? GGML_TYPE_Q8_0 : GGML_TYPE_F16,
+                const std::string bytes = sidecar_file(indexmem_indexer_name(kind), "none", small ? GGML_TYPE_Q8_0 : GGML_TYPE_F16,
                         small, { N_LAYER, N_EMBD, N_HEAD_KV }).bytes();
                 std::ofstream(path, std::ios::binary) << bytes;
                 auto request = indexmem_default_params();

@@ -16,9 +16,10 @@ static uint64_t hash_of(const std::string & bytes) {
 
 TEST(every_kind_loads) {
     for (const char * kind : KINDS) {
-        for (int i = 0; i < 12; ++i) {
+        for (int i = 0; i < 18; ++i) {
+            const char * const memories[] = { "none", "residual", "centroid" };
             const ggml_type types[] = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 };
-            const auto file = sidecar_file(kind, i & 1, types[i/4], i & 2);
+            const auto file = sidecar_file(kind, memories[i % 3], types[i/6], i/3 % 2);
             const std::string error = open_bytes(file.bytes());
             CHECK_MSG(error.empty(), "%s", error.c_str());
 
@@ -27,14 +28,19 @@ TEST(every_kind_loads) {
             CHECK(sidecar.get_geometry().n_layer == 2 && sidecar.get_geometry().n_embd == 32 && sidecar.get_geometry().n_head_kv == 2);
         }
     }
-    CHECK(open_bytes(sidecar_file("none", true).bytes()).empty());
-    CHECK(indexmem_sidecar(PATH).get_indexer() == nullptr);
+    for (const char * memory : { "residual", "centroid" }) {
+        CHECK(open_bytes(sidecar_file("none", memory).bytes()).empty());
+        CHECK(indexmem_sidecar(PATH).get_indexer() == nullptr);
+        CHECK(indexmem_sidecar(PATH).get_memory()->kind() == std::string(memory));
+        CHECK(indexmem_sidecar(PATH).get_memory()->enabled(1));
+    }
+    CHECK(indexmem_sidecar(PATH).get_memory()->n_slots() == 3);
     CHECK_FAILS(sidecar_file("none").bytes(), "neither an indexer nor a memory");
 }
 
 // the same file as ggml writes it
 TEST(files_of_ggml_load) {
-    const auto file = sidecar_file("pairwise", true, GGML_TYPE_Q8_0);
+    const auto file = sidecar_file("pairwise", "residual", GGML_TYPE_Q8_0);
     write(PATH, file.bytes());
 
     ggml_context * ctx = nullptr;
@@ -53,8 +59,8 @@ TEST(files_of_ggml_load) {
     ggml_free(ctx);
 }
 
-TEST(hash_tells_what_changes_ranks) {
-    const auto file = sidecar_file("retention", true);
+TEST(hash_tells_what_changes_ranks_and_memory) {
+    const auto file = sidecar_file("retention", "residual");
     const uint64_t hash = hash_of(file.bytes());
 
     auto changed = file;
@@ -68,19 +74,25 @@ TEST(hash_tells_what_changes_ranks) {
     CHECK(hash_of(changed.bytes()) != hash);
 
     changed = file;
+    changed.find("blk.1.indexmem.phi_proj.weight").data[0] ^= 1; // of the memory
+    CHECK(hash_of(changed.bytes()) != hash);
+    changed = file;
+    changed.f32("indexmem.residual.eps", 0.25f);
+    CHECK(hash_of(changed.bytes()) != hash);
+
+    changed = file;
     changed.str("general.name", "anything");
     changed.f32("indexmem.scores.recall", 0.5f);
-    changed.find("blk.1.indexmem.phi_proj.weight").data[0] ^= 1; // of the memory
     std::reverse(changed.keys.begin(), changed.keys.end());
     CHECK(hash_of(changed.bytes()) == hash);
 }
 
 // Every key missing, and of every other type: refused, or one of the few that may be missing.
 TEST(keys_missing_or_of_another_type) {
-    std::vector<gguf_file> files = { sidecar_file("none", true) };
+    std::vector<gguf_file> files = { sidecar_file("none", "residual"), sidecar_file("none", "centroid") };
     for (const char * kind : KINDS) {
-        files.push_back(sidecar_file(kind, true));
-        files.push_back(sidecar_file(kind, false, GGML_TYPE_F32, true));
+        files.push_back(sidecar_file(kind, "residual"));
+        files.push_back(sidecar_file(kind, "none", GGML_TYPE_F32, true));
     }
     for (const auto & file : files) {
         for (const auto & kv : file.keys) {
@@ -123,7 +135,7 @@ TEST(constants_out_of_range) {
         { "pairwise", "indexmem.residual.feature_dim", 0 }, { "pairwise", "indexmem.residual.head_dim", 5 },
     };
     for (const auto & c : changes) {
-        auto file = sidecar_file(c.kind, true);
+        auto file = sidecar_file(c.kind, "residual");
         file.u32(c.key, c.value);
         CHECK_MSG(!open_bytes(file.bytes()).empty(), "%s %s = %u", c.kind, c.key, c.value);
     }
@@ -138,11 +150,22 @@ TEST(constants_out_of_range) {
         }
     }
     for (const char * key : { "gate_logit", "eta_raw", "decay_logit" }) {
-        auto file = sidecar_file("none", true);
+        auto file = sidecar_file("none", "residual");
         file.array(std::string("indexmem.residual.") + key, GGUF_TYPE_FLOAT32, { gguf_file::raw(0.0f), gguf_file::raw(std::nanf("")) });
         CHECK_FAILS(file.bytes(), "value 1");
         file.array(std::string("indexmem.residual.") + key, GGUF_TYPE_FLOAT32, { gguf_file::raw(0.0f) });
         CHECK_FAILS(file.bytes(), "expected 2");
+    }
+
+    for (float value : { 0.0f, -1.0f, std::nanf(""), inf }) { // 0 is what switching off is for
+        auto file = sidecar_file("none", "centroid");
+        file.array("indexmem.centroid.gate", GGUF_TYPE_FLOAT32, { gguf_file::raw(1.0f), gguf_file::raw(value) });
+        CHECK_FAILS(file.bytes(), "indexmem.centroid.gate");
+    }
+    for (uint32_t n : { 0u, 4097u }) {
+        auto file = sidecar_file("none", "centroid");
+        file.u32("indexmem.centroid.slot_count", n);
+        CHECK_FAILS(file.bytes(), "indexmem.centroid.slot_count");
     }
 
     struct text { const char * kind; const char * key; std::string value; const char * error; };
@@ -155,7 +178,7 @@ TEST(constants_out_of_range) {
         { "kvzap", "indexmem.indexer.kind", std::string(100000, 'x'), "xxx...'" },
         { "kvzap", "indexmem.indexer.kind", std::string("kvzap\0", 6), "zero byte" },
         { "kvzap", "indexmem.indexer.input", "hidden", "attention_input" },
-        { "kvzap", "indexmem.memory.kind", "slots", "none, residual" },
+        { "kvzap", "indexmem.memory.kind", "slots", "centroid, residual, none" },
         { "kvzap", "indexmem.base_model.norms_fnv1a64", "0123456789ABCDEF", "lower-case" },
         { "kvzap", "indexmem.base_model.norms_fnv1a64", "0123", "16" },
         { "retention", "indexmem.retention.trunk", "conv", "linear, mlp" },
@@ -171,7 +194,7 @@ TEST(constants_out_of_range) {
 
 TEST(tensors_missing_surplus_or_wrong) {
     for (const char * kind : KINDS) {
-        const auto file = sidecar_file(kind, true);
+        const auto file = sidecar_file(kind, "residual");
         for (size_t i = 0; i < file.tensors.size(); ++i) {
             const std::string name = file.tensors[i].name;
             auto broken = file;
@@ -223,7 +246,7 @@ TEST(weights_that_are_not_finite) {
 
     for (const char * kind : KINDS) {
         for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-            const auto file = sidecar_file(kind, true, type);
+            const auto file = sidecar_file(kind, "residual", type);
             for (size_t i = 0; i < file.tensors.size(); ++i) {
                 const auto & t = file.tensors[i];
                 const size_t size  = ggml_type_size((ggml_type) t.type);
@@ -245,7 +268,7 @@ TEST(weights_that_are_not_finite) {
     shape.n_layer   = 1;
     shape.n_embd    = 65536;
     shape.n_head_kv = 1;
-    auto file = sidecar_file("kvzap", false, GGML_TYPE_F32, true, shape);
+    auto file = sidecar_file("kvzap", "none", GGML_TYPE_F32, true, shape);
     CHECK(open_bytes(file.bytes()).empty());
     file.tensors[0].data.replace(40000*4, 4, bad32[0]);
     CHECK_FAILS(file.bytes(), "value 40000");

@@ -53,7 +53,7 @@ TEST(what_is_no_sidecar) {
 }
 
 TEST(numbers_that_lie) {
-    const auto file = sidecar_file("fast_kvzip", true);
+    const auto file = sidecar_file("fast_kvzip", "residual");
     const uint64_t counts[] = { 0, 1, 13, 65535, 65536, 65537, 1ull << 31, 1ull << 32, 1ull << 62, INT64_MAX, 1ull << 63, UINT64_MAX - 1 };
     for (uint64_t n : counts) {
         auto broken = file;
@@ -150,7 +150,7 @@ TEST(numbers_that_lie) {
 }
 
 TEST(truncated_everywhere) {
-    const auto file = sidecar_file("kvzap", true, GGML_TYPE_Q8_0);
+    const auto file = sidecar_file("kvzap", "residual", GGML_TYPE_Q8_0);
     const std::string bytes = file.bytes();
     const size_t n_header = file.header().size();
     const size_t n_last   = file.tensors.back().data.size();
@@ -163,7 +163,7 @@ TEST(truncated_everywhere) {
 // nothing to expect of each, but to be refused or to load
 TEST(every_byte_of_the_header_flipped) {
     size_t n_loaded = 0, n_refused = 0;
-    for (const auto & file : { sidecar_file("retention", true), sidecar_file("pairwise", false, GGML_TYPE_F16, true) }) {
+    for (const auto & file : { sidecar_file("retention", "residual"), sidecar_file("pairwise", "none", GGML_TYPE_F16, true) }) {
         std::string bytes = file.bytes();
         const size_t n_header = file.header().size();
         for (size_t i = 0; i < n_header; ++i) {

@@ -1,0 +1,150 @@
+"""Copies tensors out of a graph while llama.cpp computes it, through the evaluation callback of a context."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _capi  # noqa: F401  (chooses the library)
+
+import llama_cpp.llama_cpp as llama_lib
+
+Array = npt.NDArray[Any]
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor, as far as it is read here."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.POINTER(Tensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
+_TYPES = {llama_lib.GGML_TYPE_F32: np.dtype(np.float32), llama_lib.GGML_TYPE_F16: np.dtype(np.float16)}
+
+
+def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
+    """A function of ggml, typed."""
+    function = getattr(llama_lib._lib, name)
+    function.restype, function.argtypes = restype, list(argtypes)
+    return function
+
+
+class _Callback:
+    """What a context takes as `cb_eval`; it is called until the context is freed, so this must live as long.
+
+    An exception would vanish in the library: it is kept in `error`, and ends the computation.
+    """
+
+    def __init__(self) -> None:
+        self.error: Optional[BaseException] = None
+        self._get = ggml_function("ggml_backend_tensor_get", None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2)
+        self._bytes = ggml_function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)
+        self._op = ggml_function("ggml_op_desc", ctypes.c_char_p, ctypes.c_void_p)
+        self.callback = llama_lib.ggml_backend_sched_eval_callback(self._on_tensor)
+
+    def _on_tensor(self, address: int, ask: bool, _: object) -> bool:
+        """Asked first whether a tensor is wanted; if so, called again when it is there. Returns whether to go on."""
+        try:
+            tensor = Tensor.from_address(address)
+            if ask:
+                return self.wants(tensor)
+            self.take(tensor)
+        except BaseException as error:
+            self.error = error
+            return False
+        return True
+
+    def wants(self, tensor: Tensor) -> bool:
+        """Whether to take a tensor once it is computed."""
+        raise NotImplementedError
+
+    def take(self, tensor: Tensor) -> None:
+        """Called with each of them."""
+        raise NotImplementedError
+
+    def read(self, tensor: Tensor) -> Array:
+        """The values, dimensions in NumPy order: first the outermost."""
+        kind = _TYPES.get(tensor.type)
+        if kind is None:
+            raise TypeError(f"tensor {tensor.name!r} has type {tensor.type}, expected F32 or F16")
+        raw = np.empty(self._bytes(ctypes.byref(tensor)), np.uint8)  # with the gaps of a view
+        self._get(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
+        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+        return np.ndarray(shape, kind, raw, strides=strides)
+
+
+class Capture(_Callback):
+    """Every tensor whose name begins with one of the prefixes."""
+
+    def __init__(self, *prefixes: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[Array]] = {}  # by name, one array for each ubatch
+        self._prefixes = tuple(p.encode() for p in prefixes)
+
+    def wants(self, tensor: Tensor) -> bool:
+        return bool(tensor.name.startswith(self._prefixes))
+
+    def take(self, tensor: Tensor) -> None:
+        self.found.setdefault(tensor.name.decode(), []).append(self.read(tensor))
+
+    def __getitem__(self, name: str) -> Array:
+        """What the last ubatch computed, without dimensions of 1 in front."""
+        values = self.found[name][-1]
+        while values.ndim > 2 and len(values) == 1:
+            values = values[0]
+        return values
+
+
+@dataclass
+class LayerCapture:
+    """What the attention of one layer computed with. Keys and values are as the cache holds them, after RoPE."""
+
+    scale: float
+    softcap: float  # 0: none
+    queries: list[Array] = field(default_factory=list)  # for each ubatch, [head][wanted row][n]
+    keys: Optional[Array] = None  # [KV head][cell][n]
+    values: Optional[Array] = None
+
+
+class AttentionCapture(_Callback):
+    """The operands of the attention op of an ordinary cache with flash attention, whatever the model calls them.
+
+    Set before each ubatch: `rows`, whose queries are wanted, and `cache`, whether keys and values are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        self.cache = False
+        self.layers: dict[int, LayerCapture] = {}
+
+    def wants(self, tensor: Tensor) -> bool:
+        return (len(self.rows) > 0 or self.cache) and self._op(ctypes.byref(tensor)) == b"FLASH_ATTN_EXT"
+
+    def take(self, tensor: Tensor) -> None:
+        q, k, v = (tensor.src[i].contents for i in range(3))
+        cell = re.fullmatch(rb"cache_k_l(\d+)", k.view_src.contents.name if k.view_src else b"")
+        if cell is None:
+            raise TypeError("the attention does not read the KV cache itself: expected a view of it, of type F16")
+        scale, _, softcap = np.frombuffer(tensor.op_params, np.float32)[:3].tolist()
+        layer = self.layers.setdefault(int(cell[1]), LayerCapture(scale, softcap))
+        if len(self.rows):
+            layer.queries.append(self.read(q)[0][:, self.rows])  # a copy
+        if self.cache:
+            layer.keys, layer.values = self.read(k)[0], self.read(v)[0]

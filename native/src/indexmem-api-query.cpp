@@ -1,0 +1,192 @@
+#include "indexmem.h"
+
+#include "indexmem-error.h"
+#include "indexmem-kv-cache.h"
+#include "indexmem-support.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+// what can be asked about files, models and contexts, and the tables
+
+static llama_kv_cache_bounded * bounded_of(const llama_context * ctx) {
+    return ctx ? dynamic_cast<llama_kv_cache_bounded *>(ctx->get_memory()) : nullptr;
+}
+
+bool indexmem_sidecar_check(const char * path, const llama_model * model) {
+    indexmem_clear_error();
+    try {
+        const indexmem_sidecar sidecar(path);
+        if (model) {
+            sidecar.check_model(*model);
+        }
+        return true;
+    } catch (const std::exception & err) {
+        return indexmem_error_is(err.what(), INDEXMEM_ERROR_SIDECAR);
+    }
+}
+
+void indexmem_model_fingerprint(const llama_model * model, char out[17]) {
+    snprintf(out, 17, "%s", indexmem_fingerprint(*model).c_str());
+}
+
+int indexmem_indexer_count(void) {
+    int n = 0;
+    while (indexmem_indexer_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_indexer_name(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_indexer_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_indexer_help(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_indexer_get(i);
+    return info ? info->help : nullptr;
+}
+
+int indexmem_memory_count(void) {
+    int n = 0;
+    while (indexmem_memory_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_memory_name(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_memory_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_memory_help(int i) {
+    const auto * info = i < 0 ? nullptr : indexmem_memory_get(i);
+    return info ? info->help : nullptr;
+}
+
+bool indexmem_model_supported(const llama_model * model, char * reason, size_t reason_size) {
+    const std::string text = indexmem_unsupported_reason(*model);
+    if (reason && reason_size > 0) {
+        snprintf(reason, reason_size, "%s", text.c_str());
+    }
+    return text.empty();
+}
+
+bool indexmem_is_bounded(const llama_context * ctx) {
+    return bounded_of(ctx) != nullptr;
+}
+
+bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {
+    indexmem_clear_error();
+
+    const auto * kv = bounded_of(ctx);
+    if (!kv) {
+        return indexmem_error_is("the context has no bounded KV cache");
+    }
+    const auto * seq = kv->get_seq(seq_id);
+    if (!seq) {
+        return indexmem_error_is(format("there is no sequence %d (n_seq_max is %u)", seq_id, kv->get_n_seq_max()));
+    }
+    if (stats->struct_size != sizeof(*stats)) {
+        return indexmem_error_is(format("indexmem_stats has %u bytes, this library expects %zu", stats->struct_size, sizeof(*stats)));
+    }
+    llama_synchronize(ctx);
+
+    stats->budget      = kv->get_config().budget;
+    stats->n_slots     = kv->get_n_slots();
+    stats->budget_now  = kv->get_budget(*seq) + kv->get_n_latent();
+    stats->n_kept      = seq->n_used;
+    stats->n_seen      = seq->n_seen;
+    stats->n_evicted   = seq->n_seen - seq->n_used;
+    stats->sinks       = kv->get_config().sinks;
+    stats->window      = kv->get_config().window;
+    stats->pin         = seq->pin;
+    stats->evict_step  = kv->get_evict_step(*seq);
+    stats->kv_bytes    = kv->size_kv_bytes();
+    stats->meta_bytes  = kv->size_meta_bytes();
+    stats->evict_us    = kv->evict_us;
+    stats->n_evictions = seq->n_evictions;
+
+    const auto * sidecar = kv->get_config().sidecar.get();
+    const auto * memory  = kv->get_memory();
+    stats->memory_slots  = kv->get_n_latent();
+    stats->memory_bytes  = kv->size_memory_bytes();
+    stats->memory_layers = 0;
+    for (const auto & l : kv->get_layers()) {
+        stats->memory_layers += memory && memory->enabled(l.il);
+    }
+    snprintf(stats->memory, sizeof(stats->memory), "%s", memory ? memory->kind() : "off");
+    stats->indexer_bytes = kv->size_indexer_bytes();
+    stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
+    stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
+    return true;
+}
+
+int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
+    indexmem_clear_error();
+
+    const auto * kv = bounded_of(ctx);
+    if (!kv) {
+        indexmem_error_is("the context has no bounded KV cache");
+        return -1;
+    }
+    const auto * seq   = kv->get_seq(seq_id);
+    const auto * layer = kv->get_layer(il);
+    if (!seq || !layer || head < 0 || head >= layer->k->ne[2]) {
+        indexmem_error_is(format("there is no KV head %d in layer %d of sequence %d", head, il, seq_id));
+        return -1;
+    }
+    if (!pos) {
+        return (int32_t) seq->n_used;
+    }
+    if (capacity < (int32_t) seq->n_used) {
+        indexmem_error_is(format("room for %d positions, %u are needed", capacity, seq->n_used));
+        return -1;
+    }
+    llama_synchronize(ctx);
+
+    const auto res = kv->get_positions(seq_id, *layer, head);
+    std::copy(res.begin(), res.end(), pos);
+    return (int32_t) res.size();
+}
+
+int32_t indexmem_n_head_kv(const llama_context * ctx, int32_t il) {
+    const auto * kv = bounded_of(ctx);
+    if (!kv || il < 0 || il >= (int32_t) ctx->get_model().hparams.n_layer()) {
+        return -1;
+    }
+    const auto * layer = kv->get_layer(il);
+    return layer ? (int32_t) layer->k->ne[2] : 0;
+}
+
+bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
+    indexmem_clear_error();
+
+    auto * kv = bounded_of(ctx);
+    if (!kv) {
+        return indexmem_error_is("the context has no bounded KV cache");
+    }
+    std::string error;
+    return kv->set_pin(seq_id, n, error) || indexmem_error_is(error);
+}
+
+int indexmem_policy_count(void) {
+    int n = 0;
+    while (indexmem_policy_get(n)) {
+        ++n;
+    }
+    return n;
+}
+
+const char * indexmem_policy_name(int i) {
+    const auto * info = indexmem_policy_get(i);
+    return info ? info->name : nullptr;
+}
+
+const char * indexmem_policy_help(int i) {
+    const auto * info = indexmem_policy_get(i);
+    return info ? info->help : nullptr;
+}

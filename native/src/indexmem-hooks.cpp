@@ -1,0 +1,67 @@
+#include "indexmem-graph.h"
+
+#include "indexmem-error.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+// what the patches of llama.cpp call while it builds a graph
+
+uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
+    if (!kv) {
+        return 0;
+    }
+    // what is needed: 28 a layer for storing, attending and evicting, 45 for the largest indexer, 22 for the larger memory
+    return (uint32_t) kv->get_layers().size()*(48 + (kv->get_indexer() ? 80 : 0) + (kv->get_memory() ? 40 : 0));
+}
+
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+    if (!indexmem_context(graph.mctx)) {
+        return;
+    }
+    for (const auto & input : graph.res->inputs) {
+        if (auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(input.get())) {
+            bounded->tap(hidden, il);
+        }
+    }
+}
+
+const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
+    return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
+}
+
+std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph) {
+    const auto * mctx = indexmem_context(graph.mctx);
+    if (!mctx) {
+        return nullptr;
+    }
+    return std::make_unique<llm_graph_input_attn_bounded>(graph, mctx);
+}
+
+ggml_tensor * indexmem_build_attn(
+        const llm_graph_context & graph,
+        llm_graph_input_attn_kv * inp,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        ggml_tensor * kq_b,
+        ggml_tensor * sinks,
+        float kq_scale,
+        int   il) {
+    auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(inp);
+    if (!bounded) {
+        return nullptr;
+    }
+    if (kq_b || sinks) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
+                    il, kq_b ? "a bias" : "sink logits"));
+    }
+    return bounded->build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
+}
+
+void indexmem_refuse(const llama_memory_context_i * mctx, const char * what) {
+    if (indexmem_context(mctx)) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("the model uses %s, which a bounded KV cache does not support yet", what));
+    }
+}

@@ -1,0 +1,352 @@
+"""`calibrate_memory` and its command on tiny models: what it observes, what it writes, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Tiny
+from test_cli import one_error, run
+from test_sidecar_use import fingerprint, shape
+from tiny_models import SUPPORTED
+
+from indexmem_edge import BudgetError, IndexMemError, _native
+from indexmem_edge.convert import Checkpoint, Geometry, read_sidecar, write_sidecar
+
+pytestmark = pytest.mark.skipif(_native.library_file() is None, reason="the native library has not been built")
+
+BUDGET, SLOTS, UBATCH, LENGTH = 64, 8, 32, 192
+CACHE: dict[str, Any] = {"kv_budget": BUDGET, "kv_window": 8, "slots": SLOTS, "n_ctx": LENGTH, "n_ubatch": UBATCH}
+
+
+def words(n: int, seed: int = 0) -> str:
+    """A text of n bytes; the tiny models make a token of each."""
+    rng = np.random.default_rng(seed)
+    return bytes(rng.choice(list(b"abcdefgh .\n"), n).tolist()).decode()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(words(5 * LENGTH))
+    return path
+
+
+def calibrate(model: Path, text: Path, out: Path, **options: Any) -> Any:
+    from indexmem_edge.calibration import calibrate_memory
+
+    return calibrate_memory(model, [text], out, **{**CACHE, "n_threads": 1, **options})
+
+
+def calibrated(model: Path, text: Path, out: Path, **options: Any) -> tuple[Any, Checkpoint]:
+    result = calibrate(model, text, out, **options)
+    assert result.bytes == out.stat().st_size and sorted(os.listdir(out.parent)).count(out.name) == 1
+    assert not [name for name in os.listdir(out.parent) if name.endswith(".tmp")]
+    return result, read_sidecar(out).checkpoint
+
+
+def indexer_of(model: tuple[Path, Any], path: Path, kind: str = "retention", **more: Any) -> Path:
+    from indexmem_edge.bench.synthetic import random_sidecar
+
+    return random_sidecar(path, shape(model[1]), kind, **{"fingerprint": fingerprint(model[0]), **more})
+
+
+def with_residual(indexer: Path, path: Path, seed: int = 0) -> Path:
+    """The same indexer and a random residual memory."""
+    rng = np.random.default_rng(seed)
+    c = read_sidecar(indexer).checkpoint
+    n, d = c.geometry.block_count, c.geometry.key_length
+    phi = rng.standard_normal((n, 16, d)).astype(np.float32)
+    constants = {
+        "feature_dim": 16, "head_dim": d, "eps": 1e-6, "gate_logit": [-1.0] * n, "eta_raw": [0.5] * n,
+        "decay_logit": [3.0] * n, "enabled": [True] * n,
+    }  # fmt: skip
+    layers = [{**layer, "phi_proj.weight": w} for layer, w in zip(c.layers, phi)]
+    write_sidecar(path, replace(c, memory="residual", memory_constants=constants, layers=layers))
+    return path
+
+
+# what is observed
+
+
+@pytest.mark.parametrize("arch", SUPPORTED)
+def test_the_operands_of_attention_are_those_of_the_model(tiny: Tiny, arch: str) -> None:
+    """Attention computed from them is what the model's own graph computes, in the second text as well."""
+    from native_context import Capture, Context, open_model
+
+    from indexmem_edge._attention import Logits, attend
+    from indexmem_edge._passages import Reader
+    from indexmem_edge.options import CacheOptions
+
+    path, config = tiny(arch)
+    options = CacheOptions.checked(BUDGET, None, 4, 8, 0, 0, 0)
+    texts = [np.array([1, *(3 + np.arange(n) * k % 250)], np.int32) for n, k in ((100, 7), (150, 11))]
+    capture = Capture("kqv_out-")
+    with open_model(path) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
+        for tokens in texts:
+            passage, layers = reader.read(tokens, lambda: None)
+            assert [len(r) for r in passage.rows] == [0, 0, 0, *(min(16, e - s) for s, e in passage.ubatches[3:])]
+            with Context(model, n_ubatch=UBATCH, capture=capture, n_threads=1) as context:
+                capture.found.clear()
+                context.feed(tokens.tolist(), UBATCH)
+            for il in range(config.n_layer):
+                layer = layers[il]
+                outputs = np.concatenate(capture.found[f"kqv_out-{il}"], axis=2)[0, 0]
+                expected = outputs.reshape(-1, config.n_head, config.head_dim)
+                queries = iter(layer.queries)
+                for rows in (r for r in passage.rows if len(r)):
+                    asked = next(queries)
+                    for j, i in enumerate(rows):
+                        for h in range(config.n_head):
+                            k, v = (a[h // config.group, : i + 1].astype("f") for a in (layer.keys, layer.values))
+                            found = attend(Logits(layer.scale, layer.softcap)(asked[h, j : j + 1], k), v).output[0]
+                            np.testing.assert_allclose(found, expected[i, h], atol=4e-3 * np.abs(v).max())
+
+
+def test_a_bounded_cache_keeps_what_the_product_keeps(tiny: Tiny) -> None:
+    from native_context import Context, open_model
+
+    from indexmem_edge._passages import Reader
+    from indexmem_edge.options import CacheOptions
+
+    path, config = tiny("llama")
+    tokens = np.array([3 + 7 * i % 250 for i in range(160)], np.int32)
+    with open_model(path) as model:
+        bounded = [CacheOptions.checked(b, "keydiff", 4, 8, 0, 0, 0) for b in (BUDGET, BUDGET - SLOTS)]
+        with Reader(model, bounded, LENGTH, UBATCH, 1) as reader:
+            reader.read(tokens[::-1].copy(), lambda: None)
+            passage, _ = reader.read(tokens, lambda: None)
+        for options in bounded:
+            with Context(model, budget=options.budget, policy="keydiff", n_ubatch=UBATCH, n_threads=1) as context:
+                for (start, end), kept in zip(passage.ubatches, passage.kept[options.budget]):
+                    context.decode(tokens[start:end].tolist())
+                    for mine, its in zip(kept, context.positions()):
+                        for a, b in zip(mine, its):
+                            np.testing.assert_array_equal(a, b)
+                            assert len(a) == min(end, options.budget)
+        assert passage.ubatches == [(i, i + 32) for i in range(0, 160, 32)]
+
+
+@pytest.mark.parametrize(
+    "lengths, expected",
+    [
+        ([50], [25, 25]),  # one passage is halved
+        ([100], [50, 50]),
+        ([105], [50, 50]),  # the remainder is too short
+        ([135], [50, 50, 35]),
+        ([60, 10, 50], [50, 50]),
+        ([500], [50] * 4),
+    ],
+)
+def test_passages(lengths: list[int], expected: list[int]) -> None:
+    from indexmem_edge._passages import passages
+
+    texts = [list(range(1000 * i, 1000 * i + n)) for i, n in enumerate(lengths)]
+    found = passages(texts, [-1], 51, 26, 4)
+    assert [len(p) - 1 for p in found] == expected and all(p[0] == -1 for p in found)
+    taken = np.concatenate([p[1:] for p in found])
+    assert len(set(taken.tolist())) == len(taken) and (np.diff(taken) > 0).all()
+    if lengths == [500]:
+        assert found[0][1] == 0 and found[-1][-1] == 499
+
+
+def test_too_little_text_for_two_passages() -> None:
+    from indexmem_edge._passages import passages
+
+    for lengths in ([49], [24, 24], [30, 20], []):
+        with pytest.raises(IndexMemError, match="at least 26 tokens"):
+            passages([list(range(n)) for n in lengths], [-1], 51, 26, 4)
+
+
+# what is written
+
+
+def test_a_sidecar_of_a_memory_alone(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    model, config = tiny("qwen3")
+    steps: list[tuple[int, int]] = []
+    result, c = calibrated(model, text, tmp_path / "m.gguf", progress=lambda *s: steps.append(s))
+    assert (c.kind, c.memory, c.layers) == ("none", "centroid", [{}] * config.n_layer)
+    assert c.memory_constants == {
+        "slot_count": SLOTS, "enabled": [row.enabled for row in result.layers],
+        "gate": [pytest.approx(row.gate if row.enabled else 1.0, rel=1e-6) for row in result.layers],
+    }  # fmt: skip
+    assert c.fingerprint == fingerprint(model) and c.architecture == "qwen3"
+    assert c.geometry == Geometry(config.n_layer, config.n_embd, config.n_head_kv, config.n_head, config.head_dim)
+    assert c.defaults == {"sinks": 4, "window": 8, "budget": BUDGET}
+    assert c.provenance.source_files == (text.name,)
+    assert c.scores["attention_error.without_memory"] == pytest.approx(result.error_without)
+    assert c.scores["attention_error.with_memory"] == pytest.approx(result.error)
+    assert result.passages == (LENGTH,) * 4 and (result.budget, result.slots) == (BUDGET, SLOTS)
+    assert result.rows == 4 * 4 * 16 * config.n_head  # from the third ubatch on
+    for row in result.layers:  # the promise, and that it was measured at all
+        assert 0 < row.error <= row.off and row.without < row.off and 1 / 16 <= row.gate <= 4
+    assert steps == [(i + 1, len(steps)) for i in range(len(steps))] and steps[-1][1] == 4 * (6 + 2 * 5 + config.n_layer)
+
+
+def test_it_is_the_same_twice_and_depends_on_the_policy(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    model = tiny("llama")[0]
+    first, again, other = (
+        calibrate(model, text, tmp_path / f"{i}.gguf", kv_policy=policy)
+        for i, policy in enumerate(("streaming", "streaming", "keydiff"))
+    )
+    assert first.layers == again.layers and first.layers != other.layers
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0", "f32"])
+def test_an_indexer_gets_a_memory_and_stays_as_it_was(tiny: Tiny, text: Path, tmp_path: Path, outtype: str) -> None:
+    made = tiny("llama")
+    source = indexer_of(made, tmp_path / "indexer.gguf", outtype=outtype, mid_dim=32)
+    result, c = calibrated(made[0], text, tmp_path / "both.gguf", indexmem=source)
+    assert result.policy == "indexer"
+    before, after = read_sidecar(source), read_sidecar(tmp_path / "both.gguf")
+    assert after.types == before.types and after.tensors.keys() == before.tensors.keys()
+    for name, array in before.tensors.items():
+        np.testing.assert_array_equal(after.tensors[name], array)
+    assert c.constants == before.checkpoint.constants and c.memory == "centroid"
+    assert c.provenance.source_files == ("random", text.name)
+    again = calibrate(made[0], text, tmp_path / "again.gguf", indexmem=tmp_path / "both.gguf")
+    assert again.layers == result.layers  # the memory it had takes no part
+    assert read_sidecar(tmp_path / "again.gguf").checkpoint == c
+
+
+def test_who_leaves_is_up_to_the_indexer(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = tiny("llama")
+    sources = [indexer_of(made, tmp_path / f"{s}.gguf", seed=s, mid_dim=32) for s in range(2)]
+    results = [calibrate(made[0], text, source.with_suffix(".out"), indexmem=source) for source in sources]
+    assert results[0].layers != results[1].layers
+
+
+def test_a_residual_memory_gets_gates(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = tiny("llama")
+    source = with_residual(indexer_of(made, tmp_path / "indexer.gguf", mid_dim=32), tmp_path / "residual.gguf")
+    before = read_sidecar(source).checkpoint
+    result, c = calibrated(made[0], text, tmp_path / "out.gguf", indexmem=source, memory="residual")
+    assert c.memory == "residual" and result.slots == 0
+    for il, row in enumerate(result.layers):
+        np.testing.assert_array_equal(c.layers[il]["phi_proj.weight"], before.layers[il]["phi_proj.weight"])
+        assert row.off == row.without and row.error <= row.without and c.memory_constants["enabled"][il] == row.enabled
+        if row.enabled:
+            assert 1 / (1 + np.exp(-c.memory_constants["gate_logit"][il])) == pytest.approx(row.gate, rel=1e-5)
+        else:
+            assert c.memory_constants["gate_logit"][il] == before.memory_constants["gate_logit"][il]
+    for key in ("eta_raw", "decay_logit", "eps", "feature_dim"):
+        assert c.memory_constants[key] == before.memory_constants[key]
+
+
+def test_a_centroid_memory_takes_the_place_of_a_residual_one(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = tiny("llama")
+    source = with_residual(indexer_of(made, tmp_path / "indexer.gguf", mid_dim=32), tmp_path / "residual.gguf")
+    _, c = calibrated(made[0], text, tmp_path / "out.gguf", indexmem=source)
+    assert c.memory == "centroid" and not any("phi_proj.weight" in layer for layer in c.layers)
+
+
+def test_without_a_fingerprint(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = tiny("llama")
+    assert calibrated(made[0], text, tmp_path / "a.gguf", fingerprint=False)[1].fingerprint is None
+    anyone = indexer_of(made, tmp_path / "i.gguf", fingerprint=None, mid_dim=32)
+    assert calibrated(made[0], text, tmp_path / "b.gguf", indexmem=anyone)[1].fingerprint is None
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "options, kind, match",
+    [
+        ({"kv_budget": 0}, BudgetError, "give a kv_budget"),
+        ({"kv_budget": 20}, BudgetError, "Raise kv_budget to 21 or more"),  # 8 slots, 4 sinks, a window of 8, 1
+        ({"kv_policy": "full"}, BudgetError, "never evicts"),
+        ({"kv_policy": "nonsense"}, IndexMemError, "nonsense"),
+        ({"kv_policy": "indexer"}, IndexMemError, "--indexmem"),
+        ({"memory": "infinite"}, IndexMemError, "centroid, residual"),
+        ({"memory": "residual"}, IndexMemError, "trained weights"),
+        ({"n_ctx": 127}, IndexMemError, "at least 128"),
+        ({"kv_budget": 500, "n_ctx": 1024}, IndexMemError, "two passages of at least 544 tokens.*found 960 tokens"),
+        ({"indexmem": "no/such.gguf"}, IndexMemError, "no/such.gguf"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(
+    tiny: Tiny, text: Path, tmp_path: Path, options: dict[str, Any], kind: type[Exception], match: str
+) -> None:
+    with pytest.raises(kind, match=match):
+        calibrate(tiny("llama")[0], text, tmp_path / "out.gguf", **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sidecar_of_another_model(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    source = indexer_of(tiny("llama"), tmp_path / "i.gguf", mid_dim=32, fingerprint="f" * 16)
+    with pytest.raises(IndexMemError, match="does not fit.*fingerprint"):
+        calibrate(tiny("llama")[0], text, tmp_path / "out.gguf", indexmem=source)
+    with pytest.raises(IndexMemError, match="does not fit.*architecture"):
+        calibrate(tiny("qwen3")[0], text, tmp_path / "out.gguf", indexmem=source)
+
+
+def test_models_without_a_bounded_cache(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    for arch in ("gemma2", "bloom"):
+        with pytest.raises(IndexMemError, match="bounded KV cache"):
+            calibrate(tiny(arch)[0], text, tmp_path / "out.gguf")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_input_is_not_overwritten(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = tiny("llama")
+    source = indexer_of(made, tmp_path / "i.gguf", mid_dim=32)
+    (tmp_path / "link.gguf").symlink_to(source)
+    for out in (source, tmp_path / "link.gguf", made[0], text):
+        with pytest.raises(IndexMemError, match="to be read as well"):
+            calibrate(made[0], text, out, indexmem=source, force=True)
+    with pytest.raises(IndexMemError, match="exists"):
+        calibrate(made[0], text, source)
+    with pytest.raises(IndexMemError, match="folder"):
+        calibrate(made[0], text, tmp_path / "no" / "out.gguf")
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from indexmem_edge._capture import AttentionCapture
+
+    def broken(self: Any, tensor: Any) -> None:
+        raise TypeError("no such layout")
+
+    monkeypatch.setattr(AttentionCapture, "take", broken)
+    with pytest.raises(IndexMemError, match="cannot observe .*: no such layout"):
+        calibrate(tiny("llama")[0], text, tmp_path / "out.gguf")
+    assert os.listdir(tmp_path) == []
+
+
+# the command
+
+
+def arguments(model: Path, text: Path, out: Path) -> list[str]:
+    return [
+        "calibrate-memory", "-m", str(model), "--text", str(text), "--out", str(out), "--kv-budget", str(BUDGET),
+        "--kv-window", "8", "--memory-slots", str(SLOTS), "-c", str(LENGTH), "-ub", str(UBATCH),
+    ]  # fmt: skip
+
+
+def test_the_command(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    model, config = tiny("llama")
+    result = run(*arguments(model, text, tmp_path / "a.gguf"), "--passages", "2")
+    assert result.returncode == 0, result.stderr
+    for word in ("no memory", "calibrated", "gate 1", f"of {config.n_layer} layers", f"{LENGTH}, {LENGTH} tokens"):
+        assert word in result.stdout
+    result = run(*arguments(model, text, tmp_path / "b.gguf"), "--json")
+    facts = json.loads(result.stdout)
+    gates = read_sidecar(tmp_path / "b.gguf").checkpoint.memory_constants
+    assert [row["enabled"] for row in facts["layers"]] == gates["enabled"]
+    assert facts["error"] <= facts["error_without"] or facts["notes"]
+
+
+def test_errors_of_the_command_are_one_line(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    model, out = tiny("llama")[0], tmp_path / "out.gguf"
+    one_error(run(*arguments(model, tmp_path / "none.txt", out)), "cannot read", "none.txt")
+    one_error(run(*arguments(model, text, out), "--memory", "residual"), "--indexmem")
+    (tmp_path / "short.txt").write_text(words(100))
+    one_error(run(*arguments(model, tmp_path / "short.txt", out)), "too short", "100 tokens")
+    assert os.listdir(tmp_path) == ["short.txt"]
