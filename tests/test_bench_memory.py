@@ -13,11 +13,13 @@ import pytest
 from bench_data import invoke, ruler_folder, sidecar_shape, single_runs
 
 from indexmem_edge.bench import arms, effect, latent, quality, soak, summary, synthetic
-from indexmem_edge.bench.arms import Sidecar, Sidecars
+from indexmem_edge.bench.arms import Arm, Sidecar, Sidecars
 from indexmem_edge.bench.report import quality_markdown
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.stats import standard_error
 from indexmem_edge.bench.text import builtin_text
+from indexmem_edge.convert.model import Checkpoint, Geometry, Provenance
+from indexmem_edge.convert.writer import write_sidecar
 
 RETENTION = Sidecar(Path("r.gguf"), "retention", "none", 0, True, "r")
 BOTH = Sidecar(Path("b.gguf"), "kvzap", "residual", 0, False, "b")
@@ -98,6 +100,38 @@ def test_several_sidecars_are_named_by_kind_and_file(tmp_path: Path) -> None:
     for paths_of, why in ([paths[0], twin], "rename"), ([paths[2], paths[2]], "name one"):
         with pytest.raises(BenchError, match=why):
             Sidecars.open(paths_of)
+
+
+def test_a_calibrated_memory_is_used_with_every_policy(tiny: Any, tmp_path: Path) -> None:
+    model = Model(tiny("llama")[0])
+    shape = synthetic.shape_of(model)
+    gates = {"slot_count": 16, "enabled": [True, False], "gate": [0.5, 1.0]}
+    checkpoint = Checkpoint(
+        Geometry(shape.n_layer, shape.n_embd, shape.n_head_kv, shape.n_head, shape.head_dim),
+        "none",
+        {},
+        [{}, {}],
+        Provenance("indexmem-edge", ("text.txt",), ("1" * 64,)),
+        memory="centroid",
+        memory_constants=gates,
+        architecture=shape.architecture,
+    )
+    write_sidecar(tmp_path / "calibrated.gguf", checkpoint)
+    sidecars = Sidecars.open([tmp_path / "calibrated.gguf"])
+    assert sidecars.describe() == {"memory centroid": "calibrated.gguf"}  # weights that somebody measured
+    base, nll = Setup(ubatch=64, threads=1), {}
+    for name, memory, used in (
+        ("gated", "centroid", sidecars),
+        ("plain", "centroid:16", Sidecars()),
+        ("off", "off", sidecars),
+    ):
+        setup = arms.setup_for(base, Arm("knorm", 0.5, memory), used, 250, 0)
+        with System(model, setup) as system:
+            assert system.stats()["memory_slots"] == (0 if name == "off" else 16)
+            system.feed(model.tokens(builtin_text(250)), last_logits=True)
+            nll[name] = float(system.nll(model.tokens("and so on")).mean())
+    assert len(set(nll.values())) == 3
+    model.close()
 
 
 def test_keys_of_rows_without_a_memory_are_those_of_earlier_logs(tmp_path: Path) -> None:
