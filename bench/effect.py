@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -51,7 +52,9 @@ def _difference(groups: Sequence[tuple[Runs, Runs]]) -> Row:
         found = [values for mine, theirs in groups if (values := pairs(mine, theirs, key))]
         if found:
             delta, low, high = bootstrap(found)
-            row |= {f"{key}_delta": delta, f"{key}_se": standard_error(found), f"{key}_low": low, f"{key}_high": high}
+            if math.isnan(se := standard_error(found)):
+                low = high = math.nan  # single values cannot be drawn again
+            row |= {f"{key}_delta": delta, f"{key}_se": se, f"{key}_low": low, f"{key}_high": high}
             row[f"{key}_effect"] = effect(found, sign * low, sign * high)
     return row
 
@@ -91,8 +94,8 @@ def _told(row: Row, key: str) -> str:
     if f"{key}_delta" not in row:
         return ""
     delta, se, low, high, word = (row[f"{key}_{name}"] for name in ("delta", "se", "low", "high", "effect"))
-    error = "" if se is None or se != se else f" ± {se:.3f}"
-    return f"{delta:+.3f}{error} [{low:+.3f}, {high:+.3f}] {word}"
+    error = "" if math.isnan(se) else f" ± {se:.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{delta:+.3f}{error} {word}"
 
 
 def markdown(rows: Sequence[Row]) -> str:

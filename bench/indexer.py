@@ -20,7 +20,7 @@ from . import synthetic
 from .machine import describe, rss_bytes
 from .report import Report, Verdict
 from .runner import BenchError, Model, Setup, System, library
-from .turns import HOW, Side, corpus_of, past_budget, plot_ratios, take_turns, verdict, whole_cycles
+from .turns import HOW, Side, corpus_of, past_budget, plot_ratios, take_turns, verdict
 
 TYPES = ("f32", "f16", "q8_0")
 GOALS = {"decode_ratio": 0.97, "prefill_ratio": 0.95}  # of the retention indexer
@@ -58,17 +58,16 @@ def run_indexer(
     depth, corpus = past_budget(setup, depth), corpus_of(model, text)
     with System(model, setup) as plain, tempfile.TemporaryDirectory() as folder:
         base = Side(plain, corpus, depth)
-        turn = whole_cycles(base.evict_step)
         report = Report(name, describe(model.path.name, library(), setup.threads, **meta))
         report.meta.update(
             how=f"random weights; at {depth} tokens and more, past the budget of {setup.budget}: {rounds} alternating "
-            f"turns of {turn} decoded tokens (whole cycles of eviction), {prefill_rounds} of {setup.ubatch} prefilled "
+            f"turns of {base.turn} decoded tokens (whole cycles of eviction), {prefill_rounds} of {setup.ubatch} prefilled "
             f"tokens each, with an indexer and with the policy streaming; {HOW}",
             repeats=rounds,
             ubatch=setup.ubatch,
             cache_type=setup.cache_type,
             depth=depth,
-            turn=turn,
+            turn=base.turn,
             layers=shape.n_layer,
             text=text.name if text else "built in",
         )

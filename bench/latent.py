@@ -79,7 +79,7 @@ def run_latent(
                 sides = Side(plain, corpus, depth), Side(system, corpus, depth)
                 turns = take_turns(*sides, rounds, prefill_rounds)
                 for i, side in enumerate(sides):
-                    report.add(**_row(arm.policy, side.system), turn=turns.turn, **turns.figures(i))
+                    report.add(**_row(arm.policy, side.system), turn=side.turn, **turns.figures(i))
             report.verdicts = verdicts(report.rows)
             if out:
                 report.save(out)

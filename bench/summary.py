@@ -154,4 +154,5 @@ def plot(figure: Any, report: Any) -> None:
                 axis.plot([100 * v for v in x], y, line, marker="o", color=colours[policy], label=name_of(mine[0]))
             axis.set(xlabel="% of entries kept", ylabel=f"{key}, {lengths[column]} tokens")
             axis.grid(alpha=0.3)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    columns = 8 if len(memories) == 1 else 5
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ class Side:
     def __init__(self, system: System, corpus: list[int], depth: int):
         self.system, self.stream = system, TokenStream(corpus)
         system.feed(self.stream.take(depth), last_logits=True)
-        self.evict_step = system.evict_step()
-        self.decode(whole_cycles(self.evict_step))  # once, so that nothing is measured cold
+        self.turn = whole_cycles(system.evict_step())
+        self.decode()  # once, so that nothing is measured cold
 
-    def decode(self, n: int) -> float:
-        """Tokens per second of `n` greedy steps."""
-        return n / sum(self.system.decode(n, self.system.greedy()))
+    def decode(self) -> float:
+        """Tokens per second of one turn of greedy steps."""
+        return self.turn / sum(self.system.decode(self.turn, self.system.greedy()))
 
     def prefill(self) -> float:
         """Tokens per second of one ubatch."""
@@ -42,7 +41,6 @@ class Side:
 class Turns:
     """Tokens per second of each turn of both sides."""
 
-    turn: int  # tokens of a decode
     decode: Sequence[Sequence[float]]
     prefill: Sequence[Sequence[float]]
 
@@ -58,17 +56,15 @@ class Turns:
 
 
 def take_turns(base: Side, other: Side, rounds: int, prefill_rounds: int) -> Turns:
-    turn = whole_cycles(base.evict_step, other.evict_step)
     return Turns(
-        turn,
-        alternate(rounds, [lambda: base.decode(turn), lambda: other.decode(turn)]),
+        alternate(rounds, [base.decode, other.decode]),
         alternate(prefill_rounds, [base.prefill, other.prefill]),
     )
 
 
-def whole_cycles(*evict_steps: int) -> int:
-    """The least number of tokens, LEAST or more, after which all caches are as full as before."""
-    step = math.lcm(*(max(step, 1) for step in evict_steps))
+def whole_cycles(evict_step: int) -> int:
+    """The least number of tokens, LEAST or more, after which the cache is as full as before."""
+    step = max(evict_step, 1)
     return -(-LEAST // step) * step
 
 
