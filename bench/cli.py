@@ -1,22 +1,44 @@
-"""`indexmem bench`: memory, speed, quality and indexers of the bounded cache: a table, a JSON file and a plot each."""
+"""`indexmem bench`: memory, speed, quality, indexers and latent memories: a table, a JSON file and a plot each."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from indexmem_edge._terminal import printable
-from indexmem_edge.errors import IndexMemError
+from .cli_options import (
+    BUDGET,
+    DEPTH,
+    INDEXMEM,
+    INDEXMEMS,
+    JSON,
+    MEMORY,
+    MODEL,
+    OUT,
+    POLICY,
+    PREFILL_REPEATS,
+    RATIO,
+    REPEATS,
+    SINKS,
+    SLOTS,
+    TEXT,
+    THREADS,
+    TYPE,
+    UBATCH,
+    WINDOW,
+    finish,
+    memories_of,
+    memory_of,
+    numbers,
+    policies_of,
+    session,
+    setup_of,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 
+<<<<<<< HEAD
 MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
 BUDGET = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps.")
 POLICY = typer.Option(
@@ -53,6 +75,8 @@ TEXT = typer.Option(
 OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
 JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")
 
+=======
+>>>>>>> w-qual
 
 @app.command()
 def memory(
@@ -80,8 +104,8 @@ def memory(
     """KV bytes, resident memory and speed while the tokens seen grow."""
     from . import memory as bench
 
-    with _session(model, as_json) as (loaded, progress):
-        setup = _setup(
+    with session(model, as_json) as (loaded, progress):
+        setup = setup_of(
             kv_policy,
             kv_budget,
             cache_type,
@@ -104,7 +128,7 @@ def memory(
             progress=progress,
             out=out,
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
 @app.command()
@@ -132,8 +156,13 @@ def speed(
     """Decode and prefill at growing depths, against the unbounded cache with and without flash attention."""
     from . import speed as bench
 
+<<<<<<< HEAD
     with _session(model, as_json, gpu_layers=gpu_layers) as (loaded, progress):
         setup = _setup(
+=======
+    with session(model, as_json) as (loaded, progress):
+        setup = setup_of(
+>>>>>>> w-qual
             kv_policy,
             kv_budget,
             cache_type,
@@ -149,7 +178,7 @@ def speed(
         report = bench.run_speed(
             loaded,
             setup,
-            _numbers(depths, int),
+            numbers(depths, int),
             text=text,
             decode_tokens=decode_tokens,
             repeats=repeats,
@@ -157,7 +186,7 @@ def speed(
             progress=progress,
             out=out,
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
 @app.command()
@@ -167,9 +196,10 @@ def quality(
     lengths: str = typer.Option("2048,4096", help="Lengths, folders of DATA."),
     tasks: Optional[str] = typer.Option(None, help="Tasks; default: all that are there.", show_default=False),
     policies: Optional[str] = typer.Option(
-        None, help="Policies; default: all. The full cache always runs, the indexer with a sidecar.", show_default=False
+        None, help="Policies; default: all. The full cache always runs, so do indexers of sidecars.", show_default=False
     ),
-    indexmem: Optional[Path] = INDEXMEM,
+    memories: str = typer.Option("off", help="Latent memories: off, centroid, centroid:SLOTS, residual."),
+    indexmem: Optional[list[Path]] = INDEXMEMS,
     kv_budget_ratio: Optional[float] = RATIO,
     budgets: str = typer.Option("0.25,0.5,0.1", help="Shares of the context that the cache keeps."),
     samples: int = typer.Option(25, help="Samples of each task."),
@@ -186,38 +216,44 @@ def quality(
     as_json: bool = JSON,
 ) -> None:
     """RULER scores and likelihoods with physically evicted contexts. Can be stopped and started again: finished runs are kept."""
+    from . import effect, ruler, summary
     from . import quality as bench
-    from . import ruler, summary
+    from .arms import Sidecars
+    from .report import draw, print_table, quality_markdown
     from .runner import BenchError
 
-    with _session(model, as_json) as (loaded, progress):
-        wanted = tuple(_numbers(lengths, int))
+    with session(model, as_json) as (loaded, progress):
+        wanted = tuple(numbers(lengths, int))
         names = (
             tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
         )
         missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
         if missing or not names:
             raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
-        base = _setup(None, 0, cache_type, 4, 128, threads, ubatch, seed, indexmem=indexmem, ratio=kv_budget_ratio)
+        sidecars = Sidecars.open(indexmem or [])
+        found = [] if full_only else policies_of(policies, list(sidecars.indexers))
         plan = bench.Plan(
             data,
             wanted,
             names,
-            tuple(p for p in _policies(policies, full_only, indexmem is not None) if p != bench.FULL),
-            tuple(_numbers(budgets, float)),
+            tuple(name for name in found if name != bench.FULL),
+            tuple(numbers(budgets, float)),
             samples,
-            base,
+            setup_of(None, 0, cache_type, 4, 128, threads, ubatch, seed, ratio=kv_budget_ratio),
             all_tasks,
             nll_text,
             nll_tokens // bench.BOOK_SCORED if nll_text else 0,
+            memories_of(memories),
+            sidecars,
         )
         report = bench.run_quality(loaded, plan, out, seed, full_only, progress)
-    _finish(
+    finish(
         report,
         (
             "task",
             "length",
             "policy",
+            "memory",
             "ratio",
             "budget",
             "kv_bytes",
@@ -232,10 +268,13 @@ def quality(
         summary.plot,
         as_json,
     )
+    changed = report.extra.get("differences", [])
+    if changed:
+        draw(out / "quality-memory.png", report, effect.plot)
+        if not as_json:
+            print_table("memory - off", effect.COLUMNS, effect.table(changed, tasks=False))
     if markdown:
-        from .report import quality_markdown
-
-        markdown.write_text(quality_markdown(report.to_dict()))
+        markdown.write_text("\n".join(filter(None, (quality_markdown(report.to_dict()), effect.markdown(changed)))))
 
 
 @app.command()
@@ -243,7 +282,7 @@ def indexer(
     model: Optional[Path] = MODEL,
     geometry: Optional[str] = typer.Option(
         None,
-        help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once).",
+        help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once) or `demo`.",
         show_default=False,
     ),
     layers: int = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all."),
@@ -256,12 +295,12 @@ def indexer(
     kv_budget: int = BUDGET,
     kv_sinks: int = SINKS,
     kv_window: int = WINDOW,
-    depth: int = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch."),
+    depth: int = DEPTH,
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
-    repeats: int = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more."),
-    prefill_repeats: int = typer.Option(8, min=1, help="Alternating turns of prefill, each of one ubatch."),
+    repeats: int = REPEATS,
+    prefill_repeats: int = PREFILL_REPEATS,
     text: Optional[Path] = TEXT,
     out: Path = OUT,
     as_json: bool = JSON,
@@ -279,10 +318,10 @@ def indexer(
         shape = synthetic.GEOMETRIES[geometry]
         return synthetic.cached_model(replace(shape, n_layer=layers or shape.n_layer), weights, cache)
 
-    with _session(model, as_json, synthetic_model if geometry else None) as (loaded, progress):
+    with session(model, as_json, synthetic_model if geometry else None) as (loaded, progress):
         report = bench.run_indexer(
             loaded,
-            _setup(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            setup_of(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
             kinds.split(",") if kinds else list(synthetic.VARIANTS),
             types.split(","),
             name=f"indexer-{geometry}" if geometry else "indexer",
@@ -294,55 +333,77 @@ def indexer(
             out=out,
             **({"geometry": geometry, "all_layers": synthetic.GEOMETRIES[geometry].n_layer} if geometry else {}),
         )
-    _finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-def _policies(wanted: Optional[str], none: bool, sidecar: bool) -> list[str]:
-    """The policies that were asked for, or all; an unknown one is an error before anything runs."""
-    from indexmem_edge import _capi
-    from indexmem_edge.errors import PolicyError
-    from indexmem_edge.options import INDEXER_POLICY
+@app.command()
+def latent(
+    model: Optional[Path] = MODEL,
+    memories: str = typer.Option("centroid", help="Latent memories: centroid, centroid:SLOTS, residual."),
+    indexmem: Optional[list[Path]] = INDEXMEMS,
+    kv_budget: int = BUDGET,
+    policies: str = typer.Option("streaming", help="Policies, beside the indexers of sidecars."),
+    kv_sinks: int = SINKS,
+    kv_window: int = WINDOW,
+    depth: int = DEPTH,
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    repeats: int = REPEATS,
+    prefill_repeats: int = PREFILL_REPEATS,
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """What latent memories cost: decode and prefill with them, against the same policy and budget without."""
+    from . import latent as bench
+    from .arms import Sidecars
 
-    if none:
-        return []
-    known = [name for name in _capi.policies() if name != INDEXER_POLICY]
-    names = wanted.split(",") if wanted else list(known)
-    if sidecar and INDEXER_POLICY not in names:
-        names.append(INDEXER_POLICY)
-    if INDEXER_POLICY in names and not sidecar:
-        raise PolicyError(f"the policy {INDEXER_POLICY} needs a sidecar: name one with --indexmem FILE")
-    unknown = [name for name in names if name not in known and name != INDEXER_POLICY]
-    if unknown:
-        raise PolicyError(f"unknown policy {', '.join(unknown)}: choose from {', '.join(known)}")
-    return names
+    with session(model, as_json) as (loaded, progress):
+        sidecars = Sidecars.open(indexmem or [])
+        report = bench.run_latent(
+            loaded,
+            setup_of(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),
+            policies_of(policies, list(sidecars.indexers)),
+            memories_of(memories),
+            sidecars,
+            depth=depth,
+            rounds=repeats,
+            prefill_rounds=prefill_repeats,
+            text=text,
+            progress=progress,
+            out=out,
+        )
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-def _numbers(text: str, kind: Any) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas between them, found {text!r}") from None
+@app.command()
+def soak(
+    tokens: int = typer.Option(1_000_000, min=1, help="Tokens to feed."),
+    layers: int = typer.Option(2, min=1, help="Layers of the random model, each of the demo model's shape."),
+    memory: str = typer.Option("centroid", help="Latent memory: centroid, centroid:SLOTS, residual or off."),
+    kv_budget: int = typer.Option(256, "-b", "--kv-budget", help="Entries that each KV head keeps."),
+    kv_policy: Optional[str] = typer.Option(
+        None, "--kv-policy", "--policy", help="Who is evicted.", show_default="streaming"
+    ),
+    kv_sinks: int = SINKS,
+    kv_window: int = typer.Option(64, "--kv-window", help="Most recent tokens that always stay."),
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """A million tokens through one context of a small random model: does anything grow, get lost or stop being a number?"""
+    from dataclasses import replace
 
+    from . import soak as bench
+    from . import synthetic
 
-def _setup(
-    policy: Optional[str],
-    budget: int,
-    cache_type: str,
-    sinks: int,
-    window: int,
-    threads: int,
-    ubatch: int,
-    seed: int = 0,
-    indexmem: Optional[Path] = None,
-    ratio: Optional[float] = None,
-    memory: Optional[str] = None,
-    slots: Optional[int] = None,
-) -> Any:
-    from indexmem_edge import _capi
-    from indexmem_edge._modelfile import check_sidecar_file
-    from indexmem_edge._parts import choose_memory, choose_policy, sidecar_kinds
-    from indexmem_edge.options import check_share
+    def small() -> Path:
+        return synthetic.cached_model(replace(synthetic.GEOMETRIES["demo"], n_layer=layers), "q8_0")
 
+<<<<<<< HEAD
     from .runner import CACHE_TYPES, BenchError, Setup
 
     if cache_type not in CACHE_TYPES:
@@ -412,6 +473,14 @@ def _finish(report: Any, columns: tuple[str, ...], out: Path, plot: Any, as_json
         return
     report.print(columns)
     print("wrote " + ", ".join(str(path) for path in files))
+=======
+    with session(None, as_json, small) as (loaded, progress):
+        base = setup_of(kv_policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch)
+        report = bench.run_soak(loaded, base, memory_of(memory), tokens, progress=progress, out=out)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json, bench.shown(report.rows))
+    if any(verdict.ok is False for verdict in report.verdicts):
+        raise typer.Exit(1)
+>>>>>>> w-qual
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Does a bounded cache still know? RULER questions asked after the context was compressed, and likelihood of text.
 
-Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen), then the
-question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily.
+Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen),
+then the question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily. With
+and without a latent memory the budget is the same: the memory's slots are part of it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from indexmem_edge._modelfile import fingerprint
-from indexmem_edge.options import INDEXER_POLICY
+from indexmem_edge._parts import MEMORY_OFF
 
-from . import ruler
+from . import effect, ruler
+from .arms import FULL_ARM, Arm, Sidecars, arms, setup_for
 from .machine import describe, rss_bytes
 from .report import Report, Row
 from .runner import BenchError, Model, Setup, System, library
@@ -40,10 +41,16 @@ class Job:
     policy: str
     ratio: float  # of the context's tokens; 1 for the full cache
     sample: int
+    memory: str = MEMORY_OFF
 
     @property
     def key(self) -> str:
-        return f"{self.task}/{self.length}/{self.policy}/{self.ratio:g}/{self.sample}"
+        memory = "" if self.memory == MEMORY_OFF else f"/{self.memory}"  # rows of earlier versions had none
+        return f"{self.task}/{self.length}/{self.policy}/{self.ratio:g}/{self.sample}{memory}"
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(self.policy, self.ratio, self.memory)
 
 
 @dataclass(frozen=True)
@@ -58,27 +65,23 @@ class Plan:
     all_tasks: bool = False
     book: Path | None = None
     book_windows: int = 0
+    memories: tuple[str, ...] = (MEMORY_OFF,)
+    sidecars: Sidecars = field(default_factory=Sidecars)
 
-    def jobs(self, tasks_of: dict[int, list[str]], policies: list[tuple[str, float]]) -> Iterator[Job]:
-        """Sample by sample, every policy on the same sample: whatever is finished can be compared."""
+    def jobs(self, tasks_of: dict[int, list[str]], arms: list[Arm]) -> Iterator[Job]:
+        """Sample by sample, every arm on the same sample: whatever is finished can be compared."""
         for sample in range(max(self.samples, self.book_windows)):
             for length in self.lengths:
                 names = list(tasks_of[length]) if sample < self.samples else []
                 for task in names + ([BOOK] if sample < self.book_windows else []):
-                    for policy, ratio in policies:
-                        yield Job(task, length, policy, ratio, sample)
+                    for arm in arms:
+                        yield Job(task, length, arm.policy, arm.ratio, sample, arm.memory)
 
-    def bounded(self) -> list[tuple[str, float]]:
-        return [(policy, ratio) for ratio in self.ratios for policy in self.policies]
+    def bounded(self) -> list[Arm]:
+        return arms(self.policies, self.ratios, self.memories, self.sidecars)
 
-
-def setup_for(base: Setup, policy: str, ratio: float, context_tokens: int, more_tokens: int) -> Setup:
-    """Budget = share of the context; the window shrinks to a quarter of a small budget."""
-    if policy == FULL:
-        return replace(base, policy=FULL, budget=0, n_ctx=context_tokens + more_tokens, sidecar=None)
-    budget = round(ratio * context_tokens)
-    sidecar = base.sidecar if policy == INDEXER_POLICY else None
-    return replace(base, policy=policy, budget=budget, window=min(base.window, budget // 4), sidecar=sidecar)
+    def setup(self, job: Job, context_tokens: int, more_tokens: int) -> Setup:
+        return setup_for(self.base, job.arm, self.sidecars, context_tokens, more_tokens)
 
 
 def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list[int]]:
@@ -88,12 +91,10 @@ def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list
     return whole[:cut], whole[cut:]
 
 
-def run_sample(model: Model, base: Setup, job: Job, sample: ruler.Sample) -> Row:
+def run_sample(model: Model, plan: Plan, job: Job, sample: ruler.Sample) -> Row:
     context, question = split_tokens(model, sample.context, sample.question)
     answer = split_tokens(model, sample.context + sample.question, sample.answer)[1]
-    setup = setup_for(
-        base, job.policy, job.ratio, len(context), len(question) + max(len(answer), sample.n_generate) + 1
-    )
+    setup = plan.setup(job, len(context), len(question) + max(len(answer), sample.n_generate) + 1)
     with System(model, setup) as system:
         times = system.feed(context)
         system.feed(question, last_logits=True)
@@ -126,10 +127,10 @@ def run_sample(model: Model, base: Setup, job: Job, sample: ruler.Sample) -> Row
         )
 
 
-def run_book(model: Model, base: Setup, job: Job, tokens: list[int]) -> Row:
+def run_book(model: Model, plan: Plan, job: Job, tokens: list[int]) -> Row:
     """Likelihood of the tokens that follow `length` tokens of a book, 128 at a time."""
     context, scored = tokens[:-BOOK_SCORED], tokens[-BOOK_SCORED:]
-    with System(model, setup_for(base, job.policy, job.ratio, len(context), BOOK_SCORED)) as system:
+    with System(model, plan.setup(job, len(context), BOOK_SCORED)) as system:
         times = system.feed(context, last_logits=True)
         nll = float(system.nll(scored).mean())
         return _row(job, system, score=None, nll=nll, prefill_tps=tps(times), decode_tps=None)
@@ -142,6 +143,7 @@ def _row(job: Job, system: System, **values: Any) -> Row:
         "threads": setup.threads,
         "budget": setup.budget,
         "window": setup.window if setup.budget else None,
+        "memory_slots": setup.memory_slots,
         "tokens_seen": system.seen,
         **system.byte_counts(),
         "rss_bytes": rss_bytes(),
@@ -152,11 +154,12 @@ def _row(job: Job, system: System, **values: Any) -> Row:
 class Log:
     """Finished rows on disk, so that a run can be cut off and go on. Rows of other settings are left alone and not read.
 
-    The settings of the policy `indexer` are the others' and its sidecar.
+    The settings of a row are those of the run and, where one is used, the sidecar.
     """
 
-    def __init__(self, path: Path, settings: str, sidecar: str = ""):
-        self.path, self.settings, self.sidecar, self.rows = path, settings, sidecar, dict[str, Row]()
+    def __init__(self, path: Path, settings: str, sidecars: Sidecars | None = None):
+        self.path, self.settings, self.sidecars = path, settings, sidecars or Sidecars()
+        self.rows: dict[str, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         if text and not text.endswith("\n"):
@@ -167,14 +170,16 @@ class Log:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut off while it was written
-            if row.get("settings") == self._settings(row.get("policy")):
+            if row.get("settings") == self._settings(row.get("policy", ""), row.get("memory", MEMORY_OFF)):
                 self.rows[row["key"]] = row
 
-    def _settings(self, policy: str | None) -> str:
-        return f"{self.settings} {self.sidecar}" if policy == INDEXER_POLICY else self.settings
+    def _settings(self, policy: str, memory: str) -> str:
+        sidecar = self.sidecars.of(policy, memory)
+        return f"{self.settings} sidecar {sidecar.identity}" if sidecar else self.settings
 
     def add(self, job: Job, row: Row) -> None:
-        row = {"key": job.key, "settings": self._settings(job.policy), "policy": job.policy, **row}
+        settings = self._settings(job.policy, job.memory)
+        row = {"key": job.key, "settings": settings, "policy": job.policy, "memory": job.memory, **row}
         self.rows[job.key] = row
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -213,9 +218,9 @@ class Runner:
         task = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo)) if progress else None
         for job in todo:
             if job.task == BOOK:
-                self.log.add(job, run_book(self.model, self.plan.base, job, self.book[job.length][job.sample]))
+                self.log.add(job, run_book(self.model, self.plan, job, self.book[job.length][job.sample]))
             elif sample := self.sample(job):
-                self.log.add(job, run_sample(self.model, self.plan.base, job, sample))
+                self.log.add(job, run_sample(self.model, self.plan, job, sample))
             if progress and task is not None:
                 progress.update(task, advance=1, description=f"{title} {job.key}")
             yield job
@@ -240,8 +245,8 @@ def run_quality(
     settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed}"
     if base.ratio:
         settings += f" at most {base.ratio:g} of the tokens seen"
-    sidecar = f"sidecar {fingerprint(base.sidecar)}" if base.sidecar else ""
-    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, sidecar), seed)
+    bounded = [] if full_only else plan.bounded()
+    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed)
     how = (
         f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and answer prefix; true answer scored "
         f"teacher-forced, then greedy; score: share of expected strings found; mean: over tasks where the full cache has at least {ABLE}; "
@@ -260,19 +265,25 @@ def run_quality(
             samples=plan.samples,
             seed=seed,
             data=plan.data.name,
-            sidecar=base.sidecar.name if base.sidecar else None,
+            memories=list(plan.memories),
+            memory_slots="min(64 or as asked, budget / 4 in whole eights), part of the budget",
+            sidecars=plan.sidecars.describe() or None,
             budget_ratio=base.ratio or None,
             text=plan.book.name if plan.book else None,
         ),
     )
     tasks: dict[int, list[str]] = {length: list(plan.tasks) for length in plan.lengths}
-    jobs = list(plan.jobs(tasks, [(FULL, 1.0)]))
+    jobs = list(plan.jobs(tasks, [FULL_ARM]))
 
     def update() -> None:
         able, keys = runner.able(), {job.key for job in jobs}
         report.meta["judged_tasks"] = {str(length): names for length, names in able.items()}
-        report.rows = summarise((row for key, row in runner.log.rows.items() if key in keys), able)
+        rows = [row for key, row in runner.log.rows.items() if key in keys]
+        report.rows = summarise(rows, able)
         report.verdicts = verdicts(report.rows, able)
+        if changed := effect.differences(rows, able):
+            report.extra["differences"] = changed
+            report.meta["differences"] = effect.HOW
         report.save(out)
 
     def run(todo: list[Job], title: str) -> None:
@@ -285,7 +296,7 @@ def run_quality(
     try:
         run(jobs, "full")
         if not full_only:
-            more = list(plan.jobs(tasks if plan.all_tasks else runner.able(), plan.bounded()))
+            more = list(plan.jobs(tasks if plan.all_tasks else runner.able(), bounded))
             jobs += more
             run(more, "policies")
     finally:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
+WORDS = ("policy", "task", "system", "memory")  # columns of text
 QUALITY_KEYS = ("task", "length", "score", "nll", "n")
 
 
@@ -54,6 +55,7 @@ class Report:
     meta: Row
     rows: list[Row] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    extra: dict[str, list[Row]] = field(default_factory=dict)  # rows of another kind, by name
 
     def add(self, **values: Any) -> Row:
         """Adds a row; the keys that every row has are there even when nothing was measured for them."""
@@ -68,6 +70,7 @@ class Report:
             "meta": self.meta,
             "rows": self.rows,
             "verdicts": [v.to_dict() for v in self.verdicts],
+            **self.extra,
         }
 
     def save(self, out: Path, plot: Callable[[Any, Report], None] | None = None) -> list[Path]:
@@ -80,23 +83,31 @@ class Report:
         image = draw(out / f"{self.name}.png", self, plot) if plot else None
         return [path] + ([image] if image else [])
 
-    def print(self, columns: Sequence[str], console: Console | None = None) -> None:
-        console = console or Console()
-        if not console.is_terminal:
-            console.width = 140
-        table = Table(
-            title=f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}",
-            title_justify="left",
+    def print(self, columns: Sequence[str], rows: Sequence[Row] | None = None) -> None:
+        """The table, of all rows or of some, and the verdicts."""
+        title = f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}"
+        names = [name.replace("_", " ") for name in columns]
+        print_table(
+            title, names, [[show(n, row.get(n)) for n in columns] for row in (self.rows if rows is None else rows)]
         )
-        for name in columns:
-            table.add_column(
-                name.replace("_", " "), justify="left" if name in ("policy", "task", "system") else "right"
-            )
-        for row in self.rows:
-            table.add_row(*(show(name, row.get(name)) for name in columns))
-        console.print(table)
         for verdict in self.verdicts:
-            console.print(str(verdict), highlight=False)
+            console().print(str(verdict), highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in WORDS else "right")
+    for row in cells:
+        table.add_row(*row)
+    console().print(table)
+
+
+def console() -> Console:
+    found = Console()
+    if not found.is_terminal:
+        found.width = 160
+    return found
 
 
 def show(name: str, value: Any) -> str:
@@ -151,11 +162,12 @@ def quality_markdown(data: Row) -> str:
         names = list(dict.fromkeys(row["task"] for row in rows if row["task"] not in ("mean", "book")))
         out += [f"### {length} tokens", ""]
         out += [
-            f"| policy | kept | KV | state | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"
+            f"| policy | memory | kept | KV | state | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"
         ]
-        out += ["|---|--:|--:|--:|" + "--:|" * (len(names) + 4)]
-        for policy, ratio in dict.fromkeys((row["policy"], row["ratio"]) for row in rows):
-            mine = {row["task"]: row for row in rows if (row["policy"], row["ratio"]) == (policy, ratio)}
+        out += ["|---|---|--:|--:|--:|" + "--:|" * (len(names) + 4)]
+        for arm in dict.fromkeys(map(_arm, rows)):
+            policy, ratio, memory = arm
+            mine = {row["task"]: row for row in rows if _arm(row) == arm}
             mean, book = mine.get("mean", {}), mine.get("book", {})
             delta = mean.get("score_delta")
             change = "" if delta is None else f"{delta:+.3f} [{mean['score_low']:+.3f}, {mean['score_high']:+.3f}]"
@@ -170,7 +182,7 @@ def quality_markdown(data: Row) -> str:
             kept = "all" if not any_row["budget"] else f"{ratio:.0%}"
             state = (any_row.get("meta_bytes") or 0) + (any_row.get("sidecar_bytes") or 0)  # all but keys and values
             sizes = " | ".join(f"{n / 2**20:.1f} MiB" for n in (any_row["kv_bytes"], state))
-            out += [f"| {policy} | {kept} | {sizes} | {' | '.join(cells)} |"]
+            out += [f"| {policy} | {memory} | {kept} | {sizes} | {' | '.join(cells)} |"]
         counts = sorted({row["n"] for row in rows if row["task"] not in ("mean", "book")})
         out += [
             "",
@@ -180,6 +192,11 @@ def quality_markdown(data: Row) -> str:
             "",
         ]
     return "\n".join(out)
+
+
+def _arm(row: Row) -> tuple[str, float, str]:
+    """Files of earlier versions do not say that there was no memory."""
+    return row["policy"], row["ratio"], row.get("memory") or "off"
 
 
 def _md(value: float | None) -> str:

@@ -222,6 +222,8 @@ class System:
                 "indexer_bytes": stats.indexer_bytes,
                 "memory_bytes": stats.memory_bytes,
                 "sidecar_bytes": stats.sidecar_bytes,
+                "slots": stats.n_slots,
+                "memory_slots": stats.memory_slots,
                 "kept": stats.n_kept,
                 "evicted": stats.n_evicted,
                 "evict_us": stats.evict_us,
@@ -232,6 +234,7 @@ class System:
             "indexer_bytes": 0,
             "memory_bytes": 0,
             "sidecar_bytes": 0,
+            "memory_slots": 0,
             "kept": self.seen,
             "evicted": 0,
         }

@@ -45,3 +45,10 @@ def bootstrap(groups: Sequence[Sequence[float]], rounds: int = 2000, seed: int =
     draws = [a[rng.integers(0, len(a), (rounds, len(a)))].mean(axis=1) for a in arrays]
     low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
     return float(np.mean([a.mean() for a in arrays])), float(low), float(high)
+
+
+def standard_error(groups: Sequence[Sequence[float]]) -> float:
+    """Of the mean of the means of the groups; NaN with a single value in one of them."""
+    if not groups or min(map(len, groups)) < 2:
+        return float("nan")
+    return sum(statistics.variance(group) / len(group) for group in groups) ** 0.5 / len(groups)

@@ -39,9 +39,12 @@ class Shape:
 GEOMETRIES = {
     "qwen3-4b": Shape("qwen3", 36, 2560, 32, 8, 128, 9728),
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288),
+    "demo": Shape("llama", 30, 576, 9, 3, 64, 1536),  # SmolLM2-135M
 }
 
 _RETENTION: dict[str, Any] = {"norm_eps": 1e-5, "pos_slope": 1e-3, "age_scale": 4096.0, "decay": True}
+
+_RESIDUAL: dict[str, Any] = {"gate_logit": 0.0, "eta_raw": 0.0, "decay_logit": 5.0, "enabled": True}
 
 # networks of the sizes that their authors released; constants that cost nothing are made up
 VARIANTS: dict[str, Callable[[Shape], tuple[str, dict[str, Any]]]] = {
@@ -91,18 +94,33 @@ def random_sidecar(
 ) -> Path:
     """Writes a sidecar with random weights; `constants` replace those of the variant."""
     kind, values = VARIANTS[variant](shape)
-    empty = Checkpoint(
+    empty = _checkpoint(shape, kind=kind, constants={**values, **constants}, fingerprint=fingerprint)
+    return _write_drawn(path, empty, outtype, seed)
+
+
+def random_memory(path: Path, shape: Shape, seed: int = 0) -> Path:
+    """Writes a sidecar with a residual memory alone, of as many features as a head has dimensions."""
+    layers = {name: [value] * shape.n_layer for name, value in _RESIDUAL.items()}
+    constants = {"feature_dim": shape.head_dim, "head_dim": shape.head_dim, "eps": 1e-6, **layers}
+    empty = _checkpoint(shape, kind="none", constants={}, memory="residual", memory_constants=constants)
+    return _write_drawn(path, empty, "f32", seed)
+
+
+def _checkpoint(shape: Shape, **values: Any) -> Checkpoint:
+    return Checkpoint(
         geometry=Geometry(shape.n_layer, shape.n_embd, shape.n_head_kv, shape.n_head, shape.head_dim),
-        kind=kind,
-        constants={**values, **constants},
         layers=[],
         provenance=Provenance("indexmem-edge", ("random",), ("0" * 64,), tool="indexmem-edge, random weights"),
         architecture=shape.architecture,
-        fingerprint=fingerprint,
+        **values,
     )
+
+
+def _write_drawn(path: Path, empty: Checkpoint, outtype: str, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     names = empty.shapes()
-    layers = [{name: _draw(rng, name, size) for name, (size, _) in names.items()} for _ in range(shape.n_layer)]
+    count = empty.geometry.block_count
+    layers = [{name: _draw(rng, name, size) for name, (size, _) in names.items()} for _ in range(count)]
     write_sidecar(path, replace(empty, layers=layers), outtype, force=True)
     return path
 
@@ -155,14 +173,14 @@ def _write_model(path: Path, shape: Shape, weights: str) -> None:
         "attn_q": _blocks(rng, weights, n_q, d),
         "attn_k": _blocks(rng, weights, n_kv, d),
         "attn_v": _blocks(rng, weights, n_kv, d),
-        "attn_q_norm": one(shape.head_dim, np.float32),
-        "attn_k_norm": one(shape.head_dim, np.float32),
         "attn_output": _blocks(rng, weights, d, n_q),
         "ffn_norm": one(d, np.float32),
         "ffn_gate": _blocks(rng, weights, shape.n_ff, d),
         "ffn_up": _blocks(rng, weights, shape.n_ff, d),
         "ffn_down": _blocks(rng, weights, d, shape.n_ff),
     }
+    if shape.architecture == "qwen3":
+        layer |= {"attn_q_norm": one(shape.head_dim, np.float32), "attn_k_norm": one(shape.head_dim, np.float32)}
     tensors = {
         "token_embd": _blocks(rng, weights, N_VOCAB, d),
         "output_norm": one(d, np.float32),

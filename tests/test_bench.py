@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_data import invoke, ruler_folder, sidecar_shape, single_runs
 
 from indexmem_edge.bench import indexer, machine, memory, quality, ruler, speed, summary, synthetic
+from indexmem_edge.bench.arms import FULL_ARM, Arm, Sidecar, Sidecars, setup_for
 from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict, quality_markdown
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup, System, token_nll
 from indexmem_edge.bench.stats import alternate, bootstrap, pair_ratio
 from indexmem_edge.bench.text import TokenStream, builtin_text
+from indexmem_edge.bench.turns import whole_cycles
 
 
 @pytest.mark.parametrize(
@@ -93,18 +96,23 @@ def test_a_token_across_the_cut_belongs_to_the_question() -> None:
 
 def test_small_budgets_get_a_small_window() -> None:
     base = Setup(window=128)
-    assert quality.setup_for(base, "knorm", 0.1, 2000, 99).window == 50
-    assert quality.setup_for(base, "knorm", 0.5, 2000, 99).window == 128
-    full = quality.setup_for(base, "full", 1.0, 2000, 99)
+    assert setup_for(base, Arm("knorm", 0.1), Sidecars(), 2000, 99).window == 50
+    assert setup_for(base, Arm("knorm", 0.5), Sidecars(), 2000, 99).window == 128
+    full = setup_for(base, FULL_ARM, Sidecars(), 2000, 99)
     assert (full.budget, full.n_ctx) == (0, 2099)
 
 
+def an_indexer(identity: str = "1") -> Sidecar:
+    return Sidecar(Path("s.gguf"), "kvzap", "none", 0, True, identity)
+
+
 def test_only_the_policy_of_the_sidecar_gets_it() -> None:
-    base = Setup(sidecar=Path("s.gguf"), ratio=0.5)
-    assert quality.setup_for(base, "indexer", 0.5, 2000, 99).sidecar == Path("s.gguf")
-    assert quality.setup_for(base, "knorm", 0.5, 2000, 99).sidecar is None
-    assert quality.setup_for(base, "full", 1.0, 2000, 99).sidecar is None
-    assert replace(base, policy="indexer", budget=64).label == "indexer 64, at most 50%"
+    base, sidecars = Setup(ratio=0.5), Sidecars({"kvzap s": an_indexer()})
+    setup = setup_for(base, Arm("kvzap s", 0.5), sidecars, 2000, 99)
+    assert (setup.policy, setup.sidecar) == ("indexer", Path("s.gguf"))
+    assert setup_for(base, Arm("knorm", 0.5), sidecars, 2000, 99).sidecar is None
+    assert setup_for(base, FULL_ARM, sidecars, 2000, 99).sidecar is None
+    assert replace(setup, budget=64).label == "indexer 64, at most 50%"
 
 
 def test_jobs_keep_all_policies_of_a_sample_together() -> None:
@@ -129,33 +137,12 @@ def test_the_log_survives_a_cut_off_line_and_skips_other_settings(tmp_path: Path
 def test_the_log_binds_rows_of_the_indexer_to_its_sidecar(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     jobs = [quality.Job("a", 64, policy, 0.5, 0) for policy in ("knorm", "indexer")]
-    log = quality.Log(path, "f16", "sidecar 1")
+    one, other = (Sidecars({"indexer": an_indexer(identity)}) for identity in "12")
+    log = quality.Log(path, "f16", one)
     for job in jobs:
         log.add(job, {"score": 1.0})
-    assert set(quality.Log(path, "f16", "sidecar 1").rows) == {job.key for job in jobs}
-    assert set(quality.Log(path, "f16", "sidecar 2").rows) == set(quality.Log(path, "f16").rows) == {jobs[0].key}
-
-
-def single_runs() -> list[dict[str, Any]]:
-    """Full cache and one policy on tasks a (half lost) and b (full cannot), four samples."""
-    rows = []
-    for policy, ratio in (("full", 1.0), ("knorm", 0.25)):
-        for task in ("a", "b", "book"):
-            for i in range(4):
-                score = None if task == "book" else float(task == "a" and (policy == "full" or i < 2))
-                rows.append(
-                    {"task": task, "length": 64, "policy": policy, "ratio": ratio, "sample": i, "score": score}
-                    | {
-                        "nll": 1.0 + (policy != "full"),
-                        "budget": 16,
-                        "tokens_seen": 64,
-                        "kv_bytes": 2**20,
-                        "meta_bytes": 2**18,
-                        "sidecar_bytes": 2**18,
-                        "rss_bytes": 9,
-                    }
-                )
-    return rows
+    assert set(quality.Log(path, "f16", one).rows) == {job.key for job in jobs}
+    assert set(quality.Log(path, "f16", other).rows) == set(quality.Log(path, "f16").rows) == {jobs[0].key}
 
 
 def test_summary_compares_on_the_same_samples_and_averages_judged_tasks() -> None:
@@ -181,7 +168,7 @@ def test_quality_report_has_its_keys_and_renders_markdown(tmp_path: Path) -> Non
     assert {"date", "cpu", "threads", "model", "library", "command", "how"} <= set(data["meta"])
     assert all(set(ROW_KEYS + QUALITY_KEYS) <= set(row) for row in data["rows"])
     text = quality_markdown(data)
-    assert "### 64 tokens" in text and "| knorm | 25% | 1.0 MiB | 0.5 MiB |" in text and "-0.500 [" in text
+    assert "### 64 tokens" in text and "| knorm | off | 25% | 1.0 MiB | 0.5 MiB |" in text and "-0.500 [" in text
 
 
 def test_rows_have_the_common_keys_and_nan_becomes_null(tmp_path: Path) -> None:
@@ -218,7 +205,7 @@ def test_indexer_verdicts_and_turns() -> None:
         intervals = {f"{what}_interval": (ratio - 0.01, ratio + 0.01) for what in ("decode", "prefill")}
         rows.append({"system": name, "indexer": name, **ratios, **intervals})
     assert [v.ok for v in indexer.verdicts(rows)] == [True, False, None] * 2
-    assert [indexer.whole_cycles(step) for step in (0, 1, 7, 32, 40)] == [32, 32, 35, 32, 40]
+    assert [whole_cycles(step) for step in (0, 1, 7, 32, 40)] == [32, 32, 35, 32, 40]
 
 
 TINY = synthetic.Shape("qwen3", 2, 64, 6, 2, 32, 96)
@@ -248,34 +235,6 @@ def test_random_sidecars_are_accepted(tmp_path: Path, variant: str) -> None:
         sizes.append(synthetic.random_sidecar(tmp_path / kind, TINY, variant, kind).stat().st_size)
         _capi.check_sidecar(str(tmp_path / kind))
     assert (sizes[0] > sizes[1]) == synthetic.has_matrices(TINY, variant)
-
-
-def invoke(*words: Any) -> Any:
-    from typer.testing import CliRunner
-
-    from indexmem_edge.bench.cli import app
-
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def ruler_folder(folder: Path) -> Path:
-    """Two samples of two tasks, in the form of the official generators."""
-    (folder / "256").mkdir(parents=True)
-    for task in ("niah_single_1", "vt"):
-        row = {"input": builtin_text(250) + "\nWhich one?", "answer_prefix": " It is", "outputs": ["pears", "key"]}
-        with gzip.open(folder / "256" / f"{task}.jsonl.gz", "wt") as file:
-            file.write((json.dumps(row) + "\n") * 2)
-    return folder
-
-
-def sidecar_shape(path: Path) -> synthetic.Shape:
-    model = Model(path)
-    try:
-        return synthetic.shape_of(model)
-    finally:
-        model.close()
 
 
 def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
@@ -329,7 +288,7 @@ def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tm
         ("full", "book"),
         ("streaming", "niah_single_1"),
     }
-    assert "| streaming | 50% |" in (tmp_path / "q.md").read_text()
+    assert "| streaming | off | 50% |" in (tmp_path / "q.md").read_text()
 
     invoke(*words)
     assert (tmp_path / "quality.rows.jsonl").read_text().splitlines() == lines
@@ -342,13 +301,13 @@ def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tm
 
 
 def test_the_indexer_is_no_policy_without_a_sidecar() -> None:
-    from indexmem_edge.bench.cli import _policies
+    from indexmem_edge.bench.cli_options import policies_of
     from indexmem_edge.errors import PolicyError
 
-    assert "indexer" not in _policies(None, False, sidecar=False) and "indexer" in _policies(None, False, sidecar=True)
-    assert _policies("knorm", False, sidecar=True) == ["knorm", "indexer"]
+    assert "indexer" not in policies_of(None) and "indexer" in policies_of(None, ["indexer"])
+    assert policies_of("indexer,knorm", ["kvzap a", "kvzap b"]) == ["knorm", "kvzap a", "kvzap b"]
     with pytest.raises(PolicyError, match="--indexmem"):
-        _policies("indexer", False, sidecar=False)
+        policies_of("indexer")
 
 
 def test_indexer_runs_on_a_tiny_model_and_on_a_synthetic_one(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
