@@ -10,6 +10,7 @@ import typer
 from .cli_options import (
     BUDGET,
     DEPTH,
+    GPU,
     INDEXMEM,
     INDEXMEMS,
     JSON,
@@ -38,45 +39,6 @@ from .cli_options import (
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 
-<<<<<<< HEAD
-MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
-BUDGET = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps.")
-POLICY = typer.Option(
-    None,
-    "--kv-policy",
-    "--policy",
-    help="Who is evicted.",
-    show_default="indexer with a sidecar, else streaming",
-)
-INDEXMEM = typer.Option(
-    None, "--indexmem", metavar="FILE", help="Sidecar with an indexer trained for the model.", show_default=False
-)
-MEMORY = typer.Option(
-    None,
-    "--memory",
-    help="Latent memory: centroid, residual or off.",
-    show_default="that of the sidecar, without one off",
-)
-SLOTS = typer.Option(None, "--memory-slots", min=1, help="Slots of the memory centroid.", show_default=False)
-RATIO = typer.Option(
-    None, "--kv-budget-ratio", help="Keep no more than this share of the tokens seen, either.", show_default=False
-)
-SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
-WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
-TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0.")
-THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
-GPU = typer.Option(
-    None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all"
-)
-UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
-TEXT = typer.Option(
-    None, "--text", help="Text file to feed; default: sentences made up on the spot.", show_default=False
-)
-OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
-JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")
-
-=======
->>>>>>> w-qual
 
 @app.command()
 def memory(
@@ -156,13 +118,8 @@ def speed(
     """Decode and prefill at growing depths, against the unbounded cache with and without flash attention."""
     from . import speed as bench
 
-<<<<<<< HEAD
-    with _session(model, as_json, gpu_layers=gpu_layers) as (loaded, progress):
-        setup = _setup(
-=======
-    with session(model, as_json) as (loaded, progress):
+    with session(model, as_json, gpu_layers=gpu_layers) as (loaded, progress):
         setup = setup_of(
->>>>>>> w-qual
             kv_policy,
             kv_budget,
             cache_type,
@@ -403,84 +360,12 @@ def soak(
     def small() -> Path:
         return synthetic.cached_model(replace(synthetic.GEOMETRIES["demo"], n_layer=layers), "q8_0")
 
-<<<<<<< HEAD
-    from .runner import CACHE_TYPES, BenchError, Setup
-
-    if cache_type not in CACHE_TYPES:
-        raise BenchError(f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}")
-    sidecar = check_sidecar_file(indexmem) if indexmem is not None else None
-    kinds = sidecar_kinds(sidecar)
-    memory, n_slots = choose_memory(memory, slots, kinds, _capi.memories())
-    return Setup(
-        policy=choose_policy(policy, memory, sidecar, kinds),
-        budget=budget,
-        cache_type=cache_type,
-        sinks=sinks,
-        window=window,
-        threads=threads,
-        ubatch=ubatch,
-        seed=seed,
-        sidecar=indexmem,
-        ratio=0.0 if ratio is None else check_share("--kv-budget-ratio", ratio),
-        memory=memory,
-        memory_slots=n_slots,
-    )
-
-
-@contextmanager
-def _session(
-    path: Optional[Path],
-    as_json: bool,
-    make: Optional[Callable[[], Path]] = None,
-    gpu_layers: Optional[int] = None,
-) -> Iterator[tuple[Any, Progress]]:
-    """The loaded model, which `make` makes if given, and a progress bar; errors become one line."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=as_json,
-    )
-    try:
-        from .runner import Model
-
-        loaded = Model(make() if make else path or _demo_model(), gpu_layers)
-        with bar:
-            yield loaded, bar
-        loaded.close()
-    except IndexMemError as error:
-        text = printable(" ".join(str(error).split()))
-        Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", highlight=False, markup=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-def _demo_model() -> Path:
-    from indexmem_edge import demo
-
-    return demo.demo_model()
-
-
-def _finish(report: Any, columns: tuple[str, ...], out: Path, plot: Any, as_json: bool) -> None:
-    files = report.save(out, plot)
-    if as_json:
-        print(files[0])
-        return
-    report.print(columns)
-    print("wrote " + ", ".join(str(path) for path in files))
-=======
     with session(None, as_json, small) as (loaded, progress):
         base = setup_of(kv_policy, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch)
         report = bench.run_soak(loaded, base, memory_of(memory), tokens, progress=progress, out=out)
     finish(report, bench.COLUMNS, out, bench.plot, as_json, bench.shown(report.rows))
     if any(verdict.ok is False for verdict in report.verdicts):
         raise typer.Exit(1)
->>>>>>> w-qual
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
 WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
 TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0.")
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
+GPU = typer.Option(
+    None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all"
+)
 UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
 DEPTH = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch.")
 REPEATS = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more.")
@@ -141,7 +144,10 @@ def setup_of(
 
 @contextmanager
 def session(
-    path: Optional[Path], as_json: bool, make: Optional[Callable[[], Path]] = None
+    path: Optional[Path],
+    as_json: bool,
+    make: Optional[Callable[[], Path]] = None,
+    gpu_layers: Optional[int] = None,
 ) -> Iterator[tuple[Any, Progress]]:
     """The loaded model, which `make` makes if given, and a progress bar; errors become one line."""
     bar = Progress(
@@ -156,7 +162,7 @@ def session(
     try:
         from .runner import Model
 
-        loaded = Model(make() if make else path or _demo_model())
+        loaded = Model(make() if make else path or _demo_model(), gpu_layers)
         with bar:
             yield loaded, bar
         loaded.close()
