@@ -80,7 +80,10 @@ public:
             ggml_prec_set_acc(res, GGML_PREC_F32);
             return res;
         };
-        q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)); // as the output: [n_embd_k, G, T, H*S]
+        q = ggml_permute(ctx, q, 0, 2, 1, 3); // as the output: [n_embd_k, G, T, H*S]
+        if (!ggml_is_contiguous(q)) {
+            q = ggml_cont(ctx, q);
+        }
         q = ggml_reshape_3d(ctx, q, q->ne[0], n_rows, n_stream);
 
         ggml_tensor * f   = product(m.weights->at("phi_proj.weight"), q);
