@@ -90,13 +90,13 @@ chat: setup
 
 test: setup $(if $(strip $(TORCH)),.venv/.torch)
 	@$(call QUIETLY,$(RUN) cmake -S . -B $(BUILD) -DINDEXMEM_TESTS=ON && $(RUN) cmake --build $(BUILD) --target indexmem_tests)
-	cd $(BUILD) && $(RUN) ctest --output-on-failure
+	cd $(BUILD) && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 	.venv/bin/pytest -q
 
 sanitize: .venv/.tools
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
 	    -DINDEXMEM_SANITIZE=ON && $(RUN) cmake --build build/sanitize --target indexmem_tests)
-	cd build/sanitize && $(RUN) ctest --output-on-failure
+	cd build/sanitize && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check
