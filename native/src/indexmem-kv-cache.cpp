@@ -13,10 +13,6 @@
 #include <cstring>
 #include <stdexcept>
 
-// attention kernels of some backends want a multiple of this many keys; it also bounds how often the graph changes
-// while the cache fills
-static constexpr uint32_t N_KV_PAD = 256;
-
 // rows of any type begin at multiples of 16 bytes then
 static constexpr uint32_t N_FRONT_PAD = 8;
 

@@ -52,6 +52,10 @@ public:
         std::shared_ptr<const indexmem_memory>  memory;  // null = off
     };
 
+    // Attention looks at a multiple of so many rows: kernels of some backends want that, and it bounds how often the graph
+    // changes while the cache fills.
+    static constexpr uint32_t N_KV_PAD = 256;
+
     // tokens that can wait to be scored: a small network costs less per token when it sees many
     static constexpr uint32_t N_PENDING = 32;
 

@@ -12,7 +12,7 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     step st = {};
     st.n_seq  = kv->get_n_seq_max();
-    st.n_kv   = kv->get_n_slots() + kv->get_n_front();
+    st.n_kv   = (kv->get_n_front() + kv->get_n_slots())/kv->N_KV_PAD*kv->N_KV_PAD;
     st.evict  = true;
     st.recall = kv->get_memory() != nullptr;
     st.score  = kv->get_indexer() != nullptr;
