@@ -62,7 +62,7 @@ def policies_of(wanted: Optional[str], indexers: Sequence[str] = ()) -> list[str
     """The policies that were asked for, or all, and the indexers; an unknown one is an error before anything runs."""
     from indexmem_edge import _capi
     from indexmem_edge.errors import PolicyError
-    from indexmem_edge.options import INDEXER_POLICY
+    from indexmem_edge._parts import INDEXER_POLICY
 
     known = [name for name in _capi.policies() if name != INDEXER_POLICY]
     names = wanted.split(",") if wanted else known

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from indexmem_edge.options import INDEXER_POLICY
+from indexmem_edge._parts import INDEXER_POLICY
 
 from . import synthetic
 from .machine import describe, rss_bytes

@@ -19,12 +19,11 @@ else:
 import typer
 from typing_extensions import Annotated
 
+from ._parts import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF
 from ._terminal import printable
 from .demo import demo_model
 from .errors import BudgetError, IndexMemError
-from .options import (
-    DEFAULT_BUDGET, DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, DEFAULT_SINKS, DEFAULT_WINDOW, INDEXER_POLICY, MEMORY_OFF, PIN_AUTO,
-)  # fmt: skip
+from .options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW, PIN_AUTO
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ._modelfile import check_sidecar_file
-from ._parts import (
-    DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds,
-)  # fmt: skip
+from ._parts import DEFAULT_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds
 from .errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:

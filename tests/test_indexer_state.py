@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, Callable
 
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from indexers import random_indexer, write_sidecar
 from native_context import F16, F32, Q8_0, Context, open_model
+from operations import N_SEQ, Operation, follow, operations
 from policies import BoundedReference
 from test_bounded import tokens_of
 
@@ -204,19 +204,6 @@ def test_the_same_again_after_clearing(tiny: Tiny, sidecar: Sidecar, variant: st
 
 # ---------------------------------------------------------------------------------------------- any order
 
-N_SEQ = 3
-sequences = st.integers(0, N_SEQ - 1)
-operation = st.one_of(
-    st.tuples(st.just("feed"), sequences, st.integers(1, 70)),
-    st.tuples(st.just("feed one by one"), sequences, st.integers(1, 20)),
-    st.tuples(st.just("feed together"), st.integers(0, N_SEQ - 2), st.integers(1, 30)),
-    st.tuples(st.just("take back"), sequences, st.integers(1, 40)),
-    st.tuples(st.just("copy"), sequences, sequences),
-    st.tuples(st.just("reload"), sequences, sequences),
-    st.tuples(st.just("reload all"), st.just(0), st.just(0)),
-    st.tuples(st.just("clear"), st.just(0), st.just(0)),
-)
-
 
 @given(
     variant=st.sampled_from(VARIANTS),
@@ -225,57 +212,20 @@ operation = st.one_of(
     step=st.integers(0, 40),
     ratio=st.sampled_from([0.0, 0.4, 0.8]),
     n_ubatch=st.sampled_from([1, 7, 16, 40]),
-    operations=st.lists(operation, min_size=1, max_size=10),
+    todo=operations,
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_operations(
     tiny: Tiny, sidecar: Sidecar, variant: str, room: int, window: int, step: int, ratio: float, n_ubatch: int,
-    operations: list[tuple[str, int, int]],
+    todo: list[Operation],
 ) -> None:  # fmt: skip
     """The reference of every sequence goes through the same; what is kept follows it after every ubatch."""
     path, config = tiny("llama", n_head=4, head_dim=32)
-    rng = np.random.default_rng(0)
     options: dict[str, Any] = dict(
         budget=3 + window + room, sinks=3, window=window, evict_step=step, policy="indexer", budget_ratio=ratio
     )
     indexer = random_indexer(variant, config.n_layer, config.n_embd, config.n_head_kv)
     new = BoundedReference(config, indexer=indexer, **options)
-    references = [copy.deepcopy(new) for _ in range(N_SEQ)]
     exact = dict(type_k=F32, type_v=F32, sidecar=sidecar(config, variant))
     with open_model(path) as model, Context(model, n_ubatch=n_ubatch, n_seq=N_SEQ, **exact, **options) as c:
-
-        def feed(fed: tuple[int, ...], n: int) -> None:
-            tokens = {s: rng.integers(3, config.n_vocab, n).tolist() for s in fed}
-            logits = c.decode_many(tokens)
-            for s in fed:
-                expected = references[s].feed(tokens[s])
-                assert references[s].adopt(c.positions(s)) < 1e-2
-                np.testing.assert_allclose(logits[s], expected, rtol=0, atol=0.05)
-
-        for name, a, b in operations:
-            if name == "feed":
-                for n in [n_ubatch] * (b // n_ubatch) + [b % n_ubatch]:
-                    feed((a,), n) if n else None
-            elif name == "feed one by one":
-                for _ in range(b):
-                    feed((a,), 1)
-            elif name == "feed together" and n_ubatch > 1:
-                feed((a, a + 1), min(b, n_ubatch // 2))
-            elif name == "take back":
-                n_left = max(references[a].n_seen - b, 0)
-                far = variant.startswith("pairwise") and n_left > 0 and b > WAITING
-                assert c.seq_rm(a, n_left) == (False if far else references[a].truncate(n_left))
-            elif name == "copy":
-                c.seq_cp(a, b)
-                references[b] = copy.deepcopy(references[a])
-            elif name == "reload":
-                assert c.load(c.save(a), b)
-                references[b] = copy.deepcopy(references[a])
-            elif name == "reload all":
-                assert c.load(c.save())
-            elif name == "clear":
-                c.clear()
-                references = [copy.deepcopy(new) for _ in range(N_SEQ)]
-            for s, reference in enumerate(references):
-                assert c.n_seen(s) == reference.n_seen
-                np.testing.assert_equal(c.positions(s), reference.kept)
+        follow(c, new, todo, n_ubatch, config.n_vocab, WAITING if variant.startswith("pairwise") else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, Callable
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from indexers import random_indexer
 from memories import write_memory_sidecar
 from native_context import F16, F32, Q8_0, Context, Refused, open_model
+from operations import N_SEQ, Operation, follow, operations
 from policies import BoundedReference
 from test_bounded import tokens_of
 from test_memories import each_kind, random_memory
@@ -165,19 +165,6 @@ def test_tokens_taken_back(tiny: Tiny, sidecar: Sidecar, kind: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- any order
 
-N_SEQ = 3
-sequences = st.integers(0, N_SEQ - 1)
-operation = st.one_of(
-    st.tuples(st.just("feed"), sequences, st.integers(1, 100)),
-    st.tuples(st.just("feed one by one"), sequences, st.integers(1, 20)),
-    st.tuples(st.just("feed together"), st.integers(0, N_SEQ - 2), st.integers(1, 30)),
-    st.tuples(st.just("take back"), sequences, st.integers(1, 40)),
-    st.tuples(st.just("copy"), sequences, sequences),
-    st.tuples(st.just("reload"), sequences, sequences),
-    st.tuples(st.just("reload all"), st.just(0), st.just(0)),
-    st.tuples(st.just("clear"), st.just(0), st.just(0)),
-)
-
 
 @given(
     kind=st.sampled_from(["centroid", "residual"]),
@@ -187,61 +174,25 @@ operation = st.one_of(
     step=st.integers(0, 40),
     ratio=st.sampled_from([0.0, 0.4, 0.8]),
     n_ubatch=st.sampled_from([1, 7, 16, 70]),
-    operations=st.lists(operation, min_size=1, max_size=10),
+    todo=operations,
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_order_of_operations(
     tiny: Tiny, tmp_path: Path, kind: str, n_slots: int, room: int, window: int, step: int, ratio: float,
-    n_ubatch: int, operations: list[tuple[str, int, int]],
+    n_ubatch: int, todo: list[Operation],
 ) -> None:  # fmt: skip
     """The reference of every sequence goes through the same; what is kept and the logits follow it."""
     path, config = tiny("llama", n_head=4, head_dim=32)
     memory = random_memory(kind, config, n_slots)
-    rng = np.random.default_rng(0)
     options: dict[str, Any] = dict(
         budget=3 + window + room + memory.n_slots, sinks=3, window=window, evict_step=step, policy="keydiff",
         budget_ratio=ratio,
     )  # fmt: skip
     new = BoundedReference(config, memory=memory, **options)
-    references = [copy.deepcopy(new) for _ in range(N_SEQ)]
     write_memory_sidecar(tmp_path / "memory.gguf", memory, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
     exact = dict(type_k=F32, type_v=F32, sidecar=tmp_path / "memory.gguf")
     with open_model(path) as model, Context(model, n_ubatch=n_ubatch, n_seq=N_SEQ, **exact, **options) as c:
-
-        def feed(fed: tuple[int, ...], n: int) -> None:
-            tokens = {s: rng.integers(3, config.n_vocab, n).tolist() for s in fed}
-            logits = c.decode_many(tokens)
-            for s in fed:
-                expected = references[s].feed(tokens[s])
-                assert references[s].adopt(c.positions(s)) < 1e-2
-                np.testing.assert_allclose(logits[s], expected, rtol=0, atol=0.05)
-
-        for name, a, b in operations:
-            if name == "feed":
-                for n in [n_ubatch] * (b // n_ubatch) + [b % n_ubatch]:
-                    feed((a,), n) if n else None
-            elif name == "feed one by one":
-                for _ in range(b):
-                    feed((a,), 1)
-            elif name == "feed together" and n_ubatch > 1:
-                feed((a, a + 1), min(b, n_ubatch // 2))
-            elif name == "take back":
-                n_left = max(references[a].n_seen - b, 0)
-                assert c.seq_rm(a, n_left) == references[a].truncate(n_left)
-            elif name == "copy":
-                c.seq_cp(a, b)
-                references[b] = copy.deepcopy(references[a])
-            elif name == "reload":
-                assert c.load(c.save(a), b)
-                references[b] = copy.deepcopy(references[a])
-            elif name == "reload all":
-                assert c.load(c.save())
-            elif name == "clear":
-                c.clear()
-                references = [copy.deepcopy(new) for _ in range(N_SEQ)]
-            for s, reference in enumerate(references):
-                assert c.n_seen(s) == reference.n_seen
-                np.testing.assert_equal(c.positions(s), reference.kept)
+        follow(c, new, todo, n_ubatch, config.n_vocab)
 
 
 # ---------------------------------------------------------------------------------------------- refused

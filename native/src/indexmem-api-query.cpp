@@ -10,6 +10,16 @@
 
 // what can be asked about files, models and contexts, and the tables
 
+// entries of a table
+template <typename F>
+static int count_of(F get) {
+    int n = 0;
+    while (get(n)) {
+        ++n;
+    }
+    return n;
+}
+
 static llama_kv_cache_bounded * bounded_of(const llama_context * ctx) {
     return ctx ? dynamic_cast<llama_kv_cache_bounded *>(ctx->get_memory()) : nullptr;
 }
@@ -32,11 +42,7 @@ void indexmem_model_fingerprint(const llama_model * model, char out[17]) {
 }
 
 int indexmem_indexer_count(void) {
-    int n = 0;
-    while (indexmem_indexer_get(n)) {
-        ++n;
-    }
-    return n;
+    return count_of(indexmem_indexer_get);
 }
 
 const char * indexmem_indexer_name(int i) {
@@ -50,11 +56,7 @@ const char * indexmem_indexer_help(int i) {
 }
 
 int indexmem_memory_count(void) {
-    int n = 0;
-    while (indexmem_memory_get(n)) {
-        ++n;
-    }
-    return n;
+    return count_of(indexmem_memory_get);
 }
 
 const char * indexmem_memory_name(int i) {
@@ -174,11 +176,7 @@ bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
 }
 
 int indexmem_policy_count(void) {
-    int n = 0;
-    while (indexmem_policy_get(n)) {
-        ++n;
-    }
-    return n;
+    return count_of(indexmem_policy_get);
 }
 
 const char * indexmem_policy_name(int i) {
