@@ -1,0 +1,22 @@
+"""What is trained on: sequences of tokens that say where a later question makes an earlier fact matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of T tokens.
+
+    `weight[t]` is how much predicting token t + 1 counts: 1 for ordinary text, more where that token answers a question
+    about the context. `asked` is the position from which the context is asked about (T for text without questions).
+    """
+
+    tokens: npt.NDArray[np.int32]  # [T]
+    weight: npt.NDArray[np.float32]  # [T]
+    asked: int
+    source: str  # a book, or the kind of generated text
