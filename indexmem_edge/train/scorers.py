@@ -29,6 +29,7 @@ class Retention(nn.Module):
             self.input_proj = nn.Linear(n_embd, mid, bias=False)
             self.mid_norm = nn.LayerNorm(mid, eps=eps)
         self.magnitude_proj = nn.Linear(width, n_head_kv, bias=False)
+        self.gate_scale = nn.Parameter(torch.ones(1))  # of the training gate; ranks do not read it
         if constants["decay"]:
             self.retention_proj = nn.Linear(width, n_head_kv)
             nn.init.zeros_(self.retention_proj.weight)
@@ -76,6 +77,7 @@ class KVzap(nn.Module):
         if mid:
             self.in_proj = nn.Linear(n_embd, mid)
         self.out_proj = nn.Linear(mid or n_embd, n_head_kv)
+        self.gate_scale = nn.Parameter(torch.ones(1))
 
     @staticmethod
     def defaults(mid_dim: int = 128, decay: bool = False) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The objective of IndexMem++ (method section 7): the model with gates in its attention should say what it says without.
+
+Gradients flow through the frozen decoder into the networks. What is kept for them is a layer's activations, or beyond
+`RECOMPUTE` tokens its input alone; attention and logits are computed block by block in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..decoder import Heads
+from ..gated import Pins, gated_attention
+from ..losses import reverse_kl
+from ..objective import Objective
+from ..sample import Sample
+
+RECOMPUTE = 4096
+POSITIONS = 768  # of a sequence whose outputs are compared: all that answer a question, the others drawn
+
+
+class GatedKL(Objective):
+    name = "gated-kl"
+
+    def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
+        rng = np.random.default_rng((seed, step))
+        total = 0.0
+        for sample in samples:
+            loss = self.loss(sample, rng) / len(samples)
+            loss.backward()
+            total += float(loss.detach())
+        scales = [float(module.gate_scale.detach()) for module in self.modules]
+        return {"loss": total, "gate_scale": sum(scales) / len(scales)}
+
+    def loss(self, sample: Sample, rng: np.random.Generator) -> Tensor:
+        """Reverse KL of one sequence, answers counted by their weight."""
+        tokens = torch.from_numpy(sample.tokens).long().to(self.device)[None]
+        with torch.no_grad():
+            teacher = self.decoder(tokens)[0]
+        student = self._student(tokens)
+        where, weight = self._positions(sample, rng)
+        where, weight = where.to(self.device), weight.to(self.device)
+        weights = self.decoder.weights
+        head = weights["output.weight"] if "output.weight" in weights else weights["token_embd.weight"]
+        return reverse_kl(student[where], teacher[where], head, weight)
+
+    def _student(self, tokens: Tensor) -> Tensor:
+        """Hidden states [T, d] after the last norm, with gates."""
+        positions = torch.arange(tokens.shape[1], device=self.device)
+        x = self.decoder.embed(tokens)
+        for il in range(self.decoder.config.n_layer):
+            if tokens.shape[1] > RECOMPUTE:
+                x = checkpoint(self.decoder.layer, il, x, positions, self._attend, use_reentrant=False)
+            else:
+                x = self.decoder.layer(il, x, positions, self._attend)
+        return self.decoder.final(x)[0]
+
+    def _attend(self, heads: Heads) -> Tensor:
+        module, c = self.modules[heads.layer], self.decoder.config
+        positions = torch.arange(heads.hidden.shape[1], device=self.device)
+        e, rate = module.intercept(heads.hidden[0].float(), positions)
+        pins = Pins(self.sinks, self.window)
+        age_scale = module.constants.get("age_scale", 1.0)
+        return gated_attention(heads.q[0], heads.k[0], heads.v[0], e, rate, module.gate_scale, c.scale, age_scale, pins)[None]
+
+    def _positions(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Positions whose outputs are compared, and their weights; only those that have a history."""
+        first = self.sinks + self.window
+        heavy = np.flatnonzero(sample.weight > 1)
+        heavy = heavy[heavy >= first]
+        light = np.setdiff1d(np.arange(first, len(sample.tokens)), heavy)
+        light = rng.permutation(light)[: max(POSITIONS - len(heavy), 0)]
+        where = np.concatenate([heavy, light]).astype(np.int64)
+        return torch.from_numpy(where), torch.from_numpy(sample.weight[where])

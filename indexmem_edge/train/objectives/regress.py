@@ -1,0 +1,83 @@
+"""Regression on the attention that a key will receive (KVzap, arXiv 2601.07891): forward passes only.
+
+The target of an entry is the logarithm of the largest attention it gets from any later query outside of the window, the
+maximum over the query heads of its group. Hidden states and targets of a share of the tokens are written once, and then
+the networks are fitted to random batches of them, which costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..decoder import Decoder, Heads, causal
+from ..future import future_attention
+from ..objective import Objective, Progress
+from ..sample import Sample
+
+FLOOR = 1e-6  # attention below it is not told apart: bf16 operands do not resolve it
+TOKENS = 1024  # of each sequence that are written
+
+
+class Regress(Objective):
+    """Huber loss between ranks and log attention, in nats; a constant per layer and head is free."""
+
+    name = "regress"
+
+    def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
+        super().__init__(decoder, modules, sinks, window)
+        self.shards: list[Path] = []
+        self.mean: Tensor = torch.zeros(())
+
+    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shards = []
+        for n, sample in enumerate(samples):
+            path = folder / f"regress-{n:05}.safetensors"
+            if not path.exists():
+                draft = path.with_suffix(".draft")
+                save_file(self._observe(sample, n), draft)
+                draft.replace(path)
+            self.shards.append(path)
+            progress(n + 1, len(samples), "attention of sequences")
+        some = self.shards[:: max(len(self.shards) // 32, 1)]
+        self.mean = torch.stack([load_file(path)["target"].float().mean(-1) for path in some]).mean(0)[..., None]
+
+    @torch.no_grad()
+    def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
+        """hidden bf16 [layers, n, d] and target float16 [layers, H, n] of some tokens, and their positions [n]."""
+        last = len(sample.tokens) - self.window
+        rng = np.random.default_rng(n)
+        chosen = np.sort(rng.permutation(np.arange(self.sinks, last))[:TOKENS])
+        where = torch.from_numpy(chosen).to(self.device)
+        hidden, targets = [], []
+
+        def attend(heads: Heads) -> Tensor:
+            best, _ = future_attention(heads.q[0], heads.k[0], self.decoder.config.scale, self.window)
+            hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
+            targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
+            return causal(heads)
+
+        self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], attend)
+        return {"hidden": torch.stack(hidden), "target": torch.stack(targets), "positions": where.cpu()}
+
+    def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
+        rng = np.random.default_rng((seed, step))
+        parts = [load_file(self.shards[i]) for i in rng.integers(0, len(self.shards), max(len(samples), 1))]
+        losses = []
+        for il, module in enumerate(self.modules):
+            loss = torch.zeros((), device=self.device)
+            for part in parts:
+                hidden, positions = part["hidden"][il].to(self.device), part["positions"].to(self.device)
+                target = (part["target"][il].float() - self.mean[il]).to(self.device)
+                ranks = module.ranks(hidden.float(), positions, int(positions[-1]))
+                loss = loss + F.smooth_l1_loss(ranks, target)
+            (loss / len(parts) / len(self.modules)).backward()
+            losses.append(float(loss.detach()) / len(parts))
+        return {"loss": sum(losses) / len(losses)}
