@@ -43,7 +43,7 @@ _FEATURES = {  # keys, the values that change nothing, and what any other value 
 def load_gguf(
     path: Union[str, os.PathLike[str]], dtype: torch.dtype = torch.bfloat16, device: Union[str, torch.device] = "cpu"
 ) -> Decoder:
-    """Reads a model, one part of a tensor at a time, straight into `dtype` on `device`; norms stay float32.
+    """Reads a model, some rows of a tensor at a time, straight into `dtype` on `device`; norms stay float32.
 
     Raises:
         ModelFileError: the file is missing, not GGUF, damaged, or has a tensor type that cannot be read.
@@ -64,7 +64,8 @@ def load_gguf(
                 if name != ROPE_FACTORS
             }
     except ConvertError as error:
-        raise ModelFileError(str(error)) from None
+        message = str(error)
+        raise ModelFileError(message if where in message else f"{where}: {message}") from None
     return Decoder(config, weights)
 
 
