@@ -118,10 +118,17 @@ class GGUFFile:
 
     def read(self, info: TensorInfo) -> bytes:
         """The stored bytes of a tensor."""
-        size = info.nbytes
-        if info.offset + size > len(self._map):
+        return self.read_part(info, 0, info.nbytes)
+
+    def read_part(self, info: TensorInfo, begin: int, end: int) -> bytes:
+        """Stored bytes [begin, end) of a tensor of any type; the caller knows how many it has.
+
+        Raises:
+            ConvertError: the file ends before them.
+        """
+        if info.offset + end > len(self._map):
             raise ConvertError(f"{self._name} is truncated: tensor {quote(info.name)} ends beyond the file")
-        return self._map[info.offset : info.offset + size]
+        return self._map[info.offset + begin : info.offset + end]
 
     def get(self, key: str, *types: str) -> Any:
         """The value of a key, or None if it is not there.

@@ -24,7 +24,7 @@ class ModelFileError(IndexMemError, ValueError):
 
 
 class ModelNotSupported(IndexMemError, ValueError):
-    """The model is fine, but its attention cannot run on a bounded KV cache."""
+    """The model is fine, but its attention cannot run on a bounded KV cache, or training does not know how it computes."""
 
 
 class SidecarError(IndexMemError, ValueError):
@@ -61,3 +61,7 @@ class SessionError(IndexMemError):
 
 class DemoModelMissing(IndexMemError):
     """The demo model is not installed."""
+
+
+class TorchMissing(IndexMemError, ImportError):
+    """PyTorch, which training needs, is not installed or does not start."""

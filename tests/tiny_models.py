@@ -52,6 +52,7 @@ class TinyConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0  # logits are divided by it
     qkv_bias: bool = False
+    other_bias: bool = False  # of the attention output and the feed-forward matrices
     qk_norm: bool = False
     fused: bool = False  # one matrix for q, k, v and one for gate, up
     gelu: bool = False  # gate activation: GELU (tanh form) instead of SiLU
@@ -59,7 +60,9 @@ class TinyConfig:
     sliding_window: int = 0
     sharpness: float = 1.4
     seed: int = 0
-    tensor_type: str = "F32"  # of the matrices: F32, F16 or Q8_0
+    tensor_type: str = "F32"  # of the matrices: what the package gguf can quantise
+    rope_factors: bool = False  # divisors of the rotary frequencies, as Llama 3 has them
+    metadata: tuple[tuple[str, Any], ...] = ()  # further keys, without the architecture; `reference` knows nothing of them
     weights: Weights = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -144,6 +147,9 @@ def _decoder(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
         layer = {f"{name}.weight": a for name, a in (qkv | ffn).items()}
         if c.qkv_bias:
             layer |= {f"{name}.bias": draw.normal(len(a), std=0.5) for name, a in qkv.items()}
+        if c.other_bias:
+            sizes = {"attn_output": c.n_embd, "ffn_gate": c.n_ff, "ffn_up": c.n_ff, "ffn_down": c.n_embd}
+            layer |= {f"{name}.bias": draw.normal(n, std=0.5) for name, n in sizes.items()}
         if c.qk_norm:
             layer |= {f"attn_{x}_norm.weight": draw.norm(c.head_dim, gain) for x in "qk"}
         layer |= {
@@ -154,7 +160,9 @@ def _decoder(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
     w["output_norm.weight"] = draw.norm(c.n_embd)
     if not c.tied:
         w["output.weight"] = draw.matrix(c.n_vocab, c.n_embd, 2 * c.logit_scale)
-    return meta, w
+    if c.rope_factors:
+        w["rope_freqs.weight"] = np.exp(np.linspace(0, 2, c.head_dim // 2, dtype=np.float32))
+    return meta | dict(c.metadata), w
 
 
 def _gemma2(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:

@@ -64,8 +64,17 @@ def causal(heads: Heads) -> Tensor:
     return F.scaled_dot_product_attention(heads.q, heads.k, heads.v, is_causal=True, enable_gqa=True)
 
 
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight is kept in where computation is in `dtype`. Norms are small and lose by rounding: at least float32."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith("norm.weight") else dtype
+
+
 class Decoder:
-    """Weights by their GGUF names, `blk.0.attn_q.weight` and so on, all of one dtype; nothing here is trained."""
+    """Weights by their GGUF names, `blk.0.attn_q.weight` and so on; nothing here is trained.
+
+    All have the dtype of the computation, norms at least float32. What a file may lack (biases, an output matrix, the
+    norms of queries and keys) is used if it is there.
+    """
 
     def __init__(self, config: Config, weights: Weights) -> None:
         self.config, self.weights = config, weights
@@ -79,7 +88,9 @@ class Decoder:
         return self.weights["token_embd.weight"].device
 
     def to(self, device: torch.device | str, dtype: Optional[torch.dtype] = None) -> Decoder:
-        return Decoder(self.config, {name: w.to(device, dtype or w.dtype) for name, w in self.weights.items()})
+        """The same decoder elsewhere, or computing in another dtype. Norms that were loaded as float32 stay exact."""
+        kept = dtype or self.dtype
+        return Decoder(self.config, {name: w.to(device, stored_dtype(name, kept)) for name, w in self.weights.items()})
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] integers -> [B, T, d]"""
@@ -115,7 +126,7 @@ class Decoder:
     def logits(self, h: Tensor) -> Tensor:
         """[..., d] after `final` -> [..., n_vocab], tied to the embedding unless the file has an output matrix."""
         w = self.weights
-        return F.linear(h, w["output.weight"] if "output.weight" in w else w["token_embd.weight"])
+        return F.linear(h, w["output.weight"] if "output.weight" in w else w["token_embd.weight"], w.get("output.bias"))
 
     def __call__(self, tokens: Tensor, attend: Attend = causal, first: int = 0) -> Tensor:
         """Hidden states [B, T, d] after the last norm of tokens [B, T] at positions first, first + 1, ..."""
@@ -127,7 +138,7 @@ class Decoder:
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight = self.weights[f"{name}.weight"]
-        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.config.norm_eps).to(x.dtype)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

@@ -1,0 +1,25 @@
+"""The decoder of a model, whatever it comes as."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Union
+
+import torch
+
+from .decoder import Decoder
+from .gguf_weights import load_gguf
+from .safetensors_weights import load_safetensors
+
+
+def load_decoder(
+    path: Union[str, os.PathLike[str]], dtype: torch.dtype = torch.bfloat16, device: Union[str, torch.device] = "cpu"
+) -> Decoder:
+    """A GGUF file, or a folder with config.json and safetensors files. Numbers are those of the same model either way.
+
+    Raises:
+        ModelFileError: it is neither, or damaged.
+        ModelNotSupported: it is fine, but nothing that training knows.
+    """
+    return (load_safetensors if Path(path).is_dir() else load_gguf)(path, dtype, device)
