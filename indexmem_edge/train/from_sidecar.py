@@ -1,0 +1,49 @@
+"""Modules with the weights of a sidecar: to measure them, or to train them further."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional, Union
+
+import torch
+from torch import nn
+
+from ..convert.sidecar import read_sidecar
+from ..errors import SidecarError
+from .decoder import Config
+from .scorers import SCORERS
+
+
+def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Config] = None) -> nn.ModuleList:
+    """The indexer of a sidecar, one module per layer, float32 on the CPU. A memory beside it is left out.
+
+    Args:
+        config: the decoder that it is for; the shapes are compared.
+
+    Raises:
+        ConvertError: the sidecar cannot be read.
+        SidecarError: it holds no indexer of a kind that is trained here, or is for another model.
+    """
+    checkpoint = read_sidecar(path).checkpoint
+    if checkpoint.kind not in SCORERS:
+        what = "no indexer" if checkpoint.kind == "none" else f"an indexer of kind {checkpoint.kind}"
+        raise SidecarError(f"{os.fspath(path)} holds {what}: expected one of kind {', '.join(SCORERS)}")
+    g = checkpoint.geometry
+    if config is not None:
+        found = g.block_count, g.embedding_length, g.head_count_kv
+        expected = config.n_layer, config.n_embd, config.n_head_kv
+        if found != expected:
+            raise SidecarError(
+                f"{os.fspath(path)} is for another model: layers, hidden size and KV heads are {_show(found)}, "
+                f"the model has {_show(expected)}"
+            )
+    modules = nn.ModuleList()
+    for layer in checkpoint.layers:
+        module = SCORERS[checkpoint.kind](g.embedding_length, g.head_count_kv, checkpoint.constants)
+        module.load_state_dict({name: torch.tensor(layer[name]) for name in module.state_dict()})
+        modules.append(module)
+    return modules
+
+
+def _show(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))
