@@ -161,7 +161,7 @@ def session(
     try:
         from .runner import Model
 
-        loaded = Model(make() if make else path or _demo_model(), gpu_layers)
+        loaded = Model(make() if make else path or demo_model(), gpu_layers)
         with bar:
             yield loaded, bar
         loaded.close()
@@ -174,7 +174,7 @@ def session(
         raise typer.Exit(130) from None
 
 
-def _demo_model() -> Path:
+def demo_model() -> Path:
     from indexmem_edge import demo
 
     return demo.demo_model()

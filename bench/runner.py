@@ -97,6 +97,10 @@ class Model:
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.raw.detokenize(list(tokens)), errors="replace")
 
+    def piece(self, token: int) -> bytes:
+        """What a token adds to a text."""
+        return bytes(self.raw.detokenize([token]))
+
     def is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.raw.vocab, token))
 
