@@ -24,6 +24,15 @@ class Arm(NamedTuple):
     memory: str = MEMORY_OFF  # as it was asked for: a kind, or kind:slots
     cache_type: str = F16
 
+    @property
+    def kind(self) -> str:
+        """The policy, with the type of the entries where that is another than usual."""
+        return self.policy + ("" if self.cache_type == F16 else f" {self.cache_type}")
+
+    @property
+    def name(self) -> str:
+        return self.kind + ("" if self.memory == MEMORY_OFF else f" with memory {self.memory}")
+
 
 FULL_ARM = Arm(UNBOUNDED, 1.0)  # the reference
 

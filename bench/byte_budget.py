@@ -69,7 +69,7 @@ class Budgets:
         found = setup.budget - setup.memory_slots
         if found < LEAST_ENTRIES:
             raise DoesNotFit(
-                f"{arm.policy} with {arm.ratio:.0%} of the {self.unit} of {context_tokens} tokens would keep {max(found, 0)} "
+                f"{arm.name} with {arm.ratio:.0%} of the {self.unit} of {context_tokens} tokens would keep {max(found, 0)} "
                 f"entries, and {LEAST_ENTRIES} are needed: choose larger budgets or longer contexts"
             )
         return setup

@@ -44,9 +44,7 @@ SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
 WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
 TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0; K/V for two.")
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
-GPU = typer.Option(
-    None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all"
-)
+GPU = typer.Option(None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all")
 UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
 DEPTH = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch.")
 REPEATS = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more.")

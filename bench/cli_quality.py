@@ -25,7 +25,9 @@ from .cli_options import (
     setup_of,
 )
 
-ABLATED = "streaming,keydiff"  # what a memory goes with beside the indexer: what is recent, and the best policy measured
+ABLATED = (
+    "streaming,keydiff"  # what a memory goes with beside the indexer: what is recent, and the best policy measured
+)
 
 
 def quality(
@@ -50,8 +52,12 @@ def quality(
     ),
     kv_budget_ratio: Optional[float] = RATIO,
     budgets: str = typer.Option("0.25,0.5,0.1", help="Shares of what the full f16 cache takes for the context."),
-    budget_in: str = typer.Option("bytes", help="What they are shares of: bytes, with all state and weights, or entries."),
-    cache_types: str = typer.Option("f16", help="Types of the entries of bounded caches, K/V for two: f16,q8_0,q8_0/q4_0."),
+    budget_in: str = typer.Option(
+        "bytes", help="What they are shares of: bytes, with all state and weights, or entries."
+    ),
+    cache_types: str = typer.Option(
+        "f16", help="Types of the entries of bounded caches, K/V for two: f16,q8_0,q8_0/q4_0."
+    ),
     full_types: str = typer.Option("q8_0,q4_0", help="Types of full caches that run beside that in f16; none: ''."),
     samples: int = typer.Option(25, help="Samples of each task."),
     all_tasks: bool = typer.Option(False, help="Run policies on tasks that the full cache cannot do, too."),
@@ -154,9 +160,18 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _remarks(report: Any) -> None:
     """What the tables do not say: arms that are not in them, and a run that was cut off."""
-    lines: Sequence[str] = [f"left out at {row['length']} tokens: {row['why']}" for row in report.extra.get("left_out", [])]
+    lines: Sequence[str] = [
+        f"left out at {row['length']} tokens: {row['why']}" for row in report.extra.get("left_out", [])
+    ]
     if report.meta.get("cut_off"):
-        counts = [f"{n} of {task} at {length}" for length, of in report.meta["finished_samples"].items() for task, n in of.items()]
-        lines = [*lines, f"cut off {report.meta['cut_off']}; samples that all arms finished: {', '.join(counts) or 'none'}"]
+        counts = [
+            f"{n} of {task} at {length}"
+            for length, of in report.meta["finished_samples"].items()
+            for task, n in of.items()
+        ]
+        lines = [
+            *lines,
+            f"cut off {report.meta['cut_off']}; samples that all arms finished: {', '.join(counts) or 'none'}",
+        ]
     for line in lines:
         print(line)

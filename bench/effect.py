@@ -11,7 +11,7 @@ from indexmem_edge._parts import MEMORY_OFF
 
 from .report import Row
 from .stats import bootstrap, standard_error
-from .summary import BOOK, MEAN, Runs, by_cell, pairs, policy_of
+from .summary import BOOK, MEAN, Runs, arm_of, by_cell, pairs
 
 # Of fewer pairs, chance gives all the same sign, and so an interval without zero, more often than one time in twenty.
 LEAST_PAIRS = 6
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row], tasks: bool = True) -> list[list[str]]:
     return [
         [
             str(row["length"]),
-            policy_of(row),
+            arm_of(row).kind,
             f"{row['ratio']:.0%}",
             row["memory"],
             str(row["memory_slots"]),
@@ -116,7 +116,7 @@ def plot(figure: Any, report: Any) -> None:
     rows = report.extra["differences"]
     shown = next((found for task in (MEAN, BOOK) if (found := [r for r in rows if r["task"] == task])), rows)
     lengths, ratios = sorted({r["length"] for r in shown}), sorted({r["ratio"] for r in shown}, reverse=True)
-    arms = list(dict.fromkeys(sorted((policy_of(r), r["memory"]) for r in shown)))
+    arms = list(dict.fromkeys(sorted((arm_of(r).kind, r["memory"]) for r in shown)))
     several = len({memory for _, memory in arms}) > 1
     names = [f"{policy}\n{memory}" if several else policy for policy, memory in arms]
     panels = figure.subplots(len(lengths), 2, squeeze=False)
@@ -124,7 +124,7 @@ def plot(figure: Any, report: Any) -> None:
         for axis, key in zip(axes, ("score", "nll")):
             for i, ratio in enumerate(ratios):
                 mine = [r for r in shown if (r["length"], r["ratio"]) == (length, ratio) and f"{key}_delta" in r]
-                x = [arms.index((policy_of(r), r["memory"])) + 0.2 * (i - (len(ratios) - 1) / 2) for r in mine]
+                x = [arms.index((arm_of(r).kind, r["memory"])) + 0.2 * (i - (len(ratios) - 1) / 2) for r in mine]
                 y = [r[f"{key}_delta"] for r in mine]
                 errors = [[abs(r[f"{key}_delta"] - r[f"{key}_{end}"]) for r in mine] for end in ("low", "high")]
                 axis.errorbar(

@@ -188,15 +188,18 @@ def run_quality(
 ) -> Report:
     """All that is planned, or what `seconds` allow. `weights`: as what those of the model were written out, for the report."""
     base = plan.base
-    settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed} budgets in {plan.budget_in}"
+    settings = (
+        f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
+        f"window {base.window} seed {base.seed} budgets in {plan.budget_in}"
+    )
     if base.ratio:
         settings += f" at most {base.ratio:g} of the tokens seen"
     runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed, seconds)
     how = (
-        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and answer prefix; true answer scored "
-        f"teacher-forced, then greedy; score: share of expected strings found; judged: tasks where the full cache has at least {ABLE}, on samples that all "
-        f"arms finished; agreement over at most {AGREED} tokens; book: {BOOK_SCORED} tokens after each window, 128 at a time; "
-        f"{byte_budget.HOW[plan.budget_in]}"
+        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and "
+        "answer prefix; true answer scored teacher-forced, then greedy; score: share of expected strings found; judged: "
+        f"tasks where the full cache has at least {ABLE}, on samples that all arms finished; agreement over at most "
+        f"{AGREED} tokens; book: {BOOK_SCORED} tokens after each window, 128 at a time; {byte_budget.HOW[plan.budget_in]}"
     )
     report = Report(
         "quality",

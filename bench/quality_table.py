@@ -9,7 +9,7 @@ from typing import Any
 from .report import Row
 from .runner import F16, UNBOUNDED
 from .standing import ALL, FEW, NONE
-from .summary import BOOK, MEAN, arm_of, name_of, policy_of
+from .summary import BOOK, MEAN, arm_of
 
 DETAILS = ("task", "length", "policy", "n", "score", "nll", "kv_bytes")  # of the full cache alone
 NOTE = (
@@ -36,7 +36,7 @@ def table(found: Sequence[Row], versus: Sequence[Row], bold: str = "{}") -> tupl
         best = [row for row in versus if row["length"] == last and arm_of(row) == arm and row["against_best"]]
         cells.append(
             [
-                name_of(any_row),
+                arm.name,
                 "all" if arm.policy == UNBOUNDED else f"{arm.ratio:.0%}",
                 "-" if share is None else f"{share:.1%}",
                 *(_with_ends(mine.get(n, {}), "retained", ".3f") for n in lengths),
@@ -63,12 +63,7 @@ def _with_ends(row: Row, key: str, form: str) -> str:
 def _over_best(row: Row, versus: Sequence[Row], bold: str) -> str:
     if row.get("best_training_free"):
         return "is the best"
-    told = [
-        bold.format(text) if v["retained_delta_effect"] not in (NONE, FEW) else text
-        for v in versus
-        if (text := _with_ends(v, "retained_delta", "+.3f")) != "-"
-    ]
-    return told[0] if told else "-"
+    return _bold_if_clear(versus[0], "retained_delta", bold) if versus else "-"
 
 
 def markdown(data: Row) -> str:
@@ -78,11 +73,32 @@ def markdown(data: Row) -> str:
         columns, cells = table(found, data.get("versus", []), bold="**{}**")
         out += ["### Retained", "", NOTE, "", _line(columns), "|---|" + "--:|" * (len(columns) - 1)]
         out += [*map(_line, cells), ""]
+    out += _against([row for row in data.get("versus", []) if row["trained"]])
     for row in data.get("left_out", []):
         out += [f"Left out at {row['length']} tokens: {row['why']}.", ""]
     for length in sorted({row["length"] for row in data["rows"]}):
         out += _of_length(length, [row for row in data["rows"] if row["length"] == length])
     return "\n".join(out)
+
+
+def _against(versus: Sequence[Row]) -> list[str]:
+    """What is trained minus everything that it is held against; nothing if nothing is trained."""
+    if not versus:
+        return []
+    columns = ["length", "arm", "kept", "minus", "its bytes", "retained", "answer NLL", "book NLL"]
+    out = ["### Trained minus training-free", "", _line(columns), "|--:|---|--:|---|" + "--:|" * (len(columns) - 4)]
+    for row in versus:
+        arm = arm_of(row)
+        told = (_bold_if_clear(row, f"{key}_delta") for key in ("retained", "nll", "book_nll"))
+        against = row["against"] + (", best" if row["against_best"] else "")
+        cells = [str(row["length"]), arm.name, f"{arm.ratio:.0%}", against, f"{row['against_share']:.1%}", *told]
+        out.append(_line(cells))
+    return [*out, ""]
+
+
+def _bold_if_clear(row: Row, key: str, bold: str = "**{}**") -> str:
+    text = _with_ends(row, key, "+.3f")
+    return bold.format(text) if text != "-" and row[f"{key}_effect"] not in (NONE, FEW) else text
 
 
 def _of_length(length: int, rows: Sequence[Row]) -> list[str]:
@@ -96,7 +112,7 @@ def _of_length(length: int, rows: Sequence[Row]) -> list[str]:
         any_row = next(iter(mine.values()))
         state = (any_row.get("meta_bytes") or 0) + (any_row.get("sidecar_bytes") or 0)  # all but keys and values
         cells = [
-            policy_of(any_row),
+            arm.kind,
             arm.memory,
             f"{arm.ratio:.0%}" if any_row["budget"] else "all",
             *(f"{size / 2**20:.1f} MiB" for size in (any_row["kv_bytes"], state)),
@@ -135,8 +151,8 @@ def plot(figure: Any, report: Any) -> None:
     for key, axes in zip(keys, panels):
         for length, axis in zip(lengths, axes):
             here = [row for row in found if row["length"] == length and row.get(key) is not None]
-            for name in dict.fromkeys(map(name_of, here)):
-                mine = sorted((row for row in here if name_of(row) == name), key=lambda row: row["bytes_share"])
+            for name in dict.fromkeys(arm_of(row).name for row in here):
+                mine = sorted((row for row in here if arm_of(row).name == name), key=lambda row: row["bytes_share"])
                 _draw(axis, mine, key, name, colours, styles)
             axis.axhline(1 if key == "retained" else 0, color="black", linestyle="--", linewidth=0.8)
             axis.set(xlabel="% of the bytes of the full f16 cache", ylabel=f"{names[key]}, {length} tokens")
@@ -147,14 +163,15 @@ def plot(figure: Any, report: Any) -> None:
 
 
 def _draw(
-    axis: Any, rows: Sequence[Row], key: str, name: str, colours: dict[str, str], styles: Sequence[tuple[str, ...]]
+    axis: Any, rows: Sequence[Row], key: str, name: str, colours: dict[str, str], styles: Sequence[tuple[Any, ...]]
 ) -> None:
     """A line for a policy, a marker for a full cache."""
     x, y = [100 * row["bytes_share"] for row in rows], [row[key] for row in rows]
     ends = [[_reach(row[key], row[f"{key}_{end}"]) for row in rows] for end in ("low", "high")]
     arm = arm_of(rows[0])
     if arm.policy == UNBOUNDED:
-        look = {"fmt": "*" if arm.cache_type == F16 else "D", "color": "black" if arm.cache_type == F16 else None}
+        mark = {F16: "*", "q8_0": "s", "q4_0": "D"}.get(arm.cache_type, "^")
+        look = {"fmt": mark, "color": "black", "markerfacecolor": "black" if arm.cache_type == F16 else "white"}
     else:
         line = ("-", "--", ":", "-.")[styles.index(arm[2:]) % 4]
         look = {"fmt": "o", "linestyle": line, "color": colours[arm.policy]}

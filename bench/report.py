@@ -15,7 +15,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
-WORDS = ("policy", "task", "system", "memory")  # columns of text
+WORDS = ("arm", "policy", "task", "system", "memory")  # columns of text
 QUALITY_KEYS = ("task", "length", "score", "nll", "n")
 
 

@@ -3,7 +3,8 @@
     retained            mean score over the judged tasks / that of the full f16 cache
     nll, agreement      of the true answer, and with the full cache's own answer, over the same tasks
     book_nll, ..._recall   of the text that follows a long context; of words in it that were last met far back
-    versus              retained, nll and book_nll minus those of each training-free policy with the same share
+    versus              retained, nll and book_nll minus those of each training-free policy with the same share, and minus those
+                        of full caches with quantised entries, whatever they take
 
 All of a length is one draw of samples (paired.py), so that everything is paired with everything. Length "all" takes the tasks
 of all lengths together, for arms that there are at all of them.
@@ -21,7 +22,7 @@ from .arms import FULL_ARM, Arm
 from .paired import LEAST, Interval, Paired
 from .report import Row, Verdict
 from .runner import UNBOUNDED
-from .summary import BOOK, arm_of, name_of
+from .summary import BOOK, arm_of
 
 ALL = "all"  # the length of what is pooled
 GOALS = {0.5: 0.97, 0.25: 0.90, 0.1: 0.75}  # share of the score to retain, by the share that is kept
@@ -29,7 +30,7 @@ FULL_VALUE = {"agreement": 1.0, "prefix": None}  # the full cache agrees with it
 NONE, FEW = "no difference", "too few samples"
 HOW = (
     "retained: mean score over the judged tasks as a share of the full f16 cache's; delta: minus the full cache's, or minus that of "
-    "a training-free policy with the same share (versus); 95 % intervals by paired bootstrap: samples drawn again within tasks, the "
+    "a training-free policy with the same share or of a quantised full cache (versus); 95 % intervals by paired bootstrap: samples drawn again within tasks, the "
     "same draw for all arms of a length; the best training-free policy is the one with the highest mean score on these very samples, "
     "which favours it; agreement: share of the first tokens of the full cache's greedy answer that are the arm's choice, too, read "
     "along that answer; recall: words that the context has, but not the last 256 tokens; length all: tasks of all lengths together"
@@ -40,7 +41,7 @@ Group = dict[Arm, dict[int, Row]]  # of one task and length: rows by arm and sam
 @dataclass
 class Standing:
     rows: list[Row]  # one per length and arm
-    versus: list[Row]  # one per length, arm and training-free policy of its share
+    versus: list[Row]  # one per length, arm and what it is held against
 
 
 def standing(rows: Iterable[Row], able: Mapping[int, Sequence[str]]) -> Standing:
@@ -86,16 +87,18 @@ def _stand(out: Standing, length: int | str, named: Sequence[tuple[str, Group]])
     out.rows += found.values()
 
     for arm, row in found.items():
-        rivals = [a for a in found if a.policy != UNBOUNDED and a.ratio == arm.ratio and not found[a]["trained"]]
-        if arm.policy == UNBOUNDED or not rivals:
+        if arm.policy == UNBOUNDED:
             continue
-        best = max(rivals, key=lambda a: (found[a].get("score", 0.0), -found[a].get("nll", 0.0)))
+        rivals = [a for a in found if a.policy != UNBOUNDED and a.ratio == arm.ratio and not found[a]["trained"]]
+        quantised = [a for a in found if a.policy == UNBOUNDED and a != FULL_ARM]
+        best = max(rivals, key=lambda a: (found[a].get("score", 0.0), -found[a].get("nll", 0.0)), default=None)
         row["best_training_free"] = arm == best
-        for rival in rivals:
+        for rival in rivals + quantised:
             if rival == arm:
                 continue
             versus: Row = {"length": length, **arm._asdict(), "trained": row["trained"]}
-            versus |= {"against": name_of(rival._asdict()), "against_best": rival == best}
+            versus |= {"against": rival.name, "against_best": rival == best}
+            versus |= {"against_share": found[rival]["bytes_share"]}
             i, j = at[arm], at[rival]
             if score:
                 versus |= _told("retained_delta", score.share_difference(i, j, full), score.enough, 1)
@@ -158,7 +161,7 @@ def verdicts(found: Standing, able: Mapping[int, Sequence[str]], unit: str) -> l
         if row.get("retained") is None or not (row["trained"] or row.get("best_training_free")):
             continue
         where = f"{_tokens(row['length'])} with {row['ratio']:.0%} of the {unit}"
-        who = name_of(row) + ("" if row["trained"] else ", best training-free")
+        who = arm_of(row).name + ("" if row["trained"] else ", best training-free")
         out.append(Verdict(f"score retained at {where} ({who})", row["retained"], GOALS.get(round(row["ratio"], 3))))
         if row["trained"]:
             out += [_over(versus, where) for versus in found.versus if versus["against_best"] and _same(versus, row)]
@@ -168,7 +171,7 @@ def verdicts(found: Standing, able: Mapping[int, Sequence[str]], unit: str) -> l
 def _over(versus: Row, where: str) -> Verdict:
     """Is the whole interval above zero?"""
     enough = versus["retained_delta_effect"] != FEW
-    name = f"{name_of(versus)} minus {versus['against']} at {where}, lower end of the interval" + (
+    name = f"{arm_of(versus).name} minus {versus['against']} at {where}, lower end of the interval" + (
         "" if enough else f" ({LEAST} samples and two of each task are needed)"
     )
     return Verdict(name, versus["retained_delta_low"] if enough else None, 0.0, strictly=True)

@@ -111,14 +111,3 @@ def _mean_row(cell: Cell, runs: list[Runs], full: list[Runs]) -> Row:
 def arm_of(row: Row) -> Arm:
     """Rows of earlier versions do not say that there was no memory, nor that the cache was f16."""
     return Arm(row["policy"], row["ratio"], row.get("memory") or MEMORY_OFF, row.get("cache_type") or F16)
-
-
-def policy_of(row: Row) -> str:
-    """With the type of the entries, where that is another than usual."""
-    arm = arm_of(row)
-    return arm.policy + ("" if arm.cache_type == F16 else f" {arm.cache_type}")
-
-
-def name_of(row: Row) -> str:
-    memory = arm_of(row).memory
-    return policy_of(row) + ("" if memory == MEMORY_OFF else f" with memory {memory}")

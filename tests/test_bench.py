@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 from bench_data import invoke, ruler_folder, sidecar_shape, single_runs
 
-from indexmem_edge.bench import indexer, machine, memory, quality, quality_table, ruler, speed, summary, synthetic, trial
+from indexmem_edge.bench import (
+    indexer,
+    machine,
+    memory,
+    quality,
+    quality_table,
+    ruler,
+    speed,
+    summary,
+    synthetic,
+    trial,
+)
 from indexmem_edge.bench.arms import FULL_ARM, Arm, Sidecar, Sidecars, setup_for
 from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup, System, token_nll

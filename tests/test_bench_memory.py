@@ -205,7 +205,9 @@ def test_tables_and_pictures_show_the_memory_beside_the_policy(tmp_path: Path) -
     assert cell["knorm", "centroid", "a"]["memory_bytes"] == 100
     placed = standing.standing(runs_with_memory(), able)
     told = [str(verdict) for verdict in standing.verdicts(placed, able, "bytes")]
-    assert "retained at 64 tokens with 25% of the bytes (knorm with memory centroid, best training-free): 0.750" in told[1]
+    assert (
+        "retained at 64 tokens with 25% of the bytes (knorm with memory centroid, best training-free): 0.750" in told[1]
+    )
     text = quality_table.markdown({"rows": rows})
     assert "| knorm | off | 25% |" in text and "| knorm | centroid | 25% |" in text
     earlier = [{k: v for k, v in row.items() if k != "memory"} for row in rows if row["memory"] == "off"]

@@ -15,7 +15,9 @@ from indexmem_edge.errors import ModelFileError
 
 
 @pytest.mark.parametrize(("kind", "close"), [("bf16", 2**-8), ("f16", 2**-11)])
-def test_quantised_weights_are_written_out_and_the_rest_stays(tiny: Any, tmp_path: Path, kind: str, close: float) -> None:
+def test_quantised_weights_are_written_out_and_the_rest_stays(
+    tiny: Any, tmp_path: Path, kind: str, close: float
+) -> None:
     path, config = tiny("qwen3", tensor_type="Q8_0")
     copy = converted(path, kind, tmp_path)
     before, after = gguf.GGUFReader(path), gguf.GGUFReader(copy)

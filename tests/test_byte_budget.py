@@ -66,7 +66,9 @@ def test_the_parts_add_up_and_the_budget_is_the_largest(
     with System(model, setup) as system:
         stats, counted = system.stats(), budgets.count(system, TOKENS)
     whole = stats["kv_bytes"] + stats["meta_bytes"] + stats["sidecar_bytes"]
-    assert whole == cost.fixed + cost.slot * stats["slots"]  # at another budget and ubatch than those it was measured with
+    assert (
+        whole == cost.fixed + cost.slot * stats["slots"]
+    )  # at another budget and ubatch than those it was measured with
     assert counted["used_bytes"] + counted["room_bytes"] == whole
     assert counted["room_bytes"] == cost.slot * (stats["slots"] - (setup.budget - setup.memory_slots)) >= 64 * cost.slot
     assert counted["used_bytes"] >= stats["sidecar_bytes"] + stats["memory_bytes"]
