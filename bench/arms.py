@@ -1,4 +1,6 @@
-"""What a quality run compares: policies, shares of the context and latent memories, each with the sidecar that it needs."""
+"""What a quality run compares: policies, shares of the full cache, latent memories and types of the entries, each with the
+sidecar that it needs.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,28 @@ from indexmem_edge._modelfile import check_sidecar_file, fingerprint
 from indexmem_edge._parts import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF, SLOTTED_MEMORY
 from indexmem_edge.inspection import examine
 
-from .runner import UNBOUNDED, BenchError, Setup
+from .runner import F16, UNBOUNDED, BenchError, Setup
 
 NONE = "none"  # the kind of what a sidecar does not hold
 
 
 class Arm(NamedTuple):
     policy: str  # as rows name it: an indexer can have a name of its own
-    ratio: float  # of the context's tokens; 1 for the full cache
+    ratio: float  # of what the full cache takes for the context; 1 for that cache, whatever the type of its entries
     memory: str = MEMORY_OFF  # as it was asked for: a kind, or kind:slots
+    cache_type: str = F16
+
+    @property
+    def kind(self) -> str:
+        """The policy, with the type of the entries where that is another than usual."""
+        return self.policy + ("" if self.cache_type == F16 else f" {self.cache_type}")
+
+    @property
+    def name(self) -> str:
+        return self.kind + ("" if self.memory == MEMORY_OFF else f" with memory {self.memory}")
 
 
-FULL_ARM = Arm(UNBOUNDED, 1.0)
+FULL_ARM = Arm(UNBOUNDED, 1.0)  # the reference
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,18 @@ class Sidecars:
             return self.indexers[policy]
         return self.memory if self.memory and self.memory.memory == memory.partition(":")[0] else None
 
+    def lent(self) -> Sidecars:
+        """The same, the memory of a sidecar with an indexer lent to the other policies: for what each part does alone.
+
+        Raises:
+            BenchError: no sidecar has a memory, or several have one.
+        """
+        having = [s for s in (*self.indexers.values(), self.memory) if s and s.memory != NONE]
+        if len(having) != 1:
+            found = ", ".join(s.path.name for s in having) or "none"
+            raise BenchError(f"expected one sidecar with a memory, found {found}: name it with --indexmem FILE")
+        return replace(self, memory=having[0])
+
     def describe(self) -> dict[str, str]:
         """For the report: what the policies stand for."""
         memory = {f"memory {self.memory.memory}": str(self.memory)} if self.memory else {}
@@ -104,7 +128,13 @@ def check_memories(wanted: Sequence[str], known: Mapping[str, str]) -> tuple[str
     return tuple(dict.fromkeys(wanted))
 
 
-def arms(policies: Sequence[str], ratios: Sequence[float], memories: Sequence[str], sidecars: Sidecars) -> list[Arm]:
+def arms(
+    policies: Sequence[str],
+    ratios: Sequence[float],
+    memories: Sequence[str],
+    sidecars: Sidecars,
+    cache_types: Sequence[str] = (F16,),
+) -> list[Arm]:
     """All that can be: a memory that needs trained weights goes with sidecars that have them.
 
     Those that differ in memory alone are neighbours.
@@ -117,14 +147,26 @@ def arms(policies: Sequence[str], ratios: Sequence[float], memories: Sequence[st
     for memory in memories if policies else ():
         if not any(possible(policy, memory) for policy in policies):
             raise BenchError(f"the memory {memory!r} needs trained weights: name a sidecar with them (--indexmem FILE)")
-    return [Arm(p, ratio, m) for ratio in ratios for p in policies for m in memories if possible(p, m)]
+    return [
+        Arm(p, ratio, m, cache_type)
+        for ratio in ratios
+        for cache_type in cache_types
+        for p in policies
+        for m in memories
+        if possible(p, m)
+    ]
 
 
 def setup_for(base: Setup, arm: Arm, sidecars: Sidecars, context_tokens: int, more_tokens: int) -> Setup:
-    """Budget = share of the context; of a small budget, window and memory take a quarter each."""
+    """Budget = share of the context's tokens. What makes a budget of bytes is in byte_budget.py."""
     if arm.policy == UNBOUNDED:
-        return replace(base, policy=UNBOUNDED, budget=0, n_ctx=context_tokens + more_tokens, sidecar=None)
-    budget = round(arm.ratio * context_tokens)
+        size = context_tokens + more_tokens
+        return replace(base, policy=UNBOUNDED, budget=0, n_ctx=size, sidecar=None, cache_type=arm.cache_type)
+    return bounded_setup(base, arm, sidecars, round(arm.ratio * context_tokens))
+
+
+def bounded_setup(base: Setup, arm: Arm, sidecars: Sidecars, budget: int) -> Setup:
+    """Of a small budget, window and memory take a quarter each."""
     sidecar = sidecars.of(arm.policy, arm.memory)
     return replace(
         base,
@@ -132,6 +174,7 @@ def setup_for(base: Setup, arm: Arm, sidecars: Sidecars, context_tokens: int, mo
         budget=budget,
         window=min(base.window, budget // 4),
         sidecar=sidecar.path if sidecar else None,
+        cache_type=arm.cache_type,
         **memory_for(arm.memory, budget, sidecar),
     )
 

@@ -36,6 +36,7 @@ from .cli_options import (
     session,
     setup_of,
 )
+from .cli_quality import quality
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 
@@ -146,92 +147,7 @@ def speed(
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-@app.command()
-def quality(
-    data: Path = typer.Option(..., exists=True, file_okay=False, help="Folder with <length>/<task>.jsonl.gz (RULER)."),
-    model: Optional[Path] = MODEL,
-    lengths: str = typer.Option("2048,4096", help="Lengths, folders of DATA."),
-    tasks: Optional[str] = typer.Option(None, help="Tasks; default: all that are there.", show_default=False),
-    policies: Optional[str] = typer.Option(
-        None, help="Policies; default: all. The full cache always runs, so do indexers of sidecars.", show_default=False
-    ),
-    memories: str = typer.Option("off", help="Latent memories: off, centroid, centroid:SLOTS, residual."),
-    indexmem: Optional[list[Path]] = INDEXMEMS,
-    kv_budget_ratio: Optional[float] = RATIO,
-    budgets: str = typer.Option("0.25,0.5,0.1", help="Shares of the context that the cache keeps."),
-    samples: int = typer.Option(25, help="Samples of each task."),
-    all_tasks: bool = typer.Option(False, help="Run policies on tasks that the full cache cannot do, too."),
-    nll_text: Optional[Path] = typer.Option(None, exists=True, help="Book whose likelihood is measured as well."),
-    nll_tokens: int = typer.Option(4096, help="Tokens of it to score, 512 after each window."),
-    cache_type: str = TYPE,
-    threads: int = THREADS,
-    ubatch: int = UBATCH,
-    seed: int = typer.Option(0, help="For the policy `random` and the places in the book."),
-    full_only: bool = typer.Option(False, help="Run the full cache and stop: which tasks can it do?"),
-    markdown: Optional[Path] = typer.Option(None, help="Write the tables of the results page here."),
-    out: Path = OUT,
-    as_json: bool = JSON,
-) -> None:
-    """RULER scores and likelihoods with physically evicted contexts. Can be stopped and started again: finished runs are kept."""
-    from . import effect, ruler, summary
-    from . import quality as bench
-    from .arms import Sidecars
-    from .report import draw, print_table, quality_markdown
-    from .runner import BenchError
-
-    with session(model, as_json) as (loaded, progress):
-        wanted = tuple(numbers(lengths, int))
-        names = (
-            tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
-        )
-        missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
-        if missing or not names:
-            raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
-        sidecars = Sidecars.open(indexmem or [])
-        found = [] if full_only else policies_of(policies, list(sidecars.indexers))
-        plan = bench.Plan(
-            data,
-            wanted,
-            names,
-            tuple(name for name in found if name != bench.FULL),
-            tuple(numbers(budgets, float)),
-            samples,
-            setup_of(None, 0, cache_type, 4, 128, threads, ubatch, seed, ratio=kv_budget_ratio),
-            all_tasks,
-            nll_text,
-            nll_tokens // bench.BOOK_SCORED if nll_text else 0,
-            memories_of(memories),
-            sidecars,
-        )
-        report = bench.run_quality(loaded, plan, out, seed, full_only, progress)
-    finish(
-        report,
-        (
-            "task",
-            "length",
-            "policy",
-            "memory",
-            "ratio",
-            "budget",
-            "kv_bytes",
-            "meta_bytes",
-            "n",
-            "score",
-            "score_delta",
-            "nll",
-            "nll_delta",
-        ),
-        out,
-        summary.plot,
-        as_json,
-    )
-    changed = report.extra.get("differences", [])
-    if changed:
-        draw(out / "quality-memory.png", report, effect.plot)
-        if not as_json:
-            print_table("memory - off", effect.COLUMNS, effect.table(changed, tasks=False))
-    if markdown:
-        markdown.write_text("\n".join(filter(None, (quality_markdown(report.to_dict()), effect.markdown(changed)))))
+app.command()(quality)
 
 
 @app.command()

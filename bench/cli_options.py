@@ -42,11 +42,9 @@ RATIO = typer.Option(
 )
 SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
 WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
-TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0.")
+TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0; K/V for two.")
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
-GPU = typer.Option(
-    None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all"
-)
+GPU = typer.Option(None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all")
 UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
 DEPTH = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch.")
 REPEATS = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more.")
@@ -119,10 +117,9 @@ def setup_of(
     from indexmem_edge._parts import choose_memory, choose_policy, sidecar_kinds
     from indexmem_edge.options import check_share
 
-    from .runner import CACHE_TYPES, BenchError, Setup
+    from .runner import Setup, kv_types
 
-    if cache_type not in CACHE_TYPES:
-        raise BenchError(f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}")
+    kv_types(cache_type)  # an unknown one is an error before anything runs
     sidecar = check_sidecar_file(indexmem) if indexmem is not None else None
     kinds = sidecar_kinds(sidecar)
     memory, n_slots = choose_memory(memory, slots, kinds, _capi.memories())
@@ -162,7 +159,7 @@ def session(
     try:
         from .runner import Model
 
-        loaded = Model(make() if make else path or _demo_model(), gpu_layers)
+        loaded = Model(make() if make else path or demo_model(), gpu_layers)
         with bar:
             yield loaded, bar
         loaded.close()
@@ -175,7 +172,7 @@ def session(
         raise typer.Exit(130) from None
 
 
-def _demo_model() -> Path:
+def demo_model() -> Path:
     from indexmem_edge import demo
 
     return demo.demo_model()

@@ -11,15 +11,18 @@ from indexmem_edge._parts import MEMORY_OFF
 
 from .report import Row
 from .stats import bootstrap, standard_error
-from .summary import BOOK, MEAN, Runs, by_cell, pairs
+from .summary import BOOK, MEAN, Runs, arm_of, by_cell, pairs
 
 # Of fewer pairs, chance gives all the same sign, and so an interval without zero, more often than one time in twenty.
 LEAST_PAIRS = 6
-BETTER = {"score": 1, "nll": -1}  # which sign of a difference is good
+BETTER = {"score": 1, "nll": -1, "nll_recall": -1}  # which sign of a difference is good
 NONE, FEW = "no difference", "too few samples"
-COLUMNS = ("length", "policy", "kept", "memory", "slots", "task", "n", "score, memory - off", "NLL, memory - off")
+COLUMNS = ("length", "policy", "kept", "memory", "slots", "task", "n") + tuple(
+    f"{what}, memory - off" for what in ("score", "NLL", "recall NLL")
+)
 HOW = (
-    "score and NLL with the memory minus without it, same policy, budget and sample; mean, standard error, 95 % interval "
+    "score and NLL with the memory minus without it, same policy, budget and sample; recall: words of the book that the context has, "
+    "but not the last 256 tokens; mean, standard error, 95 % interval "
     f"by paired bootstrap; helps or hurts: the interval excludes zero, with {LEAST_PAIRS} pairs or more, two of each task; "
     "where a memory changes nothing, about one interval in twenty excludes zero by chance"
 )
@@ -60,7 +63,8 @@ def _difference(groups: Sequence[tuple[Runs, Runs]]) -> Row:
 
 
 def _bytes(row: Row) -> int:
-    return sum(row.get(key) or 0 for key in ("kv_bytes", "meta_bytes", "sidecar_bytes"))
+    """What counts; in rows of earlier versions, what is allocated."""
+    return row.get("used_bytes") or sum(row.get(key) or 0 for key in ("kv_bytes", "meta_bytes", "sidecar_bytes"))
 
 
 def effect(groups: Sequence[Sequence[float]], one_end: float, other_end: float) -> str:
@@ -76,14 +80,14 @@ def table(rows: Sequence[Row], tasks: bool = True) -> list[list[str]]:
     return [
         [
             str(row["length"]),
-            row["policy"],
+            arm_of(row).kind,
             f"{row['ratio']:.0%}",
             row["memory"],
             str(row["memory_slots"]),
             row["task"],
             str(row["n"]),
             _told(row, "score"),
-            _told(row, "nll"),
+            *(_told(row, key) for key in ("nll", "nll_recall")),
         ]
         for row in rows
         if tasks or row["task"] in (MEAN, BOOK)
@@ -103,7 +107,7 @@ def markdown(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     lines = ["### Memory minus off", "", HOW[0].upper() + HOW[1:] + ".", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|--:|---|--:|---|--:|---|--:|---|---|"]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|--:|---|--:|---|--:|---|--:|---|---|---|"]
     return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in table(rows)]) + "\n"
 
 
@@ -112,17 +116,15 @@ def plot(figure: Any, report: Any) -> None:
     rows = report.extra["differences"]
     shown = next((found for task in (MEAN, BOOK) if (found := [r for r in rows if r["task"] == task])), rows)
     lengths, ratios = sorted({r["length"] for r in shown}), sorted({r["ratio"] for r in shown}, reverse=True)
-    arms = list(
-        dict.fromkeys((r["policy"], r["memory"]) for r in sorted(shown, key=lambda r: (r["policy"], r["memory"])))
-    )
+    arms = list(dict.fromkeys(sorted((arm_of(r).kind, r["memory"]) for r in shown)))
     several = len({memory for _, memory in arms}) > 1
     names = [f"{policy}\n{memory}" if several else policy for policy, memory in arms]
     panels = figure.subplots(len(lengths), 2, squeeze=False)
     for length, axes in zip(lengths, panels):
-        for axis, key in zip(axes, BETTER):
+        for axis, key in zip(axes, ("score", "nll")):
             for i, ratio in enumerate(ratios):
                 mine = [r for r in shown if (r["length"], r["ratio"]) == (length, ratio) and f"{key}_delta" in r]
-                x = [arms.index((r["policy"], r["memory"])) + 0.2 * (i - (len(ratios) - 1) / 2) for r in mine]
+                x = [arms.index((arm_of(r).kind, r["memory"])) + 0.2 * (i - (len(ratios) - 1) / 2) for r in mine]
                 y = [r[f"{key}_delta"] for r in mine]
                 errors = [[abs(r[f"{key}_delta"] - r[f"{key}_{end}"]) for r in mine] for end in ("low", "high")]
                 axis.errorbar(

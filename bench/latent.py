@@ -53,7 +53,7 @@ def run_latent(
         raise BenchError(f"the memory {MEMORY_OFF} is what the others are compared with: leave it out")
     with tempfile.TemporaryDirectory() as folder:
         sidecars = with_random_memory(model, memories, sidecars, Path(folder))
-        found = arms(policies, [1.0], memories, sidecars)
+        found = arms(policies, [1.0], memories, sidecars, [base.cache_type])
         setups = [setup_for(base, arm, sidecars, base.budget, 0) for arm in found]
         depth, corpus = past_budget(base, depth), corpus_of(model, text)
         report = Report(

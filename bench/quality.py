@@ -1,8 +1,7 @@
 """Does a bounded cache still know? RULER questions asked after the context was compressed, and likelihood of text.
 
-Every run is a fresh context: the context is evaluated with the cache bounded (physical eviction, the question unseen),
-then the question, then the true answer is scored by likelihood, the state put back, and the answer generated greedily. With
-and without a latent memory the budget is the same: the memory's slots are part of it.
+Runs go in rounds: sample 0 of every task with every arm, then sample 1, and so on. Wherever a run is cut off, all arms have
+finished the same samples but for those of the last round, and only samples that all of them finished are judged.
 """
 
 from __future__ import annotations
@@ -10,145 +9,29 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
 from indexmem_edge._parts import MEMORY_OFF
 
-from . import effect, ruler
-from .arms import FULL_ARM, Arm, Sidecars, arms, setup_for
-from .machine import describe, rss_bytes
+from . import byte_budget, effect, ruler
+from . import standing as standings
+from .arms import FULL_ARM, Sidecars
+from .balance import balanced
+from .byte_budget import Budgets, DoesNotFit
+from .machine import describe
+from .plan import Job, Plan
+from .recall import recalled
 from .report import Report, Row
-from .runner import BenchError, Model, Setup, System, library
-from .stats import tps
-from .summary import summarise, verdicts
+from .runner import BenchError, Model, library
+from .summary import BOOK, summarise
+from .trial import AGREED, BOOK_SCORED, run_book, run_sample
 
-FULL = "full"
-BOOK = "book"  # the task name of held-out text
-BOOK_SCORED = 512  # tokens scored after each window
 ABLE = 0.6  # score of the full cache from which a task is judged
-
-
-@dataclass(frozen=True)
-class Job:
-    task: str
-    length: int
-    policy: str
-    ratio: float  # of the context's tokens; 1 for the full cache
-    sample: int
-    memory: str = MEMORY_OFF
-
-    @property
-    def key(self) -> str:
-        memory = "" if self.memory == MEMORY_OFF else f"/{self.memory}"  # rows of earlier versions had none
-        return f"{self.task}/{self.length}/{self.policy}/{self.ratio:g}/{self.sample}{memory}"
-
-    @property
-    def arm(self) -> Arm:
-        return Arm(self.policy, self.ratio, self.memory)
-
-
-@dataclass(frozen=True)
-class Plan:
-    data: Path
-    lengths: tuple[int, ...]
-    tasks: tuple[str, ...]
-    policies: tuple[str, ...]  # without the full cache, which always runs
-    ratios: tuple[float, ...]
-    samples: int
-    base: Setup
-    all_tasks: bool = False
-    book: Path | None = None
-    book_windows: int = 0
-    memories: tuple[str, ...] = (MEMORY_OFF,)
-    sidecars: Sidecars = field(default_factory=Sidecars)
-
-    def jobs(self, tasks_of: dict[int, list[str]], arms: list[Arm]) -> Iterator[Job]:
-        """Sample by sample, every arm on the same sample: whatever is finished can be compared."""
-        for sample in range(max(self.samples, self.book_windows)):
-            for length in self.lengths:
-                names = list(tasks_of[length]) if sample < self.samples else []
-                for task in names + ([BOOK] if sample < self.book_windows else []):
-                    for arm in arms:
-                        yield Job(task, length, arm.policy, arm.ratio, sample, arm.memory)
-
-    def bounded(self) -> list[Arm]:
-        return arms(self.policies, self.ratios, self.memories, self.sidecars)
-
-    def setup(self, job: Job, context_tokens: int, more_tokens: int) -> Setup:
-        return setup_for(self.base, job.arm, self.sidecars, context_tokens, more_tokens)
-
-
-def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list[int]]:
-    """Tokens of the whole text, cut where `before` ends; a token across the cut goes to the second part."""
-    whole, part = model.tokens(before + after, bos=True), model.tokens(before, bos=True)
-    cut = next((i for i, (a, b) in enumerate(zip(whole, part)) if a != b), min(len(part), len(whole) - 1))
-    return whole[:cut], whole[cut:]
-
-
-def run_sample(model: Model, plan: Plan, job: Job, sample: ruler.Sample) -> Row:
-    context, question = split_tokens(model, sample.context, sample.question)
-    answer = split_tokens(model, sample.context + sample.question, sample.answer)[1]
-    setup = plan.setup(job, len(context), len(question) + max(len(answer), sample.n_generate) + 1)
-    with System(model, setup) as system:
-        times = system.feed(context)
-        system.feed(question, last_logits=True)
-        asked = system.seen
-        state = None if not setup.budget else system.save()
-        logits = system.logits
-        nll = float(system.nll(answer).mean())
-        if state:
-            system.restore(state)
-        else:
-            system.rollback(asked)
-            system.logits = logits
-        out: list[int] = []
-        start = time.perf_counter()
-        while len(out) < sample.n_generate and not model.is_end(token := system.greedy()):
-            out.append(token)
-            if ruler.score(model.text(out), sample.outputs) == 1:
-                break  # more text cannot raise the score
-            if len(out) < sample.n_generate:
-                system.step(token)
-        text = model.text(out)
-        return _row(
-            job,
-            system,
-            score=ruler.score(text, sample.outputs),
-            nll=nll,
-            text=text,
-            prefill_tps=tps(times),
-            decode_tps=len(out) / (time.perf_counter() - start) if len(out) > 8 else None,
-        )
-
-
-def run_book(model: Model, plan: Plan, job: Job, tokens: list[int]) -> Row:
-    """Likelihood of the tokens that follow `length` tokens of a book, 128 at a time."""
-    context, scored = tokens[:-BOOK_SCORED], tokens[-BOOK_SCORED:]
-    with System(model, plan.setup(job, len(context), BOOK_SCORED)) as system:
-        times = system.feed(context, last_logits=True)
-        nll = float(system.nll(scored).mean())
-        return _row(job, system, score=None, nll=nll, prefill_tps=tps(times), decode_tps=None)
-
-
-def _row(job: Job, system: System, **values: Any) -> Row:
-    setup = system.setup
-    return {
-        **asdict(job),
-        "threads": setup.threads,
-        "budget": setup.budget,
-        "window": setup.window if setup.budget else None,
-        "memory_slots": setup.memory_slots,
-        "tokens_seen": system.seen,
-        **system.byte_counts(),
-        "rss_bytes": rss_bytes(),
-        **values,
-    }
+SAVE_SECONDS = 30  # a report is written as often
 
 
 class Log:
@@ -186,10 +69,19 @@ class Log:
 
 
 class Runner:
-    def __init__(self, model: Model, plan: Plan, log: Log, seed: int = 0):
+    """Runs what is not in the log yet, until all is done or `seconds` are over."""
+
+    def __init__(self, model: Model, plan: Plan, log: Log, seed: int = 0, seconds: float | None = None):
         self.model, self.plan, self.log = model, plan, log
+        self.budgets = Budgets(model, plan.base, plan.sidecars, plan.budget_in)
+        self.others = plan.others()
+        self.tasks = {length: list(plan.tasks) for length in plan.lengths}
+        self.planned = {job.key for job in plan.jobs(self.tasks, [FULL_ARM, *self.others])}
         self.samples: dict[tuple[str, int], list[ruler.Sample]] = {}
         self.book = self._book_windows(seed) if plan.book_windows else {}
+        self.marked: dict[tuple[int, int], np.ndarray] = {}  # of a window: which scored tokens are recalled
+        self.deadline = time.monotonic() + seconds if seconds else None
+        self.cut = False  # the time was over before the work
 
     def _book_windows(self, seed: int) -> dict[int, list[list[int]]]:
         """Windows at places drawn from the seed, the same for every policy; the shorter lengths end where the longest ends."""
@@ -212,45 +104,102 @@ class Runner:
             self.samples[where] = ruler.load(self.plan.data, job.length, job.task, self.plan.samples)
         return self.samples[where][job.sample] if job.sample < len(self.samples[where]) else None
 
-    def run(self, jobs: list[Job], progress: Progress | None = None, title: str = "") -> Iterator[Job]:
-        """Runs what is not in the log yet; yields after every job."""
-        todo = [job for job in jobs if job.key not in self.log.rows]
-        task = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo)) if progress else None
-        for job in todo:
-            if job.task == BOOK:
-                self.log.add(job, run_book(self.model, self.plan, job, self.book[job.length][job.sample]))
-            elif sample := self.sample(job):
-                self.log.add(job, run_sample(self.model, self.plan, job, sample))
-            if progress and task is not None:
-                progress.update(task, advance=1, description=f"{title} {job.key}")
-            yield job
+    def run(self, progress: Progress | None = None) -> Iterator[Job]:
+        """Yields after every job. The full cache goes first in each round: it decides which tasks the others run on. A task
+        that it turns out to be able to do later than in the first round catches up.
+        """
+        bar = progress.add_task("quality") if progress else None
+        for n in range(self.plan.rounds):
+            for what in ("full", "arms"):
+                tasks, arms, samples = (
+                    (self.tasks, [FULL_ARM], [n]) if what == "full" else (self.able(), self.others, range(n + 1))
+                )
+                for job in self._run(self.plan.jobs(tasks, arms, samples)):
+                    if progress and bar is not None:
+                        done = sum(key in self.planned for key in self.log.rows)
+                        progress.update(bar, total=max(self._total(), done), completed=done, description=job.key)
+                    yield job
+                if self.cut:
+                    return
 
-    def able(self) -> dict[int, list[str]]:
-        """Tasks that the full cache can do, by length."""
-        out: dict[int, list[str]] = {}
-        for length in self.plan.lengths:
-            scores: dict[str, list[float]] = {task: [] for task in self.plan.tasks}
-            for row in self.log.rows.values():
-                if row["length"] == length and row["policy"] == FULL and row["task"] in scores:
-                    scores[row["task"]].append(row["score"])
-            out[length] = [task for task, values in scores.items() if values and np.mean(values) >= ABLE]
-        return out
+    def _run(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        for job in jobs:
+            if job.key in self.log.rows:
+                continue
+            if self.deadline and time.monotonic() >= self.deadline:
+                self.cut = True
+                return
+            try:
+                row = self._trial(job)
+            except DoesNotFit as error:
+                row = {**job.arm._asdict(), "task": job.task, "length": job.length, "sample": job.sample}
+                row["left_out"] = str(error)
+            if row:
+                self.log.add(job, row)
+                yield job
+
+    def _trial(self, job: Job) -> Row | None:
+        """None if there is no such sample."""
+        if job.task == BOOK:
+            where = job.length, job.sample
+            window = self.book[job.length][job.sample]
+            if where not in self.marked:
+                pieces = [self.model.piece(token) for token in window]
+                self.marked[where] = recalled(pieces, len(window) - BOOK_SCORED)
+            return run_book(self.model, self.budgets, job, window, self.marked[where])
+        sample = self.sample(job)
+        if not sample:
+            return None
+        full = Job(job.task, job.length, FULL_ARM.policy, FULL_ARM.ratio, job.sample)
+        reference = None if job.arm == FULL_ARM else self.log.rows[full.key]["tokens"]
+        return run_sample(self.model, self.budgets, job, sample, reference)
+
+    def _total(self) -> int:
+        """Jobs in all, if the tasks that the full cache can do stay the same."""
+        jobs = [(self.tasks, [FULL_ARM]), (self.able(), self.others)]
+        return sum(sum(1 for _ in self.plan.jobs(tasks, arms)) for tasks, arms in jobs)
+
+    def rows(self) -> list[Row]:
+        """Of this plan: the log may hold rows of others."""
+        return [row for key, row in self.log.rows.items() if key in self.planned]
+
+    def able(self, judged: bool = False) -> dict[int, list[str]]:
+        """Tasks that all arms run on, by length: those that the full cache can do, or all. `judged`: the first in any case."""
+        if self.plan.all_tasks and not judged:
+            return self.tasks
+        scores: dict[tuple[int, str], list[float]] = {}
+        for row in self.rows():
+            if (row["policy"], row["cache_type"]) == (FULL_ARM.policy, FULL_ARM.cache_type) and row["task"] != BOOK:
+                scores.setdefault((row["length"], row["task"]), []).append(row["score"])
+        return {
+            length: [t for t in self.plan.tasks if (of := scores.get((length, t))) and np.mean(of) >= ABLE]
+            for length in self.plan.lengths
+        }
 
 
 def run_quality(
-    model: Model, plan: Plan, out: Path, seed: int = 0, full_only: bool = False, progress: Progress | None = None
+    model: Model,
+    plan: Plan,
+    out: Path,
+    seed: int = 0,
+    seconds: float | None = None,
+    weights: str | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """The full cache on every task first, then the policies on the tasks that it can do."""
+    """All that is planned, or what `seconds` allow. `weights`: as what those of the model were written out, for the report."""
     base = plan.base
-    settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed}"
+    settings = (
+        f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
+        f"window {base.window} seed {base.seed} budgets in {plan.budget_in}"
+    )
     if base.ratio:
         settings += f" at most {base.ratio:g} of the tokens seen"
-    bounded = [] if full_only else plan.bounded()
-    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed)
+    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed, seconds)
     how = (
-        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and answer prefix; true answer scored "
-        f"teacher-forced, then greedy; score: share of expected strings found; mean: over tasks where the full cache has at least {ABLE}; "
-        "intervals: paired bootstrap over samples, 95 %; book: 512 tokens after each window, 128 at a time"
+        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and "
+        "answer prefix; true answer scored teacher-forced, then greedy; score: share of expected strings found; judged: "
+        f"tasks where the full cache has at least {ABLE}, on samples that all arms finished; agreement over at most "
+        f"{AGREED} tokens; book: {BOOK_SCORED} tokens after each window, 128 at a time; {byte_budget.HOW[plan.budget_in]}"
     )
     report = Report(
         "quality",
@@ -259,7 +208,10 @@ def run_quality(
             library(),
             base.threads,
             how=how,
+            intervals=standings.HOW,
             settings=settings,
+            weights=weights or "as in the file",
+            budget_in=plan.budget_in,
             sinks=base.sinks,
             window=f"min({base.window}, budget / 4)",
             samples=plan.samples,
@@ -267,38 +219,38 @@ def run_quality(
             data=plan.data.name,
             memories=list(plan.memories),
             memory_slots="min(64 or as asked, budget / 4 in whole eights), part of the budget",
+            cache_types=list(plan.cache_types),
             sidecars=plan.sidecars.describe() or None,
             budget_ratio=base.ratio or None,
             text=plan.book.name if plan.book else None,
         ),
     )
-    tasks: dict[int, list[str]] = {length: list(plan.tasks) for length in plan.lengths}
-    jobs = list(plan.jobs(tasks, [FULL_ARM]))
 
     def update() -> None:
-        able, keys = runner.able(), {job.key for job in jobs}
-        report.meta["judged_tasks"] = {str(length): names for length, names in able.items()}
-        rows = [row for key, row in runner.log.rows.items() if key in keys]
-        report.rows = summarise(rows, able)
-        report.verdicts = verdicts(report.rows, able)
-        if changed := effect.differences(rows, able):
+        able = runner.able(judged=True)
+        found = balanced(runner.rows(), [FULL_ARM, *runner.others], runner.able())
+        placed = standings.standing(found.rows, able)
+        report.meta |= {
+            "judged_tasks": {str(length): names for length, names in able.items()},
+            "finished_samples": {str(length): counts for length, counts in found.samples.items()},
+            "cut_off": f"after {seconds:g} seconds" if runner.cut else None,
+        }
+        report.rows = summarise(found.rows, able)
+        report.extra = {"standing": placed.rows, "versus": placed.versus}
+        if found.left_out:
+            report.extra["left_out"] = found.left_out
+        report.verdicts = standings.verdicts(placed, able, plan.budget_in)
+        if changed := effect.differences(found.rows, able):
             report.extra["differences"] = changed
             report.meta["differences"] = effect.HOW
         report.save(out)
 
-    def run(todo: list[Job], title: str) -> None:
-        saved = time.monotonic()
-        for _ in runner.run(todo, progress, title):
-            if time.monotonic() - saved > 30:
+    saved = time.monotonic()
+    try:
+        for _ in runner.run(progress):
+            if time.monotonic() - saved > SAVE_SECONDS:
                 update()
                 saved = time.monotonic()
-
-    try:
-        run(jobs, "full")
-        if not full_only:
-            more = list(plan.jobs(tasks if plan.all_tasks else runner.able(), bounded))
-            jobs += more
-            run(more, "policies")
     finally:
         update()
     return report

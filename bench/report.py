@@ -15,23 +15,26 @@ from rich.table import Table
 
 Row = dict[str, Any]
 ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
-WORDS = ("policy", "task", "system", "memory")  # columns of text
+WORDS = ("arm", "policy", "task", "system", "memory")  # columns of text
 QUALITY_KEYS = ("task", "length", "score", "nll", "n")
 
 
 @dataclass
 class Verdict:
-    """A claim with a number: `value` is to be at least (or at most) `threshold`; no threshold means it is only told."""
+    """A claim with a number: `value` is to be at least (or at most, or above) `threshold`; no threshold: it is only told."""
 
     name: str
     value: float | None
     threshold: float | None = None
     at_most: bool = False
+    strictly: bool = False  # above
 
     @property
     def ok(self) -> bool | None:
         if self.threshold is None or self.value is None:
             return None
+        if self.strictly:
+            return self.value > self.threshold
         return self.value <= self.threshold if self.at_most else self.value >= self.threshold
 
     def to_dict(self) -> Row:
@@ -40,12 +43,14 @@ class Verdict:
             "value": self.value,
             "threshold": self.threshold,
             "at_most": self.at_most,
+            "strictly": self.strictly,
             "ok": self.ok,
         }
 
     def __str__(self) -> str:
         word = {True: "[green]ok[/]  ", False: "[red]MISS[/]", None: "    "}[self.ok]
-        bound = "" if self.threshold is None else f" ({'at most' if self.at_most else 'at least'} {self.threshold:g})"
+        bound = "at most" if self.at_most else "above" if self.strictly else "at least"
+        bound = "" if self.threshold is None else f" ({bound} {self.threshold:g})"
         return f"{word} {self.name}: {'not measured' if self.value is None else format(self.value, '.3f')}{bound}"
 
 
@@ -152,52 +157,3 @@ def draw(path: Path, report: Report, plot: Callable[[Any, Report], None]) -> Pat
 def series(rows: Sequence[Row], x: str, y: str) -> tuple[list[Any], list[Any]]:
     points = [(row[x], row[y]) for row in rows if row.get(x) is not None and row.get(y) is not None]
     return [p[0] for p in points], [p[1] for p in points]
-
-
-def quality_markdown(data: Row) -> str:
-    """The tables of docs/results.md out of quality.json: one a length, a line a policy and budget, a column a task."""
-    out: list[str] = []
-    for length in sorted({row["length"] for row in data["rows"]}):
-        rows = [row for row in data["rows"] if row["length"] == length]
-        names = list(dict.fromkeys(row["task"] for row in rows if row["task"] not in ("mean", "book")))
-        out += [f"### {length} tokens", ""]
-        out += [
-            f"| policy | memory | kept | KV | state | {' | '.join(['mean score', 'vs full', *names, 'answer NLL', 'book NLL'])} |"
-        ]
-        out += ["|---|---|--:|--:|--:|" + "--:|" * (len(names) + 4)]
-        for arm in dict.fromkeys(map(_arm, rows)):
-            policy, ratio, memory = arm
-            mine = {row["task"]: row for row in rows if _arm(row) == arm}
-            mean, book = mine.get("mean", {}), mine.get("book", {})
-            delta = mean.get("score_delta")
-            change = "" if delta is None else f"{delta:+.3f} [{mean['score_low']:+.3f}, {mean['score_high']:+.3f}]"
-            any_row = next(iter(mine.values()))
-            cells = [
-                _md(mean.get("score")),
-                change,
-                *(_md(mine.get(t, {}).get("score")) for t in names),
-                _md(mean.get("nll")),
-                _md(book.get("nll")),
-            ]
-            kept = "all" if not any_row["budget"] else f"{ratio:.0%}"
-            state = (any_row.get("meta_bytes") or 0) + (any_row.get("sidecar_bytes") or 0)  # all but keys and values
-            sizes = " | ".join(f"{n / 2**20:.1f} MiB" for n in (any_row["kv_bytes"], state))
-            out += [f"| {policy} | {memory} | {kept} | {sizes} | {' | '.join(cells)} |"]
-        counts = sorted({row["n"] for row in rows if row["task"] not in ("mean", "book")})
-        out += [
-            "",
-            f"Samples a cell: {counts[0]}" + (f" to {counts[-1]}" if counts[0] != counts[-1] else "") + "."
-            if counts
-            else "",
-            "",
-        ]
-    return "\n".join(out)
-
-
-def _arm(row: Row) -> tuple[str, float, str]:
-    """Files of earlier versions do not say that there was no memory."""
-    return row["policy"], row["ratio"], row.get("memory") or "off"
-
-
-def _md(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

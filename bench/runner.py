@@ -22,12 +22,28 @@ LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
 # name -> (ggml type, bytes of 32 values)
 CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
+F16 = "f16"
 # the bytes of the indexer and of the memory are part of meta_bytes
 BYTE_KEYS = ("kv_bytes", "meta_bytes", "indexer_bytes", "memory_bytes", "sidecar_bytes")
 
 
 class BenchError(IndexMemError):
     """A message for the person at the terminal."""
+
+
+def kv_types(cache_type: str) -> tuple[str, str]:
+    """Types of K and of V: one name stands for both, K/V for two.
+
+    Raises:
+        BenchError: one of them is unknown.
+    """
+    k, slash, v = cache_type.partition("/")
+    for name in (k, v) if slash else (k,):
+        if name not in CACHE_TYPES:
+            raise BenchError(
+                f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}, or two of them as in q8_0/q4_0"
+            )
+    return k, v if slash else k
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class Setup:
     budget: int = 0
     n_ctx: int = 0
     flash: bool = True
-    cache_type: str = "f16"
+    cache_type: str = F16  # of K and V, or K/V
     sinks: int = 4
     window: int = 128
     seed: int = 0
@@ -81,17 +97,25 @@ class Model:
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.raw.detokenize(list(tokens)), errors="replace")
 
+    def piece(self, token: int) -> bytes:
+        """What a token adds to a text."""
+        return bytes(self.raw.detokenize([token]))
+
     def is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.raw.vocab, token))
 
     def kv_bytes(self, n_tokens: int, cache_type: str) -> int:
         """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
+        return self.token_bytes(cache_type) * -(-n_tokens // 256) * 256
+
+    def token_bytes(self, cache_type: str) -> int:
+        """Bytes of K and V of one token, in all layers."""
         meta, raw = self.raw.metadata(), self.raw.model
         arch = meta.get("general.architecture", "")
         heads, layers = llama_cpp.llama_model_n_head_kv(raw), llama_cpp.llama_model_n_layer(raw)
         size = llama_cpp.llama_model_n_embd(raw) // llama_cpp.llama_model_n_head(raw)
-        k, v = (int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
-        return layers * heads * (k + v) * -(-n_tokens // 256) * 256 * CACHE_TYPES[cache_type][1] // 32
+        sizes = (int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
+        return layers * heads * sum(n * CACHE_TYPES[t][1] // 32 for n, t in zip(sizes, kv_types(cache_type)))
 
     def close(self) -> None:
         self.raw.close()
@@ -110,7 +134,7 @@ class System:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setup.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        params.type_k = params.type_v = CACHE_TYPES[setup.cache_type][0]
+        params.type_k, params.type_v = (CACHE_TYPES[name][0] for name in kv_types(setup.cache_type))
         params.offload_kqv = params.op_offload = setup.offload
         params.no_perf = True
         if setup.budget:
@@ -178,16 +202,23 @@ class System:
 
     def nll(self, tokens: Sequence[int], chunk: int = 128) -> np.ndarray:
         """Negative log-likelihood (nats) of each token, teacher-forced after what was fed with logits."""
+        return np.concatenate([token_nll(rows, part) for part, rows in self._forced(tokens, chunk)])
+
+    def choices(self, tokens: Sequence[int], chunk: int = 128) -> np.ndarray:
+        """The likeliest token in the place of each of `tokens`, which are what was read before that place."""
+        return np.concatenate([rows.argmax(axis=1) for _, rows in self._forced(tokens, chunk)])
+
+    def _forced(self, tokens: Sequence[int], chunk: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Evaluates tokens; some of them at a time, with the logits [tokens, vocabulary] that foretell them."""
         assert self.logits is not None
-        out, before, chunk = [], self.logits[None], min(chunk, self.setup.ubatch)
+        before, chunk = self.logits[None], min(chunk, self.setup.ubatch)
         for i in range(0, len(tokens), chunk):
             part = list(tokens[i : i + chunk])
             self._ubatch(part, "all")
             rows = np.concatenate([before, self._rows(len(part))])
             before = rows[-1:].copy()
-            out.append(token_nll(rows[:-1], part))
+            yield part, rows[:-1]
         self.logits = before[0]
-        return np.concatenate(out)
 
     def _rows(self, n: int) -> np.ndarray:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), (n, self.model.n_vocab))

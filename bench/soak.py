@@ -48,7 +48,7 @@ def run_soak(
     """Feeds the tokens; a checkpoint that fails is a row that says why, and the run goes on."""
     with tempfile.TemporaryDirectory() as folder:
         sidecars = with_random_memory(model, [memory], Sidecars(), Path(folder))
-        setup = setup_for(base, Arm(base.policy, 1.0, memory), sidecars, base.budget, 0)
+        setup = setup_for(base, Arm(base.policy, 1.0, memory, base.cache_type), sidecars, base.budget, 0)
         return _run(model, setup, tokens, progress, out)
 
 

@@ -29,6 +29,7 @@ def single_runs() -> list[dict[str, Any]]:
                         "meta_bytes": 2**18,
                         "sidecar_bytes": 2**18,
                         "rss_bytes": 9,
+                        "bytes_share": ratio,
                     }
                 )
     return rows

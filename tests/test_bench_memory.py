@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from bench_data import invoke, ruler_folder, sidecar_shape, single_runs
 
-from indexmem_edge.bench import arms, effect, latent, quality, soak, summary, synthetic
+from indexmem_edge.bench import arms, effect, latent, quality, quality_table, soak, standing, summary, synthetic
 from indexmem_edge.bench.arms import Arm, Sidecar, Sidecars
-from indexmem_edge.bench.report import quality_markdown
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.stats import standard_error
 from indexmem_edge.bench.text import builtin_text
@@ -178,7 +177,7 @@ def test_samples_that_only_one_has_are_left_out_of_differences() -> None:
     single = [row for row in runs_with_memory() if row["sample"] == 3]
     a = next(row for row in effect.differences(single, {}) if row["task"] == "a")
     assert a["score_delta"] == 1.0 and math.isnan(a["score_se"]) and math.isnan(a["score_low"])  # no interval of one
-    assert effect.table([a])[0][-2] == "+1.000 too few samples"
+    assert effect.table([a])[0][-3] == "+1.000 too few samples"
     assert effect.differences(single_runs(), {64: ["a"]}) == []
 
 
@@ -204,19 +203,23 @@ def test_tables_and_pictures_show_the_memory_beside_the_policy(tmp_path: Path) -
     cell = {(row["policy"], row["memory"], row["task"]): row for row in rows}
     assert cell["knorm", "off", "mean"]["score"] == 0.5 and cell["knorm", "centroid", "mean"]["score"] == 0.75
     assert cell["knorm", "centroid", "a"]["memory_bytes"] == 100
-    assert "knorm with memory centroid" in str(summary.verdicts(rows, able)[1])
-    text = quality_markdown({"rows": rows})
+    placed = standing.standing(runs_with_memory(), able)
+    told = [str(verdict) for verdict in standing.verdicts(placed, able, "bytes")]
+    assert (
+        "retained at 64 tokens with 25% of the bytes (knorm with memory centroid, best training-free): 0.750" in told[1]
+    )
+    text = quality_table.markdown({"rows": rows})
     assert "| knorm | off | 25% |" in text and "| knorm | centroid | 25% |" in text
     earlier = [{k: v for k, v in row.items() if k != "memory"} for row in rows if row["memory"] == "off"]
-    assert "| knorm | off | 25% |" in quality_markdown({"rows": earlier})
+    assert "| knorm | off | 25% |" in quality_table.markdown({"rows": earlier})
     changed = effect.differences(runs_with_memory(), able)
     told = "| 64 | knorm | 25% | centroid | 8 | a | 4 | +0.250 ± 0.250 [+0.000, +0.750] too few samples |"
     assert told in effect.markdown(changed)
     assert [cells[5] for cells in effect.table(changed, tasks=False)] == ["mean", "book"] and effect.markdown([]) == ""
 
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    report = type("Report", (), {"rows": rows, "extra": {"differences": changed}})
-    for plot in (summary.plot, effect.plot):
+    report = type("Report", (), {"rows": rows, "extra": {"differences": changed, "standing": placed.rows}})
+    for plot in (quality_table.plot, effect.plot):
         figure = pyplot.figure()
         plot(figure, report)
         assert figure.axes
@@ -234,6 +237,7 @@ def test_quality_compares_memories_on_a_tiny_model(tiny: Any, tmp_path: Path) ->
     words = ["quality", "--data", ruler_folder(tmp_path / "data"), "-m", model, "--lengths", 256, "--budgets", "0.5"]
     words += ["--samples", 2, "--policies", "streaming", "--all-tasks", "-ub", 64, "-t", 1, "--out", tmp_path]
     words += ["--nll-text", book, "--nll-tokens", 1024, "--memories", "off,centroid,centroid:8,residual"]
+    words += ["--budget-in", "entries"]  # weights of sidecars are more bytes than such a small cache has
     for path in sidecars:
         words += ["--indexmem", path]
     shown = invoke(*words, "--markdown", tmp_path / "q.md").output
