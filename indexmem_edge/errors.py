@@ -24,7 +24,7 @@ class ModelFileError(IndexMemError, ValueError):
 
 
 class ModelNotSupported(IndexMemError, ValueError):
-    """The model is fine, but its attention cannot run on a bounded KV cache."""
+    """The model is fine, but its attention cannot run on a bounded KV cache, or training does not know how it computes."""
 
 
 class SidecarError(IndexMemError, ValueError):
@@ -41,6 +41,18 @@ class PolicyError(IndexMemError, ValueError):
 
 class LatentMemoryError(IndexMemError, ValueError):
     """There is no latent memory of that kind, or not without trained weights."""
+
+
+class TrainingError(IndexMemError, ValueError):
+    """What is to be trained, the objective and its options do not fit together."""
+
+
+class TrainingCheckpointError(IndexMemError):
+    """A checkpoint of a training could not be written, or was refused. The one written before it is intact."""
+
+
+class TrainingStopped(IndexMemError):
+    """A person ended a training early; the message says what is saved and how to go on."""
 
 
 class ContextError(IndexMemError, RuntimeError):
@@ -61,3 +73,7 @@ class SessionError(IndexMemError):
 
 class DemoModelMissing(IndexMemError):
     """The demo model is not installed."""
+
+
+class TorchMissing(IndexMemError, ImportError):
+    """PyTorch, which training needs, is not installed or does not start."""
