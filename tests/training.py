@@ -34,7 +34,7 @@ def write_books(folder: Path, sizes: Sequence[int] = (2000, 900), seed: int = 0)
 
 def small_options(model: Path, folder: Path, **more: Any) -> TrainOptions:
     books = folder / "books"
-    if not books.exists():
+    if folder.exists() and not books.exists():
         write_books(books)
     return TrainOptions(**{"model": model, "texts": (books,), "out": folder / "out.indexmem.gguf", **SMALL, **more})
 
@@ -53,6 +53,7 @@ class Follow(Objective):
     """Scores become numbers that follow from the token: enough to see a loss fall, and every bit of what it depends on."""
 
     name = "follow"
+    noise = 0.01
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Callable[[int, int, str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +69,16 @@ class Follow(Objective):
             hidden, positions = self.decoder.embed(tokens), torch.arange(len(tokens), device=self.device)
             for module in self.modules:
                 ranks = module.ranks(hidden, positions, len(tokens) - 1)  # type: ignore[operator]
-                loss = (ranks - (tokens % 7).float() + 0.01 * noise).square().mean() / len(samples) / len(self.modules)
+                loss = (ranks - (tokens % 7).float() + self.noise * noise).square().mean() / len(samples) / len(self.modules)
                 loss.backward()
                 total += float(loss.detach())
         return {"loss": total, "noise": float(noise)}
+
+
+class Calm(Follow):
+    """The same without anything random."""
+
+    noise = 0.0
 
 
 def recall_of(values: Sequence[float]) -> Callable[[Decoder, nn.ModuleList, Sequence[Sample]], dict[str, float]]:

@@ -44,7 +44,7 @@ class Data:
         held_out = Shelf([(book.name, book.held_out) for book in self.books])
         object.__setattr__(self, "_shelves", {TRAIN: train, HELD_OUT: held_out})
         longest, share = max(self.options.lengths), self.options.held_out
-        found = f"the {len(self.books)} books have {train.total + held_out.total:,} tokens, of which"
+        found = f"it has {train.total + held_out.total:,} tokens, of which"
         if train.total < longest:
             raise TrainingError(
                 f"the text is too short: {found} {train.total:,} are to train on, and a sequence has {longest:,}. Give "
@@ -52,7 +52,7 @@ class Data:
             )
         if held_out.total < longest:
             raise TrainingError(
-                f"too little text is held out: {found} {share:.0%}, {held_out.total:,}, are to measure on, and a sequence "
+                f"too little of the text is held out: {found} {share:.0%}, {held_out.total:,}, are to measure on, and a sequence "
                 f"has {longest:,}. Give more --text, a larger --held-out, or a smaller --length"
             )
 

@@ -108,8 +108,6 @@ class Loop:
         return self._held_out
 
     def _stage(self, number: int, name: str) -> Stage:
-        if name not in self.objectives:
-            raise TrainingError(f"unknown objective {name!r}: expected one of {', '.join(self.objectives)}")
         kind = self.objectives[name]
         objective = make_objective(kind, self.decoder, self.parts, self.options)
         memory = trains_memory(kind)
@@ -134,9 +132,10 @@ class Loop:
                 p.first_recall = p.recall
             self.best = self.parts.weights()
         while p.step < stage.steps and not self._spent():
-            stop = self._step(stage, parameters, optimizer)
+            agreed = self._step(stage, parameters, optimizer)
             if stage.chooses and (p.step == stage.steps or (o.eval_every and p.step % o.eval_every == 0)):
                 self._measure(stage)
+            stop = agreed or (self.processes.world == 1 and self.interrupt.wanted)
             if stop or p.step % o.checkpoint_every == 0:
                 self._save(optimizer)
             if stop:
@@ -157,7 +156,7 @@ class Loop:
             ) from None
 
     def _step(self, stage: Stage, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-        """The next step; whether somebody wants to stop after it."""
+        """The next step; whether some process was asked to stop before its end."""
         p, o, world, begun = self.position, self.options, self.processes, time.monotonic()
         rate = stage.lr * lr_multiplier(p.step, stage.steps)
         for group in optimizer.param_groups:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 from .._parts import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
-from ..convert.writer import OUTTYPES
-from ..errors import TrainingError
+from ..errors import TrainingCheckpointError, TrainingError
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
@@ -23,9 +22,12 @@ MEMORIES = {MEMORY_OFF: None, "centroid": None, "residual": "residual-mse"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_LENGTH = 1 << 21
+RUN_FILE = "run.json"  # the options, in a run folder
 
 # Nothing of these changes a weight, so a training that is resumed may be given others.
 _FREE = ("model", "texts", "out", "run", "outtype", "fingerprint", "device", "checkpoint_every", "memory_slots")
+
+_FLAGS = {"lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window"}  # not as the field
 
 T = TypeVar("T", int, float)
 
@@ -70,6 +72,8 @@ class TrainOptions:
         Raises:
             TrainingError: an option is impossible; the message names it.
         """
+        from ..convert.writer import OUTTYPES  # not above: it takes a while, and the command line reads this page
+
         _check_choice("--kind", self.kind, KINDS)
         _check_choice("--memory", self.memory, MEMORIES)
         _check_choice("--device", self.device, DEVICES)
@@ -107,7 +111,7 @@ class TrainOptions:
             raise TrainingError(
                 f"sequences of {min(self.lengths):,} tokens leave nothing to rank: {self.sinks:,} sinks and a window of "
                 f"{self.window:,} are never evicted. Give a --length of at least {self.protected + 2:,}, or a smaller "
-                "--window"
+                "--kv-window"
             )
         if bad := [share for share in self.budgets if not 0 < share < 1]:
             raise TrainingError(f"--budget must be a share between 0 and 1, found {bad[0]:g}")
@@ -154,6 +158,23 @@ def run_folder(out: Path) -> Path:
     return out.with_name((out.name[: -len(".gguf")] if out.name.endswith(".gguf") else out.name) + ".train")
 
 
+def options_of(run: Path) -> TrainOptions:
+    """The options of a training that is to go on.
+
+    Raises:
+        TrainingCheckpointError: the folder holds none.
+    """
+    path = run / RUN_FILE
+    try:
+        return replace(TrainOptions.from_dict(json.loads(path.read_text())), run=run)
+    except (OSError, ValueError, AttributeError) as error:
+        why = str(error) if path.exists() else "it does not exist"
+        raise TrainingCheckpointError(
+            f"{run} is no folder of a training: {RUN_FILE} cannot be read ({why}). Name the folder that a training was "
+            "saved in"
+        ) from None
+
+
 def numbers(flag: str, text: str, kind: type[T]) -> tuple[T, ...]:
     """The values of a comma list.
 
@@ -172,6 +193,8 @@ def difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Optional[
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         a, b = wanted.get(name), found.get(name)
         if json.dumps(a) != json.dumps(b):
+            if name in ("model", "text"):  # known by what is in them
+                return f"{_flag(name)} is another one"
             return f"{_flag(name)} is {_shown(a)}, there it is {_shown(b)}"
     return None
 
@@ -182,7 +205,7 @@ def _check_choice(flag: str, value: str, choices: Mapping[str, Any] | Sequence[s
 
 
 def _flag(name: str) -> str:
-    return "--" + {"lengths": "length", "budgets": "budget"}.get(name, name.replace("_", "-"))
+    return "--" + _FLAGS.get(name, name.replace("_", "-"))
 
 
 def _shown(value: Any) -> str:

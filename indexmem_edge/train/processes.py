@@ -112,11 +112,35 @@ def launched() -> bool:
     return os.environ.get("WORLD_SIZE", "").isdigit() and "RANK" in os.environ
 
 
-def to_launch(device: str) -> int:
-    """How many processes this command should start instead of doing the work itself; 1: none."""
-    if device not in ("auto", "cuda") or launched() or not torch.cuda.is_available():
+def is_main() -> bool:
+    """Whether this process is the one that talks, of those that were started together."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def to_launch(device: str, batch: int) -> int:
+    """How many processes this command should start instead of doing the work itself; 1: none.
+
+    No more than there are GPUs, and such that the sequences of a step can be divided among them.
+    """
+    if _gpus(device) < 2 or importlib.util.find_spec("accelerate") is None:
         return 1
-    return torch.cuda.device_count() if importlib.util.find_spec("accelerate") is not None else 1
+    return next(n for n in range(_gpus(device), 0, -1) if batch % n == 0)
+
+
+def unused(device: str) -> str:
+    """What to tell a person whose GPUs are not all used; empty if they are."""
+    n = _gpus(device)
+    if n < 2:
+        return ""
+    why = _HOW if importlib.util.find_spec("accelerate") is None else f"give a --batch that is a multiple of {n}"
+    return f"one of {n} GPUs is used: to use all, {why}"
+
+
+def _gpus(device: str) -> int:
+    """GPUs for processes that this one could start."""
+    if device not in ("auto", "cuda") or launched() or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count()
 
 
 def launch(n: int, arguments: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Optional
@@ -40,7 +40,7 @@ from .loop import Evaluate, Loop
 from .metrics import NAME as METRICS
 from .metrics import Metrics
 from .objective import Objective, Progress
-from .options import TrainOptions
+from .options import RUN_FILE, TrainOptions
 from .parts import Parts, build_parts
 from .processes import Processes, open_processes
 from .sample import Sample
@@ -48,7 +48,7 @@ from .tokenizer import open_tokenizer
 from .watch import Interrupt, Watcher
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-OPTIONS, PREPARED = "run.json", "prepared"
+PREPARED = "prepared"
 _PREPARED_BY = (  # options that decide what objectives prepare
     "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "model",
     "text",
@@ -88,16 +88,17 @@ class TrainResult:
 
 
 def default_tools(options: TrainOptions) -> Tools:
-    """The objectives, generator and measure of this package."""
+    """The objectives, the generator and the measure of this package."""
+    from . import recall
     from .generated import generate
     from .objectives import OBJECTIVES
-    from .recall import held_out_recall
+
+    o = options
 
     def evaluate(decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample]) -> dict[str, float]:
-        o = options
-        return {"recall": held_out_recall(decoder, modules, samples, o.budgets, o.sinks, o.window)}
+        return {"recall": recall.held_out_recall(decoder, modules, samples, o.budgets, o.sinks, o.window)}
 
-    return Tools(OBJECTIVES, generate, evaluate, None)
+    return Tools(OBJECTIVES, generate, evaluate, getattr(recall, "report", None))
 
 
 def train(
@@ -122,6 +123,9 @@ def train(
     options = options.checked()
     run = _run(options)
     check_target(options.out, force)
+    tools = tools or default_tools(options)
+    if unknown := [name for name in options.objective if name not in tools.objectives]:
+        raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
     processes = open_processes(options.device)
     base = read_base_model(options.model, options.fingerprint)
     if base.architecture not in ARCHITECTURES:
@@ -135,7 +139,6 @@ def train(
     with contextlib.ExitStack() as stack:
         tokenizer = stack.enter_context(open_tokenizer(options.model))
         books = read_books(files, tokenizer.tokenize, options.held_out, lambda *n: watcher.work(*n, "books"))
-        tools = tools or default_tools(options)
         data = Data(books, tokenizer, tools.generate, options)
         if processes.main:
             _open_folder(run, options, restart)
@@ -193,25 +196,8 @@ def _open_folder(run: Path, options: TrainOptions, restart: bool) -> None:
     if restart:
         remove_snapshot(run)
     if not (run / CHECKPOINT).exists():
-        with replacing(run / OPTIONS, force=True) as temporary:
+        with replacing(run / RUN_FILE, force=True) as temporary:
             Path(temporary).write_text(json.dumps(options.to_dict(), indent=1) + "\n")
-
-
-def options_of(run: Path) -> TrainOptions:
-    """The options of a training that is to go on.
-
-    Raises:
-        TrainingCheckpointError: the folder holds none.
-    """
-    path = run / OPTIONS
-    try:
-        return replace(TrainOptions.from_dict(json.loads(path.read_text())), run=run)
-    except (OSError, ValueError, AttributeError) as error:
-        why = "it does not exist" if not path.exists() else str(error)
-        raise TrainingCheckpointError(
-            f"{run} is no folder of a training: {path.name} cannot be read ({why}). Name the folder that a training "
-            "was saved in"
-        ) from None
 
 
 def _digest(values: Mapping[str, Any]) -> str:
