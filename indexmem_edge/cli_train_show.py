@@ -41,22 +41,24 @@ class Lines(Watcher):
     """For a log: beginnings, evaluations and notes."""
 
     def __init__(self) -> None:
-        self._name, self._steps, self._loss, self._work = "", 0, "", ""
+        self._name, self._steps, self._loss = "", 0, ""
+        self._work: set[str] = set()  # that was told of this objective
 
     def note(self, text: str) -> None:
         self.say(f"note: {text}")
 
     def stage(self, objective: str, steps: int, done: int) -> None:
-        self._name, self._steps = objective, steps
+        self._name, self._steps, self._loss = objective, steps, ""
+        self._work.clear()
         self.say(f"{objective}: {f'after {done} of ' if done else ''}{steps} steps")
 
     def work(self, done: int, total: int, what: str) -> None:
-        if what != self._work:
-            self._work = what
+        if what not in self._work:
+            self._work.add(what)
             self.say(f"{what} ...")
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
-        self._loss, self._work = f"loss {figures['loss']:.4g}, ", ""
+        self._loss = f"loss {figures['loss']:.4g}, "
 
     def evaluated(self, step: int, recall: float, best: bool) -> None:
         self.say(

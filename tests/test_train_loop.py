@@ -93,6 +93,25 @@ def test_kinds_and_memories(model: Path, tmp_path: Path, more: dict[str, Any], k
         assert "calibrate-memory" in result.notes[0]
 
 
+@pytest.mark.parametrize("kind, stored", [("retention", [0.5, 2.0]), ("kvzap", None)])
+def test_a_scale_that_only_training_reads(model: Path, tmp_path: Path, kind: str, stored: Any) -> None:
+    """It is a constant of a layer where a kind has one, and left out where not."""
+    from indexmem_edge.convert import read_base_model
+    from indexmem_edge.train.export import to_checkpoint
+    from indexmem_edge.train.gguf_weights import load_gguf
+    from indexmem_edge.train.parts import build_parts
+
+    options = small_options(model, tmp_path, kind=kind, **FOLLOW).checked()
+    parts = build_parts(load_gguf(model).config, options, torch.device("cpu"))
+    for module, scale in zip(parts.indexer, (0.5, 2.0)):
+        module.gate_scale = torch.nn.Parameter(torch.tensor([scale]))
+    c = to_checkpoint(parts, read_base_model(model), options, texts=["t"], step=1, source=model).validated()
+    assert c.constants.get("gate_scale") == stored and "gate_scale" not in c.layers[0]
+    parts.indexer[0].wings = parts.indexer[1].wings = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TrainingError, match="no place for 'wings'"):
+        to_checkpoint(parts, read_base_model(model), options, texts=["t"], step=1, source=model)
+
+
 def test_objectives_go_on_from_the_best_weights(model: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
 

@@ -18,6 +18,8 @@ from ..errors import TrainingError
 from .options import TrainOptions
 from .parts import Parts
 
+TRAINING_ONLY = "gate_scale"  # ranks do not read it, and only some kinds have a place for it
+
 
 def to_checkpoint(
     parts: Parts,
@@ -81,6 +83,8 @@ def _contents(kind: Kind, modules: Iterable[nn.Module]) -> tuple[dict[str, Any],
     for c in kind.constants:
         if c.type == F32S and c.name in states[0]:
             constants[c.name] = [float(state.pop(c.name).reshape(())) for state in states]
+    for state in states:
+        state.pop(TRAINING_ONLY, None)
     names = {t.name for t in kind.tensors}
     if extra := [name for name in states[0] if name not in names]:
         raise TrainingError(f"a sidecar has no place for {extra[0]!r} of an indexer or memory of kind {kind.name}")

@@ -54,7 +54,7 @@ _PREPARED_BY = (  # options that decide what objectives prepare
     "text",
 )  # fmt: skip
 
-Report = Callable[[Decoder, nn.ModuleList, Sequence[Sample], TrainOptions, Path, Progress], Sequence[Path]]
+Report = Callable[[Decoder, nn.ModuleList, Sequence[Sample], Path, Progress], Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,23 @@ class TrainResult:
 
 def default_tools(options: TrainOptions) -> Tools:
     """The objectives, the generator and the measure of this package."""
-    from . import recall
+    from . import recall_report
     from .generated import generate
     from .objectives import OBJECTIVES
+    from .recall import held_out_recall
 
-    o = options
+    how = options.budgets, options.sinks, options.window
 
     def evaluate(decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample]) -> dict[str, float]:
-        return {"recall": recall.held_out_recall(decoder, modules, samples, o.budgets, o.sinks, o.window)}
+        return {"recall": held_out_recall(decoder, modules, samples, *how)}
 
-    return Tools(OBJECTIVES, generate, evaluate, getattr(recall, "report", None))
+    def report(
+        decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample], folder: Path, progress: Progress
+    ) -> list[Path]:
+        recall_report.report(decoder, modules, samples, folder, *how, progress)
+        return [path for name in (recall_report.JSON, recall_report.PLOT) if (path := folder / name).exists()]
+
+    return Tools(OBJECTIVES, generate, evaluate, report)
 
 
 def train(
@@ -231,7 +238,7 @@ def _write(
     written = write_sidecar(options.out, checkpoint, options.outtype, force)
     reports: Sequence[Path] = []
     if tools.report is not None:
-        reports = tools.report(loop.decoder, parts.indexer, loop.held_out(), options, run, watcher.work)
+        reports = tools.report(loop.decoder, parts.indexer, loop.held_out(), run, watcher.work)
     with contextlib.suppress(OSError):  # large, and of no use any more
         shutil.rmtree(run / PREPARED)
     return TrainResult(
