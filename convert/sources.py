@@ -80,7 +80,7 @@ class Sources:
     def provenance(self, source_format: str, step: Any = None, trained_on: Optional[str] = None) -> Provenance:
         """Names and hashes of all files."""
         names = tuple(f.path.name for f in self.files)
-        hashes = tuple(_sha256(f.path) for f in self.files)
+        hashes = tuple(file_sha256(f.path) for f in self.files)
         return Provenance(source_format, names, hashes, trained_on, step)
 
 
@@ -159,7 +159,8 @@ def _json(path: Path, size: int) -> Any:
         raise ConvertError(f"{path} is not JSON: {error}") from None
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits; ConvertError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

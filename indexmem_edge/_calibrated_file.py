@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from .convert import Checkpoint, ConvertError, Provenance, bind, read_base_model, read_sidecar
 from .convert.atomic import check_target
 from .convert.model import TOOL
+from .convert.sources import file_sha256
 from .convert.spec import MEMORIES, find
 from .convert.writer import Written, write_sidecar
 
@@ -76,7 +77,7 @@ def write_calibrated(
     """
     c = source.checkpoint
     p = c.provenance
-    measured_on = [(os.path.basename(text), _sha256(text)) for text in texts]
+    measured_on = [(os.path.basename(text), file_sha256(Path(text))) for text in texts]
     sources = dict.fromkeys([*zip(p.source_files, p.source_sha256), *measured_on])
     tensors = {t.name for kind in (c.kinds[0], find(MEMORIES, "memory", memory)) for t in kind.tensors}
     calibrated = replace(
@@ -91,11 +92,3 @@ def write_calibrated(
         ),
     )
     return write_sidecar(path, calibrated, source.outtype, force)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

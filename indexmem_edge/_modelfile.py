@@ -139,8 +139,11 @@ def _gguf_library() -> Any:
 
 
 @contextlib.contextmanager
-def loaded_model(path: str) -> Iterator[int]:
+def loaded_model(path: str, vocab_only: bool = False) -> Iterator[int]:
     """The model as the library sees it, weights mapped and not copied, for as long as the block runs.
+
+    Args:
+        vocab_only: the vocabulary without the weights: enough to tokenize, in a moment.
 
     Raises:
         ModelFileError: it does not load.
@@ -150,7 +153,7 @@ def loaded_model(path: str) -> Iterator[int]:
 
     llama = _capi.llama_lib
     params = llama.llama_model_default_params()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers, params.vocab_only = 0, vocab_only
     params.use_extra_bufts = False  # no copy of the weights in another order
     llama.llama_backend_init()
     with collected_errors(False) as log:

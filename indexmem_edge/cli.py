@@ -14,6 +14,7 @@ from typing_extensions import Annotated
 from . import __version__
 from .cli_calibrate import calibrate_memory
 from .cli_options import RunOptions, fail, one_line_errors, with_run_options
+from .cli_train import train
 from .errors import IndexMemError
 
 app = typer.Typer(
@@ -189,6 +190,7 @@ def doctor(
     raise typer.Exit(0 if all(f.status != "wrong" for f in findings) else 1)
 
 
+app.command("train", no_args_is_help=True)(train)
 app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)
 
 

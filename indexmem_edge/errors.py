@@ -43,6 +43,18 @@ class LatentMemoryError(IndexMemError, ValueError):
     """There is no latent memory of that kind, or not without trained weights."""
 
 
+class TrainingError(IndexMemError, ValueError):
+    """What is to be trained, the objective and its options do not fit together."""
+
+
+class TrainingCheckpointError(IndexMemError):
+    """A checkpoint of a training could not be written, or was refused. The one written before it is intact."""
+
+
+class TrainingStopped(IndexMemError):
+    """A person ended a training early; the message says what is saved and how to go on."""
+
+
 class ContextError(IndexMemError, RuntimeError):
     """The native context could not be created, for example for want of memory."""
 

@@ -1,0 +1,102 @@
+"""From trained modules to the sidecar that the runtime loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from torch import nn
+
+from ..convert.basemodel import BaseModel
+from ..convert.model import Checkpoint, Layer, Provenance
+from ..convert.sources import file_sha256
+from ..convert.spec import BOOLS, F32S, INDEXERS, MEMORIES, Kind, find
+from ..convert.text import MAX_TEXT
+from ..errors import TrainingError
+from .options import TrainOptions
+from .parts import Parts
+
+TRAINING_ONLY = "gate_scale"  # ranks do not read it, and only some kinds have a place for it
+
+
+def to_checkpoint(
+    parts: Parts,
+    base: BaseModel,
+    options: TrainOptions,
+    *,
+    texts: Sequence[str],
+    step: int,
+    source: Path,
+    enabled: Optional[Sequence[bool]] = None,
+    scores: Mapping[str, float] | None = None,
+) -> Checkpoint:
+    """What `convert.write_sidecar` takes.
+
+    Args:
+        texts: names of the books.
+        step: of all objectives together.
+        source: the training checkpoint that the weights are of; its hash becomes the provenance.
+        enabled: layers that use a residual memory; None: all.
+
+    Raises:
+        TrainingError: the modules are not what docs/sidecar.md says of their kind.
+    """
+    n_layer = base.geometry.block_count
+    indexer = find(INDEXERS, "indexer", options.kind)
+    constants, layers = _contents(indexer, parts.indexer)
+    memory, memory_constants = "none", dict[str, Any]()
+    if options.memory == "centroid":  # no weights; `indexmem calibrate-memory --indexmem` measures better gates
+        memory, memory_constants = "centroid", {"slot_count": options.memory_slots, "gate": [1.0] * n_layer}
+    elif parts.memory is not None:
+        memory = "residual"
+        memory_constants, more = _contents(find(MEMORIES, "memory", memory), parts.memory)
+        layers = [{**a, **b} for a, b in zip(layers, more)]
+    if memory != "none":
+        memory_constants["enabled"] = list(enabled) if enabled is not None else [True] * n_layer
+    return Checkpoint(
+        geometry=base.geometry,
+        kind=options.kind,
+        constants=constants,
+        layers=layers,
+        provenance=Provenance(
+            "indexmem-edge", (source.name,), (file_sha256(source),), trained_on=_trained_on(texts, options), step=step
+        ),
+        memory=memory,
+        memory_constants=memory_constants,
+        architecture=base.architecture,
+        base_model=base.name,
+        fingerprint=base.fingerprint,
+        defaults={"sinks": options.sinks, "window": options.window},
+        scores=dict(scores or {}),
+    )
+
+
+def _contents(kind: Kind, modules: Iterable[nn.Module]) -> tuple[dict[str, Any], list[Layer]]:
+    """Constants and tensors of all layers. A scalar parameter of every layer is a constant with one value a layer."""
+    states = [
+        {name: t.detach().float().cpu().numpy() for name, t in module.state_dict().items()} for module in modules
+    ]
+    known: Mapping[str, Any] = next(iter(modules)).constants  # type: ignore[assignment]
+    constants = {c.name: known[c.name] for c in kind.constants if c.name in known}
+    for c in kind.constants:
+        if c.type == F32S and c.name in states[0]:
+            constants[c.name] = [float(state.pop(c.name).reshape(())) for state in states]
+    for state in states:
+        state.pop(TRAINING_ONLY, None)
+    names = {t.name for t in kind.tensors}
+    if extra := [name for name in states[0] if name not in names]:
+        raise TrainingError(f"a sidecar has no place for {extra[0]!r} of an indexer or memory of kind {kind.name}")
+    missing = [c.name for c in kind.constants if not c.optional and c.type != BOOLS and c.name not in constants]
+    if missing:
+        raise TrainingError(f"the modules of kind {kind.name} lack the constant {missing[0]!r}")
+    return constants, [{name: np.ascontiguousarray(a) for name, a in state.items()} for state in states]
+
+
+def _trained_on(texts: Sequence[str], options: TrainOptions) -> str:
+    """For people: names of books, with anything that is no plain text replaced."""
+    generated = f"; generated text, {options.generated:.0%} of the sequences" if options.generated else ""
+    names = ", ".join("".join(c if c.isprintable() else "?" for c in name) for name in texts)
+    room = MAX_TEXT - len(generated)
+    return (names if len(names) <= room else names[: room - 5] + ", ...") + generated

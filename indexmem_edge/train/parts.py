@@ -1,0 +1,74 @@
+"""What is trained: an indexer per layer, and a residual memory per layer where there is to be one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from .decoder import Config, Decoder
+from .objective import Objective
+from .options import TrainOptions
+from .scorers import SCORERS
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Modules of all layers, on the device of the decoder, float32."""
+
+    indexer: nn.ModuleList
+    memory: Optional[nn.ModuleList] = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all parameters, named `<part>.<layer>.<parameter>`."""
+        return {
+            f"{name}.{key}": t.detach().clone() for name, part in self._named() for key, t in part.state_dict().items()
+        }
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts such copies back."""
+        for name, part in self._named():
+            part.load_state_dict({key: weights[f"{name}.{key}"] for key in part.state_dict()})
+
+    def _named(self) -> list[tuple[str, nn.ModuleList]]:
+        return [("indexer", self.indexer), *([("memory", self.memory)] if self.memory is not None else [])]
+
+
+def build_parts(config: Config, options: TrainOptions, device: torch.device) -> Parts:
+    """Untrained modules; the same ones for the same seed."""
+    if options.kind not in SCORERS:
+        raise TrainingError(f"--kind {options.kind!r}: expected one of {', '.join(SCORERS)}")
+    torch.manual_seed(options.seed)
+    scorer = SCORERS[options.kind]
+    constants = scorer.defaults(mid_dim=options.mid_dim, decay=options.decay)
+    layers = range(config.n_layer)
+    indexer = nn.ModuleList([scorer(config.n_embd, config.n_head_kv, constants) for _ in layers])
+    memory = None
+    if options.memory == "residual":
+        from .residual import Residual
+
+        memory = nn.ModuleList([Residual(Residual.defaults(config.head_dim)) for _ in layers]).to(device)
+    return Parts(indexer.to(device), memory)
+
+
+def trains_memory(objective: type[Objective]) -> bool:
+    """Whether an objective trains the memory: those that do take the trained indexers as `scorers`."""
+    return "scorers" in inspect.signature(objective).parameters
+
+
+def make_objective(objective: type[Objective], decoder: Decoder, parts: Parts, options: TrainOptions) -> Objective:
+    """The objective with the modules that it trains.
+
+    Raises:
+        TrainingError: they are not there, or not of the kind that it trains.
+    """
+    if not trains_memory(objective):
+        return objective(decoder, parts.indexer, options.sinks, options.window)
+    if parts.memory is None:
+        raise TrainingError(f"the objective {objective.name} trains a memory: add --memory residual, or leave it out")
+    return objective(decoder, parts.memory, options.sinks, options.window, scorers=parts.indexer)  # type: ignore[call-arg]

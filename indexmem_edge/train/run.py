@@ -1,0 +1,295 @@
+"""A whole training: model and books in, sidecar and figures out.
+
+    from indexmem_edge.train.run import train
+    from indexmem_edge.train.options import TrainOptions
+
+    result = train(TrainOptions(Path("model.gguf"), (Path("books"),), Path("model.indexmem.gguf")))
+    print(result.recall_before, result.recall)
+
+What it needs from elsewhere, the objectives, the generator of text, the measure of recall and its report, are `Tools`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from .._modelfile import fingerprint
+from ..convert.atomic import check_target, replacing
+from ..convert.basemodel import BaseModel, read_base_model
+from ..convert.writer import write_sidecar
+from ..errors import ModelNotSupported, TrainingCheckpointError, TrainingError, TrainingStopped
+from .books import books_digest, find_books, read_books
+from .checkpoints import NAME as CHECKPOINT
+from .checkpoints import Position, load_snapshot, remove_snapshot, save_snapshot
+from .data import Data, Generate
+from .decoder import Decoder
+from .export import to_checkpoint
+from .gguf_weights import load_gguf
+from .loop import Evaluate, Loop
+from .metrics import NAME as METRICS
+from .metrics import Metrics
+from .objective import Objective, Progress
+from .options import RUN_FILE, TrainOptions
+from .parts import Parts, build_parts
+from .processes import Processes, open_processes
+from .sample import Sample
+from .tokenizer import open_tokenizer
+from .watch import Interrupt, Watcher
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PREPARED = "prepared"
+_PREPARED_BY = (  # options that decide what objectives prepare
+    "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "model",
+    "text",
+)  # fmt: skip
+
+Report = Callable[[Decoder, nn.ModuleList, Sequence[Sample], Path, Progress], Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a training works with; `evaluate` and `report` may be missing."""
+
+    objectives: Mapping[str, type[Objective]]
+    generate: Generate
+    evaluate: Optional[Evaluate] = None  # -> figures, with `recall`, which says which weights are best
+    report: Optional[Report] = None  # writes files into the run folder and returns their paths
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was trained, how well, and where it is."""
+
+    path: str
+    bytes: int
+    run: str
+    stages: tuple[Mapping[str, Any], ...]  # objective, steps, done, loss; recall and best_step where it chose
+    recall_before: Optional[float]
+    recall: Optional[float]
+    tokens: int
+    seconds: float
+    reports: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that json.dumps takes."""
+        return asdict(self)
+
+
+def default_tools(options: TrainOptions) -> Tools:
+    """The objectives, the generator and the measure of this package."""
+    from . import recall_report
+    from .generated import generate
+    from .objectives import OBJECTIVES
+    from .recall import held_out_recall
+
+    how = options.budgets, options.sinks, options.window
+
+    def evaluate(decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample]) -> dict[str, float]:
+        return {"recall": held_out_recall(decoder, modules, samples, *how)}
+
+    def report(
+        decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample], folder: Path, progress: Progress
+    ) -> list[Path]:
+        recall_report.report(decoder, modules, samples, folder, *how, progress)
+        return [path for name in (recall_report.JSON, recall_report.PLOT) if (path := folder / name).exists()]
+
+    return Tools(OBJECTIVES, generate, evaluate, report)
+
+
+def train(
+    options: TrainOptions,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    tools: Optional[Tools] = None,
+    watcher: Watcher = Watcher(),
+) -> Optional[TrainResult]:
+    """Trains, or goes on where the run folder is, and writes the sidecar. Of several processes the others return None.
+
+    Args:
+        force: overwrite `options.out`.
+        restart: forget what the run folder holds.
+
+    Raises:
+        TrainingStopped: Ctrl-C; the message says how to go on.
+        TrainingCheckpointError: a checkpoint cannot be written, or is of another training.
+        IndexMemError: an option, the model or the text cannot be used. Nothing is written then.
+    """
+    options = options.checked()
+    run = _run(options)
+    check_target(options.out, force)
+    tools = tools or default_tools(options)
+    if unknown := [name for name in options.objective if name not in tools.objectives]:
+        raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
+    processes = open_processes(options.device)
+    base = read_base_model(options.model, options.fingerprint)
+    if base.architecture not in ARCHITECTURES:
+        raise ModelNotSupported(
+            f"{options.model} has the architecture {base.architecture!r}: training knows {', '.join(ARCHITECTURES)}"
+        )
+    files = find_books(options.texts)
+    if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
+        raise TrainingError(f"{options.out} is to be read as well: name another file to write")
+    deciding = {**options.deciding(), "model": fingerprint(options.model), "text": books_digest(files)}
+    with contextlib.ExitStack() as stack:
+        tokenizer = stack.enter_context(open_tokenizer(options.model))
+        books = read_books(files, tokenizer.tokenize, options.held_out, lambda *n: watcher.work(*n, "books"))
+        data = Data(books, tokenizer, tools.generate, options)
+        if processes.main:
+            _open_folder(run, options, restart)
+        processes.wait()
+        snapshot = load_snapshot(run, deciding)
+        if snapshot is not None and not restart:
+            watcher.note(f"going on with the training in {run}")
+        decoder = _load(options, processes)
+        parts = build_parts(decoder.config, options, processes.device)
+        interrupt = stack.enter_context(
+            Interrupt(processes.world == 1, lambda: watcher.note("stopping after this step; Ctrl-C again: at once"))
+        )
+        loop = Loop(
+            decoder,
+            parts,
+            data,
+            options,
+            objectives=tools.objectives,
+            evaluate=tools.evaluate,
+            processes=processes,
+            prepared=run / PREPARED / _digest({k: v for k, v in deciding.items() if k in _PREPARED_BY}),
+            metrics=Metrics(run),
+            save=lambda snapshot: save_snapshot(run, snapshot, deciding),
+            watcher=watcher,
+            interrupt=interrupt,
+        )
+        try:
+            position = loop.run(snapshot)
+        except KeyboardInterrupt:
+            raise TrainingStopped(
+                f"stopped: {loop.saved}. Go on with the same command, or with: indexmem train --resume {run}"
+            ) from None
+        if not processes.main:
+            return None
+        return _write(options, base, parts, position, [book.name for book in books], loop, tools, force, watcher)
+
+
+def _run(options: TrainOptions) -> Path:
+    assert options.run is not None  # filled in by checked()
+    return options.run
+
+
+def _load(options: TrainOptions, processes: Processes) -> Decoder:
+    names = {"auto": torch.float32 if processes.device.type == "cpu" else torch.bfloat16}
+    dtype = names.get(options.dtype) or getattr(torch, options.dtype)
+    return load_gguf(options.model, dtype).to(processes.device)
+
+
+def _open_folder(run: Path, options: TrainOptions, restart: bool) -> None:
+    """Makes the run folder, with the options in it for --resume."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingCheckpointError(f"cannot make the run folder {run}: {error.strerror or error}") from None
+    if restart:
+        remove_snapshot(run)
+    if not (run / CHECKPOINT).exists():
+        with replacing(run / RUN_FILE, force=True) as temporary:
+            Path(temporary).write_text(json.dumps(options.to_dict(), indent=1) + "\n")
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _write(
+    options: TrainOptions,
+    base: BaseModel,
+    parts: Parts,
+    position: Position,
+    texts: Sequence[str],
+    loop: Loop,
+    tools: Tools,
+    force: bool,
+    watcher: Watcher,
+) -> TrainResult:
+    """The report and the sidecar."""
+    run = _run(options)
+    enabled, scores = _measured(position)
+    checkpoint = to_checkpoint(
+        parts,
+        base,
+        options,
+        texts=texts,
+        step=sum(stage["done"] for stage in position.stages),
+        source=run / CHECKPOINT,
+        enabled=enabled,
+        scores=scores,
+    )
+    written = write_sidecar(options.out, checkpoint, options.outtype, force)
+    reports: Sequence[Path] = []
+    if tools.report is not None:
+        reports = tools.report(loop.decoder, parts.indexer, loop.held_out(), run, watcher.work)
+    with contextlib.suppress(OSError):  # large, and of no use any more
+        shutil.rmtree(run / PREPARED)
+    return TrainResult(
+        path=os.fspath(options.out),
+        bytes=written.size,
+        run=os.fspath(run),
+        stages=tuple(position.stages),
+        recall_before=position.first_recall,
+        recall=position.recall,
+        tokens=position.tokens,
+        seconds=position.seconds,
+        reports=tuple(map(os.fspath, [*reports, run / METRICS])),
+        notes=tuple(_notes(options, base, position, enabled, written.fallbacks)),
+    )
+
+
+def _measured(position: Position) -> tuple[Optional[list[bool]], dict[str, float]]:
+    """Layers that use a residual memory, None if all do, and the scores of the sidecar."""
+    enabled, scores = None, dict[str, float]()
+    for name, value in (("held_out_recall.untrained", position.first_recall), ("held_out_recall", position.recall)):
+        if value is not None:
+            scores[name] = value
+    for stage in position.stages:
+        if "enabled" in stage:
+            enabled = stage["enabled"]
+            used = [a if on else b for on, (a, b) in zip(enabled, stage["errors"])]
+            scores["attention_error.with_memory"] = sum(used) / len(used)
+            scores["attention_error.without_memory"] = sum(b for _, b in stage["errors"]) / len(used)
+    return enabled, scores
+
+
+def _notes(
+    options: TrainOptions,
+    base: BaseModel,
+    position: Position,
+    enabled: Optional[Sequence[bool]],
+    fallbacks: Sequence[str],
+) -> list[str]:
+    """What should not pass unnoticed."""
+    notes = []
+    first, best = position.first_recall, position.recall
+    if first is not None and best is not None and best <= first:
+        notes.append("training did not raise the recall on held-out text: the sidecar has the weights it began with")
+    if enabled is not None and not all(enabled):
+        off = ", ".join(str(i) for i, on in enumerate(enabled) if not on)
+        notes.append(f"the memory is off in layer {off}: there held-out text is read better without")
+    if options.memory == "centroid":
+        notes.append(
+            "the memory is on in all layers with gate 1; measure where it helps with: indexmem calibrate-memory "
+            f"--indexmem {options.out}"
+        )
+    if fallbacks:
+        notes.append(f"F16 instead of {options.outtype}, because rows are no multiple of 32: {', '.join(fallbacks)}")
+    return notes
