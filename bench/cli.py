@@ -7,8 +7,11 @@ from typing import Optional
 
 import typer
 
+from . import cli_ruler
 from .cli_options import (
+    BOOK,
     BUDGET,
+    DATA,
     DEPTH,
     GPU,
     INDEXMEM,
@@ -38,6 +41,8 @@ from .cli_options import (
 )
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
+app.command()(cli_ruler.ruler)
+app.command()(cli_ruler.needle)
 
 
 @app.command()
@@ -148,7 +153,8 @@ def speed(
 
 @app.command()
 def quality(
-    data: Path = typer.Option(..., exists=True, file_okay=False, help="Folder with <length>/<task>.jsonl.gz (RULER)."),
+    data: Optional[Path] = DATA,
+    text: Optional[Path] = BOOK,
     model: Optional[Path] = MODEL,
     lengths: str = typer.Option("2048,4096", help="Lengths, folders of DATA."),
     tasks: Optional[str] = typer.Option(None, help="Tasks; default: all that are there.", show_default=False),
@@ -166,7 +172,7 @@ def quality(
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
-    seed: int = typer.Option(0, help="For the policy `random` and the places in the book."),
+    seed: int = typer.Option(0, help="For the policy `random`, the places in the book and samples made here."),
     full_only: bool = typer.Option(False, help="Run the full cache and stop: which tasks can it do?"),
     markdown: Optional[Path] = typer.Option(None, help="Write the tables of the results page here."),
     out: Path = OUT,
@@ -181,6 +187,9 @@ def quality(
 
     with session(model, as_json) as (loaded, progress):
         wanted = tuple(numbers(lengths, int))
+        made = ""
+        if data is None:
+            data, made = cli_ruler.samples_for(loaded, wanted, tasks, samples, seed, text, progress)
         names = (
             tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
         )
@@ -202,6 +211,7 @@ def quality(
             nll_tokens // bench.BOOK_SCORED if nll_text else 0,
             memories_of(memories),
             sidecars,
+            made,
         )
         report = bench.run_quality(loaded, plan, out, seed, full_only, progress)
     finish(

@@ -67,6 +67,7 @@ class Plan:
     book_windows: int = 0
     memories: tuple[str, ...] = (MEMORY_OFF,)
     sidecars: Sidecars = field(default_factory=Sidecars)
+    made: str = ""  # names the samples if they were made here: a log does not mix them with others
 
     def jobs(self, tasks_of: dict[int, list[str]], arms: list[Arm]) -> Iterator[Job]:
         """Sample by sample, every arm on the same sample: whatever is finished can be compared."""
@@ -245,6 +246,8 @@ def run_quality(
     settings = f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} window {base.window} seed {base.seed}"
     if base.ratio:
         settings += f" at most {base.ratio:g} of the tokens seen"
+    if plan.made:
+        settings += f" samples {plan.made}"
     bounded = [] if full_only else plan.bounded()
     runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed)
     how = (
