@@ -62,7 +62,7 @@ DATA = typer.Option(
     show_default=False,
 )
 BOOK = typer.Option(
-    None, "--text", help="Text file with prose, such as a book: the haystack of RULER's essay tasks.", show_default=False
+    None, "--text", help="Text file with prose, such as a book: the haystack of RULER's essays.", show_default=False
 )
 OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
 JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")

@@ -108,13 +108,14 @@ def needle(
     """Is a needle in a haystack found? A map of length and depth per policy. Can be stopped and started again."""
     from . import needle as bench
     from .arms import Sidecars
+    from .runner import UNBOUNDED
 
     with session(model, as_json) as (loaded, progress):
         sidecars = Sidecars.open(indexmem or [])
         grid = bench.Grid(
             tuple(numbers(lengths, int)),
             tuple(numbers(depths, int)),
-            tuple(name for name in policies_of(policies, list(sidecars.indexers)) if name != bench.FULL_ARM.policy),
+            tuple(name for name in policies_of(policies, list(sidecars.indexers)) if name != UNBOUNDED),
             tuple(numbers(budgets, float)),
             samples,
             setup_of(None, 0, cache_type, 4, 128, threads, ubatch, seed, ratio=kv_budget_ratio),

@@ -213,7 +213,9 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     out = []
     for arm in dict.fromkeys(map(arm_of, rows)):
         mine = [row for row in rows if arm_of(row) == arm]
-        depths = {d: statistics.fmean(row["score"] for row in mine if row["depth"] == d) for d in _values(mine, "depth")}
+        depths = {
+            d: statistics.fmean(row["score"] for row in mine if row["depth"] == d) for d in _values(mine, "depth")
+        }
         worst = min(depths, key=lambda d: depths[d])
         lowest = f"; lowest at a depth of {worst} % ({depths[worst]:.3f})" if len(set(depths.values())) > 1 else ""
         out.append(Verdict(f"found in the mean, {label(arm)}{lowest}", statistics.fmean(row["score"] for row in mine)))
@@ -252,7 +254,9 @@ def plot(figure: Any, report: Report) -> None:
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (depth, length), value in score.items():
             colour = "black" if value > 0.6 else "white"
-            axis.text(lengths.index(length), depths.index(depth), f"{value:.2f}", ha="center", va="center", color=colour)
+            axis.text(
+                lengths.index(length), depths.index(depth), f"{value:.2f}", ha="center", va="center", color=colour
+            )
         axis.set_title(label(arm), fontsize=10)
         axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axis.set_yticks(range(len(depths)), [str(d) for d in depths])

@@ -113,7 +113,9 @@ def _common(text: str, answer_prefix: str) -> Anatomy:
     return Anatomy(
         _LIST.sub("<list>", text) + answer_prefix,
         f"10 words {_times({n for _, n in often})}, others {_times(others)}; "
-        + ", ".join(f"{n} words {_times([times])}" for times, n in sorted(Counter(inner.values()).items(), reverse=True))
+        + ", ".join(
+            f"{n} words {_times([times])}" for times, n in sorted(Counter(inner.values()).items(), reverse=True)
+        )
         + " in the example",
         (),
         tuple(word for word, _ in often),

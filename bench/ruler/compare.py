@@ -127,7 +127,7 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _recount(task: str, row: dict[str, Any], count: Count) -> bool:
-    return count(row["input"] + row["answer_prefix"]) + n_generate(task) == row["length"]
+    return count(row["input"] + row["answer_prefix"]) == int(row["length"]) - n_generate(task)
 
 
 def _judge(check: Check, whose: str, task: str, group: list[Row], apart: list[Anatomy], count: Count | None) -> None:

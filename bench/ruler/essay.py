@@ -13,7 +13,9 @@ from ..runner import BenchError
 
 # a stop, closing quotes or brackets behind it; an initial ("P.F.") and these abbreviations end no sentence
 _END = re.compile(r"""[.!?]["'”’)\]_*]*$""")
-_NO_END = re.compile(r"""^["'“‘(\[_*]*(?:(?:[A-Z]\.)+|(?:Mrs?|Dr|St|Col|Gen|Capt|Prof|Rev|Hon|Jr|Sr|vs|etc|No|Vol)\.)$""")
+_NO_END = re.compile(
+    r"""^["'“‘(\[_*]*(?:(?:[A-Z]\.)+|(?:Mrs?|Dr|St|Col|Gen|Capt|Prof|Rev|Hon|Jr|Sr|vs|etc|No|Vol)\.)$"""
+)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class Order:
         if unknown := [name for name in names if name not in TASKS]:
             raise BenchError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
         if not text and (lacking := [name for name in names if name in NEEDS_ESSAY]):
-            raise BenchError(f"{', '.join(lacking)}: the haystack is an essay; name a text file with --text, or leave them out")
+            raise BenchError(
+                f"{', '.join(lacking)}: the haystack is an essay; name a text file with --text, or leave them out"
+            )
         if samples < 1 or not lengths or min(lengths) < 1:
             raise BenchError(f"expected lengths and samples above 0, found {samples} samples at {list(lengths)}")
         return cls(tuple(dict.fromkeys(lengths)), tuple(dict.fromkeys(names)), samples, seed, text)
@@ -149,7 +151,7 @@ def generate(
         try:
             write(where, length, task, rows)
         except OSError as error:
-            raise BenchError(f"cannot write to {where}: {error.strerror or error}; choose a folder with --out") from None
+            raise BenchError(
+                f"cannot write to {where}: {error.strerror or error}; choose a folder with --out"
+            ) from None
     return where, name
-
-

@@ -38,9 +38,12 @@ class Words:
                 "pip install 'indexmem-edge[bench]'"
             ) from None
         lists = RandomWord(enhanced_prefixes=False)
-        kinds = ("adjective", "noun", "verb")
-        found = (tuple(lists.filter(include_categories=[kind], exclude_with_spaces=True)) for kind in kinds)
-        return Words(*found, f"wonderwords {importlib.metadata.version('wonderwords')}")
+
+        def of(kind: str) -> tuple[str, ...]:
+            return tuple(lists.filter(include_categories=[kind], exclude_with_spaces=True))
+
+        version = importlib.metadata.version("wonderwords")
+        return Words(of("adjective"), of("noun"), of("verb"), f"wonderwords {version}")
 
     def keys(self, rng: Random) -> Iterator[str]:
         """Pairs `adjective-noun`, none of them twice.
