@@ -7,6 +7,7 @@ from typing import Optional
 
 import typer
 
+from . import cli_ruler
 from .cli_options import (
     BUDGET,
     DEPTH,
@@ -39,6 +40,8 @@ from .cli_options import (
 from .cli_quality import quality
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
+app.command()(cli_ruler.ruler)
+app.command()(cli_ruler.needle)
 
 
 @app.command()

@@ -52,6 +52,16 @@ PREFILL_REPEATS = typer.Option(8, min=1, help="Alternating turns of prefill, eac
 TEXT = typer.Option(
     None, "--text", help="Text file to feed; default: sentences made up on the spot.", show_default=False
 )
+DATA = typer.Option(
+    None,
+    exists=True,
+    file_okay=False,
+    help="Folder with <length>/<task>.jsonl.gz (RULER); default: samples made on the spot for this model.",
+    show_default=False,
+)
+BOOK = typer.Option(
+    None, "--text", help="Text file with prose, such as a book: the haystack of RULER's essays.", show_default=False
+)
 OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
 JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")
 

@@ -8,7 +8,10 @@ from typing import Any, Optional
 
 import typer
 
+from . import cli_ruler
 from .cli_options import (
+    BOOK,
+    DATA,
     INDEXMEMS,
     JSON,
     MODEL,
@@ -31,7 +34,8 @@ ABLATED = (
 
 
 def quality(
-    data: Path = typer.Option(..., exists=True, file_okay=False, help="Folder with <length>/<task>.jsonl.gz (RULER)."),
+    data: Optional[Path] = DATA,
+    text: Optional[Path] = BOOK,
     model: Optional[Path] = MODEL,
     weights: Optional[str] = typer.Option(
         None,
@@ -68,7 +72,7 @@ def quality(
     ),
     threads: int = THREADS,
     ubatch: int = UBATCH,
-    seed: int = typer.Option(0, help="For the policy `random` and the places in the book."),
+    seed: int = typer.Option(0, help="For the policy `random`, the places in the book and samples made here."),
     full_only: bool = typer.Option(False, help="Run the full cache and stop: which tasks can it do?"),
     markdown: Optional[Path] = typer.Option(None, help="Write the tables of the results page here."),
     out: Path = OUT,
@@ -87,6 +91,9 @@ def quality(
 
     with session(model, as_json, _copy_of(model, weights)) as (loaded, progress):
         wanted = tuple(numbers(lengths, int))
+        made = ""
+        if data is None:
+            data, made = cli_ruler.samples_for(loaded, wanted, tasks, samples, seed, text, progress)
         names = (
             tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
         )
@@ -120,6 +127,7 @@ def quality(
             types[1],
             budget_in,
             full_only,
+            made,
         )
         report = bench.run_quality(loaded, plan, out, seed, time_limit, weights, progress)
     if full_only:

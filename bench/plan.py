@@ -53,6 +53,7 @@ class Plan:
     full_types: tuple[str, ...] = ()  # of full caches beside that in f16
     budget_in: str = "bytes"
     full_only: bool = False
+    made: str = ""  # names the samples if they were made here: a log does not mix them with others
 
     @property
     def rounds(self) -> int:

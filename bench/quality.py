@@ -194,6 +194,8 @@ def run_quality(
     )
     if base.ratio:
         settings += f" at most {base.ratio:g} of the tokens seen"
+    if plan.made:
+        settings += f" samples {plan.made}"
     runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed, seconds)
     how = (
         f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,15 @@ class Model:
     def piece(self, token: int) -> bytes:
         """What a token adds to a text."""
         return bytes(self.raw.detokenize([token]))
+
+    def tokenizer_identity(self) -> str:
+        """The same for models that cut every text into the same tokens: a hash of vocabulary and rules."""
+        meta, raw = self.raw.metadata(), self.raw.vocab
+        rules = (meta.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "add_space_prefix"))
+        digest = hashlib.sha256(repr(tuple(rules)).encode())
+        for token in range(self.n_vocab):
+            digest.update(llama_cpp.llama_vocab_get_text(raw, token) + b"\0")
+        return digest.hexdigest()[:16]
 
     def is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.raw.vocab, token))
