@@ -43,6 +43,10 @@ class LatentMemoryError(IndexMemError, ValueError):
     """There is no latent memory of that kind, or not without trained weights."""
 
 
+class TrainingError(IndexMemError, ValueError):
+    """What is to be trained, the objective and its options do not fit together."""
+
+
 class ContextError(IndexMemError, RuntimeError):
     """The native context could not be created, for example for want of memory."""
 

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from ..objective import Objective
+from .pooled_kl import PooledKL
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in ()}
+_TABLE: tuple[type[Objective], ...] = (PooledKL,)
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _TABLE}
