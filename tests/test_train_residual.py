@@ -86,6 +86,8 @@ def test_what_training_starts_from() -> None:
     assert torch.sigmoid(memory.gate_logit).item() == pytest.approx(1e-3, rel=1e-5)
     assert F.softplus(memory.eta_raw).item() == pytest.approx(1e-3, rel=1e-4)
     assert torch.sigmoid(memory.decay_logit).item() == pytest.approx(0.99, rel=1e-5)
+    spec = pytest.importorskip("indexmem_edge.convert.spec")
+    assert {c.name for c in spec.MEMORIES["residual"].constants} == {*constants, *SCALARS, "enabled"}
 
 
 def test_gradients_through_several_writes() -> None:

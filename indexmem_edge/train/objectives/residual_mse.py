@@ -6,6 +6,8 @@ over heads, dimensions, and the queries that come after the first eviction. Who 
 trained, block by block as in the runtime; every layer has the operands of the full cache, so that errors of earlier layers
 do not blur what this one has to learn. Scorers and model are frozen. Gradients reach back through all evictions of a sample;
 what they need is a layer's features and readouts, and nothing of a layer outlives its turn.
+
+The gate starts at 0.001, and a scalar moves by about one learning rate a step: rates near 0.05 suit a few hundred steps.
 """
 
 from __future__ import annotations
