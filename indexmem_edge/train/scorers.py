@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .pairwise import Pairwise
+
 
 class Retention(nn.Module):
     """Retention scorer of IndexMem++ (method sections 1.2 and 1.3), kind `retention`."""
@@ -96,4 +98,5 @@ class KVzap(nn.Module):
         return self(hidden)[0]
 
 
-SCORERS: dict[str, type[Retention] | type[KVzap]] = {module.kind: module for module in (Retention, KVzap)}
+Scorer = Retention | KVzap | Pairwise
+SCORERS: dict[str, type[Scorer]] = {module.kind: module for module in (Retention, KVzap, Pairwise)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ..objective import Objective
 from .gated_kl import GatedKL
+from .pooled_kl import PooledKL
 from .regress import Regress
+from .residual_mse import ResidualMSE
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Regress, GatedKL)}
+_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, PooledKL, ResidualMSE)
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _TABLE}
