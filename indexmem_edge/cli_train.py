@@ -81,11 +81,11 @@ def train(
     ] = None,
     length: Annotated[
         Optional[str],
-        _of(_TEXT, "lengths", "--length", metavar="N[,N]", help="Tokens of a sequence; several: one after the other."),
+        _of(_TEXT, "lengths", "--length", metavar="N[,N]", help="Tokens of a sequence, of all objectives or of each."),
     ] = None,
     samples: Annotated[
-        Optional[int],
-        _of(_TEXT, "samples", "--samples", min=0, help="Distinct sequences; 0: every step has new ones."),
+        Optional[str],
+        _of(_TEXT, "samples", "--samples", metavar="N[,N]", help="Distinct sequences; 0: every step has new ones."),
     ] = None,
     generated: Annotated[
         Optional[float],
@@ -206,7 +206,8 @@ def _options(given: dict[str, Any], resume: Optional[Path], restart: bool) -> Tr
     if "objective" in given:
         given["objective"] = tuple(name.strip() for name in given["objective"].split(","))
     for name, flag, kind in (
-        ("steps", "--steps", int), ("lr", "--lr", float), ("lengths", "--length", int), ("budgets", "--budget", float),
+        ("steps", "--steps", int), ("lr", "--lr", float), ("lengths", "--length", int),
+        ("samples", "--samples", int), ("budgets", "--budget", float),
     ):  # fmt: skip
         if name in given:
             given[name] = numbers(flag, given[name], kind)

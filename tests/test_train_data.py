@@ -71,7 +71,7 @@ def test_held_out_text_is_the_end_of_each_book(tmp_path: Path) -> None:
 
 def test_nothing_held_out_is_trained_on_and_nothing_else_is_left_out() -> None:
     books = numbered((300, 200, 30))
-    data = data_of(books, samples=0, generated=0.5)
+    data = data_of(books, samples=(0,), generated=0.5)
     held = {int(t) for book in books for t in book.held_out}
     seen = {int(t) for step in range(1000) for s in data.batch(step, 2, steps=1000) for t in s.tokens}
     assert not seen & held and {int(t) for b in books for t in b.train} <= seen
@@ -91,7 +91,7 @@ def test_a_batch_follows_from_its_numbers() -> None:
 
 
 def test_every_sequence_comes_once_before_any_comes_again() -> None:
-    data = data_of(numbered(), samples=12, generated=0.0)
+    data = data_of(numbered(), samples=(12,), generated=0.0)
     key = lambda s: s.tokens.tobytes()  # noqa: E731
     pool = {key(s) for s in data.pool(4, steps=6)}
     rounds = [[key(s) for step in (first, first + 1, first + 2) for s in data.batch(step, 4, steps=6)] for first in (0, 3)]
@@ -99,7 +99,7 @@ def test_every_sequence_comes_once_before_any_comes_again() -> None:
 
 
 def test_the_number_of_processes_does_not_change_what_a_step_sees() -> None:
-    data = data_of(numbered(), samples=12)
+    data = data_of(numbered(), samples=(12,))
     for step in range(6):
         whole = data.batch(step, 4, steps=6)
         shares = [data.batch(step, 4, rank, 2, 6) for rank in range(2)]
@@ -112,11 +112,12 @@ def test_the_number_of_processes_does_not_change_what_a_step_sees() -> None:
         data.batch(0, 4, 0, 3, 6)
 
 
-def test_lengths_come_one_after_the_other() -> None:
-    data = data_of(numbered(), lengths=(32, LENGTH), samples=8)
-    lengths = [[len(s.tokens) for s in data.batch(step, 2, steps=5)] for step in range(5)]
-    assert lengths == [[32] * 2] * 2 + [[LENGTH] * 2] * 3
-    assert [len(s.tokens) for s in data.pool(2, steps=5)] == [32] * 4 + [LENGTH] * 4
+def test_objectives_have_sequences_of_their_own() -> None:
+    data = data_of(numbered(), objective=("follow", "follow"), lengths=(32, LENGTH), samples=(4, 0))
+    lengths = [{len(s.tokens) for step in range(5) for s in data.batch(step, 2, steps=5, stage=i)} for i in range(2)]
+    assert lengths == [{32}, {LENGTH}]
+    assert [len(data.pool(2, steps=5, stage=i)) for i in range(2)] == [4, 10]
+    assert not same(data.batch(0, 2, steps=5), data_of(numbered()).batch(0, 2, steps=5, stage=1))
     assert {len(s.tokens) for s in data.held_out()} == {LENGTH}
 
 

@@ -18,7 +18,7 @@ from indexmem_edge.train.sample import Sample
 from indexmem_edge.train.watch import Watcher
 
 SMALL: dict[str, Any] = {
-    "lengths": (64,), "steps": (6,), "batch": 2, "samples": 6, "eval_samples": 2, "eval_every": 2, "checkpoint_every": 2,
+    "lengths": (64,), "steps": (6,), "batch": 2, "samples": (6,), "eval_samples": 2, "eval_every": 2, "checkpoint_every": 2,
     "patience": 0, "sinks": 2, "window": 8, "mid_dim": 16, "lr": (1e-2,), "device": "cpu",
 }  # fmt: skip
 

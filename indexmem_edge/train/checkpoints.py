@@ -40,6 +40,7 @@ class Position:
     loss: Optional[float] = None  # of the last one
     recall: Optional[float] = None  # of the best weights; None: not measured
     recall_step: int = 0  # of this objective, at which they were
+    value: Optional[float] = None  # by which they are the best: recall, or minus the objective's own held-out loss
     waited: int = 0  # evaluations since
     first_recall: Optional[float] = None  # before the first step of all
     stages: list[dict[str, Any]] = field(default_factory=list)  # results of the objectives that are through

@@ -1,7 +1,7 @@
 """The sequences of a training: passages of books, and generated text with questions. Every one follows from its number.
 
-There are `samples` distinct sequences, and training goes through all of them again and again, each time in another order.
-Sequence and order are functions of seed, split and step alone, so a resumed training sees what it would have seen. They do
+An objective has `samples` distinct sequences, and training goes through all of them again and again, each time in another
+order. Sequence and order are functions of seed, split, objective and step alone, so a resumed training sees what it would have seen. They do
 not depend on the number of processes either: of the n sequences of a step, those at n positions ("lanes") come from n
 disjoint shares of all sequences, and a process always has the same lanes.
 """
@@ -56,43 +56,36 @@ class Data:
                 f"has {longest:,}. Give more --text, a larger --held-out, or a smaller --length"
             )
 
-    def batch(self, step: int, n: int, rank: int = 0, world: int = 1, steps: int = 1) -> list[Sample]:
-        """What process `rank` of `world` trains on in one of `steps` steps that have `n` sequences in all."""
-        phases = self._phases(n, steps)
-        phase = next(p for p in phases if step < p.end)
-        rounds, i = divmod(step - phase.start, phase.size // n)
+    def batch(self, step: int, n: int, rank: int = 0, world: int = 1, steps: int = 1, stage: int = 0) -> list[Sample]:
+        """What process `rank` of `world` trains on in one of `steps` steps of `n` sequences in all, of objective `stage`."""
+        rounds, i = divmod(step, self._size(n, steps, stage) // n)
         found = []
         for lane in _lanes(n, rank, world):
-            order = np.random.default_rng([self.options.seed, ORDER, phase.number, lane, rounds])
-            found.append(self._sample(TRAIN, phase, int(order.permutation(phase.size // n)[i]) * n + lane))
+            order = np.random.default_rng([self.options.seed, ORDER, stage, lane, rounds])
+            index = int(order.permutation(self._size(n, steps, stage) // n)[i]) * n + lane
+            found.append(self._sample(TRAIN, stage, index, self.options.length_of(stage)))
         return found
 
-    def pool(self, n: int, rank: int = 0, world: int = 1, steps: int = 1) -> Sequence[Sample]:
+    def pool(self, n: int, rank: int = 0, world: int = 1, steps: int = 1, stage: int = 0) -> Sequence[Sample]:
         """All sequences that `batch` will ever give this process; each is made when it is looked at."""
-        lanes = _lanes(n, rank, world)
-        return _Pool(self, [(p, i + lane) for p in self._phases(n, steps) for i in range(0, p.size, n) for lane in lanes])
+        lanes, length = _lanes(n, rank, world), self.options.length_of(stage)
+        indices = [i + lane for i in range(0, self._size(n, steps, stage), n) for lane in lanes]
+        return _Pool(lambda i: self._sample(TRAIN, stage, i, length), indices)
 
     def held_out(self) -> list[Sample]:
         """What is measured on: generated text between held-out pages, unless nothing generated is trained on."""
-        phase = _Phase(0, 0, 0, self.options.eval_samples, max(self.options.lengths))
-        return [self._sample(HELD_OUT, phase, i) for i in range(phase.size)]
+        return [self._sample(HELD_OUT, 0, i, max(self.options.lengths)) for i in range(self.options.eval_samples)]
 
-    def _phases(self, n: int, steps: int) -> list[_Phase]:
-        """The steps of each length, and how many distinct sequences there are for them: a multiple of n."""
-        lengths = self.options.lengths
-        edges = [steps * i // len(lengths) for i in range(len(lengths) + 1)]
-        phases = []
-        for number, (start, end, length) in enumerate(zip(edges, edges[1:], lengths)):
-            every_step = (end - start) * n
-            wanted = -(-self.options.samples // len(lengths) // n) * n or every_step
-            phases.append(_Phase(number, start, end, min(wanted, every_step), length))
-        return [p for p in phases if p.end > p.start]
+    def _size(self, n: int, steps: int, stage: int) -> int:
+        """Distinct sequences of an objective: a multiple of n."""
+        wanted = -(-self.options.samples_of(stage) // n) * n or steps * n
+        return min(wanted, steps * n)
 
-    def _sample(self, split: int, phase: _Phase, index: int) -> Sample:
-        rng = np.random.default_rng([self.options.seed, split, phase.number, index])
+    def _sample(self, split: int, stage: int, index: int, length: int) -> Sample:
+        rng = np.random.default_rng([self.options.seed, split, stage, index])
         shelf: Shelf = self._shelves[split]  # type: ignore[attr-defined]
         first = self.tokenizer.first
-        room, share = phase.length - len(first), self.options.generated
+        room, share = length - len(first), self.options.generated
         if rng.random() < (share if split == TRAIN else share > 0):
             made = self.generate(
                 self.tokenizer.tokenize, lambda n: shelf.filler(n, rng), room, rng, split == HELD_OUT
@@ -108,17 +101,6 @@ class Data:
         )
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """Steps from `start` to `end` with sequences of one length."""
-
-    number: int
-    start: int
-    end: int
-    size: int  # distinct sequences
-    length: int
-
-
 def _lanes(n: int, rank: int, world: int) -> range:
     if n % world:
         raise TrainingError(
@@ -130,20 +112,18 @@ def _lanes(n: int, rank: int, world: int) -> range:
 class _Pool(Sequence[Sample]):
     """Sequences by their numbers."""
 
-    def __init__(self, data: Data, keys: Sequence[tuple[_Phase, int]]) -> None:
-        self._data, self._keys = data, keys
+    def __init__(self, make: Callable[[int], Sample], indices: Sequence[int]) -> None:
+        self._make, self._indices = make, indices
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._indices)
 
     @overload
     def __getitem__(self, i: int) -> Sample: ...
     @overload
     def __getitem__(self, i: slice) -> Sequence[Sample]: ...
     def __getitem__(self, i: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(i, slice):
-            return _Pool(self._data, self._keys[i])
-        return self._data._sample(TRAIN, *self._keys[i])
+        return _Pool(self._make, self._indices[i]) if isinstance(i, slice) else self._make(self._indices[i])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

@@ -52,6 +52,11 @@ class Stage:
         return self.objective.name
 
 
+def overrides(objective: Objective) -> bool:
+    """Whether an objective has a held-out loss of its own, which cannot be compared with that of another."""
+    return type(objective).held_out_loss is not Objective.held_out_loss
+
+
 class Loop:
     """Trains `parts`. What is saved, and how, is for `save`; a run folder has the prepared files and the figures."""
 
@@ -127,8 +132,10 @@ class Loop:
         restore_optimizer(optimizer, optimizer_state)
         self._prepare(stage)
         if stage.chooses and p.step == 0:
-            if p.recall is None:
+            if p.value is None or overrides(stage.objective):
+                p.value = None
                 self._measure(stage)
+            if p.first_recall is None:
                 p.first_recall = p.recall
             self.best = self.parts.weights()
         while p.step < stage.steps and not self._spent():
@@ -145,7 +152,7 @@ class Loop:
     def _prepare(self, stage: Stage) -> None:
         """Each process prepares the sequences that it trains on, in a folder of its own."""
         rank, world = self.processes.rank, self.processes.world
-        pool = self.data.pool(self.options.batch, rank, world, stage.steps)
+        pool = self.data.pool(self.options.batch, rank, world, stage.steps, stage.number)
         folder = self.prepared / f"{stage.number}-{stage.name}-{rank}of{world}"
         try:
             stage.objective.prepare(pool, folder, self._work)
@@ -161,7 +168,7 @@ class Loop:
         rate = stage.lr * lr_multiplier(p.step, stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        samples = self.data.batch(p.step, o.batch, world.rank, world.world, stage.steps)
+        samples = self.data.batch(p.step, o.batch, world.rank, world.world, stage.steps, stage.number)
         seed = o.seed + STAGE_SEEDS * stage.number + world.rank
         torch.manual_seed(seed + p.step)  # whatever draws without being told how repeats itself, too
         optimizer.zero_grad()
@@ -183,18 +190,22 @@ class Loop:
         return stop > 0
 
     def _measure(self, stage: Stage) -> None:
-        """Recall on held-out text; the weights are kept if it is the best so far."""
+        """Recall on held-out text; the weights are kept if it, or the objective's own measure, is the best so far."""
         assert self.evaluate is not None
         p, figures = self.position, dict[str, float]()
         if self.processes.main:
             self.watcher.work(0, 1, "recall on held-out text")
             with torch.no_grad():
                 figures = dict(self.evaluate(self.decoder, self.parts.indexer, self.held_out()))
+                own = stage.objective.held_out_loss(self.held_out())
+            if own is not None:
+                figures["held_out_loss"] = own
             self.watcher.work(1, 1, "recall on held-out text")
         recall = self.processes.from_main(figures.pop("recall", math.nan))
-        better = not math.isnan(recall) and (p.recall is None or recall > p.recall)
+        value = self.processes.from_main(-figures["held_out_loss"] if "held_out_loss" in figures else recall)
+        better = not math.isnan(value) and (p.value is None or value > p.value)
         if better:
-            p.recall, p.recall_step, p.waited = recall, p.step, 0
+            p.value, p.recall, p.recall_step, p.waited = value, recall, p.step, 0
             self.best = self.parts.weights()
         else:
             p.waited += 1
@@ -217,7 +228,7 @@ class Loop:
             result["enabled"] = [bool(e.helps) for e in errors]
             result["errors"] = [[float(error) for error in e.relative] for e in errors]
         p.stages.append(result)
-        p.stage, p.step, p.loss, p.recall_step, p.waited = p.stage + 1, 0, None, 0, 0
+        p.stage, p.step, p.loss, p.recall_step, p.waited, p.value = p.stage + 1, 0, None, 0, 0, p.recall
         self._save(None)
 
     def _save(self, optimizer: Optional[torch.optim.Optimizer]) -> None:

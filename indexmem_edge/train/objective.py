@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import nn
@@ -41,6 +41,10 @@ class Objective(ABC):
 
         What is there already, from this call with the same samples, is not computed again.
         """
+
+    def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:
+        """What says better than recall which weights are best, the lowest ones; None: recall does."""
+        return None
 
     @abstractmethod
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:

@@ -27,6 +27,8 @@ RUN_FILE = "run.json"  # the options, in a run folder
 # Nothing of these changes a weight, so a training that is resumed may be given others.
 _FREE = ("model", "texts", "out", "run", "outtype", "fingerprint", "device", "checkpoint_every", "memory_slots")
 
+_PER_OBJECTIVE = ("steps", "lr", "lengths", "samples")
+
 _FLAGS = {"lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window"}  # not as the field
 
 T = TypeVar("T", int, float)
@@ -48,8 +50,8 @@ class TrainOptions:
     steps: tuple[int, ...] = (300,)
     lr: tuple[float, ...] = (1e-3,)  # the highest
     batch: int = 4  # sequences of a step, of all processes together
-    lengths: tuple[int, ...] = (2048,)  # tokens of a sequence; the steps are divided among them, in this order
-    samples: int = 64  # distinct sequences; 0: every step has new ones
+    lengths: tuple[int, ...] = (1024,)  # tokens of a sequence
+    samples: tuple[int, ...] = (128,)  # distinct sequences; 0: every step has new ones
     generated: float = 0.75  # share of sequences with generated facts and questions
     held_out: float = 0.1  # share of each book, its end
     eval_samples: int = 8
@@ -87,10 +89,11 @@ class TrainOptions:
         return o
 
     def _check_numbers(self) -> None:
-        for name, values in (("steps", self.steps), ("lr", self.lr)):
+        for name in _PER_OBJECTIVE:
+            values = getattr(self, name)
             if len(values) not in (1, len(self.objective)):
                 raise TrainingError(
-                    f"--{name} has {len(values)} values for {len(self.objective)} objectives "
+                    f"{_flag(name)} has {len(values)} values for {len(self.objective)} objectives "
                     f"({', '.join(self.objective)}): expected one for all, or one for each"
                 )
         counts = {"steps": 1, "batch": 1, "eval_samples": 1, "lengths": 2, "checkpoint_every": 1}
@@ -128,6 +131,14 @@ class TrainOptions:
     def lr_of(self, stage: int) -> float:
         """Its highest learning rate."""
         return self.lr[stage % len(self.lr)]
+
+    def length_of(self, stage: int) -> int:
+        """Tokens of its sequences."""
+        return self.lengths[stage % len(self.lengths)]
+
+    def samples_of(self, stage: int) -> int:
+        """Its distinct sequences; 0: as many as its steps need."""
+        return self.samples[stage % len(self.samples)]
 
     def deciding(self) -> dict[str, Any]:
         """All options that change a weight, as JSON has them. A checkpoint is for these alone."""

@@ -28,14 +28,15 @@ from .._modelfile import fingerprint
 from ..convert.atomic import check_target, replacing
 from ..convert.basemodel import BaseModel, read_base_model
 from ..convert.writer import write_sidecar
-from ..errors import ModelNotSupported, TrainingCheckpointError, TrainingError, TrainingStopped
+from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
+from .architectures import architecture
 from .books import books_digest, find_books, read_books
 from .checkpoints import NAME as CHECKPOINT
 from .checkpoints import Position, load_snapshot, remove_snapshot, save_snapshot
 from .data import Data, Generate
 from .decoder import Decoder
 from .export import to_checkpoint
-from .gguf_weights import load_gguf
+from .load import load_decoder
 from .loop import Evaluate, Loop
 from .metrics import NAME as METRICS
 from .metrics import Metrics
@@ -47,7 +48,6 @@ from .sample import Sample
 from .tokenizer import open_tokenizer
 from .watch import Interrupt, Watcher
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PREPARED = "prepared"
 _PREPARED_BY = (  # options that decide what objectives prepare
     "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "model",
@@ -135,10 +135,7 @@ def train(
         raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
     processes = open_processes(options.device)
     base = read_base_model(options.model, options.fingerprint)
-    if base.architecture not in ARCHITECTURES:
-        raise ModelNotSupported(
-            f"{options.model} has the architecture {base.architecture!r}: training knows {', '.join(ARCHITECTURES)}"
-        )
+    architecture(os.fspath(options.model), base.architecture)  # before minutes are spent on reading
     files = find_books(options.texts)
     if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
         raise TrainingError(f"{options.out} is to be read as well: name another file to write")
@@ -189,9 +186,14 @@ def _run(options: TrainOptions) -> Path:
 
 
 def _load(options: TrainOptions, processes: Processes) -> Decoder:
-    names = {"auto": torch.float32 if processes.device.type == "cpu" else torch.bfloat16}
-    dtype = names.get(options.dtype) or getattr(torch, options.dtype)
-    return load_gguf(options.model, dtype).to(processes.device)
+    dtype = _fast_dtype(processes.device) if options.dtype == "auto" else getattr(torch, options.dtype)
+    return load_decoder(options.model, dtype, processes.device)
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where there are instructions for it, which is four times as fast as float32; float32 elsewhere."""
+    known = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type != "cpu" or known else torch.float32
 
 
 def _open_folder(run: Path, options: TrainOptions, restart: bool) -> None:
