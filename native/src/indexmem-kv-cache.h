@@ -32,7 +32,7 @@ struct llama_model;
 //     slot n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
 //   - after apply() of a ubatch, n_used plus the slots of the memory <= budget
 //   - with an indexer, entries at positions [n_scored, n_seen) are pending: the hidden states they are scored from lie in
-//     a ring of N_PENDING rows. What is ranked has been scored, so pending entries are in slots from n_fixed on
+//     a ring of n_wait rows. What is ranked has been scored, so pending entries are in slots from n_fixed on
 //
 
 class llama_kv_cache_bounded : public llama_memory_i {
@@ -56,8 +56,11 @@ public:
     // changes while the cache fills.
     static constexpr uint32_t N_KV_PAD = 256;
 
-    // tokens that can wait to be scored: a small network costs less per token when it sees many
-    static constexpr uint32_t N_PENDING = 32;
+    // Tokens that can wait to be scored: a small network costs less per token when it sees many. Of a small budget they are
+    // a small share too, because their hidden states take more bytes than entries do.
+    static constexpr uint32_t N_WAIT_MAX  = 32;
+    static constexpr uint32_t N_WAIT_MIN  = 4;
+    static constexpr uint32_t WAIT_SHARE  = 32; // of the budget
 
     // queries kept beyond those that a rank reads: so many tokens can be taken back exactly
     static constexpr uint32_t N_RING_SLACK = 32;
@@ -105,11 +108,11 @@ public:
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
 
-        // of the indexer, null without one. The last N_PENDING rows of `state` and `queries` belong to no entry: writes for
+        // of the indexer, null without one. The last n_wait rows of `state` and `queries` belong to no entry: writes for
         // sequences with fewer pending entries than others go there.
-        ggml_tensor * state;   // F32 [n_state, n_slots + N_PENDING, n_state_heads, n_seq_max]
-        ggml_tensor * pending; // F32 [n_embd, N_PENDING, 1, n_seq_max] hidden states: the one of position p in row p % N_PENDING
-        ggml_tensor * queries; // F32 [n_query_state, n_ring + N_PENDING, 1, n_seq_max], null unless its rank reads queries
+        ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
+        ggml_tensor * pending; // F32 [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait
+        ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
@@ -176,6 +179,7 @@ public:
     uint32_t get_n_front()   const { return n_front; }
     uint32_t get_n_latent()  const { return cfg.memory ? cfg.memory->n_slots() : 0; } // slots of the memory
     uint32_t get_n_ring()    const { return n_ring; }
+    uint32_t get_n_wait()    const { return n_wait; }
     uint32_t get_n_seq_max() const { return (uint32_t) seqs.size(); }
 
     // entries that a sequence may keep at its present length, the slots of the memory not counted
@@ -219,6 +223,7 @@ private:
     uint32_t n_slots = 0;
     uint32_t n_front = 0;
     uint32_t n_ring  = 0; // of queries, of the policy or the indexer
+    uint32_t n_wait  = 0; // hidden states that wait to be scored
 
     int64_t rot_k = 0;
     int64_t rot_v = 0;

@@ -16,7 +16,7 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     st.evict  = true;
     st.recall = kv->get_memory() != nullptr;
     st.score  = kv->get_indexer() != nullptr;
-    st.n_old  = st.score ? kv->N_PENDING : 0;
+    st.n_old  = st.score ? kv->get_n_wait() : 0;
     st.before = kv->seqs;
     st.after  = kv->seqs;
     steps.push_back(std::move(st));

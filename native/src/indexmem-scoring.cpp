@@ -23,7 +23,7 @@ indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, cons
 }
 
 void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st) {
-    constexpr int64_t n_ring_old = kv_cache::N_PENDING;
+    const int64_t n_ring_old = kv.get_n_wait();
 
     if (rows_new) {
         std::vector<int64_t> data(ggml_nelements(rows_new));

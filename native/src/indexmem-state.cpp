@@ -22,7 +22,7 @@
 //
 
 static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
-static constexpr uint32_t STATE_VERSION = 3;
+static constexpr uint32_t STATE_VERSION = 4;
 
 namespace {
 
@@ -103,7 +103,10 @@ std::vector<stored> stored_of(const llama_kv_cache_bounded & kv, const llama_kv_
     }
     if (l.state) {
         res.push_back({ l.state,   0, seq.n_used });
-        res.push_back({ l.pending, 0, llama_kv_cache_bounded::N_PENDING });
+        // in the order of their positions, so that the length of the ring does not matter: around its end in two parts
+        const int64_t n_first = std::min<int64_t>(seq.n_pending(), kv.get_n_wait() - seq.n_scored % kv.get_n_wait());
+        res.push_back({ l.pending, seq.n_scored % kv.get_n_wait(), n_first });
+        res.push_back({ l.pending, 0, seq.n_pending() - n_first });
     }
     if (l.queries) {
         res.push_back({ l.queries, 0, n_ring });
@@ -297,8 +300,12 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         p.state.n_scored = n_scored;
 
         // pending entries are the newest, not moved since they were appended, and their hidden states fit the ring
-        if (!get_indexer() ? n_scored != 0 : n_scored > n_seen || (llama_pos) n_scored < p.state.pos_tail() || n_seen - n_scored > N_PENDING) {
+        if (!get_indexer() ? n_scored != 0 : n_scored > n_seen || (llama_pos) n_scored < p.state.pos_tail()) {
             throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)", n_scored, n_seen));
+        }
+        if (get_indexer() && n_seen - n_scored > n_wait) {
+            throw std::runtime_error(format("bounded KV state: %u entries wait to be scored and a budget of %u has room for %u: "
+                        "use the budget that the state was made with", n_seen - n_scored, cfg.budget, n_wait));
         }
 
         for (const auto & l : layers) {
