@@ -20,8 +20,9 @@ from indexmem_edge import _capi
 
 VARIANTS = ["retention-mlp", "kvzap-linear", "pairwise-mean"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-# a step of 30 lets nearly as many tokens wait as ever do
+# 4 tokens wait at most, and with WIDE 32, of which a step of 30 lets nearly all wait
 SETTINGS: dict[str, Any] = dict(budget=96, window=33, policy="indexer", evict_step=30)
+WIDE = SETTINGS | dict(budget=1056)
 WAITING = 32  # at most so many tokens wait to be scored, and can be taken back where ranks read recent tokens
 
 Sidecar = Callable[..., Path]
@@ -48,7 +49,7 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Sidecar:
 def test_a_loaded_state_continues_bit_for_bit(
     tiny: Tiny, sidecar: Sidecar, variant: str, whole: bool, cache: int, n: int
 ) -> None:
-    """The last 13 to 20 tokens have not been scored."""
+    """Up to 4 of the last tokens have not been scored."""
     path, config = tiny("llama")
     tokens, rest = tokens_of(config, n), tokens_of(config, 80, seed=1)
     seq = None if whole else 0
@@ -62,6 +63,41 @@ def test_a_loaded_state_continues_bit_for_bit(
         assert np.array_equal(a.feed(rest, 1), b.feed(rest, 1))
         np.testing.assert_equal(a.positions(), b.positions())
         assert a.save(seq) == b.save(seq)
+
+
+@each_variant
+def test_a_loaded_state_of_a_large_budget_continues_bit_for_bit(tiny: Tiny, sidecar: Sidecar, variant: str) -> None:
+    """21 tokens have not been scored, and their rows go around the end of the ring."""
+    path, config = tiny("llama")
+    arguments = dict(sidecar=sidecar(config, variant), n_ubatch=100, **WIDE)
+    tokens, rest = tokens_of(config, 1150), tokens_of(config, 70, seed=1)
+    with open_model(path) as model, Context(model, **arguments) as a, Context(model, **arguments) as b:
+        a.feed(tokens, 100)
+        a.feed(rest[:21], 1)
+        b.feed(rest, 7)
+        assert b.load(a.save(0), 0)
+        assert b.save(0) == a.save(0)
+        assert np.array_equal(a.feed(rest, 1), b.feed(rest, 1))
+        np.testing.assert_equal(a.positions(), b.positions())
+
+
+@each_variant
+def test_a_state_goes_to_a_context_where_fewer_tokens_may_wait(tiny: Tiny, sidecar: Sidecar, variant: str) -> None:
+    path, config = tiny("llama")
+    wide, narrow = (dict(sidecar=sidecar(config, variant), n_ubatch=60, **s) for s in (WIDE, SETTINGS))
+    tokens, rest = tokens_of(config, 80), tokens_of(config, 60, seed=1)
+    with open_model(path) as model, Context(model, **wide) as a, Context(model, **narrow) as b, Context(model, **narrow) as c:
+        a.feed(tokens[:60], 60)
+        c.feed(tokens[:60], 60)
+        for context in (a, c):
+            context.feed(tokens[60:63], 1)
+        assert b.load(a.save(0), 0)
+        assert b.save(0) == a.save(0) == c.save(0)
+        assert np.array_equal(b.feed(rest, 1), c.feed(rest, 1))
+        np.testing.assert_equal(b.positions(), c.positions())
+        a.feed(tokens[63:], 1)  # 20 wait by now
+        theirs = b.save(0)
+        assert not b.load(a.save(0), 0) and b.save(0) == theirs
 
 
 @each_variant
