@@ -42,6 +42,7 @@ from .cli_quality import quality
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 app.command()(cli_ruler.ruler)
 app.command()(cli_ruler.needle)
+app.command()(cli_ruler.ceiling)
 
 
 @app.command()

@@ -163,3 +163,41 @@ def _sizes(folder: Path, lengths: Sequence[int], tasks: Sequence[str]) -> tuple[
             size = f"{path_of(folder, length, task).stat().st_size / 1024:.0f} KiB"
             lines.append([task, str(length), str(len(found)), str(min(found)), str(max(found)), f"{filled:.1%}", size])
     return ["task", "length", "n", "shortest", "longest", "filled", "file"], lines
+
+
+def ceiling(
+    data: Path = typer.Option(..., exists=True, file_okay=False, help="Folder with <length>/<task>.jsonl.gz (RULER)."),
+    model: Optional[Path] = MODEL,
+    indexmem: Optional[list[Path]] = INDEXMEMS,
+    lengths: str = typer.Option("2048", help="Lengths, folders of DATA."),
+    tasks: Optional[str] = typer.Option(None, help="Tasks; default: all that are there.", show_default=False),
+    policies: str = typer.Option("keydiff", help="Policies without training to show beside; none: ''."),
+    budgets: str = typer.Option("0.5,0.25,0.1", help="Shares of the context's entries that are kept."),
+    groups: int = typer.Option(0, min=0, help="Exchange the indexer for the oracle in each of so many groups of layers."),
+    samples: int = typer.Option(5, min=1, help="Samples of each task."),
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """How far is an indexer from an oracle that knows the question, and in which layers? Needs PyTorch."""
+    from indexmem_edge._torch import require_torch
+
+    from . import ruler
+    from .runner import BenchError
+
+    with session(model, as_json) as (loaded, progress):
+        require_torch()
+        from . import ceiling as bench
+
+        wanted = numbers(lengths, int)
+        names = tasks.split(",") if tasks else list(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
+        missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
+        if missing or not names:
+            raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
+        found = [name for name in policies.split(",") if name]
+        if unknown := [name for name in found if name not in bench.POLICIES]:
+            raise BenchError(f"unknown policy {unknown[0]!r}: choose from {', '.join(bench.POLICIES)}")
+        report = bench.run_ceiling(
+            loaded, data, wanted, names, samples, indexmem or [], numbers(budgets, float),
+            groups=groups, policies=found, progress=progress, out=out,
+        )  # fmt: skip
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)

@@ -38,9 +38,11 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Co
                 f"the model has {_show(expected)}"
             )
     modules = nn.ModuleList()
-    for layer in checkpoint.layers:
+    gates = checkpoint.constants.get("gate_scale") or [1.0] * g.block_count  # of training alone, so it may be missing
+    for layer, gate in zip(checkpoint.layers, gates):
         module = SCORERS[checkpoint.kind](g.embedding_length, g.head_count_kv, checkpoint.constants)
-        module.load_state_dict({name: torch.tensor(layer[name]) for name in module.state_dict()})
+        weights = {"gate_scale": torch.tensor([gate]), **{name: torch.tensor(array) for name, array in layer.items()}}
+        module.load_state_dict({name: weights[name] for name in module.state_dict()})
         modules.append(module)
     return modules
 
