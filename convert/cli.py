@@ -80,6 +80,9 @@ def convert(
     sinks: Optional[int] = _option(_FILE, None, "--sinks", min=0, help="Sinks it was trained with."),
     window: Optional[int] = _option(_FILE, None, "--window", min=0, help="Window it was trained with."),
     budget: Optional[int] = _option(_FILE, None, "--budget", min=1, help="Budget it was trained with."),
+    score: Optional[list[str]] = _option(
+        _FILE, None, "--score", metavar="NAME=NUMBER", help="What was measured with it, for people; may be repeated."
+    ),
     as_json: bool = _option(_OUTPUT, False, "--json", help="Print the summary as JSON."),
     version: bool = _option(
         _OUTPUT, False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
@@ -116,6 +119,7 @@ def convert(
         _keep_companions(sources, target, checkpoint)
         defaults = {"sinks": sinks, "window": window, "budget": budget}
         checkpoint = _describe(checkpoint, arch, name, trained_on, {k: v for k, v in defaults.items() if v is not None})
+        checkpoint = replace(checkpoint, scores={**checkpoint.scores, **_scores(score or [])}).validated()
         if no_fingerprint:
             checkpoint = replace(checkpoint, fingerprint=None)
         _note(notes(checkpoint))
@@ -140,6 +144,17 @@ def _describe(
         defaults={**c.defaults, **defaults},
         provenance=replace(c.provenance, trained_on=trained_on or c.provenance.trained_on),
     ).validated()
+
+
+def _scores(given: list[str]) -> dict[str, float]:
+    scores = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            scores[name] = float(number)
+        except ValueError:
+            raise ConvertError(f"--score {text!r}: expected NAME=NUMBER") from None
+    return scores
 
 
 def _keep_companions(sources: list[Path], target: Path, checkpoint: Checkpoint) -> None:

@@ -63,7 +63,7 @@ def test_a_conversion_with_a_model_and_what_it_prints(source: Path, tmp_path: Pa
 
 def test_json_and_the_way_back(source: Path, tmp_path: Path) -> None:
     out, back = tmp_path / "m.gguf", tmp_path / "back.safetensors"
-    result = run(source, "--out", out, "--outtype", "f32", "--arch", "qwen3", "--name", "mine", "--json")
+    result = run(source, "--out", out, "--outtype", "f32", "--arch", "qwen3", "--name", "mine", "--score", "ruler=0.5", "--json")
     told = json.loads(result.stdout)
     assert (told["kind"], told["bytes"], told["notes"]) == ("kvzap", out.stat().st_size, [])
     assert told["tensors"][0] == {
@@ -77,6 +77,7 @@ def test_json_and_the_way_back(source: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.gguf"
     assert run(back, "--out", again, "--outtype", "f32").returncode == 0
     first, second = read_sidecar(out), read_sidecar(again)
+    assert first.checkpoint.scores == second.checkpoint.scores == {"ruler": 0.5}
     assert all((first.tensors[name] == second.tensors[name]).all() for name in first.tensors)
     assert second.metadata["general.architecture"] == "qwen3" and second.metadata["general.name"] == "mine"
 
@@ -124,3 +125,9 @@ def test_neither_the_library_nor_torch_is_loaded_without_need(source: Path) -> N
         command, capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
     assert not {"llama_cpp", "torch", "matplotlib"} & set(loaded.stdout.split())
+
+
+def test_a_score_is_a_name_and_a_number(source: Path, tmp_path: Path) -> None:
+    for text in ("ruler", "ruler=", "ruler=good", "a b=1"):
+        result = run(source, "--out", tmp_path / "m.gguf", "--arch", "qwen3", "--score", text)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and not (tmp_path / "m.gguf").exists()

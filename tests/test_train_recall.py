@@ -304,7 +304,7 @@ def test_a_sidecar_gives_the_modules_back(kind: str, options: dict[str, Any], tm
 def write(path: Path, kind: str, constants: dict[str, Any], modules: Any, **more: Any) -> None:
     layers = [{name: p.detach().numpy().copy() for name, p in module.state_dict().items()} for module in modules]
     for layer in layers:
-        layer.pop("gate_scale")  # a constant there, and only training reads it
+        layer.pop("gate_scale", None)  # a constant there, and only training reads it
     geometry = Geometry(CONFIG.n_layer, CONFIG.n_embd, CONFIG.n_head_kv)
     provenance = Provenance("indexmem-edge", ("a",), ("0" * 64,))
     write_sidecar(path, Checkpoint(geometry, kind, constants, layers, provenance, **more), "f32")
