@@ -81,7 +81,7 @@ def quality(
     """RULER scores and likelihoods with physically evicted contexts, at equal bytes. Can be stopped and started again: finished
     runs are kept.
     """
-    from . import effect, quality_table, ruler
+    from . import effect, quality_table
     from . import quality as bench
     from .arms import Sidecars
     from .plan import Plan
@@ -94,12 +94,7 @@ def quality(
         made = ""
         if data is None:
             data, made = cli_ruler.samples_for(loaded, wanted, tasks, samples, seed, text, progress)
-        names = (
-            tuple(tasks.split(",")) if tasks else tuple(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
-        )
-        missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
-        if missing or not names:
-            raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
+        names = cli_ruler.tasks_in(data, wanted, tasks)
         sidecars, of_memory = Sidecars.open(indexmem or []), memories_of(memories)
         if ablation:
             sidecars = sidecars.lent()

@@ -126,6 +126,19 @@ def needle(
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
+def tasks_in(data: Path, lengths: Sequence[int], tasks: Optional[str]) -> tuple[str, ...]:
+    """The tasks that were asked for, or all; BenchError unless each is there at every length."""
+    from . import ruler
+    from .runner import BenchError
+
+    found = dict.fromkeys(task for length in lengths for task in ruler.tasks(data, length))
+    names = tuple(tasks.split(",")) if tasks else tuple(found)
+    missing = [f"{n}/{task}" for n in lengths for task in names if task not in ruler.tasks(data, n)]
+    if missing or not names:
+        raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
+    return names
+
+
 def samples_for(
     model: Any,
     lengths: Sequence[int],
@@ -181,7 +194,6 @@ def ceiling(
     """How far is an indexer from an oracle that knows the question, and in which layers? Needs PyTorch."""
     from indexmem_edge._torch import require_torch
 
-    from . import ruler
     from .runner import BenchError
 
     with session(model, as_json) as (loaded, progress):
@@ -189,10 +201,7 @@ def ceiling(
         from . import ceiling as bench
 
         wanted = numbers(lengths, int)
-        names = tasks.split(",") if tasks else list(dict.fromkeys(t for n in wanted for t in ruler.tasks(data, n)))
-        missing = [f"{n}/{t}" for n in wanted for t in names if t not in ruler.tasks(data, n)]
-        if missing or not names:
-            raise BenchError(f"not in {data}: {', '.join(missing) or 'any task'}")
+        names = tasks_in(data, wanted, tasks)
         found = [name for name in policies.split(",") if name]
         if unknown := [name for name in found if name not in bench.POLICIES]:
             raise BenchError(f"unknown policy {unknown[0]!r}: choose from {', '.join(bench.POLICIES)}")
