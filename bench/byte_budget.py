@@ -3,8 +3,9 @@
     full cache      tokens of the context x K and V of a token in f16: shares are shares of that
     bounded cache   entries of the budget x a slot + what does not grow with them + weights of the sidecar
 
-A slot is K, V, a position, and the state that an indexer keeps of an entry. What does not grow with them: rows that wait to
-be scored, the queries that snapkv or an indexer keeps, slots and state of a latent memory.
+A slot is K, V, a position, and the state that an indexer keeps of an entry. What does not grow with every entry: rows that
+wait to be scored (a few more with a larger budget), the queries that snapkv or an indexer keeps, slots and state of a latent
+memory.
 
 Slots beyond the budget hold something only while a ubatch is evaluated, as activations do: they are room to work in, told
 apart (`room_bytes`) and not counted, because what has to be kept for a conversation, and grows with it, is the rest.
@@ -39,7 +40,7 @@ class Cost:
     """Bytes of one kind of cache."""
 
     slot: int  # of one more entry
-    fixed: int  # whatever the budget, weights included
+    fixed: int  # of the rest, at that budget, weights included
 
     def used(self, entries: int) -> int:
         return self.fixed + self.slot * entries
@@ -52,7 +53,8 @@ class Budgets:
         if unit not in UNITS:
             raise BenchError(f"unknown unit of budgets {unit!r}: choose {' or '.join(UNITS)}")
         self.model, self.base, self.sidecars, self.unit = model, base, sidecars, unit
-        self._costs: dict[tuple[object, ...], Cost] = {}
+        self._slots: dict[tuple[object, ...], int] = {}
+        self._fixed: dict[tuple[object, ...], int] = {}
 
     def setup(self, arm: Arm, context_tokens: int, more_tokens: int) -> Setup:
         """The largest budget within the share of the arm.
@@ -78,21 +80,42 @@ class Budgets:
         """With slots of a memory, the most that may be taken of what fits beside them."""
         setup = bounded_setup(self.base, arm, self.sidecars, 1 << 30)
         for slots in _fewer(setup.memory_slots):
-            cost = self.cost(replace(setup, memory_slots=slots))
-            budget = max(slots + (limit - cost.fixed) // cost.slot, 0)
+            budget = self._largest(replace(setup, memory_slots=slots), limit)
             if (found := bounded_setup(self.base, arm, self.sidecars, budget)).memory_slots >= slots:
                 break
         return replace(found, memory_slots=slots)
 
+    def _largest(self, setup: Setup, limit: int) -> int:
+        """The largest budget within the limit, by bisection: what is fixed grows a little with the budget."""
+        slots, slot = setup.memory_slots, self._slot(setup)
+
+        def fits(budget: int) -> bool:
+            return self.cost(replace(setup, budget=budget)).used(budget - slots) <= limit
+
+        low = _least(setup)  # of which a context can be made
+        if not fits(low):
+            return slots + max((limit - self.cost(replace(setup, budget=low)).fixed) // slot, 0)  # too few
+        high = slots + max(limit // slot, low) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
     def cost(self, setup: Setup) -> Cost:
-        """By two contexts, one with 256 slots more. That is a matter of milliseconds, and every kind is measured once."""
-        key = setup.policy, setup.memory, setup.memory_slots, setup.cache_type, setup.sidecar
-        if key not in self._costs:
-            room = 4 * (setup.sinks + setup.window + setup.memory_slots + 1)
-            small, large = (self._sizes(replace(setup, budget=room + more, ubatch=32)) for more in (0, 256))
-            slot = (large[1] - small[1]) // (large[0] - small[0])
-            self._costs[key] = Cost(slot, small[1] - slot * small[0])
-        return self._costs[key]
+        """What the library allocates for this budget, taken apart. Making a context is a matter of milliseconds."""
+        key = (*_kind(setup), setup.budget)
+        if key not in self._fixed:
+            slots, whole = self._sizes(replace(setup, ubatch=32, window=1))
+            self._fixed[key] = whole - self._slot(setup) * slots
+        return Cost(self._slot(setup), self._fixed[key])
+
+    def _slot(self, setup: Setup) -> int:
+        """By two contexts that differ by 256 slots, and are so large that no more tokens wait to be scored in the larger one."""
+        if _kind(setup) not in self._slots:
+            sizes = (self._sizes(replace(setup, budget=_ENOUGH + more, ubatch=32)) for more in (0, 256))
+            (few, small), (many, large) = sizes
+            self._slots[_kind(setup)] = (large - small) // (many - few)
+        return self._slots[_kind(setup)]
 
     def _sizes(self, setup: Setup) -> tuple[int, int]:
         """Slots and all bytes."""
@@ -115,6 +138,17 @@ class Budgets:
             "room_bytes": _allocated(system) - used,
             "bytes_share": used / self.full_bytes(context_tokens),
         }
+
+
+_ENOUGH = 8192
+
+
+def _kind(setup: Setup) -> tuple[object, ...]:
+    return setup.policy, setup.memory, setup.memory_slots, setup.cache_type, setup.sidecar
+
+
+def _least(setup: Setup) -> int:
+    return setup.memory_slots + setup.sinks + LEAST_ENTRIES
 
 
 def _fewer(slots: int) -> Iterator[int]:

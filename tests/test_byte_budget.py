@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,17 +63,28 @@ def test_the_parts_add_up_and_the_budget_is_the_largest(
     arm = Arm(policy, 0.5, memory, cache_type)
     setup = budgets.setup(arm, TOKENS, 99)
     cost, limit = budgets.cost(setup), 0.5 * TOKENS * model.token_bytes(F16)
-    assert cost.used(setup.budget - setup.memory_slots) <= limit < cost.used(setup.budget - setup.memory_slots + 1)
+    assert cost.used(setup.budget - setup.memory_slots) <= limit
+    assert budgets.cost(replace(setup, budget=setup.budget + 1)).used(setup.budget - setup.memory_slots + 1) > limit
     with System(model, setup) as system:
         stats, counted = system.stats(), budgets.count(system, TOKENS)
     whole = stats["kv_bytes"] + stats["meta_bytes"] + stats["sidecar_bytes"]
-    assert (
-        whole == cost.fixed + cost.slot * stats["slots"]
-    )  # at another budget and ubatch than those it was measured with
+    assert whole == cost.fixed + cost.slot * stats["slots"]  # at another ubatch than that it was measured with
     assert counted["used_bytes"] + counted["room_bytes"] == whole
     assert counted["room_bytes"] == cost.slot * (stats["slots"] - (setup.budget - setup.memory_slots)) >= 64 * cost.slot
     assert counted["used_bytes"] >= stats["sidecar_bytes"] + stats["memory_bytes"]
     assert counted["bytes_share"] == counted["used_bytes"] / (TOKENS * model.token_bytes(F16)) <= 0.5
+
+
+def test_what_waits_to_be_scored_counts_in_small_budgets_too(model: Model, sidecars: Sidecars) -> None:
+    """The state of the smallest budget has a few rows of hidden states, that of a large one has 32."""
+    budgets, shape = Budgets(model, BASE, sidecars), synthetic.shape_of(model)
+    setup = budgets.setup(Arm("retention retention", 0.5), TOKENS, 0)
+    state = 2 * 4 * shape.n_head_kv  # behind the slots, for sequences with fewer
+    row = shape.n_layer * (4 * shape.n_embd + state)
+    fixed = [budgets.cost(replace(setup, budget=b, window=8)).fixed for b in (64, 640, 1024, 5000)]
+    weights = Budgets(model, BASE, sidecars).cost(setup).fixed - budgets.cost(setup).fixed
+    assert weights == 0
+    assert [(f - fixed[0]) // row for f in fixed] == [0, 16, 28, 28]
 
 
 def test_a_slot_is_the_bytes_of_a_token_and_a_position_for_each_head(model: Model, sidecars: Sidecars) -> None:
