@@ -20,8 +20,10 @@ from rich.progress import Progress
 from indexmem_edge._parts import MEMORY_OFF
 
 from .arms import FULL_ARM, Arm, Sidecars, arms
+from .byte_budget import Budgets
 from .machine import describe
-from .quality import Job, Log, Plan, run_sample
+from .plan import Job
+from .quality import Log
 from .report import Report, Row, Verdict
 from .ruler.essay import Essay
 from .ruler.needles import ESSAY, Needles
@@ -31,6 +33,7 @@ from .ruler.words import Words
 from .runner import BYTE_KEYS, BenchError, Model, Setup, library
 from .stats import bootstrap
 from .text import builtin_text
+from .trial import run_sample
 
 TASK = "needle"
 COLUMNS = (
@@ -73,7 +76,7 @@ class Grid:
             raise BenchError(f"budgets are shares of the context, such as 0.25: found {list(self.ratios)}")
 
     def arms(self) -> list[Arm]:
-        return [FULL_ARM, *arms(self.policies, self.ratios, self.memories, self.sidecars)]
+        return [FULL_ARM, *arms(self.policies, self.ratios, self.memories, self.sidecars, (self.base.cache_type,))]
 
     def jobs(self) -> Iterator[NeedleJob]:
         """Sample by sample, every arm on the same sample: whatever is finished can be compared."""
@@ -81,14 +84,7 @@ class Grid:
             for length in self.lengths:
                 for depth in self.depths:
                     for arm in self.arms():
-                        yield NeedleJob(TASK, length, arm.policy, arm.ratio, sample, arm.memory, depth)
-
-    def plan(self) -> Plan:
-        """What running one sample needs to know."""
-        return Plan(
-            Path(), self.lengths, (TASK,), self.policies, self.ratios, self.samples, self.base,
-            memories=self.memories, sidecars=self.sidecars,
-        )  # fmt: skip
+                        yield NeedleJob(TASK, length, *arm[:2], sample, *arm[2:], depth)
 
 
 class Haystack:
@@ -139,7 +135,8 @@ def run_needle(
     Raises:
         BenchError: a length is too small for the question, or the words are missing.
     """
-    base, haystack, plan = grid.base, Haystack(model, text, seed, words), grid.plan()
+    base, haystack = grid.base, Haystack(model, text, seed, words)
+    budgets = Budgets(model, base, grid.sidecars, "entries")
     settings = (
         f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {seed} text {haystack.essay.identity} {haystack.words.source}"
@@ -177,7 +174,8 @@ def run_needle(
     saved = time.monotonic()
     try:
         for job in todo:
-            log.add(job, run_sample(model, plan, job, haystack.sample(job.length, job.depth, job.sample)))
+            sample = haystack.sample(job.length, job.depth, job.sample)
+            log.add(job, run_sample(model, budgets, job, sample, ()))
             if progress and bar is not None:
                 progress.update(bar, advance=1, description=job.key)
             if time.monotonic() - saved > 30:
