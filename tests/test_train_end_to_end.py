@@ -77,7 +77,7 @@ def test_the_sidecar_of_the_demo_model(demo_model: Path) -> None:
     assert path.stat().st_size < 12e6
     c = read_sidecar(path).checkpoint
     assert c.kind in ("retention", "kvzap") and c.architecture == "llama" and c.geometry.block_count == 30
-    assert c.provenance.trained_on and c.provenance.step and any(name.startswith("ruler") for name in c.scores)
+    assert c.provenance.trained_on and c.provenance.step and c.scores["held_out_recall"] > 0.8
     llm = indexmem_edge.Llama(str(demo_model), kv_budget=256, indexmem=str(path), n_threads=1, n_threads_batch=1, verbose=False)
     needle = "The secret number of the silver lantern is 4718206."
     hay = " ".join(f"Day {i}: it rained again, and nothing of note was written down." for i in range(60))
