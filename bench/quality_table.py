@@ -159,7 +159,8 @@ def plot(figure: Any, report: Any) -> None:
             axis.grid(alpha=0.3)
     handles = {label: h for axis in panels.flat for h, label in zip(*axis.get_legend_handles_labels())}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+        columns = 3 if len(lengths) < 2 else 5
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _draw(
