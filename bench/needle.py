@@ -32,6 +32,7 @@ from .ruler.samples import Sample, n_generate, sample_of
 from .ruler.words import Words
 from .runner import BYTE_KEYS, BenchError, Model, Setup, library
 from .stats import bootstrap
+from .summary import arm_of
 from .text import builtin_text
 from .trial import run_sample
 
@@ -190,7 +191,7 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
     """One row per length, depth, policy, share and memory, with the difference to the full cache on the same samples."""
     cells: dict[tuple[int, int, Arm], dict[int, Row]] = defaultdict(dict)
     for run in runs:
-        cells[run["length"], run["depth"], Arm(run["policy"], run["ratio"], run["memory"])][run["sample"]] = run
+        cells[run["length"], run["depth"], arm_of(run)][run["sample"]] = run
     out = []
     for (length, depth, arm), mine in sorted(cells.items(), key=lambda cell: (cell[0][0], cell[0][1])):
         row: Row = {"task": TASK, "length": length, "depth": depth, **arm._asdict(), "n": len(mine)}
@@ -220,14 +221,10 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     return out
 
 
-def arm_of(row: Row) -> Arm:
-    return Arm(row["policy"], row["ratio"], row["memory"])
-
-
 def label(arm: Arm) -> str:
     if arm == FULL_ARM:
         return "full cache"
-    return f"{arm.policy} {arm.ratio:.0%}" + ("" if arm.memory == MEMORY_OFF else f", memory {arm.memory}")
+    return f"{arm.kind} {arm.ratio:.0%}" + ("" if arm.memory == MEMORY_OFF else f", memory {arm.memory}")
 
 
 def _values(rows: Sequence[Row], key: str) -> list[Any]:

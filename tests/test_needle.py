@@ -139,3 +139,10 @@ def test_it_runs_on_a_tiny_model_and_goes_on_where_it_stopped(
     (tmp_path / "book.txt").write_text("Another text. It has few words. " * 20)
     invoke(*words, "--depths", "0", "--samples", 1, "--text", tmp_path / "book.txt")
     assert len(log.read_text().splitlines()) == 10  # rows of another text are not taken for these
+
+
+def test_the_type_of_the_entries_is_told() -> None:
+    arm = Arm("knorm", 0.25, cache_type="q8_0")
+    run = {"length": 64, "depth": 0, "sample": 0, "score": 1.0, "nll": 0.5, **arm._asdict()}
+    (row,) = needle.summarise([run])
+    assert row["cache_type"] == "q8_0" and needle.label(needle.arm_of(row)) == "knorm q8_0 25%"
