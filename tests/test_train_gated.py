@@ -69,6 +69,14 @@ def test_divergences_are_those_of_the_authors(golden) -> None:  # type: ignore[n
         close("reverse", losses.reverse_kl(student, teacher, golden["kl_head"], rows=rows), golden["reverse_kl"])
 
 
+def test_the_bias_of_an_output_matrix_counts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 5, generator=draw)
+    head, bias = torch.randn(11, 5, generator=draw), 2 * torch.randn(11, generator=draw)
+    s, t = ((h @ head.T + bias).log_softmax(-1) for h in (student, teacher))
+    close("with a bias", losses.reverse_kl(student, teacher, head, rows=3, bias=bias), (s.exp() * (s - t)).sum(-1).mean())
+
+
 def operands(total: int, heads: int = 2, group: int = 3, dim: int = 8, seed: int = 0) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     shapes = [(heads * group, total, dim), (heads, total, dim), (heads, total, dim), (heads, total), (heads, total)]

@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .rope import Rope
 
@@ -123,17 +124,28 @@ class Decoder:
         """[B, T, d] after the last layer -> what the output matrix is applied to."""
         return self._norm("output_norm", x)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """[..., d] after `final` -> [..., n_vocab], tied to the embedding unless the file has an output matrix."""
+    @property
+    def output(self) -> tuple[Tensor, Optional[Tensor]]:
+        """Output matrix [n_vocab, d], the embedding unless the file has one of its own, and its bias if there is one."""
         w = self.weights
-        return F.linear(h, w["output.weight"] if "output.weight" in w else w["token_embd.weight"], w.get("output.bias"))
+        return w["output.weight"] if "output.weight" in w else w["token_embd.weight"], w.get("output.bias")
 
-    def __call__(self, tokens: Tensor, attend: Attend = causal, first: int = 0) -> Tensor:
-        """Hidden states [B, T, d] after the last norm of tokens [B, T] at positions first, first + 1, ..."""
+    def logits(self, h: Tensor) -> Tensor:
+        """[..., d] after `final` -> [..., n_vocab]"""
+        return F.linear(h, *self.output)
+
+    def __call__(self, tokens: Tensor, attend: Attend = causal, first: int = 0, recompute: bool = False) -> Tensor:
+        """Hidden states [B, T, d] after the last norm of tokens [B, T] at positions first, first + 1, ...
+
+        `recompute`: for gradients keep a layer's input alone, and compute the layer again.
+        """
         positions = torch.arange(first, first + tokens.shape[-1], device=self.device)
         x = self.embed(tokens)
         for il in range(self.config.n_layer):
-            x = self.layer(il, x, positions, attend)
+            if recompute:
+                x = checkpoint(self.layer, il, x, positions, attend, use_reentrant=False)
+            else:
+                x = self.layer(il, x, positions, attend)
         return self.final(x)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..decoder import Heads
 from ..gated import Pins, gated_attention
@@ -55,28 +54,16 @@ class GatedKL(Objective):
         tokens = torch.from_numpy(sample.tokens).long().to(self.device)[None]
         with torch.no_grad():
             teacher = self.decoder(tokens)[0]
-        student = self._student(tokens)
+        student = self.decoder(tokens, self._attend, recompute=tokens.shape[1] > RECOMPUTE)[0]
         where, weight = self._positions(sample, rng)
         where, weight = where.to(self.device), weight.to(self.device)
-        weights = self.decoder.weights
-        head = weights["output.weight"] if "output.weight" in weights else weights["token_embd.weight"]
-        return reverse_kl(student[where], teacher[where], head, weight)
-
-    def _student(self, tokens: Tensor) -> Tensor:
-        """Hidden states [T, d] after the last norm, with gates."""
-        positions = torch.arange(tokens.shape[1], device=self.device)
-        x = self.decoder.embed(tokens)
-        for il in range(self.decoder.config.n_layer):
-            if tokens.shape[1] > RECOMPUTE:
-                x = checkpoint(self.decoder.layer, il, x, positions, self._attend, use_reentrant=False)
-            else:
-                x = self.decoder.layer(il, x, positions, self._attend)
-        return self.decoder.final(x)[0]
+        head, bias = self.decoder.output
+        return reverse_kl(student[where], teacher[where], head, weight, bias=bias)
 
     def _attend(self, heads: Heads) -> Tensor:
         module, c = self.modules[heads.layer], self.decoder.config
         positions = torch.arange(heads.hidden.shape[1], device=self.device)
-        e, rate = module.intercept(heads.hidden[0].float(), positions)
+        e, rate = module.intercept(heads.hidden[0], positions)
         pins = Pins(self.sinks, self.window, self.mass)
         age_scale = module.constants.get("age_scale", 1.0)
         return gated_attention(heads.q[0], heads.k[0], heads.v[0], e, rate, module.gate_scale, c.scale, age_scale, pins)[None]

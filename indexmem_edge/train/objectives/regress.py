@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class Regress(Objective):
             self.shards.append(path)
             progress(n + 1, len(samples), "attention of sequences")
         some = self.shards[:: max(len(self.shards) // 32, 1)]
-        self.mean = torch.stack([load_file(path)["target"].float().mean(-1) for path in some]).mean(0)[..., None]
+        self.mean = torch.stack([_target(path).float().mean(-1) for path in some]).mean(0)[..., None]
 
     @torch.no_grad()
     def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
@@ -76,8 +77,14 @@ class Regress(Objective):
             for part in parts:
                 hidden, positions = part["hidden"][il].to(self.device), part["positions"].to(self.device)
                 target = (part["target"][il].float() - self.mean[il]).to(self.device)
-                ranks = module.ranks(hidden.float(), positions, int(positions[-1]))
+                ranks = module.ranks(hidden, positions, int(positions[-1]))
                 loss = loss + F.smooth_l1_loss(ranks, target)
             (loss / len(parts) / len(self.modules)).backward()
             losses.append(float(loss.detach()) / len(parts))
         return {"loss": sum(losses) / len(losses)}
+
+
+def _target(path: Path) -> Tensor:
+    """Without the hidden states, which are a hundred times as large."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+        return file.get_tensor("target")
