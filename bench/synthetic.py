@@ -4,8 +4,6 @@ to train. What they compute is noise; how long it takes is not.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from indexmem_edge.convert.model import Checkpoint, Geometry, Provenance
 from indexmem_edge.convert.writer import write_sidecar
 
+from .cached import cache_folder, write_once
 from .runner import BenchError, Model, llama_cpp
 
 N_VOCAB = 512
@@ -144,23 +143,14 @@ def cached_model(shape: Shape, weights: str = "q4_0", folder: Path | None = None
     """A model with random weights of that shape; written once, then found again in a folder for temporary files."""
     if weights not in _WEIGHTS:
         raise BenchError(f"unknown type of weights {weights!r}: choose one of {', '.join(_WEIGHTS)}")
-    folder = folder or Path(tempfile.gettempdir()) / "indexmem-bench"
+    folder = folder or cache_folder()
     name = f"{shape.architecture}-{shape.n_layer}x{shape.n_embd}-{shape.n_head}-{shape.n_head_kv}-{shape.n_ff}"
-    path = folder / f"random-{name}-{weights}.gguf"
-    if path.is_file():
-        return path
-    draft = path.with_suffix(f".{os.getpid()}.draft")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_model(draft, shape, weights)
-        draft.replace(path)
+        return write_once(folder / f"random-{name}-{weights}.gguf", lambda draft: _write_model(draft, shape, weights))
     except OSError as error:
         raise BenchError(
             f"cannot write a model to {folder}: {error.strerror or error}; name a folder with --cache"
         ) from None
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
 
 
 def _write_model(path: Path, shape: Shape, weights: str) -> None:

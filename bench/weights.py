@@ -6,9 +6,6 @@ numbers, long prompts take a fraction of the time. A measurement of quality is m
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 import gguf
@@ -16,6 +13,7 @@ import numpy as np
 
 from indexmem_edge._modelfile import check_model_file, fingerprint
 
+from .cached import cache_folder, write_once
 from .runner import BenchError
 
 KINDS = {"bf16": gguf.GGMLQuantizationType.BF16, "f16": gguf.GGMLQuantizationType.F16}
@@ -33,23 +31,14 @@ def converted(path: Path, kind: str, folder: Path | None = None) -> Path:
     if kind not in KINDS:
         raise BenchError(f"unknown type of weights {kind!r}: choose one of {', '.join(KINDS)}")
     check_model_file(path)
-    folder = folder or Path(tempfile.gettempdir()) / "indexmem-bench"
+    folder = folder or cache_folder()
     target = folder / f"{path.stem}-{fingerprint(path).partition('-')[2][:12]}-{kind}.gguf"
-    if target.is_file():
-        return target
-    draft = target.with_suffix(f".{os.getpid()}.draft")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(draft, gguf.GGUFReader(path), kind)
-        draft.replace(target)
+        return write_once(target, lambda draft: _write(draft, gguf.GGUFReader(path), kind))
     except OSError as error:
         raise BenchError(f"cannot write a copy of {path.name} to {folder}: {error.strerror or error}") from None
     except NotImplementedError as error:
         raise BenchError(f"cannot write out the weights of {path.name}: {error}; leave --weights out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-    return target
 
 
 def _write(path: Path, model: gguf.GGUFReader, kind: str) -> None:

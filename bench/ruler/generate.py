@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from rich.progress import Progress
 
+from ..cached import cache_folder
 from ..runner import BenchError
 from .chains import Chain
 from .essay import Essay
@@ -135,7 +135,7 @@ def generate(
     essay = Essay.read(order.text) if order.text else None
     words = words or Words.installed()
     name = identity(model, order.seed, essay, words)
-    where = folder or Path(tempfile.gettempdir()) / "indexmem-bench" / f"ruler-{name}-{order.samples}"
+    where = folder or cache_folder() / f"ruler-{name}-{order.samples}"
     todo = [(n, t) for n in order.lengths for t in order.tasks if folder or not path_of(where, n, t).is_file()]
     bar = progress.add_task("samples", total=len(todo) * order.samples) if progress and todo else None
 
