@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
 from indexmem_edge.train.decoder import Decoder, Heads, causal
+from indexmem_edge.train.eviction import pick
 from indexmem_edge.train.from_sidecar import modules_from_sidecar
 from indexmem_edge.train.future import kept_mask
 from indexmem_edge.train.load import load_decoder
@@ -32,7 +34,6 @@ from .trial import split_tokens
 
 ORACLE, FULL = "oracle", "full"
 COLUMNS = ("length", "ratio", "policy", "n", "score", "nll")
-SINKS, WINDOW = 4, 128
 Cache = list[tuple[Tensor, Tensor]]  # K and V [H, n, D] of every layer
 
 
@@ -87,13 +88,13 @@ def ask(decoder: Decoder, cache: Cache, n_seen: int, asked: Question) -> tuple[f
 
 def compress(contexts: Sequence[tuple[Context, Tensor]], ranks: Sequence[Tensor], budget: int) -> Cache:
     """The best `budget` entries of every layer and head; sinks and a window of at most a quarter are among them."""
-    cache = []
+    cache: Cache = []
     for (context, v), rank in zip(contexts, ranks):
         heads = context.k.shape[0]
-        mask = kept_mask(rank.expand(heads, -1), budget, SINKS, min(WINDOW, budget // 4))
-        index = mask.nonzero()[:, 1].view(heads, -1, 1)
-        cache.append(tuple(t.gather(1, index.expand(-1, -1, t.shape[-1])) for t in (context.k, v)))
-    return cache  # type: ignore[return-value]
+        mask = kept_mask(rank.expand(heads, -1), budget, DEFAULT_SINKS, min(DEFAULT_WINDOW, budget // 4))
+        kept = mask.nonzero()[:, 1].view(heads, -1)
+        cache.append((pick(context.k, kept), pick(v, kept)))
+    return cache
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def _trials(
     yield {"policy": FULL, "ratio": 1.0, "score": score, "nll": nll}
     ranks = {ORACLE: mass} | {name: [POLICIES[name](c) for c, _ in contexts] for name in policies}
     for name, modules in indexers.items():
-        ranks[name] = [m.ranks(c.hidden.float(), c.positions, n - 1) for m, (c, _) in zip(modules, contexts)]
+        ranks[name] = [m.ranks(c.hidden, c.positions, n - 1) for m, (c, _) in zip(modules, contexts)]
     for name in indexers:
         for a, b in layer_groups(decoder.config.n_layer, groups):
             ranks[f"{name}, oracle in {a} to {b - 1}"] = [*ranks[name][:a], *mass[a:b], *ranks[name][b:]]

@@ -86,7 +86,7 @@ def quality(
     from .arms import Sidecars
     from .plan import Plan
     from .report import draw, print_table
-    from .runner import BenchError, kv_types
+    from .runner import UNBOUNDED, BenchError, kv_types
     from .trial import BOOK_SCORED
 
     with session(model, as_json, _copy_of(model, weights)) as (loaded, progress):
@@ -109,7 +109,7 @@ def quality(
             data,
             wanted,
             names,
-            tuple(name for name in found if name != "full"),
+            tuple(name for name in found if name != UNBOUNDED),
             tuple(numbers(budgets, float)),
             samples,
             setup_of(None, 0, "f16", 4, 128, threads, ubatch, seed, ratio=kv_budget_ratio),

@@ -1,4 +1,4 @@
-"""`indexmem bench ruler` and `needle`: samples of RULER made here, and a map of where needles are found."""
+"""`indexmem bench ruler`, `needle` and `ceiling`: samples of RULER, where needles are found, and what selection can reach."""
 
 from __future__ import annotations
 

@@ -9,21 +9,19 @@ from typing import Any
 
 from indexmem_edge._parts import MEMORY_OFF
 
+from .paired import FEW, LEAST, NONE
 from .report import Row
 from .stats import bootstrap, standard_error
 from .summary import BOOK, MEAN, Runs, arm_of, by_cell, pairs
 
-# Of fewer pairs, chance gives all the same sign, and so an interval without zero, more often than one time in twenty.
-LEAST_PAIRS = 6
 BETTER = {"score": 1, "nll": -1, "nll_recall": -1}  # which sign of a difference is good
-NONE, FEW = "no difference", "too few samples"
 COLUMNS = ("length", "policy", "kept", "memory", "slots", "task", "n") + tuple(
     f"{what}, memory - off" for what in ("score", "NLL", "recall NLL")
 )
 HOW = (
     "score and NLL with the memory minus without it, same policy, budget and sample; recall: words of the book that the context has, "
     "but not the last 256 tokens; mean, standard error, 95 % interval "
-    f"by paired bootstrap; helps or hurts: the interval excludes zero, with {LEAST_PAIRS} pairs or more, two of each task; "
+    f"by paired bootstrap; helps or hurts: the interval excludes zero, with {LEAST} pairs or more, two of each task; "
     "where a memory changes nothing, about one interval in twenty excludes zero by chance"
 )
 
@@ -69,7 +67,7 @@ def _bytes(row: Row) -> int:
 
 def effect(groups: Sequence[Sequence[float]], one_end: float, other_end: float) -> str:
     """In a word, from the ends of an interval in which positive is good."""
-    if sum(map(len, groups)) < LEAST_PAIRS or min(map(len, groups)) < 2:
+    if sum(map(len, groups)) < LEAST or min(map(len, groups)) < 2:
         return FEW
     low, high = sorted((one_end, other_end))
     return "helps" if low > 0 else "hurts" if high < 0 else NONE

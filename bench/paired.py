@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROUNDS = 4000
+NONE, FEW = "no difference", "too few samples"  # what an interval says if it does not leave out zero
 LEAST = 6  # samples in all: of fewer, chance gives an interval without zero more often than one time in twenty
 
 

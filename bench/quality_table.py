@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .paired import FEW, NONE
 from .report import Row
 from .runner import F16, UNBOUNDED
-from .standing import ALL, FEW, NONE
+from .standing import ALL
 from .summary import BOOK, MEAN, arm_of
 
 DETAILS = ("task", "length", "policy", "n", "score", "nll", "kv_bytes")  # of the full cache alone

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arms import FULL_ARM, Arm
-from .paired import LEAST, Interval, Paired
+from .paired import FEW, LEAST, NONE, Interval, Paired
 from .report import Row, Verdict
 from .runner import UNBOUNDED
 from .summary import BOOK, arm_of
@@ -27,7 +27,6 @@ from .summary import BOOK, arm_of
 ALL = "all"  # the length of what is pooled
 GOALS = {0.5: 0.97, 0.25: 0.90, 0.1: 0.75}  # share of the score to retain, by the share that is kept
 FULL_VALUE = {"agreement": 1.0, "prefix": None}  # the full cache agrees with itself
-NONE, FEW = "no difference", "too few samples"
 HOW = (
     "retained: mean score over the judged tasks as a share of the full f16 cache's; delta: minus the full cache's, or minus that of "
     "a training-free policy with the same share or of a quantised full cache (versus); 95 % intervals by paired bootstrap: samples drawn again within tasks, the "
