@@ -54,6 +54,10 @@ def train(
     decay: Annotated[
         bool, _option(_WHAT, "--decay", help="retention: scores fall with age, each entry's at a rate of its own.")
     ] = False,
+    start: Annotated[
+        Optional[Path],
+        _option(_WHAT, "--from", metavar="FILE", help="Sidecar whose indexer is trained further; it has kind and size."),
+    ] = None,
     memory: Annotated[
         Optional[str], _of(_WHAT, "memory", "--memory", help=f"Memory of evicted entries: {', '.join(MEMORIES)}.")
     ] = None,
@@ -67,7 +71,7 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), gated-kl (best, slower), pooled-kl (pairwise), residual-mse (memory).",
+            "regress (fast), gated-kl (better, slower), select-kl (after either), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,
     steps: Annotated[
@@ -164,7 +168,7 @@ def train(
     """
     given = {
         "model": model, "texts": tuple(text) if text else None, "out": out, "kind": kind, "mid_dim": mid_dim,
-        "decay": decay or None, "memory": memory, "memory_slots": memory_slots, "objective": objective, "steps": steps,
+        "decay": decay or None, "start": start, "memory": memory, "memory_slots": memory_slots, "objective": objective, "steps": steps,
         "lr": lr, "batch": batch, "lengths": length, "samples": samples, "generated": generated, "held_out": held_out,
         "eval_samples": eval_samples, "budgets": budget, "eval_every": eval_every, "patience": patience,
         "sinks": kv_sinks, "window": kv_window, "seed": seed, "device": device, "dtype": dtype, "outtype": outtype,

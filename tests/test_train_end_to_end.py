@@ -40,7 +40,7 @@ def train(path: Path, folder: Path, *more: Any) -> Path:
 @pytest.mark.parametrize(
     ("arch", "options", "kinds"),
     [
-        ("llama", ("--objective", "regress,gated-kl", "--steps", "12,4", "--decay"), ("retention", "none")),
+        ("llama", ("--objective", "regress,gated-kl,select-kl", "--steps", "12,4,2", "--decay"), ("retention", "none")),
         ("qwen3", ("--kind", "kvzap", "--steps", 4, "--memory", "centroid", "--memory-slots", 8), ("kvzap", "centroid")),
         ("qwen2", ("--kind", "pairwise", "--memory", "residual", "--steps", 3, "--lr", "1e-3,5e-2"), ("pairwise", "residual")),
     ],
@@ -62,6 +62,19 @@ def test_what_was_trained_runs(tiny: Tiny, tmp_path: Path, arch: str, options: A
     assert stats.evicted > 0 and stats.policy == "indexer"
     assert np.isfinite(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),))).all()
     llm.close()
+
+
+def test_a_training_goes_on_from_the_indexer_of_a_sidecar(tiny: Tiny, tmp_path: Path) -> None:
+    path, _ = tiny("llama")
+    first = train(path, tmp_path / "a", "--steps", 3, "--outtype", "f32")
+    again = ("--objective", "select-kl", "--steps", 1, "--lr", "1e-9", "--outtype", "f32", "--from", first)
+    second = train(path, tmp_path / "b", *again)
+    a, b = (read_sidecar(out).tensors for out in (first, second))
+    assert a.keys() == b.keys() and all(np.allclose(a[name], b[name], atol=1e-6) for name in a)
+    refused = CliRunner().invoke(app, [str(word) for word in (
+        "train", "-m", path, "--text", tmp_path / "a/books", "--out", tmp_path / "c.gguf", *SMALL, *again, "--kind", "kvzap",
+    )])  # fmt: skip
+    assert refused.exit_code and "is of kind retention" in refused.output
 
 
 def test_regression_raises_recall(tiny: Tiny, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ must be learned, not the wording. Keys, values and places are drawn, so no two s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ Tokenize = Callable[[str], list[int]]
 Filler = Callable[[int], list[int]]  # n -> n tokens of a book
 
 ANSWER_WEIGHT = 10.0
+ASKED = 6  # facts of a sample that are asked about; one cannot know which
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,23 @@ class _Draft:
         block = self.tokenize(" " + " ".join(sentences) + str(self.rng.choice(["", "\n"])))
         return (block * (n // len(block) + 1))[:n]
 
-    def sample(self, kind: str, opening: str, facts: list[Fact], haystack: Callable[[int], list[int]]) -> Sample:
-        """Puts facts at random places of the haystack, and asks about them in another order."""
+    def sample(
+        self,
+        kind: str,
+        opening: str,
+        facts: list[Fact],
+        haystack: Callable[[int], list[int]],
+        questions: Sequence[Fact] = (),
+    ) -> Sample:
+        """Puts facts, in their order, at random places of the haystack; asks `questions`, or about some facts in another order."""
         rng = self.rng
-        order = rng.permutation(len(facts))
-        asked = [(self.tokenize(facts[i].question), self.tokenize(" " + facts[i].answer)) for i in order]
+        about = questions or [facts[i] for i in rng.permutation(len(facts))[:ASKED]]
+        asked = [(self.tokenize(fact.question), self.tokenize(" " + fact.answer)) for fact in about]
         texts = [self.tokenize(facts[i].text) for i in range(len(facts))]
         head = self.tokenize(opening) if opening else []
         room = self.length - len(head) - sum(map(len, texts)) - sum(len(q) + len(a) + 1 for q, a in asked)
+        if room < 0 and questions:
+            return facts_in_prose(self, "facts_in_prose")
         if room < 0:  # fewer facts fit into a short sample
             return self.sample(kind, opening, facts[: len(facts) // 2], haystack)
         hay = haystack(room)
@@ -113,20 +123,53 @@ _ASKING = (
 
 
 def _facts(d: _Draft, n: int) -> list[Fact]:
-    """n facts; in half of the samples they are of one kind and in one wording."""
-    alike = d.rng.random() < 0.5
+    """n facts; in most samples they are of one kind and in one wording, so that only their keys tell them apart."""
+    alike = d.rng.random() < 0.7
     telling, asking, thing = d.one_of(_TELLING), d.one_of(_ASKING), d.rng.choice(words.THINGS)
+    if alike:
+        form = words.value_form(d.rng)
+        keys, values = words.distinct(words.key_form(d.rng), n, d.rng), [form(d.rng) for _ in range(n)]
+    else:
+        keys, values = words.distinct(words.key, n, d.rng), [words.value(d.rng) for _ in range(n)]
     facts = []
-    for _ in range(n):
+    for key, value in zip(keys, values):
         if not alike:
             telling, asking, thing = d.one_of(_TELLING), d.one_of(_ASKING), d.rng.choice(words.THINGS)
-        names = {"thing": thing, "key": words.key(d.rng), "value": words.value(d.rng)}
-        facts.append(Fact(telling.format(**names), asking.format(**names), names["value"] + "."))
+        names = {"thing": thing, "key": key, "value": value}
+        facts.append(Fact(telling.format(**names), asking.format(**names), value + "."))
     return facts
 
 
 def _count(d: _Draft) -> int:
-    return int(d.rng.choice([1, 2, 3, 4, 6, 8]))
+    return int(d.rng.choice([1, 2, 3, 4, 6, 8, 12]))
+
+
+_ASKING_SEVERAL = (
+    "\nWhat are the {thing}s of {keys}? They are", "\nQuestion: the {thing}s for {keys}?\nAnswer:",
+    "\nName every {thing} of {keys}.\nThe {thing}s of {keys} are:", "\nThe {thing}s that belong to {keys}, in this order:",
+    "\nList the {thing}s of {keys} as the text has them. Here they are:",
+)  # fmt: skip
+
+
+def several(d: _Draft, kind: str) -> Sample:
+    """One question for the values of several keys, or for all values of one, among others that are not asked for."""
+    rng, telling, thing = d.rng, d.one_of(_TELLING), str(d.rng.choice(words.THINGS))
+    n, others, form = int(rng.integers(2, 5)), int(rng.integers(0, 5)), words.value_form(rng)
+    keys = words.distinct(words.key_form(rng), n + others, rng)
+    same = rng.random() < 0.4
+    if same:
+        keys[:n] = [keys[0]] * n
+    facts = [Fact(telling.format(thing=thing, key=key, value=value), "", value) for key in keys for value in [form(rng)]]
+    places = rng.permutation(len(facts))
+    wanted = [i for i in places if i < n] if same else range(n)  # values of one key in the order that they are told in
+    asked = d.one_of(_ASKING_SEVERAL).format(thing=thing, keys=_enumerated(list(dict.fromkeys(keys[:n]))))
+    question = Fact("", asked, _enumerated([facts[i].answer for i in wanted]) + ".")
+    haystack = d.noise if rng.random() < 0.3 else d.filler
+    return d.sample(kind, d.one_of(_OPENINGS), [facts[i] for i in places], haystack, [question])
+
+
+def _enumerated(items: list[str]) -> str:
+    return ", ".join(items[:-1]) + (" and " if len(items) > 1 else "") + items[-1]
 
 
 def facts_in_prose(d: _Draft, kind: str) -> Sample:
@@ -220,11 +263,12 @@ def repetition(d: _Draft, kind: str) -> Sample:
 
 
 KINDS: dict[str, tuple[Callable[[_Draft, str], Sample], float]] = {
-    "facts_in_prose": (facts_in_prose, 0.32),
-    "facts_in_noise": (facts_in_noise, 0.18),
-    "facts_in_chat": (facts_in_chat, 0.12),
-    "listing": (listing, 0.12),
-    "assignments": (assignments, 0.08),
-    "frequent": (frequent, 0.06),
-    "repetition": (repetition, 0.12),
+    "facts_in_prose": (facts_in_prose, 0.31),
+    "facts_in_noise": (facts_in_noise, 0.19),
+    "facts_in_chat": (facts_in_chat, 0.10),
+    "several": (several, 0.12),
+    "listing": (listing, 0.10),
+    "assignments": (assignments, 0.06),
+    "frequent": (frequent, 0.05),
+    "repetition": (repetition, 0.07),
 }

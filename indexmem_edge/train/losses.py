@@ -1,6 +1,8 @@
-"""Divergence between the outputs of the gated and the ungated model, without holding the logits of all positions."""
+"""Divergence between the outputs of the model with entries missing and the whole one, without holding all logits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ROWS = 256
+
+
+Block = Callable[[Tensor, Tensor], Tensor]  # log probabilities of student and teacher [n, n_vocab] -> [n]
 
 
 def reverse_kl(
@@ -18,15 +23,29 @@ def reverse_kl(
     student and teacher [N, d] are hidden states after the last norm, head [n_vocab, d] and bias [n_vocab] the
     output matrix of both, weight [N] of each position. Blocks of `rows` positions are computed, and computed again for the gradient.
     """
+    return _mean(lambda s, t: (s.exp() * (s - t)).sum(-1), student, teacher, head, weight, rows, bias)
+
+
+def both_kl(
+    student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None = None, rows: int = ROWS, bias: Tensor | None = None
+) -> Tensor:
+    """The mean of reverse and forward divergence, `sum_v (p_s - p_t) (log p_s - log p_t) / 2`; arguments as of `reverse_kl`.
+
+    The reverse one punishes what the student makes up, the forward one what it has forgotten.
+    """
+    return _mean(lambda s, t: ((s.exp() - t.exp()) * (s - t)).sum(-1) / 2, student, teacher, head, weight, rows, bias)
+
+
+def _mean(
+    of: Block, student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None, rows: int, bias: Tensor | None
+) -> Tensor:
+    def block(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        s, t = (F.linear(h, head, bias).float().log_softmax(-1) for h in (student, teacher))
+        return (of(s, t) * weight).sum()
+
     weight = torch.ones(len(student), device=student.device) if weight is None else weight
     total = torch.zeros((), device=student.device)
     for i in range(0, len(student), rows):
-        part = student[i : i + rows], teacher[i : i + rows].detach(), head, bias, weight[i : i + rows]
-        total = total + checkpoint(_block, *part, use_reentrant=False)
+        part = student[i : i + rows], teacher[i : i + rows].detach(), weight[i : i + rows]
+        total = total + checkpoint(block, *part, use_reentrant=False)
     return total / weight.sum()
-
-
-def _block(student: Tensor, teacher: Tensor, head: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-    s = F.linear(student, head, bias).float().log_softmax(-1)
-    t = F.linear(teacher, head, bias).float().log_softmax(-1)
-    return ((s.exp() * (s - t)).sum(-1) * weight).sum()

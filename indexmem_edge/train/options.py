@@ -25,11 +25,11 @@ MAX_LENGTH = 1 << 21
 RUN_FILE = "run.json"  # the options, in a run folder
 
 # Nothing of these changes a weight, so a training that is resumed may be given others.
-_FREE = ("model", "texts", "out", "run", "outtype", "fingerprint", "device", "checkpoint_every", "memory_slots")
+_FREE = ("model", "texts", "start", "out", "run", "outtype", "fingerprint", "device", "checkpoint_every", "memory_slots")
 
 _PER_OBJECTIVE = ("steps", "lr", "lengths", "samples")
 
-_FLAGS = {"lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window"}  # not as the field
+_FLAGS = {"lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window", "start": "from"}  # not as the field
 
 T = TypeVar("T", int, float)
 
@@ -44,6 +44,7 @@ class TrainOptions:
     kind: str = "retention"
     mid_dim: int = 128  # 0: linear
     decay: bool = False
+    start: Optional[Path] = None  # sidecar with the indexer to begin with, of that kind and size; None: an untrained one
     memory: str = MEMORY_OFF
     memory_slots: int = DEFAULT_MEMORY_SLOTS  # of a centroid memory
     objective: tuple[str, ...] = ()  # one after the other, each from the weights of the one before; (): by kind and memory
@@ -204,7 +205,7 @@ def difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Optional[
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         a, b = wanted.get(name), found.get(name)
         if json.dumps(a) != json.dumps(b):
-            if name in ("model", "text"):  # known by what is in them
+            if name in ("model", "text", "start"):  # known by what is in them
                 return f"{_flag(name)} is another one"
             return f"{_flag(name)} is {_shown(a)}, there it is {_shown(b)}"
     return None

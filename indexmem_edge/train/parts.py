@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .decoder import Config, Decoder
+from .from_sidecar import modules_from_sidecar
 from .objective import Objective
 from .options import TrainOptions
 from .scorers import SCORERS
@@ -40,14 +41,26 @@ class Parts:
 
 
 def build_parts(config: Config, options: TrainOptions, device: torch.device) -> Parts:
-    """Untrained modules; the same ones for the same seed."""
+    """Modules to train: those of the sidecar `options.start`, or untrained ones, the same for the same seed.
+
+    Raises:
+        TrainingError: the kind is unknown, or the sidecar's is another.
+        ConvertError: the sidecar cannot be read.
+        SidecarError: it is for another model, or holds no indexer that is trained here.
+    """
     if options.kind not in SCORERS:
         raise TrainingError(f"--kind {options.kind!r}: expected one of {', '.join(SCORERS)}")
     torch.manual_seed(options.seed)
-    scorer = SCORERS[options.kind]
-    constants = scorer.defaults(mid_dim=options.mid_dim, decay=options.decay)
     layers = range(config.n_layer)
-    indexer = nn.ModuleList([scorer(config.n_embd, config.n_head_kv, constants) for _ in layers])
+    if options.start is not None:
+        indexer = modules_from_sidecar(options.start, config)
+        found = indexer[0].kind
+        if found != options.kind:
+            raise TrainingError(f"--kind {options.kind}: the indexer of {options.start} is of kind {found}")
+    else:
+        scorer = SCORERS[options.kind]
+        constants = scorer.defaults(mid_dim=options.mid_dim, decay=options.decay)
+        indexer = nn.ModuleList([scorer(config.n_embd, config.n_head_kv, constants) for _ in layers])
     memory = None
     if options.memory == "residual":
         from .residual import Residual

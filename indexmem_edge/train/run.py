@@ -27,6 +27,7 @@ from torch import nn
 from .._modelfile import fingerprint
 from ..convert.atomic import check_target, replacing
 from ..convert.basemodel import BaseModel, read_base_model
+from ..convert.sources import file_sha256
 from ..convert.writer import write_sidecar
 from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
 from .architectures import architecture
@@ -140,6 +141,8 @@ def train(
     if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
         raise TrainingError(f"{options.out} is to be read as well: name another file to write")
     deciding = {**options.deciding(), "model": fingerprint(options.model), "text": books_digest(files)}
+    if options.start is not None:
+        deciding["start"] = file_sha256(options.start)
     with contextlib.ExitStack() as stack:
         tokenizer = stack.enter_context(open_tokenizer(options.model))
         books = read_books(files, tokenizer.tokenize, options.held_out, lambda *n: watcher.work(*n, "books"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 ADJECTIVES = """amber ancient bitter bold brave brisk broken calm careful cheerful clever cloudy coastal copper crooked
@@ -46,42 +48,70 @@ def hexadecimal(rng: np.random.Generator, n: int) -> str:
     return "".join("0123456789abcdef"[i] for i in rng.integers(0, 16, n))
 
 
-def key(rng: np.random.Generator) -> str:
-    """The name of something: two words, an invented one, an identifier."""
-    draw = rng.random()
+Form = Callable[[np.random.Generator], str]  # draws one of many things that look alike
+
+
+def key_form(rng: np.random.Generator) -> Form:
+    """Names of things: two words, an invented one, an identifier. Sometimes all begin with the same word or two."""
+    draw, sep = rng.random(), str(rng.choice(["-", "-", " ", "_"]))
+    if draw < 0.35:
+        return lambda rng: f"{rng.choice(ADJECTIVES)}{sep}{rng.choice(NOUNS)}"
     if draw < 0.5:
-        return f"{rng.choice(ADJECTIVES)}{rng.choice(['-', '-', ' ', '_'])}{rng.choice(NOUNS)}"
+        first = rng.choice(ADJECTIVES, 2)
+        return lambda rng: f"{rng.choice(first)}{sep}{rng.choice(NOUNS)}"
     if draw < 0.65:
-        return invented(rng, int(rng.integers(2, 4))).capitalize()
+        syllables = int(rng.integers(2, 4))
+        return lambda rng: invented(rng, syllables).capitalize()
     if draw < 0.75:
-        return f"{invented(rng).capitalize()} {invented(rng).capitalize()}"
+        return lambda rng: f"{invented(rng).capitalize()} {invented(rng).capitalize()}"
     if draw < 0.85:
-        return str(rng.choice(NOUNS))
+        return lambda rng: str(rng.choice(NOUNS))
     if draw < 0.92:
-        return str(rng.choice(PLACES))
-    return identifier(rng)
+        return lambda rng: str(rng.choice(PLACES))
+    return identifier_form(rng)
 
 
-def identifier(rng: np.random.Generator) -> str:
+def identifier_form(rng: np.random.Generator) -> Form:
     draw = rng.random()
     if draw < 0.4:
-        return "-".join(hexadecimal(rng, n) for n in (8, 4, 4, 4, 12))
+        return lambda rng: "-".join(hexadecimal(rng, n) for n in (8, 4, 4, 4, 12))
     if draw < 0.7:
-        return "".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] for i in rng.integers(0, 26, int(rng.integers(3, 7))))
-    return f"{''.join(chr(65 + i) for i in rng.integers(0, 26, 2))}-{digits(rng, int(rng.integers(3, 6)))}"
+        n = int(rng.integers(3, 7))
+        return lambda rng: "".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] for i in rng.integers(0, 26, n))
+    n = int(rng.integers(3, 6))
+    return lambda rng: f"{''.join(chr(65 + i) for i in rng.integers(0, 26, 2))}-{digits(rng, n)}"
+
+
+def value_form(rng: np.random.Generator) -> Form:
+    """What has to be remembered exactly."""
+    draw = rng.random()
+    if draw < 0.55:
+        n = int(rng.integers(3, 10))
+        return lambda rng: digits(rng, n)
+    if draw < 0.75:
+        return identifier_form(rng)
+    if draw < 0.81:
+        return lambda rng: f"{digits(rng, 3)}-{digits(rng, 4)}"
+    if draw < 0.88:
+        return lambda rng: f"{rng.integers(1, 29)} {rng.choice(['January', 'March', 'May', 'July', 'October', 'December'])} {rng.integers(1650, 2030)}"
+    if draw < 0.95:
+        return lambda rng: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    return lambda rng: invented(rng, 3)
+
+
+def key(rng: np.random.Generator) -> str:
+    """The name of something."""
+    return key_form(rng)(rng)
 
 
 def value(rng: np.random.Generator) -> str:
     """What has to be remembered exactly."""
-    draw = rng.random()
-    if draw < 0.5:
-        return digits(rng, int(rng.integers(3, 10)))
-    if draw < 0.7:
-        return identifier(rng)
-    if draw < 0.78:
-        return f"{digits(rng, 3)}-{digits(rng, 4)}"
-    if draw < 0.86:
-        return f"{rng.integers(1, 29)} {rng.choice(['January', 'March', 'May', 'July', 'October', 'December'])} {rng.integers(1650, 2030)}"
-    if draw < 0.94:
-        return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-    return invented(rng, 3)
+    return value_form(rng)(rng)
+
+
+def distinct(form: Form, n: int, rng: np.random.Generator) -> list[str]:
+    """n different ones."""
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[form(rng)] = None
+    return list(found)

@@ -7,6 +7,7 @@ from .gated_kl import GatedKL
 from .pooled_kl import PooledKL
 from .regress import Regress
 from .residual_mse import ResidualMSE
+from .select_kl import SelectKL
 
-_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, PooledKL, ResidualMSE)
+_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, SelectKL, PooledKL, ResidualMSE)
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _TABLE}

@@ -1,0 +1,80 @@
+"""Questions after a context that has really been evicted: the model should answer as it does with all of it.
+
+Unlike gated-kl, where every entry stays and has a weight, what ranks low is gone here, as in use, and what it would have
+changed reaches the ranks through `selected`. The context is read once, with everything kept and without gradients; only the
+rows after it, which are few, are computed for each budget and in both directions. That is also what makes it cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..decoder import Heads, causal
+from ..losses import both_kl
+from ..objective import Objective
+from ..sample import Sample
+from ..selected import choose, selected_attention
+
+ROWS = 256  # after the context that are read
+RATIOS = (0.08, 0.12, 0.18, 0.3)  # shares of the context that stay
+DRAWN = 2  # of them, for each sequence
+
+
+class SelectKL(Objective):
+    name = "select-kl"
+
+    @torch.no_grad()
+    def held_out_loss(self, samples: Sequence[Sample]) -> float:
+        """The loss on held-out samples, over all ratios."""
+        losses = [float(self.loss(sample, RATIOS)) for sample in samples]
+        return sum(losses) / len(losses)
+
+    def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
+        rng = np.random.default_rng((seed, step))
+        total = 0.0
+        for sample in samples:
+            ratios = rng.choice(RATIOS, DRAWN, replace=False)
+            loss = self.loss(sample, ratios.tolist()) / len(samples)
+            loss.backward()
+            total += float(loss.detach())
+        return {"loss": total}
+
+    def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
+        """Divergence over the rows after the context, both ways, answers counted by their weight; mean over `ratios`."""
+        n = self._context(sample)
+        tokens = torch.from_numpy(sample.tokens[: n + ROWS]).long().to(self.device)
+        context: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def read(heads: Heads) -> Tensor:
+            context.append((heads.hidden[0, :n], heads.k[0, :, :n], heads.v[0, :, :n]))
+            return causal(heads)
+
+        with torch.no_grad():
+            teacher = self.decoder(tokens[None], read)[0, n:]
+
+        def attend(heads: Heads) -> Tensor:
+            module, (hidden, k, v) = self.modules[heads.layer], context[heads.layer]
+            ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
+            rows = []
+            for b, ratio in enumerate(ratios):
+                least = self.sinks + self.window + 1
+                factors = choose(ranks, max(math.ceil(ratio * n), least), self.sinks, self.window)
+                own = heads.k[b], heads.v[b]
+                rows.append(selected_attention(heads.q[b], k, v, factors, *own, self.decoder.config.scale))
+            return torch.stack(rows)
+
+        student = self.decoder(tokens[None, n:].expand(len(ratios), -1), attend, first=n)
+        weight = torch.from_numpy(sample.weight[n : n + ROWS]).to(self.device).repeat(len(ratios))
+        head, bias = self.decoder.output
+        return both_kl(student.flatten(0, 1), teacher.repeat(len(ratios), 1), head, weight, bias=bias)
+
+    def _context(self, sample: Sample) -> int:
+        """Tokens before the question; of a page without one, all but the last rows."""
+        total, least = len(sample.tokens), self.sinks + self.window + 1
+        n = sample.asked if sample.asked < total else total - min(ROWS, total // 4)
+        return min(max(n, least), total - 1)
