@@ -25,14 +25,17 @@ def test_those_that_are_kept_are_those_of_use(n: int, budget: int) -> None:
     assert set(factors.detach().flatten().tolist()) <= {0.0, 1.0}
 
 
-def test_ranks_near_the_threshold_get_the_gradient() -> None:
+def test_ranks_near_the_threshold_get_the_gradient_and_it_sums_to_nothing() -> None:
     ranks = torch.tensor([[9.0, 0, 1, 2, 3, 4, 9, 9]], requires_grad=True)
-    choose(ranks, 5, sinks=1, window=2).sum().backward()
+    upstream = torch.tensor([5.0, 1, -2, 3, 0, 1, 5, 5])
+    (choose(ranks, 5, sinks=1, window=2) * upstream).sum().backward()
     width = 0.5 * torch.arange(5.0).std(correction=0)
     soft = ((torch.arange(5.0) - 2.5) / width).sigmoid()  # two of the five are kept
+    slope, g = soft * (1 - soft) / width, upstream[1:6]
     expected = torch.zeros(8)
-    expected[1:6] = soft * (1 - soft) / width
+    expected[1:6] = slope * (g - (slope * g).sum() / slope.sum())
     torch.testing.assert_close(ranks.grad[0], expected)
+    assert abs(ranks.grad.sum().item()) < 1e-6
 
 
 def test_equal_ranks_and_one_candidate_give_finite_gradients() -> None:
@@ -121,7 +124,7 @@ def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:
         student = decoder.logits(decoder(tokens, attend))[0, n:].log_softmax(-1)
         both = ((student.exp() - teacher.exp()) * (student - teacher)).sum(-1) / 2
         weight = torch.from_numpy(sample.weight[n:])
-        expected.append((both * weight).sum() / weight.sum())
+        expected.append(0.25 * ((both * weight).sum() / weight.sum() / 0.25).log1p())
     torch.testing.assert_close(found, sum(expected) / 2, atol=1e-5, rtol=1e-4)
 
 

@@ -7,8 +7,8 @@ context has the factor m_j, 1 if it is kept and 0 if not, in
     o_i = (sum_j m_j e^{s_ij} v_j + own) / (sum_j m_j e^{s_ij} + own)
 
 whose derivative is known for those that are left out as well: what an entry would change if it came back. m_j follows
-the rank as `sigmoid((rank_j - threshold) / spread)` would, the threshold being between the worst that is kept and the best
-that is not. `selected_dense` is the plain version of the attention.
+the rank as `sigmoid((rank_j - threshold) / spread)` would; the threshold is between the worst that is kept and the best that
+is not, and moves with the ranks so that the sum of all stays. `selected_dense` is the plain version of the attention.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ def choose(ranks: Tensor, budget: int, sinks: int, window: int, spread: float = 
     best = candidates.masked_fill(inside, -torch.inf).amax(-1, keepdim=True)
     threshold = torch.where(worst.isinf(), best, (worst + best) / 2)
     width = spread * candidates.std(-1, correction=0, keepdim=True).clamp_min(1e-6)
-    soft = ((ranks - threshold) / width).sigmoid()
-    return torch.where(pinned, kept.float(), kept.float() + (soft - soft.detach()))
+    soft = ((ranks.detach() - threshold) / width).sigmoid()
+    slope = torch.where(pinned, 0, soft * (1 - soft) / width)
+    # The threshold follows the ranks, so that as many stay: only being above the others of a head is worth anything.
+    moved = (slope * ranks).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
+    change = slope * (ranks - moved)
+    return torch.where(pinned, kept.float(), kept.float() + (change - change.detach()))
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, factors: Tensor, k_new: Tensor, v_new: Tensor, scale: float) -> Tensor:

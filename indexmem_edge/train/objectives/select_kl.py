@@ -23,6 +23,7 @@ from ..selected import choose, selected_attention
 ROWS = 256  # after the context that are read
 RATIOS = (0.08, 0.12, 0.18, 0.3)  # shares of the context that stay
 DRAWN = 2  # of them, for each sequence
+MUCH = 0.25  # nats: beyond it a loss counts by its logarithm. A long passage, to be repeated word by word, cannot stay
 
 
 class SelectKL(Objective):
@@ -45,7 +46,7 @@ class SelectKL(Objective):
         return {"loss": total}
 
     def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
-        """Divergence over the rows after the context, both ways, answers counted by their weight; mean over `ratios`."""
+        """Divergence over the rows after the context, both ways, answers counted by their weight; over `ratios` the mean."""
         n = self._context(sample)
         tokens = torch.from_numpy(sample.tokens[: n + ROWS]).long().to(self.device)
         context: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -68,10 +69,11 @@ class SelectKL(Objective):
                 rows.append(selected_attention(heads.q[b], k, v, factors, *own, self.decoder.config.scale))
             return torch.stack(rows)
 
-        student = self.decoder(tokens[None, n:].expand(len(ratios), -1), attend, first=n)
-        weight = torch.from_numpy(sample.weight[n : n + ROWS]).to(self.device).repeat(len(ratios))
+        students = self.decoder(tokens[None, n:].expand(len(ratios), -1), attend, first=n)
+        weight = torch.from_numpy(sample.weight[n : n + ROWS]).to(self.device)
         head, bias = self.decoder.output
-        return both_kl(student.flatten(0, 1), teacher.repeat(len(ratios), 1), head, weight, bias=bias)
+        losses = torch.stack([both_kl(student, teacher, head, weight, bias=bias) for student in students])
+        return (MUCH * (losses / MUCH).log1p()).mean()
 
     def _context(self, sample: Sample) -> int:
         """Tokens before the question; of a page without one, all but the last rows."""
