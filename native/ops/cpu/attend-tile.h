@@ -10,7 +10,7 @@
 
 namespace indexmem_cpu {
 
-constexpr int64_t CHUNK = 64; // keys, a multiple of KEYS and of every WIDTH
+constexpr int64_t CHUNK = 128; // keys, a multiple of KEYS and of every WIDTH
 constexpr int     KEYS  = 4;  // worked on at once
 
 // rows of any type, at equal distances
