@@ -68,7 +68,7 @@ void attend_dots(const float * const * q, const attend_rows & k, int64_t n, int6
                 for (int i = 0; i < KEYS; ++i) {
                     const vec y = From::at(row[i], d, b, scale[i]);
                     for (int r = 0; r < R; ++r) {
-                        acc[r][i] = fma(acc[r][i], x[r], y);
+                        acc[r][i] = mul_add(acc[r][i], x[r], y);
                     }
                 }
             }
@@ -104,7 +104,7 @@ void attend_accumulate_columns(const float * p, const attend_rows & v, int64_t n
             for (int i = 0; i < N; ++i) {
                 const vec y = From::at(row, d + b*BLOCK, i*WIDTH, scale);
                 for (int r = 0; r < R; ++r) {
-                    acc[r][b*N + i] = fma(acc[r][b*N + i], w[r], y);
+                    acc[r][b*N + i] = mul_add(acc[r][b*N + i], w[r], y);
                 }
             }
         }

@@ -30,7 +30,7 @@ inline vec  zero()                     { return GGML_F32_VEC_ZERO; }
 inline vec  set1(float x)              { return GGML_F32_VEC_SET1(x); }
 inline vec  load(const float * p)      { return GGML_F32_VEC_LOAD(p); }
 inline void store(float * p, vec x)    { GGML_F32_VEC_STORE(p, x); }
-inline vec  fma(vec acc, vec a, vec b) { return GGML_F32_VEC_FMA(acc, a, b); }
+inline vec  mul_add(vec acc, vec a, vec b) { return GGML_F32_VEC_FMA(acc, a, b); }
 inline vec  add(vec a, vec b)          { return GGML_F32_VEC_ADD(a, b); }
 inline vec  mul(vec a, vec b)          { return GGML_F32_VEC_MUL(a, b); }
 inline vec  exp(vec x)                 { return ggml_v_expf(x); }
@@ -153,7 +153,7 @@ inline vec   zero()                     { return 0.0f; }
 inline vec   set1(float x)              { return x; }
 inline vec   load(const float * p)      { return *p; }
 inline void  store(float * p, vec x)    { *p = x; }
-inline vec   fma(vec acc, vec a, vec b) { return acc + a*b; }
+inline vec   mul_add(vec acc, vec a, vec b) { return acc + a*b; }
 inline vec   add(vec a, vec b)          { return a + b; }
 inline vec   mul(vec a, vec b)          { return a*b; }
 inline vec   exp(vec x)                 { return std::exp(x); }
