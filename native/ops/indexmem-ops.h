@@ -10,7 +10,7 @@
 //   residual plan, cache -> memory  writes what leaves into the matrix of a residual memory, in place
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
 //   bias     mask, counts -> mask   a mask for each KV head, with the biases of its latent slots
-//   attend   q, cache -> output     attention of few queries, on the CPU; elsewhere and for many, ggml_flash_attn_ext
+//   attend   q, cache -> output     attention on the CPU; elsewhere ggml_flash_attn_ext
 //
 // Shapes (H KV heads, S sequences of the ubatch, n_slots slots, T tokens a sequence):
 //   k, v    any type  [n_embd, n_slots, H, S]

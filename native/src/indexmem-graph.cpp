@@ -9,10 +9,6 @@
 #include <cmath>
 #include <stdexcept>
 
-// From this many queries on, flash attention on the CPU works in tiles and accumulates in fp32; for fewer it takes one
-// row and one key at a time and adds up the values in half precision, so they go to our own op.
-static constexpr int64_t ATTEND_MAX_TOKENS = 64;
-
 // entry (i, j) is +-1/sqrt(n), negative where i and j share an odd number of bits
 std::vector<float> indexmem_hadamard(int64_t n) {
     const float value = 1.0f/std::sqrt((float) n);
@@ -277,7 +273,8 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
 
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
-    if (sh.n_tokens < ATTEND_MAX_TOKENS && ggml_backend_buffer_is_host(l.k->buffer)) {
+    // at every length faster than flash attention on the CPU, and the only one of the two with values summed in fp32 throughout
+    if (ggml_backend_buffer_is_host(l.k->buffer)) {
         return ggml_indexmem_attend(ctx, q, streams(l.k), streams(l.v), get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap);
     }
     ggml_tensor * biased = count ? ggml_indexmem_bias(ctx, mask, count) : get_mask(ctx, l.k->ne[2]);

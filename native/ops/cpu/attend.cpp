@@ -1,20 +1,27 @@
-#include "kernels.h"
-#include "simd.h"
-#include "vec.h"
+#include "attend-tile.h"
 
-// Keys are cut into chunks of a fixed size, so that the order of additions, and with it every bit of the result, does not
-// depend on the number of threads. A task is one chunk of one KV head: its rows of K and V are read and converted once
-// for all queries of the group. Each task leaves a maximum, a sum and an unnormalised output per query; after a barrier
-// the chunks of each query are merged by log-sum-exp.
+// Attention is cut into tasks by shape and mask alone, so that the order of additions, and with it every bit of the result,
+// does not depend on the number of threads:
+//
+//   stream  one KV head of one sequence
+//   block   up to ROWS of its queries, those of a token next to each other (row = token*n_group + head of the group)
+//   span    some chunks of its keys; so many spans that there is enough to do for many threads
+//
+// A task works through the chunks of its span with a running maximum, and leaves a maximum, a sum and an unnormalised output
+// per query; after a barrier the spans of each query are merged by log-sum-exp.
+//
+// With few queries, K and V are converted in registers. With many, and where nobody may look at a key that lies between
+// others (it may hold NaN), a chunk is converted to fp32 beforehand.
 
 namespace indexmem_cpu {
 
 namespace {
 
-using indexmem_simd::ahead;
+using indexmem_simd::TILE;
+using indexmem_simd::WIDTH;
 
-constexpr int64_t CHUNK = 128; // keys
-constexpr int64_t TILE  = 4;   // queries of a group that share a loaded key
+constexpr int64_t ROWS  = 64;  // queries of a block
+constexpr int64_t TASKS = 192; // no need for more
 
 struct attend_shape {
     int64_t n_embd_k;
@@ -22,210 +29,359 @@ struct attend_shape {
     int64_t n_kv;
     int64_t n_tokens;
     int64_t n_group;
-    int64_t n_stream; // (KV head, sequence)
+    int64_t n_stream;
+    int64_t n_mask; // streams of the mask
+
+    int64_t wide_k; // row lengths in the kernels
+    int64_t wide_v;
+    int64_t n_rows; // queries of a stream
+    int64_t n_blocks;
+    int64_t n_rows_block;
+    int64_t n_chunks;
+    int64_t span; // chunks
+    int64_t n_spans;
 
     explicit attend_shape(const ggml_tensor * op) :
         n_embd_k(op->src[1]->ne[0]), n_embd_v(op->src[2]->ne[0]), n_kv(op->src[1]->ne[1]),
-        n_tokens(op->src[0]->ne[1]), n_group(op->src[0]->ne[2]), n_stream(op->src[0]->ne[3]) {
+        n_tokens(op->src[0]->ne[1]), n_group(op->src[0]->ne[2]), n_stream(op->src[0]->ne[3]), n_mask(op->src[3]->ne[3]) {
+        wide_k       = GGML_PAD(n_embd_k, indexmem_simd::BLOCK);
+        wide_v       = GGML_PAD(n_embd_v, indexmem_simd::BLOCK);
+        n_rows       = n_tokens*n_group;
+        n_blocks     = (n_rows + ROWS - 1)/ROWS;
+        n_rows_block = std::min(n_rows, ROWS);
+        n_chunks     = (n_kv + CHUNK - 1)/CHUNK;
+        span         = std::max<int64_t>(1, n_stream*n_blocks*n_chunks/TASKS);
+        n_spans      = (n_chunks + span - 1)/span;
     }
 
-    int64_t n_chunks() const { return (n_kv + CHUNK - 1)/CHUNK; }
-    int64_t n_rows()   const { return n_tokens*n_group; } // queries of a stream
+    int64_t n_parts() const { return n_stream*n_blocks*n_spans*n_rows_block; }
+};
 
-    // floats: maximum, sum, output
-    int64_t partial() const { return 2 + n_embd_v; }
+// what a task leaves of a query
+struct attend_stat {
+    float max;
+    float sum;
+};
 
-    size_t partials_size() const { return align_up(n_stream*n_rows()*n_chunks()*partial()*sizeof(float)); }
+// the work buffer: what tasks leave, then the scratch of this thread
+struct attend_work {
+    attend_stat * stats;   // [stream][block][span][row]
+    float       * parts;   // the same, [wide_v] each
 
-    size_t thread_size() const {
-        return align_up(CHUNK*n_embd_k*sizeof(float)) + align_up(CHUNK*n_embd_v*sizeof(float)) + align_up(CHUNK*sizeof(float)) + align_up(TILE*CHUNK*sizeof(float));
+    int32_t     * visible; // [n_mask][n_blocks] keys up to the last that a query of the block sees
+    float       * q;       // [TILE][wide_k]
+    float       * k;       // [CHUNK][wide_k]
+    float       * v;       // [CHUNK][wide_v]
+    float       * bias;    // [token of the block][CHUNK]
+    float       * top;     // [CHUNK] the largest bias
+    float       * logs;    // [CHUNK] of the counts
+    float       * logits;  // [TILE][CHUNK]
+
+    size_t size_shared;
+    size_t size_thread;
+
+    attend_work(const attend_shape & sh, void * data, int ith) {
+        char * base = (char *) data;
+        size_t used = 0;
+        const auto take = [&](auto *& p, int64_t n) {
+            p = (std::remove_reference_t<decltype(p)>) (base + used);
+            used += align_up(n*sizeof(*p));
+        };
+        take(stats, sh.n_parts());
+        take(parts, sh.n_parts()*sh.wide_v);
+        size_shared = used;
+
+        size_thread = 0; // filled in below
+        const auto fill = [&] {
+            take(visible, sh.n_mask*sh.n_blocks);
+            take(q,       TILE*sh.wide_k);
+            take(k,       CHUNK*sh.wide_k);
+            take(v,       CHUNK*sh.wide_v);
+            take(bias,    (std::min(sh.n_tokens, ROWS) + 1)*CHUNK);
+            take(top,     CHUNK);
+            take(logs,    CHUNK);
+            take(logits,  TILE*CHUNK);
+        };
+        fill();
+        size_thread = used - size_shared;
+        used = size_shared + ith*size_thread;
+        fill();
     }
 };
 
-float * partial_of(const attend_shape & sh, float * partials, int64_t stream, int64_t row, int64_t chunk) {
-    return partials + ((stream*sh.n_rows() + row)*sh.n_chunks() + chunk)*sh.partial();
+int64_t part_of(const attend_shape & sh, int64_t stream, int64_t block, int64_t span) {
+    return ((stream*sh.n_blocks + block)*sh.n_spans + span)*sh.n_rows_block;
 }
 
-bool seen_by_any(const attend_shape & sh, const ggml_tensor * mask, int64_t stream, int64_t key) {
-    static const ggml_fp16_t hidden = ggml_fp32_to_fp16(-INFINITY);
-    for (int64_t t = 0; t < sh.n_tokens; ++t) {
-        const char * row = (const char *) mask->data + t*mask->nb[1] + (stream % mask->ne[3])*mask->nb[3];
-        if (((const ggml_fp16_t *) row)[key] != hidden) {
-            return true;
-        }
-    }
-    return false;
+const ggml_fp16_t * mask_row(const ggml_tensor * mask, int64_t token, int64_t stream) {
+    return (const ggml_fp16_t *) ((const char *) mask->data + token*mask->nb[1] + (stream % mask->ne[3])*mask->nb[3]);
 }
 
-// R queries of one token against n keys; what a key says to a query it is hidden from is overruled by its bias
-template <int R>
-void attend_tile(const attend_shape & sh, const float * const * q, const float * k_rows, const float * v_rows, const float * bias,
-        int64_t n, float scale, float softcap, float * logits, float * const * parts, const ahead & next_k, const ahead & next_v) {
-    indexmem_simd::dots<R>(q, k_rows, n, sh.n_embd_k, logits, CHUNK, next_k);
+// most masks end with -inf: slots not in use, and the future
+int64_t find_visible(const attend_shape & sh, const ggml_tensor * mask, int64_t stream, int64_t block) {
+    constexpr ggml_fp16_t hidden = 0xFC00; // -inf
+    constexpr int64_t     STEP   = 32;
 
-    float * out[R];
-    for (int r = 0; r < R; ++r) {
-        float * l = logits + r*CHUNK;
-        float max = -INFINITY;
-        for (int64_t i = 0; i < n; ++i) {
-            l[i] *= scale;
-        }
-        if (softcap != 0.0f) {
-            for (int64_t i = 0; i < n; ++i) {
-                l[i] = softcap*std::tanh(l[i]/softcap);
+    int64_t res = 0;
+    for (int64_t t = block*ROWS/sh.n_group; t < sh.n_tokens && t*sh.n_group < (block + 1)*ROWS; ++t) {
+        const ggml_fp16_t * row = mask_row(mask, t, stream);
+        int64_t n = sh.n_kv;
+        for (; n - STEP >= res; n -= STEP) {
+            uint16_t differs = 0;
+            for (int64_t i = n - STEP; i < n; ++i) {
+                differs |= row[i] ^ hidden;
+            }
+            if (differs) {
+                break;
             }
         }
+        while (n > res && row[n - 1] == hidden) {
+            --n;
+        }
+        res = std::max(res, n);
+    }
+    return res;
+}
+
+// The biases of the block's tokens [t0, t1) for keys [i0, i0 + n). Returns how many keys there are up to the last that
+// anybody sees, and in `holes` whether nobody sees one of them.
+int64_t find_biases(const ggml_tensor * op, const attend_work & work, int64_t stream,
+        int64_t t0, int64_t t1, int64_t i0, int64_t n, bool & holes) {
+    const ggml_tensor * count = op->src[4];
+
+    const int64_t n_latent = count ? std::clamp<int64_t>(count->ne[0] - i0, 0, n) : 0;
+    if (n_latent > 0) {
+        const float * n_in = (const float *) ((const char *) count->data
+                + (stream % count->ne[1])*count->nb[1] + (stream/count->ne[1])*count->nb[2]) + i0;
+        for (int64_t i = 0; i < n_latent; ++i) {
+            work.logs[i] = std::log(n_in[i]); // -inf if the slot is empty
+        }
+    }
+    std::fill(work.top, work.top + CHUNK, -INFINITY);
+    for (int64_t t = t0; t < t1; ++t) {
+        float * bias = work.bias + (t - t0)*CHUNK;
+        ggml_cpu_fp16_to_fp32(mask_row(op->src[3], t, stream) + i0, bias, n);
+        std::fill(bias + n, bias + CHUNK, -INFINITY);
+        for (int64_t i = 0; i < n_latent; ++i) {
+            bias[i] += work.logs[i];
+        }
+        for (int64_t i = 0; i < CHUNK; i += WIDTH) {
+            indexmem_simd::store(work.top + i, indexmem_simd::max(indexmem_simd::load(work.top + i), indexmem_simd::load(bias + i)));
+        }
+    }
+    while (n > 0 && work.top[n - 1] == -INFINITY) {
+        --n;
+    }
+    int any = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        any |= work.top[i] == -INFINITY;
+    }
+    holes = any;
+    return n;
+}
+
+// rows [i0, i0 + n) of one stream of a cache tensor as fp32, zeros where nobody looks
+attend_rows convert(const ggml_tensor * t, int64_t stream, int64_t i0, int64_t n, int64_t wide, const float * top, float * dst) {
+    const int64_t n_embd = t->ne[0];
+    for (int64_t i = 0; i < n; ++i) {
+        float * row = dst + i*wide;
+        if (top[i] == -INFINITY) {
+            std::fill(row, row + wide, 0.0f);
+            continue;
+        }
+        to_f32(t->type, (const char *) t->data + (i0 + i)*t->nb[1] + stream*t->nb[3], row, n_embd);
+        std::fill(row + n_embd, row + wide, 0.0f);
+    }
+    return { (const char *) dst, wide*sizeof(float) };
+}
+
+// Logits of a query to weights, with a maximum that is at least `stat.max`; stat and out follow it.
+void soften(float * l, const float * bias, int64_t n, float scale, float softcap, attend_stat & stat, float * out, int64_t wide_v) {
+    using namespace indexmem_simd;
+
+    if (softcap != 0.0f) {
         for (int64_t i = 0; i < n; ++i) {
-            l[i] += bias[i];
+            l[i] = softcap*std::tanh(l[i]*scale/softcap);
         }
-        ggml_vec_max_f32((int) n, &max, l);
-
-        out[r] = parts[r] + 2;
-        std::fill(out[r], out[r] + sh.n_embd_v, 0.0f);
-        parts[r][0] = max;
-        parts[r][1] = max == -INFINITY ? 0.0f : (float) ggml_vec_soft_max_f32((int) n, l, l, max);
-        if (max == -INFINITY) {
-            std::fill(l, l + n, 0.0f);
-        }
+        scale = 1.0f;
     }
-    indexmem_simd::accumulate<R>(logits, CHUNK, v_rows, n, sh.n_embd_v, out, next_v);
+    // beyond n biases are -inf
+    vec top = set1(-INFINITY);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        const vec x = biased(mul(load(l + i), set1(scale)), load(bias + i));
+        store(l + i, x);
+        top = max(top, x);
+    }
+    const float max_new = std::max(stat.max, max_of(top));
+    if (max_new == -INFINITY) {
+        std::fill(l, l + n, 0.0f);
+        return;
+    }
+    if (stat.max != max_new) {
+        if (stat.max != -INFINITY) {
+            const float shrink = std::exp(stat.max - max_new);
+            stat.sum *= shrink;
+            ggml_vec_scale_f32((int) wide_v, out, shrink);
+        }
+        stat.max = max_new;
+    }
+    vec total = zero();
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        const vec x = indexmem_simd::exp(add(load(l + i), set1(-max_new)));
+        store(l + i, x);
+        total = add(total, x);
+    }
+    stat.sum += sum(total);
 }
 
-// rows of K or V of a task's chunk, if it is a whole one
-ahead rows_of_task(const attend_shape & sh, const ggml_tensor * t, int64_t task) {
-    const int64_t stream = task/sh.n_chunks();
-    const int64_t chunk  = task % sh.n_chunks();
-    if (stream >= sh.n_stream || (chunk + 1)*CHUNK > sh.n_kv || t->nb[1] != ggml_row_size(t->type, t->ne[0])) {
-        return {};
-    }
-    return { (const char *) t->data + chunk*CHUNK*t->nb[1] + stream*t->nb[3], t->nb[1] };
-}
+// chunks [c0, c1) of a block; those of K and V that come next are fetched meanwhile
+void attend_span(const attend_shape & sh, const ggml_tensor * op, const attend_work & work,
+        int64_t stream, int64_t block, int64_t c0, int64_t c1, bool more) {
+    const ggml_tensor * q = op->src[0];
+    const ggml_tensor * k = op->src[1];
+    const ggml_tensor * v = op->src[2];
 
-void attend_chunk(const attend_shape & sh, const ggml_tensor * dst, int64_t task, int64_t task_next, char * work, float * partials) {
-    const int64_t stream = task/sh.n_chunks();
-    const int64_t chunk  = task % sh.n_chunks();
+    const float scale   = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SCALE);
+    const float softcap = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SOFTCAP);
 
-    const ggml_tensor * q    = dst->src[0];
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * v    = dst->src[2];
-    const ggml_tensor * mask  = dst->src[3];
-    const ggml_tensor * count = dst->src[4];
+    const attend_kernels * kernels_k = sh.wide_k == sh.n_embd_k ? attend_kernels_of(k->type) : nullptr;
+    const attend_kernels * kernels_v = sh.wide_v == sh.n_embd_v ? attend_kernels_of(v->type) : nullptr;
 
-    const float scale   = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_SCALE);
-    const float softcap = ggml_get_op_params_f32(dst, INDEXMEM_PARAM_SOFTCAP);
+    const int64_t r0 = block*ROWS;
+    const int64_t r1 = std::min(r0 + ROWS, sh.n_rows);
+    const int64_t t0 = r0/sh.n_group;
+    const int64_t t1 = (r1 - 1)/sh.n_group + 1;
 
-    float * k_rows = (float *) work;
-    float * v_rows = (float *) (work + align_up(CHUNK*sh.n_embd_k*sizeof(float)));
-    float * bias   = (float *) ((char *) v_rows + align_up(CHUNK*sh.n_embd_v*sizeof(float)));
-    float * logits = (float *) ((char *) bias   + align_up(CHUNK*sizeof(float)));
+    attend_stat * stats = work.stats + part_of(sh, stream, block, c0/sh.span);
+    float       * parts = work.parts + part_of(sh, stream, block, c0/sh.span)*sh.wide_v;
+    std::fill(stats, stats + (r1 - r0), attend_stat{ -INFINITY, 0.0f });
+    std::fill(parts, parts + (r1 - r0)*sh.wide_v, 0.0f);
 
-    const int64_t i0 = chunk*CHUNK;
-    const int64_t n  = std::min(CHUNK, sh.n_kv - i0);
+    for (int64_t c = c0; c < c1; ++c) {
+        const int64_t i0 = c*CHUNK;
 
-    // entries in each latent slot
-    const int64_t n_latent = count ? count->ne[0] : 0;
-    const float * n_in = !count ? nullptr : (const float *) ((const char *) count->data
-            + (stream % count->ne[1])*count->nb[1] + (stream/count->ne[1])*count->nb[2]);
-
-    // K and V of the thread's next chunk are on their way while this one is worked on
-    ahead next_k = rows_of_task(sh, k, task_next);
-    ahead next_v = rows_of_task(sh, v, task_next);
-
-    int64_t n_converted = 0; // leading rows of k_rows and v_rows that are filled
-
-    for (int64_t t = 0; t < sh.n_tokens; ++t) {
-        const char * mask_row = (const char *) mask->data + t*mask->nb[1] + (stream % mask->ne[3])*mask->nb[3];
-        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) mask_row + i0, bias, n);
-        for (int64_t i = i0; i < std::min(i0 + n, n_latent); ++i) {
-            bias[i - i0] += std::log(n_in[i]); // -inf if it is empty
+        bool holes = false;
+        const int64_t n = find_biases(op, work, stream, t0, t1, i0, std::min(CHUNK, sh.n_kv - i0), holes);
+        if (n == 0) {
+            continue;
         }
 
-        // most masks end with -inf: slots not in use, and the future
-        int64_t n_visible = n;
-        while (n_visible > 0 && bias[n_visible - 1] == -INFINITY) {
-            --n_visible;
+        const bool in_registers = r1 - r0 <= 2*TILE && !holes;
+        const attend_kernels * fk = in_registers ? kernels_k : nullptr;
+        const attend_kernels * fv = in_registers ? kernels_v : nullptr;
+
+        const attend_rows k_rows = fk ? attend_rows{ (const char *) k->data + i0*k->nb[1] + stream*k->nb[3], k->nb[1] }
+                                      : convert(k, stream, i0, n, sh.wide_k, work.top, work.k);
+        const attend_rows v_rows = fv ? attend_rows{ (const char *) v->data + i0*v->nb[1] + stream*v->nb[3], v->nb[1] }
+                                      : convert(v, stream, i0, n, sh.wide_v, work.top, work.v);
+        fk = fk ? fk : attend_kernels_of(GGML_TYPE_F32);
+        fv = fv ? fv : attend_kernels_of(GGML_TYPE_F32);
+
+        attend_ahead next_k;
+        attend_ahead next_v;
+        if (more || c + 1 < c1) {
+            const int64_t n_next = std::min(CHUNK, sh.n_kv - i0 - CHUNK);
+            next_k = { (const char *) k->data + (i0 + CHUNK)*k->nb[1] + stream*k->nb[3], k->nb[1], n_next };
+            next_v = { (const char *) v->data + (i0 + CHUNK)*v->nb[1] + stream*v->nb[3], v->nb[1], n_next };
         }
 
-        if (n_converted < n_visible) {
-            rows_to_f32(k, (const char *) k->data + stream*k->nb[3], i0 + n_converted, i0 + n_visible, k_rows + n_converted*sh.n_embd_k);
-            rows_to_f32(v, (const char *) v->data + stream*v->nb[3], i0 + n_converted, i0 + n_visible, v_rows + n_converted*sh.n_embd_v);
-            for (; n_converted < n_visible; ++n_converted) {
-                const bool empty = i0 + n_converted < n_latent && n_in[i0 + n_converted] == 0.0f;
-                if (empty || (bias[n_converted] == -INFINITY && !seen_by_any(sh, mask, stream, i0 + n_converted))) {
-                    // may hold anything, NaN included
-                    std::fill_n(k_rows + n_converted*sh.n_embd_k, sh.n_embd_k, 0.0f);
-                    std::fill_n(v_rows + n_converted*sh.n_embd_v, sh.n_embd_v, 0.0f);
-                }
-            }
-        }
-
-        for (int64_t g = 0; g < sh.n_group; g += TILE) {
-            const int64_t n_rows = std::min(TILE, sh.n_group - g);
+        for (int64_t r = r0; r < r1; r += TILE) {
+            const int n_tile = (int) std::min<int64_t>(TILE, r1 - r);
 
             const float * q_rows[TILE];
-            float       * parts [TILE];
-            for (int64_t r = 0; r < n_rows; ++r) {
-                q_rows[r] = (const float *) ((const char *) q->data + t*q->nb[1] + (g + r)*q->nb[2] + stream*q->nb[3]);
-                parts [r] = partial_of(sh, partials, stream, (g + r)*sh.n_tokens + t, chunk);
+            float       * out   [TILE];
+            for (int i = 0; i < n_tile; ++i) {
+                const int64_t t = (r + i)/sh.n_group;
+                const int64_t g = (r + i) % sh.n_group;
+                q_rows[i] = (const float *) ((const char *) q->data + t*q->nb[1] + g*q->nb[2] + stream*q->nb[3]);
+                if (sh.wide_k != sh.n_embd_k) {
+                    float * wide = work.q + i*sh.wide_k;
+                    std::copy(q_rows[i], q_rows[i] + sh.n_embd_k, wide);
+                    std::fill(wide + sh.n_embd_k, wide + sh.wide_k, 0.0f);
+                    q_rows[i] = wide;
+                }
+                out[i] = parts + (r - r0 + i)*sh.wide_v;
             }
-            switch (n_rows) {
-                case 1: attend_tile<1>(sh, q_rows, k_rows, v_rows, bias, n_visible, scale, softcap, logits, parts, next_k, next_v); break;
-                case 2: attend_tile<2>(sh, q_rows, k_rows, v_rows, bias, n_visible, scale, softcap, logits, parts, next_k, next_v); break;
-                case 3: attend_tile<3>(sh, q_rows, k_rows, v_rows, bias, n_visible, scale, softcap, logits, parts, next_k, next_v); break;
-                case 4: attend_tile<4>(sh, q_rows, k_rows, v_rows, bias, n_visible, scale, softcap, logits, parts, next_k, next_v); break;
+            fk->dots[n_tile](q_rows, k_rows, n, sh.wide_k, work.logits, next_k);
+            for (int i = 0; i < n_tile; ++i) {
+                const float * bias = work.bias + ((r + i)/sh.n_group - t0)*CHUNK;
+                soften(work.logits + i*CHUNK, bias, n, scale, softcap, stats[r - r0 + i], out[i], sh.wide_v);
             }
+            fv->accumulate[n_tile](work.logits, v_rows, n, sh.wide_v, out, next_v);
             next_k = next_v = {}; // once is enough
         }
     }
 }
 
-void merge_chunks(const attend_shape & sh, ggml_tensor * dst, int64_t stream, int64_t row, float * partials) {
-    float * out = (float *) ((char *) dst->data
-            + (row/sh.n_tokens)*dst->nb[1] + (row % sh.n_tokens)*dst->nb[2] + stream*dst->nb[3]);
-    std::fill(out, out + sh.n_embd_v, 0.0f);
+// rows [r0, r1) of a stream
+void merge_spans(const attend_shape & sh, ggml_tensor * dst, const attend_work & work, int64_t stream, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        const int64_t block   = r/ROWS;
+        const int64_t visible = work.visible[(stream % sh.n_mask)*sh.n_blocks + block];
+        const int64_t n_spans = (visible + sh.span*CHUNK - 1)/(sh.span*CHUNK);
 
-    float max = -INFINITY;
-    for (int64_t c = 0; c < sh.n_chunks(); ++c) {
-        max = std::max(max, partial_of(sh, partials, stream, row, c)[0]);
-    }
-    if (max == -INFINITY) {
-        return; // sees nothing
-    }
+        const int64_t part = part_of(sh, stream, block, 0) + r % ROWS;
 
-    float sum = 0.0f;
-    for (int64_t c = 0; c < sh.n_chunks(); ++c) {
-        const float * part = partial_of(sh, partials, stream, row, c);
-        if (part[0] == -INFINITY) {
-            continue;
+        float * out = (float *) ((char *) dst->data + (r % sh.n_group)*dst->nb[1] + (r/sh.n_group)*dst->nb[2] + stream*dst->nb[3]);
+        std::fill(out, out + sh.n_embd_v, 0.0f);
+
+        float max = -INFINITY;
+        for (int64_t i = 0; i < n_spans; ++i) {
+            max = std::max(max, work.stats[part + i*sh.n_rows_block].max);
         }
-        const float weight = std::exp(part[0] - max);
-        sum += weight*part[1];
-        ggml_vec_mad_f32((int) sh.n_embd_v, out, part + 2, weight);
+        if (max == -INFINITY) {
+            continue; // sees nothing
+        }
+        float sum = 0.0f;
+        for (int64_t i = 0; i < n_spans; ++i) {
+            const attend_stat & stat = work.stats[part + i*sh.n_rows_block];
+            const float weight = std::exp(stat.max - max);
+            sum += weight*stat.sum;
+            ggml_vec_mad_f32((int) sh.n_embd_v, out, work.parts + (part + i*sh.n_rows_block)*sh.wide_v, weight);
+        }
+        ggml_vec_scale_f32((int) sh.n_embd_v, out, 1.0f/sum);
     }
-    ggml_vec_scale_f32((int) sh.n_embd_v, out, 1.0f/sum);
 }
 
 } // namespace
 
 size_t attend_work_size(const ggml_tensor * op, int n_tasks) {
-    const attend_shape sh(op);
-    return sh.partials_size() + n_tasks*sh.thread_size();
+    const attend_work work(attend_shape(op), nullptr, 0);
+    return work.size_shared + n_tasks*work.size_thread;
 }
 
 void attend(const ggml_compute_params * params, ggml_tensor * dst) {
     const attend_shape sh(dst);
+    const attend_work  work(sh, params->wdata, params->ith);
 
-    float * partials = (float *) params->wdata;
-    char  * work     = (char *) params->wdata + sh.partials_size() + params->ith*sh.thread_size();
+    // in chunks: what there is to do, and the part of this thread
+    int64_t n_all = 0;
+    for (int64_t i = 0; i < sh.n_mask*sh.n_blocks; ++i) {
+        work.visible[i] = (int32_t) find_visible(sh, dst->src[3], i/sh.n_blocks, i % sh.n_blocks);
+        n_all += (work.visible[i] + CHUNK - 1)/CHUNK*(sh.n_stream/sh.n_mask);
+    }
+    const int64_t begin = n_all*params->ith/params->nth;
+    const int64_t end   = n_all*(params->ith + 1)/params->nth;
 
-    for (int64_t task = params->ith; task < sh.n_stream*sh.n_chunks(); task += params->nth) {
-        attend_chunk(sh, dst, task, task + params->nth, work, partials);
+    int64_t at = 0;
+    for (int64_t stream = 0; stream < sh.n_stream && at < end; ++stream) {
+        for (int64_t block = 0; block < sh.n_blocks && at < end; ++block) {
+            const int64_t n_chunks = (work.visible[(stream % sh.n_mask)*sh.n_blocks + block] + CHUNK - 1)/CHUNK;
+            for (int64_t c = 0; c < n_chunks; c += sh.span) {
+                const int64_t n = std::min(sh.span, n_chunks - c);
+                if (at >= begin && at < end) {
+                    attend_span(sh, dst, work, stream, block, c, c + n, at + n < end && c + n < n_chunks);
+                }
+                at += n;
+            }
+        }
     }
 
     ggml_barrier(params->threadpool);
 
-    for (int64_t task = params->ith; task < sh.n_stream*sh.n_rows(); task += params->nth) {
-        merge_chunks(sh, dst, task/sh.n_rows(), task % sh.n_rows(), partials);
+    const int64_t n_rows = sh.n_stream*sh.n_rows;
+    for (int64_t r = n_rows*params->ith/params->nth; r < n_rows*(params->ith + 1)/params->nth; ++r) {
+        merge_spans(sh, dst, work, r/sh.n_rows, r % sh.n_rows, r % sh.n_rows + 1);
     }
 }
 

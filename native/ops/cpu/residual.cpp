@@ -1,5 +1,4 @@
 #include "kernels.h"
-#include "simd.h"
 #include "vec.h"
 
 // The residual memory of one KV head, written by one thread: first the features of all entries that leave, then one row of
@@ -62,8 +61,9 @@ void residual(const ggml_compute_params * params, ggml_tensor * dst) {
         for (int64_t i = 0; i < n_evict; ++i) {
             rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted[i], evicted[i] + 1, key);
             rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted[i], evicted[i] + 1, values + i*n_embd_v);
-            const float * a[] = { key };
-            indexmem_simd::dots<1>(a, (const float *) phi->data, n_feature, n_embd_k, features + i*n_feature, n_feature, {});
+            for (int64_t j = 0; j < n_feature; ++j) {
+                ggml_vec_dot_f32((int) n_embd_k, features + i*n_feature + j, 0, (float *) phi->data + j*n_embd_k, 0, key, 0, 1);
+            }
         }
         char * state = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
         for (int64_t d = 0; d <= n_embd_v; ++d) {

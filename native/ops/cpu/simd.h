@@ -1,16 +1,27 @@
 #pragma once
 
-// The few vector operations of our kernels, in terms of ggml's own mapping (AVX2, AVX-512, NEON, ...), with a plain
-// fallback. Tiles of R rows keep a register each, so that a key or value loaded once serves all of them.
+// The vectors of our kernels: fp32 lanes and the ways in which values of a cache become fp32, for AVX-512, AVX2 and NEON
+// (through ggml's own mapping where it has one), with a plain fallback of one lane.
 
+#include "kernels.h"
 #include "simd-mappings.h"
+#include "vec.h"
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
 namespace indexmem_simd {
 
-#if defined(GGML_SIMD) && defined(GGML_F32_EPR) && !defined(__ARM_FEATURE_SVE)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#    define INDEXMEM_AVX512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#    define INDEXMEM_AVX2
+#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE)
+#    define INDEXMEM_NEON
+#endif
+
+#if defined(INDEXMEM_AVX512) || defined(INDEXMEM_AVX2) || defined(INDEXMEM_NEON)
 
 typedef GGML_F32_VEC vec;
 constexpr int64_t WIDTH = GGML_F32_EPR;
@@ -19,129 +30,183 @@ inline vec  zero()                     { return GGML_F32_VEC_ZERO; }
 inline vec  set1(float x)              { return GGML_F32_VEC_SET1(x); }
 inline vec  load(const float * p)      { return GGML_F32_VEC_LOAD(p); }
 inline void store(float * p, vec x)    { GGML_F32_VEC_STORE(p, x); }
-inline vec  fma(vec acc, vec a, vec b) { return GGML_F32_VEC_FMA(acc, a, b); }
+inline vec  mul_add(vec acc, vec a, vec b) { return GGML_F32_VEC_FMA(acc, a, b); }
+inline vec  add(vec a, vec b)          { return GGML_F32_VEC_ADD(a, b); }
+inline vec  mul(vec a, vec b)          { return GGML_F32_VEC_MUL(a, b); }
+inline vec  exp(vec x)                 { return ggml_v_expf(x); }
+
+#endif
+
+#if defined(INDEXMEM_AVX512)
+
+constexpr int TILE = 4; // rows that share what is loaded: their accumulators fit into the registers
+
+inline vec   max(vec a, vec b) { return _mm512_max_ps(a, b); }
+inline float sum(vec x)        { return _mm512_reduce_add_ps(x); }
+inline float max_of(vec x)     { return _mm512_reduce_max_ps(x); }
+
+// -inf where the bias is, whatever x is (NaN included); x + bias elsewhere
+inline vec biased(vec x, vec bias) {
+    return _mm512_mask_add_ps(bias, _mm512_cmp_ps_mask(bias, set1(-INFINITY), _CMP_NEQ_OQ), x, bias);
+}
+
+inline vec load_f16 (const void * p)    { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+inline vec load_bf16(const void * p)    { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16)); }
+inline vec load_i8  (const int8_t * p)  { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+
+// 4-bit values less 8: the low halves of WIDTH bytes, or the high ones
+inline vec load_u4(const uint8_t * p, bool high) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    const __m512i y = high ? _mm512_srli_epi32(x, 4) : _mm512_and_si512(x, _mm512_set1_epi32(0xF));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(y, _mm512_set1_epi32(8)));
+}
+
+// the sums of the lanes of four vectors
+inline void sums4(const vec * x, float * out) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
+
+#elif defined(INDEXMEM_AVX2)
+
+constexpr int TILE = 2;
+
+inline vec   max(vec a, vec b) { return _mm256_max_ps(a, b); }
 
 inline float sum(vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(x);
-#elif defined(__AVX__)
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-    return vaddvq_f32(x);
-#else
-    float lanes[WIDTH];
-    store(lanes, x);
-    float res = 0.0f;
-    for (int64_t i = 0; i < WIDTH; ++i) {
-        res += lanes[i];
-    }
-    return res;
-#endif
+}
+
+inline float max_of(vec x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+
+inline vec biased(vec x, vec bias) {
+    return _mm256_blendv_ps(bias, _mm256_add_ps(x, bias), _mm256_cmp_ps(bias, set1(-INFINITY), _CMP_NEQ_OQ));
+}
+
+inline vec load_f16 (const void * p)    { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+inline vec load_bf16(const void * p)    { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16)); }
+inline vec load_i8  (const int8_t * p)  { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+
+inline vec load_u4(const uint8_t * p, bool high) {
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
+    const __m256i y = high ? _mm256_srli_epi32(x, 4) : _mm256_and_si256(x, _mm256_set1_epi32(0xF));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(y, _mm256_set1_epi32(8)));
+}
+
+inline void sums4(const vec * x, float * out) {
+    const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+
+#elif defined(INDEXMEM_NEON)
+
+constexpr int TILE = 3;
+
+inline vec   max(vec a, vec b) { return vmaxq_f32(a, b); }
+inline float sum(vec x)        { return vaddvq_f32(x); }
+inline float max_of(vec x)     { return vmaxvq_f32(x); }
+
+inline vec biased(vec x, vec bias) {
+    return vbslq_f32(vceqq_f32(bias, set1(-INFINITY)), bias, vaddq_f32(x, bias));
+}
+
+inline vec load_f16 (const void * p)    { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p))); }
+inline vec load_bf16(const void * p)    { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16)); }
+
+// four bytes as 32-bit lanes
+inline uint32x4_t load_u8(const void * p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof(x));
+    return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(x))));
+}
+
+inline vec load_i8(const int8_t * p) {
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(load_u8(p)), 24), 24));
+}
+
+inline vec load_u4(const uint8_t * p, bool high) {
+    const uint32x4_t x = load_u8(p);
+    const uint32x4_t y = high ? vshrq_n_u32(x, 4) : vandq_u32(x, vdupq_n_u32(0xF));
+    return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(y), vdupq_n_s32(8)));
+}
+
+inline void sums4(const vec * x, float * out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
 }
 
 #else
 
 typedef float vec;
 constexpr int64_t WIDTH = 1;
+constexpr int     TILE  = 4;
 
 inline vec   zero()                     { return 0.0f; }
 inline vec   set1(float x)              { return x; }
 inline vec   load(const float * p)      { return *p; }
 inline void  store(float * p, vec x)    { *p = x; }
-inline vec   fma(vec acc, vec a, vec b) { return acc + a*b; }
+inline vec   mul_add(vec acc, vec a, vec b) { return acc + a*b; }
+inline vec   add(vec a, vec b)          { return a + b; }
+inline vec   mul(vec a, vec b)          { return a*b; }
+inline vec   exp(vec x)                 { return std::exp(x); }
+inline vec   max(vec a, vec b)          { return a > b ? a : b; }
 inline float sum(vec x)                 { return x; }
+inline float max_of(vec x)              { return x; }
+inline vec   biased(vec x, vec bias)    { return bias == -INFINITY ? bias : x + bias; }
+inline vec   load_f16 (const void * p)  { return GGML_CPU_FP16_TO_FP32(*(const ggml_fp16_t *) p); }
+inline vec   load_bf16(const void * p)  { return GGML_BF16_TO_FP32(*(const ggml_bf16_t *) p); }
+inline vec   load_i8  (const int8_t * p) { return (float) *p; }
+inline vec   load_u4  (const uint8_t * p, bool high) { return (float) ((high ? *p >> 4 : *p & 0xF) - 8); }
 
-#endif
-
-// Memory that will be read soon: row j of it is fetched while row j of something else is worked on.
-struct ahead {
-    const char * rows  = nullptr; // null: nothing
-    size_t       bytes = 0;       // of a row, rows being contiguous
-
-    void fetch(int64_t j) const {
-#if defined(__GNUC__)
-        for (size_t i = 0; rows && i < bytes; i += 64) {
-            __builtin_prefetch(rows + j*bytes + i);
-        }
-#else
-        (void) j;
-#endif
+inline void sums4(const vec * x, float * out) {
+    for (int i = 0; i < 4; ++i) {
+        out[i] = x[i];
     }
+}
+
+#endif
+
+// How a row of a cache is read, in blocks of 32 values: scale() of the block that starts at d, then at(): WIDTH values from
+// value i of that block on.
+constexpr int64_t BLOCK = 32;
+
+struct from_f32 {
+    static vec scale(const char *, int64_t)                         { return zero(); }
+    static vec at   (const char * row, int64_t d, int64_t i, vec)   { return load((const float *) row + d + i); }
 };
 
-// out[r*ld + j] = a[r] . b[j]   for R rows a and n rows b of length D, contiguous
-template <int R>
-void dots(const float * const * a, const float * b, int64_t n, int64_t D, float * out, int64_t ld, ahead next) {
-    const int64_t D0 = D/WIDTH*WIDTH;
-    for (int64_t j = 0; j < n; ++j) {
-        const float * row = b + j*D;
-        next.fetch(j);
-        vec acc[R];
-        for (int r = 0; r < R; ++r) {
-            acc[r] = zero();
-        }
-        for (int64_t d = 0; d < D0; d += WIDTH) {
-            const vec x = load(row + d);
-            for (int r = 0; r < R; ++r) {
-                acc[r] = fma(acc[r], x, load(a[r] + d));
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            float res = sum(acc[r]);
-            for (int64_t d = D0; d < D; ++d) {
-                res += row[d]*a[r][d];
-            }
-            out[r*ld + j] = res;
-        }
-    }
-}
+struct from_f16 {
+    static vec scale(const char *, int64_t)                         { return zero(); }
+    static vec at   (const char * row, int64_t d, int64_t i, vec)   { return load_f16((const ggml_fp16_t *) row + d + i); }
+};
 
-// out[r] += sum over j of p[r*ld + j]*b[j]   for R rows of out and n rows b of length D, contiguous
-template <int R>
-void accumulate(const float * p, int64_t ld, const float * b, int64_t n, int64_t D, float * const * out, ahead next) {
-    constexpr int NV = 4; // vectors of a row held in registers at once
+struct from_bf16 {
+    static vec scale(const char *, int64_t)                         { return zero(); }
+    static vec at   (const char * row, int64_t d, int64_t i, vec)   { return load_bf16((const ggml_bf16_t *) row + d + i); }
+};
 
-    int64_t d = 0;
-    for (; d + NV*WIDTH <= D; d += NV*WIDTH) {
-        vec acc[R][NV];
-        for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < NV; ++v) {
-                acc[r][v] = load(out[r] + d + v*WIDTH);
-            }
-        }
-        for (int64_t j = 0; j < n; ++j) {
-            const float * row = b + j*D + d;
-            if (d == 0) {
-                next.fetch(j);
-            }
-            vec w[R];
-            for (int r = 0; r < R; ++r) {
-                w[r] = set1(p[r*ld + j]);
-            }
-            for (int v = 0; v < NV; ++v) {
-                const vec x = load(row + v*WIDTH);
-                for (int r = 0; r < R; ++r) {
-                    acc[r][v] = fma(acc[r][v], w[r], x);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < NV; ++v) {
-                store(out[r] + d + v*WIDTH, acc[r][v]);
-            }
-        }
-    }
-    for (; d < D; ++d) {
-        for (int r = 0; r < R; ++r) {
-            float res = out[r][d];
-            for (int64_t j = 0; j < n; ++j) {
-                res += p[r*ld + j]*b[j*D + d];
-            }
-            out[r][d] = res;
-        }
-    }
-}
+struct from_q8_0 {
+    static const block_q8_0 & block(const char * row, int64_t d)    { return ((const block_q8_0 *) row)[d/BLOCK]; }
+
+    static vec scale(const char * row, int64_t d)                   { return set1(GGML_CPU_FP16_TO_FP32(block(row, d).d)); }
+    static vec at   (const char * row, int64_t d, int64_t i, vec s) { return mul(s, load_i8(block(row, d).qs + i)); }
+};
+
+struct from_q4_0 {
+    static const block_q4_0 & block(const char * row, int64_t d)    { return ((const block_q4_0 *) row)[d/BLOCK]; }
+
+    static vec scale(const char * row, int64_t d)                   { return set1(GGML_CPU_FP16_TO_FP32(block(row, d).d)); }
+    static vec at   (const char * row, int64_t d, int64_t i, vec s) { return mul(s, load_u4(block(row, d).qs + i % 16, i >= 16)); }
+};
+
+static_assert(QK8_0 == BLOCK && QK4_0 == BLOCK, "blocks of the quantised types");
 
 } // namespace indexmem_simd
