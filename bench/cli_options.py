@@ -52,16 +52,6 @@ PREFILL_REPEATS = typer.Option(8, min=1, help="Alternating turns of prefill, eac
 TEXT = typer.Option(
     None, "--text", help="Text file to feed; default: sentences made up on the spot.", show_default=False
 )
-GEOMETRY = typer.Option(
-    None,
-    help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once), `1b` or `demo`.",
-    show_default=False,
-)
-LAYERS = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all.")
-WEIGHTS = typer.Option("q4_0", help="With --geometry: type of its weights, q4_0 or q8_0.")
-CACHE = typer.Option(
-    None, help="With --geometry: folder for it; default: one for temporary files.", show_default=False
-)
 DATA = typer.Option(
     None,
     exists=True,
@@ -192,37 +182,17 @@ def session(
         raise typer.Exit(130) from None
 
 
-def synthetic_model(
-    model: Optional[Path], geometry: Optional[str], layers: int, weights: str, cache: Optional[Path]
-) -> Optional[Callable[[], Path]]:
-    """What makes the model of a --geometry; None without one."""
-    from dataclasses import replace
-
-    from . import synthetic
-    from .runner import BenchError
-
-    def make() -> Path:
-        if geometry not in synthetic.GEOMETRIES or model is not None:
-            raise BenchError(f"--geometry takes {', '.join(synthetic.GEOMETRIES)}, without -m; found {geometry!r}")
-        shape = synthetic.GEOMETRIES[geometry]
-        return synthetic.cached_model(replace(shape, n_layer=layers or shape.n_layer), weights, cache)
-
-    return make if geometry else None
-
-
 def demo_model() -> Path:
     from indexmem_edge import demo
 
     return demo.demo_model()
 
 
-def finish(
-    report: Any, columns: Sequence[str], out: Path, plot: Any, as_json: bool, rows: Any = None, more: Any = None
-) -> None:
-    """Saves and prints a report, all rows of it or some, and those of other kinds that `more` has columns for."""
+def finish(report: Any, columns: Sequence[str], out: Path, plot: Any, as_json: bool, rows: Any = None) -> None:
+    """Saves and prints a report, all rows of it or some."""
     files = report.save(out, plot)
     if as_json:
         print(files[0])
         return
-    report.print(columns, rows, more)
+    report.print(columns, rows)
     print("wrote " + ", ".join(str(path) for path in files))

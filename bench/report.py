@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,13 @@ class Report:
         image = draw(out / f"{self.name}.png", self, plot) if plot else None
         return [path] + ([image] if image else [])
 
-    def print(
-        self, columns: Sequence[str], rows: Sequence[Row] | None = None, more: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        """The table, of all rows or of some; those of `extra` that `more` has columns for; and the verdicts."""
+    def print(self, columns: Sequence[str], rows: Sequence[Row] | None = None) -> None:
+        """The table, of all rows or of some, and the verdicts."""
         title = f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}"
-        tables = {title: (columns, self.rows if rows is None else rows)}
-        tables |= {name: (names, self.extra[name]) for name, names in (more or {}).items() if name in self.extra}
-        for name, (keys, shown) in tables.items():
-            cells = [[show(key, row.get(key)) for key in keys] for row in shown]
-            if cells:
-                print_table(name, [key.replace("_", " ") for key in keys], cells)
+        names = [name.replace("_", " ") for name in columns]
+        print_table(
+            title, names, [[show(n, row.get(n)) for n in columns] for row in (self.rows if rows is None else rows)]
+        )
         for verdict in self.verdicts:
             console().print(str(verdict), highlight=False)
 
@@ -124,10 +120,8 @@ def show(name: str, value: Any) -> str:
         return "-"
     if name.endswith("_bytes"):
         return f"{value / 2**20:.2f} MiB"
-    if name.endswith("_tps") or name == "seconds":
+    if name.endswith("_tps"):
         return f"{value:.1f}"
-    if name.endswith("_ms"):
-        return f"{value:.2f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

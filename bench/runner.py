@@ -199,10 +199,6 @@ class System:
         self.logits = self._rows(1)[0].copy()
         return seconds
 
-    def together(self, tokens: Sequence[int]) -> float:
-        """Evaluates tokens as one ubatch, with the logits of each; seconds."""
-        return self._ubatch(tokens, "all")
-
     def decode(self, n: int, first: int) -> list[float]:
         """`n` greedy steps beginning with token `first`; seconds of each."""
         times = []
