@@ -6,9 +6,17 @@ namespace indexmem_cpu {
 
 namespace {
 
+// entries whose nearest slot is sought at once: each has a lane of its own, so that the sum of a distance has one order on
+// every machine and nothing is added across lanes
+constexpr int64_t LANES = 16;
+
+// slots tried at once, so that the sums do not wait for each other
+constexpr int64_t TRIED = 4;
+
 struct centroid_work {
     size_t entry;  // keys and values of the entries that leave, in fp32
     size_t slot;   // the latent slot of each
+    size_t lanes;  // keys of LANES entries side by side: [n_embd_k][LANES]
     size_t size;
 
     explicit centroid_work(const ggml_tensor * op) {
@@ -17,31 +25,56 @@ struct centroid_work {
 
         entry = 0;
         slot  = align_up(n_evict_max*n_embd*sizeof(float));
-        size  = slot + align_up(n_evict_max*sizeof(int32_t));
+        lanes = slot + align_up(n_evict_max*sizeof(int32_t));
+        size  = lanes + align_up(op->src[2]->ne[0]*LANES*sizeof(float));
     }
 };
 
-// squared distance; a fixed number of partial sums, so that it is vectorised and the same on every machine
-float distance(const float * a, const float * b, int64_t n) {
-    constexpr int64_t LANES = 16;
-
-    float sums[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int64_t l = 0; l < LANES; ++l) {
-            const float d = a[i + l] - b[i + l];
-            sums[l] += d*d;
+// squared distances of LANES keys to the means of TRIED slots
+inline void distances(const float * lanes, const float * const (&means)[TRIED], int64_t n, float (&sums)[TRIED][LANES]) {
+    float acc[TRIED][LANES] = {};
+    for (int64_t d = 0; d < n; ++d) {
+        for (int64_t t = 0; t < TRIED; ++t) {
+            const float m = means[t][d];
+            for (int64_t l = 0; l < LANES; ++l) {
+                const float x = lanes[d*LANES + l] - m;
+                acc[t][l] += x*x;
+            }
         }
     }
-    for (; i < n; ++i) {
-        const float d = a[i] - b[i];
-        sums[i % LANES] += d*d;
+    memcpy(sums, acc, sizeof(acc));
+}
+
+// slot_of[l] for n_keys <= LANES keys: the first of the nearest slots. Keys are n_stride floats apart, means are mean(r).
+template <typename F>
+void nearest(const float * keys, int64_t n_keys, int64_t n_stride, int64_t n_embd, int64_t n_latent, F mean, float * lanes, int32_t * slot_of) {
+    for (int64_t l = 0; l < LANES; ++l) {
+        const float * key = keys + std::min(l, n_keys - 1)*n_stride; // spare lanes repeat the last one
+        for (int64_t d = 0; d < n_embd; ++d) {
+            lanes[d*LANES + l] = key[d];
+        }
     }
-    float sum = 0.0f;
-    for (float x : sums) {
-        sum += x;
+
+    float   best [LANES];
+    int32_t found[LANES] = {};
+    std::fill_n(best, LANES, INFINITY);
+
+    for (int64_t r = 0; r < n_latent; r += TRIED) {
+        const float * means[TRIED];
+        for (int64_t t = 0; t < TRIED; ++t) {
+            means[t] = mean(std::min(r + t, n_latent - 1)); // the last one again is never nearer than itself
+        }
+        float sums[TRIED][LANES];
+        distances(lanes, means, n_embd, sums);
+        for (int64_t t = 0; t < TRIED; ++t) {
+            for (int64_t l = 0; l < LANES; ++l) {
+                const bool nearer = sums[t][l] < best[l];
+                found[l] = nearer ? (int32_t) (r + t) : found[l];
+                best [l] = nearer ? sums[t][l]        : best [l];
+            }
+        }
     }
-    return sum;
+    std::copy(found, found + n_keys, slot_of);
 }
 
 } // namespace
@@ -65,6 +98,7 @@ void centroid(const ggml_compute_params * params, ggml_tensor * dst) {
     char * work = (char *) params->wdata + params->ith*layout.size;
     float   * entries = (float   *) (work + layout.entry);
     int32_t * slot_of = (int32_t *) (work + layout.slot);
+    float   * lanes   = (float   *) (work + layout.lanes);
 
     for (int64_t ir = params->ith; ir < dst->ne[2]*dst->ne[3]; ir += params->nth) {
         const row_index row = row_at(ir, dst->ne[2]);
@@ -93,16 +127,8 @@ void centroid(const ggml_compute_params * params, ggml_tensor * dst) {
                 ++n_filled;
             }
         }
-        for (int64_t i = n_filled; i < n_evict; ++i) {
-            float best = INFINITY;
-            slot_of[i] = 0;
-            for (int64_t r = 0; r < n_latent; ++r) {
-                const float d = distance(entries + i*n_embd, mean(r), n_embd_k);
-                if (d < best) {
-                    best = d;
-                    slot_of[i] = (int32_t) r;
-                }
-            }
+        for (int64_t i = n_filled; i < n_evict; i += LANES) {
+            nearest(entries + i*n_embd, std::min(LANES, n_evict - i), n_embd, n_embd_k, n_latent, mean, lanes, slot_of + i);
         }
         for (int64_t i = n_filled; i < n_evict; ++i) {
             float * m = mean(slot_of[i]);

@@ -3,17 +3,49 @@
 namespace indexmem_cpu {
 
 // Ascending order of keys = order of leaving. NaN < -inf < ... < +inf; among equal ranks the later position first.
-// Positions are distinct within a head, hence so are keys.
-static uint64_t select_key(float rank, int32_t pos) {
+// Positions are distinct within a head, hence so are keys. Without branches, so that loops over it are vectorised.
+static inline uint64_t select_key(float rank, int32_t pos) {
+    const float value = rank + 0.0f; // -0 -> +0
     uint32_t bits;
-    if (std::isnan(rank)) {
-        bits = 0;
-    } else {
-        rank += 0.0f; // -0 -> +0
-        memcpy(&bits, &rank, sizeof(bits));
-        bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    }
+    memcpy(&bits, &value, sizeof(bits));
+    bits ^= (uint32_t) ((int32_t) bits >> 31) | 0x80000000u;
+    bits  = value == value ? bits : 0;
     return (uint64_t) bits << 32 | (0xFFFFFFFFu - (uint32_t) pos);
+}
+
+static constexpr uint64_t STAYS = UINT64_MAX; // beyond the key of any rank
+
+// keys of slots [i0, i1), whose positions are pos_of_slot(i)
+template <typename F>
+static void make_keys(uint64_t * keys, const float * rank, int64_t i0, int64_t i1, int32_t lo, int32_t hi, F pos_of_slot) {
+    for (int64_t i = i0; i < i1; ++i) {
+        const int32_t  p   = pos_of_slot(i);
+        const uint64_t key = select_key(rank[i], p);
+        keys[i] = p >= lo && p < hi ? key : STAYS;
+    }
+}
+
+// The n-th lowest of the keys, of which at least n are below STAYS. Few of many leave: only keys below the n-th lowest so far are
+// collected, and whenever twice as many as needed are there, the higher half goes. Work: n_work keys, all of them at most.
+static uint64_t nth_lowest(const uint64_t * keys, int64_t n_keys, int64_t n, uint64_t * work, int64_t n_work) {
+    const int64_t capacity = std::min(2*n + 16, n_work);
+
+    uint64_t cut = STAYS;
+    int64_t  n_found = 0;
+    for (int64_t i = 0; i < n_keys; ++i) {
+        if (keys[i] >= cut) {
+            continue;
+        }
+        work[n_found++] = keys[i];
+        if (n_found == capacity) {
+            std::nth_element(work, work + n - 1, work + n_found);
+            cut = work[n - 1];
+            n_found = n;
+        }
+    }
+    GGML_ASSERT(n <= n_found);
+    std::nth_element(work, work + n - 1, work + n_found);
+    return work[n - 1];
 }
 
 size_t select_work_size(const ggml_tensor * op, int n_tasks) {
@@ -52,21 +84,14 @@ void select(const ggml_compute_params * params, ggml_tensor * dst) {
         const float   * r = (const float *) ((const char *) rank->data + row.h*rank->nb[1] + row.s*rank->nb[2]);
         const int32_t * p = pos_of(pos, row);
 
-        constexpr uint64_t stays = UINT64_MAX;
+        const int32_t lo = c[INDEXMEM_CTL_KEEP_LO];
+        const int32_t hi = c[INDEXMEM_CTL_KEEP_HI];
+        const int64_t n_fixed = std::min<int64_t>(c[INDEXMEM_CTL_N_FIXED], n_used);
+        const int32_t tail    = c[INDEXMEM_CTL_POS_TAIL];
+        make_keys(keys, r, 0,       n_fixed, lo, hi, [&](int64_t i) { return p[i]; });
+        make_keys(keys, r, n_fixed, n_used,  lo, hi, [&](int64_t i) { return tail + (int32_t) (i - n_fixed); });
 
-        int64_t n_candidates = 0;
-        for (int64_t i = 0; i < n_used; ++i) {
-            const int32_t pi = pos_at(p, c, i);
-            const bool candidate = pi >= c[INDEXMEM_CTL_KEEP_LO] && pi < c[INDEXMEM_CTL_KEEP_HI];
-            keys[i] = candidate ? select_key(r[i], pi) : stays;
-            if (candidate) {
-                work[n_candidates++] = keys[i];
-            }
-        }
-        GGML_ASSERT(n_evict <= n_candidates);
-
-        std::nth_element(work, work + n_evict - 1, work + n_candidates);
-        const uint64_t cut = work[n_evict - 1];
+        const uint64_t cut = nth_lowest(keys, n_used, n_evict, work, n_slots);
 
         const int64_t n_left = n_used - n_evict;
         int64_t ie = 0;
