@@ -10,11 +10,13 @@ import typer
 from . import cli_ruler
 from .cli_options import (
     BUDGET,
+    CACHE,
     DEPTH,
-    GPU,
+    GEOMETRY,
     INDEXMEM,
     INDEXMEMS,
     JSON,
+    LAYERS,
     MEMORY,
     MODEL,
     OUT,
@@ -28,16 +30,18 @@ from .cli_options import (
     THREADS,
     TYPE,
     UBATCH,
+    WEIGHTS,
     WINDOW,
     finish,
     memories_of,
     memory_of,
-    numbers,
     policies_of,
+    random_model,
     session,
     setup_of,
 )
 from .cli_quality import quality
+from .cli_speed import speed
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 app.command()(cli_ruler.ruler)
@@ -98,75 +102,17 @@ def memory(
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
 
 
-@app.command()
-def speed(
-    model: Optional[Path] = MODEL,
-    kv_budget: int = BUDGET,
-    kv_policy: Optional[str] = POLICY,
-    indexmem: Optional[Path] = INDEXMEM,
-    latent: Optional[str] = MEMORY,
-    memory_slots: Optional[int] = SLOTS,
-    kv_budget_ratio: Optional[float] = RATIO,
-    kv_sinks: int = SINKS,
-    kv_window: int = WINDOW,
-    depths: str = typer.Option("0,1024,2048,4096,8192", help="Tokens seen before each measurement."),
-    cache_type: str = TYPE,
-    threads: int = THREADS,
-    ubatch: int = UBATCH,
-    gpu_layers: Optional[int] = GPU,
-    decode_tokens: int = typer.Option(64, help="Tokens decoded in one repeat."),
-    repeats: int = typer.Option(3, help="Repeats at each depth."),
-    text: Optional[Path] = TEXT,
-    out: Path = OUT,
-    as_json: bool = JSON,
-) -> None:
-    """Decode and prefill at growing depths, against the unbounded cache with and without flash attention."""
-    from . import speed as bench
-
-    with session(model, as_json, gpu_layers=gpu_layers) as (loaded, progress):
-        setup = setup_of(
-            kv_policy,
-            kv_budget,
-            cache_type,
-            kv_sinks,
-            kv_window,
-            threads,
-            ubatch,
-            indexmem=indexmem,
-            ratio=kv_budget_ratio,
-            memory=latent,
-            slots=memory_slots,
-        )
-        report = bench.run_speed(
-            loaded,
-            setup,
-            numbers(depths, int),
-            text=text,
-            decode_tokens=decode_tokens,
-            repeats=repeats,
-            no_flash=cache_type in ("f16", "f32"),
-            progress=progress,
-            out=out,
-        )
-    finish(report, bench.COLUMNS, out, bench.plot, as_json)
-
-
+app.command()(speed)
 app.command()(quality)
 
 
 @app.command()
 def indexer(
     model: Optional[Path] = MODEL,
-    geometry: Optional[str] = typer.Option(
-        None,
-        help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once) or `demo`.",
-        show_default=False,
-    ),
-    layers: int = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all."),
-    weights: str = typer.Option("q4_0", help="With --geometry: type of its weights, q4_0 or q8_0."),
-    cache: Optional[Path] = typer.Option(
-        None, help="With --geometry: folder for it; default: one for temporary files.", show_default=False
-    ),
+    geometry: Optional[str] = GEOMETRY,
+    layers: int = LAYERS,
+    weights: str = WEIGHTS,
+    cache: Optional[Path] = CACHE,
     kinds: Optional[str] = typer.Option(None, help="Indexers; default: all.", show_default=False),
     types: str = typer.Option("f16,q8_0", help="Types of their matrices."),
     kv_budget: int = BUDGET,
@@ -183,19 +129,10 @@ def indexer(
     as_json: bool = JSON,
 ) -> None:
     """What indexers cost: decode and prefill with random ones of every kind, against the policy streaming."""
-    from dataclasses import replace
-
     from . import indexer as bench
     from . import synthetic
-    from .runner import BenchError
 
-    def synthetic_model() -> Path:
-        if geometry not in synthetic.GEOMETRIES or model is not None:
-            raise BenchError(f"--geometry takes {', '.join(synthetic.GEOMETRIES)}, without -m; found {geometry!r}")
-        shape = synthetic.GEOMETRIES[geometry]
-        return synthetic.cached_model(replace(shape, n_layer=layers or shape.n_layer), weights, cache)
-
-    with session(model, as_json, synthetic_model if geometry else None) as (loaded, progress):
+    with session(model, as_json, random_model(geometry, model, layers, weights, cache)) as (loaded, progress):
         report = bench.run_indexer(
             loaded,
             setup_of(None, kv_budget, cache_type, kv_sinks, kv_window, threads, ubatch),

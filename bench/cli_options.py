@@ -46,6 +46,16 @@ TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, 
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
 GPU = typer.Option(None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all")
 UBATCH = typer.Option(512, "-ub", "--ubatch-size", help="Tokens evaluated at once in prefill.")
+GEOMETRY = typer.Option(
+    None,
+    help="Instead of a model: random weights of the shape of `qwen3-4b` (2 GiB, written once), `llama-1b` or `demo`.",
+    show_default=False,
+)
+LAYERS = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all.")
+WEIGHTS = typer.Option("q4_0", help="With --geometry: type of its weights, q4_0 or q8_0.")
+CACHE = typer.Option(
+    None, help="With --geometry: folder for it; default: one for temporary files.", show_default=False
+)
 DEPTH = typer.Option(0, min=0, help="Tokens seen before the measurements; 0: the budget and one ubatch.")
 REPEATS = typer.Option(20, min=1, help="Alternating turns of decode, each of 32 tokens or a little more.")
 PREFILL_REPEATS = typer.Option(8, min=1, help="Alternating turns of prefill, each of one ubatch.")
@@ -147,6 +157,26 @@ def setup_of(
         memory=memory,
         memory_slots=n_slots,
     )
+
+
+def random_model(
+    geometry: Optional[str], model: Optional[Path], layers: int, weights: str, cache: Optional[Path]
+) -> Optional[Callable[[], Path]]:
+    """What writes the model of --geometry, or finds it; None without that option."""
+    if geometry is None:
+        return None
+    from dataclasses import replace
+
+    from . import synthetic
+    from .runner import BenchError
+
+    def make() -> Path:
+        if geometry not in synthetic.GEOMETRIES or model is not None:
+            raise BenchError(f"--geometry takes {', '.join(synthetic.GEOMETRIES)}, without -m; found {geometry!r}")
+        shape = synthetic.GEOMETRIES[geometry]
+        return synthetic.cached_model(replace(shape, n_layer=layers or shape.n_layer), weights, cache)
+
+    return make
 
 
 @contextmanager

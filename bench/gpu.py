@@ -242,7 +242,7 @@ def speed(
         name = "-".join(["cuda-speed", geometry or "demo", policy, *([memory] if memory not in ("", "off") else [])])
         print(f"speed: {name}", flush=True)
         report = speed_bench.run_speed(
-            loaded, setup, [int(d) for d in depths.split(",")], repeats=3, no_flash=False, name=name, out=out
+            loaded, [setup], [int(d) for d in depths.split(",")], repeats=3, no_flash=False, name=name, out=out
         )
         report.meta["device"] = devices()
         report.verdicts = []  # the goals are those of the CPU

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from indexmem_edge import _capi, _logs  # loads the library, before llama_cpp would
@@ -127,6 +128,12 @@ class Model:
         sizes = (int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
         return layers * heads * sum(n * CACHE_TYPES[t][1] // 32 for n, t in zip(sizes, kv_types(cache_type)))
 
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads: all, but for a table of embeddings that is not the output matrix, too."""
+        tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(self.path).tensors}
+        spared = tensors["token_embd.weight"] if "output.weight" in tensors else 0
+        return sum(tensors.values()) - spared
+
     def close(self) -> None:
         self.raw.close()
 
@@ -198,6 +205,10 @@ class System:
         seconds = self._ubatch([token], "last")
         self.logits = self._rows(1)[0].copy()
         return seconds
+
+    def at_once(self, tokens: Sequence[int]) -> float:
+        """Evaluates tokens as one ubatch with the logits of all, as a check of a draft does; seconds."""
+        return self._ubatch(tokens, "all")
 
     def decode(self, n: int, first: int) -> list[float]:
         """`n` greedy steps beginning with token `first`; seconds of each."""

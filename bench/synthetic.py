@@ -38,6 +38,7 @@ class Shape:
 GEOMETRIES = {
     "qwen3-4b": Shape("qwen3", 36, 2560, 32, 8, 128, 9728),
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288),
+    "llama-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192),
     "demo": Shape("llama", 30, 576, 9, 3, 64, 1536),  # SmolLM2-135M
 }
 

@@ -18,7 +18,6 @@ from indexmem_edge.bench import (
     quality,
     quality_table,
     ruler,
-    speed,
     summary,
     synthetic,
     trial,
@@ -201,13 +200,6 @@ def test_memory_verdicts() -> None:
     assert memory.checkpoints(5000) == [1024, 2048, 4096, 5000]
 
 
-def test_speed_verdicts_judge_the_depth_the_goal_is_set_for() -> None:
-    row = {"budget": 1024, "decode_vs_flash": 4.2, "decode_vs_no_flash": 1.1, "prefill_vs_flash": 2.0}
-    near = {**row, "depth": 0, "decode_vs_flash": 0.96}
-    assert [v.ok for v in speed.verdicts([near, {**row, "depth": 8192}])] == [True, True, False, None, None]
-    assert [v.ok for v in speed.verdicts([{**row, "depth": 4096}])] == [None, None, None]
-
-
 def test_indexer_verdicts_and_turns() -> None:
     rows = [{"system": "streaming", "decode_ratio": 1.0, "prefill_ratio": 1.0}]
     for name, ratio in (("retention", 0.98), ("retention-linear", 0.94), ("kvzap", 0.5)):
@@ -247,7 +239,7 @@ def test_random_sidecars_are_accepted(tmp_path: Path, variant: str) -> None:
     assert (sizes[0] > sizes[1]) == synthetic.has_matrices(TINY, variant)
 
 
-def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
+def test_memory_runs_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     common = ["-m", model, "--out", tmp_path, "--json", "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
     invoke("memory", *common, "--tokens", 1500, "--unbounded-tokens", 1024, "--repeats", 2)
@@ -263,12 +255,6 @@ def test_memory_and_speed_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert {row["policy"] for row in rows} == {"indexer"}
     assert all(row["meta_bytes"] > row["indexer_bytes"] > 0 < row["sidecar_bytes"] for row in rows)
-
-    invoke("speed", *common, "--depths", "0,700", "--decode-tokens", 32, "--repeats", 1)
-    data = json.loads((tmp_path / "speed.json").read_text())
-    assert {row["system"] for row in data["rows"]} == {"unbounded", "unbounded, no flash", "streaming 96"}
-    assert all(row[key] is not None for row in data["rows"] for key in ROW_KEYS + BYTE_KEYS)
-    assert [row["tokens_seen"] for row in data["rows"] if row["system"] == "unbounded"] == [0, 700]
 
 
 def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_path: Path) -> None:
