@@ -7,14 +7,17 @@
 using kv_cache = llama_kv_cache_bounded;
 
 indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, const kv_cache::step & st, uint32_t n_tokens) :
-    s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score) {
-    if (!score) {
+    s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score),
+    in_ring(n_old > 0 && n_old + this->n_tokens <= (int64_t) kv.get_n_wait()) {
+    if (!score || in_ring) {
         rows_new = indexmem_new_input(ctx, "indexer_rows_new", GGML_TYPE_I64, n_tokens, 1, n_seq);
+    }
+    if (!score) {
         return;
     }
     slots = indexmem_new_input(ctx, "indexer_slots", GGML_TYPE_I64, n_old + n_tokens, 1, n_seq);
     if (n_old > 0) {
-        rows_old = indexmem_new_input(ctx, "indexer_rows_old", GGML_TYPE_I32, n_old, n_seq);
+        rows_old = indexmem_new_input(ctx, "indexer_rows_old", GGML_TYPE_I32, in_ring ? n_old + n_tokens : n_old, n_seq);
     }
     const int64_t n_queries = kv.get_indexer()->n_queries();
     if (n_queries > 0) {
@@ -33,12 +36,15 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
             }
         }
         ggml_backend_tensor_set(rows_new, data.data(), 0, ggml_nbytes(rows_new));
+    }
+    if (!score) {
         return;
     }
 
     const int64_t n_rows = n_old + n_tokens;
+    const int64_t n_read = rows_old ? rows_old->ne[0] : 0; // rows that come from the ring
 
-    std::vector<int32_t> data_old(n_old*n_seq, 0);
+    std::vector<int32_t> data_old(n_read*n_seq, 0);
     std::vector<int64_t> data_slots(n_rows*n_seq);
     for (int64_t s = 0; s < n_seq; ++s) {
         const auto & seq = st.before[s];
@@ -47,8 +53,8 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
         for (int64_t i = 0; i < n_rows; ++i) {
             data_slots[s*n_rows + i] = i < n_missing ? kv.get_n_slots() + i : seq.n_used - n_old + i;
         }
-        for (int64_t i = n_missing; i < n_old; ++i) {
-            data_old[s*n_old + i] = (int32_t) ((seq.n_seen - n_old + i) % n_ring_old);
+        for (int64_t i = n_missing; i < n_read; ++i) {
+            data_old[s*n_read + i] = (int32_t) ((seq.n_seen - n_old + i) % n_ring_old);
         }
     }
     ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
@@ -84,9 +90,12 @@ void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cac
         hidden = ggml_cont(ctx, hidden);
     }
 
+    ggml_tensor * ring = indexmem_view_seqs(ctx, l.pending, l.pending->ne[1], s0, n_seq);
+    if (rows_new) {
+        ring = ggml_set_rows(ctx, ring, ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq), rows_new);
+    }
     if (!score) {
-        hidden = ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq);
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.pending, l.pending->ne[1], s0, n_seq), hidden, rows_new));
+        ggml_build_forward_expand(gf, ring);
         return;
     }
 
@@ -96,10 +105,12 @@ void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cac
     const int64_t n_rows = n_old + n_tokens; // per sequence
 
     if (n_old > 0) {
-        ggml_tensor * old = ggml_view_3d(ctx, l.pending, n_embd, l.pending->ne[1], n_seq, l.pending->nb[1], l.pending->nb[3], s0*l.pending->nb[3]);
-        old    = ggml_get_rows(ctx, old, rows_old);
-        hidden = ggml_concat(ctx, old, ggml_reshape_3d(ctx, hidden, n_embd, n_tokens, n_seq), 1);
-        hidden = ggml_reshape_2d(ctx, hidden, n_embd, n_rows*n_seq);
+        ggml_tensor * rows = ggml_view_3d(ctx, ring, n_embd, ring->ne[1], n_seq, ring->nb[1], ring->nb[3], 0);
+        rows = ggml_get_rows(ctx, rows, rows_old);
+        if (!in_ring) {
+            rows = ggml_concat(ctx, rows, ggml_reshape_3d(ctx, hidden, n_embd, n_tokens, n_seq), 1);
+        }
+        hidden = ggml_reshape_2d(ctx, rows, n_embd, n_rows*n_seq);
     }
 
     ggml_tensor * state = indexer.build_state(ctx, weights, hidden);

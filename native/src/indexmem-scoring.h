@@ -12,6 +12,8 @@
 // Invariants
 //   - rows of a scoring graph, per sequence: n_old pending tokens, oldest first, then the new ones. A sequence with fewer
 //     pending tokens has its missing rows first; what is computed for them goes to rows that belong to no entry
+//   - the ring of hidden states has room for the new tokens beside the pending ones whenever few are evaluated at once: then they
+//     go through it, too. To concatenate both is one thread's work, value by value, in the CPU backend
 //   - the network sees every token once, unless the token is taken back in between
 //
 class indexmem_scoring {
@@ -41,9 +43,10 @@ private:
     const int64_t  n_tokens; // per sequence
     const int64_t  n_old;
     const bool     score;
+    const bool     in_ring; // the new tokens that are scored, with pending ones, go through the ring
 
-    ggml_tensor * rows_new   = nullptr; // I64 [n_tokens, 1, n_seq]         ring rows of the new hidden states, if not scoring
-    ggml_tensor * rows_old   = nullptr; // I32 [n_old, n_seq]               ring rows of the pending hidden states
+    ggml_tensor * rows_new   = nullptr; // I64 [n_tokens, 1, n_seq]         ring rows of the new hidden states, if they go there
+    ggml_tensor * rows_old   = nullptr; // I32 [n_old, n_seq], or with new  ring rows of the hidden states to score
     ggml_tensor * slots      = nullptr; // I64 [n_old + n_tokens, 1, n_seq] slots of the scored entries
     ggml_tensor * rows_query = nullptr; // I64 [n_last, 1, n_seq]           ring rows of the latest queries
 };
