@@ -12,8 +12,8 @@
 // Invariants
 //   - rows of a scoring graph, per sequence: n_old pending tokens, oldest first, then the new ones. A sequence with fewer
 //     pending tokens has its missing rows first; what is computed for them goes to rows that belong to no entry
-//   - the ring of hidden states has room for the new tokens beside the pending ones whenever few are evaluated at once: then they
-//     go through it, too. To concatenate both is one thread's work, value by value, in the CPU backend
+//   - new tokens that are scored together with pending ones go through the ring, too, where it has room for both: the CPU
+//     backend concatenates on one thread, value by value. Rows that pending tokens are read from are not written before that
 //   - the network sees every token once, unless the token is taken back in between
 //
 class indexmem_scoring {
