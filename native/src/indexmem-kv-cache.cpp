@@ -243,7 +243,10 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
         if (get_indexer()) {
             st.score = st.evict;
             for (uint32_t s = 0; s < st.n_seq; ++s) {
-                st.score = st.score || state[st.s0 + s].n_pending() > n_wait;
+                const seq_state & seq = state[st.s0 + s];
+                // a single token that fills the budget scores what waits, so that the one after it, which evicts, has less to do
+                const bool fills = n_tokens == 1 && seq.n_used == get_budget(seq);
+                st.score = st.score || fills || seq.n_pending() > n_wait;
             }
             for (uint32_t s = 0; s < st.n_seq && st.score; ++s) {
                 st.n_old = std::max(st.n_old, st.before[s].n_pending());
