@@ -69,6 +69,7 @@ def test_a_training_goes_on_from_the_indexer_of_a_sidecar(tiny: Tiny, tmp_path: 
     first = train(path, tmp_path / "a", "--steps", 3, "--outtype", "f32")
     again = ("--objective", "select-kl", "--steps", 1, "--lr", "1e-9", "--outtype", "f32", "--from", first)
     second = train(path, tmp_path / "b", *again)
+    assert "held_out_recall.start" in read_sidecar(second).checkpoint.scores
     a, b = (read_sidecar(out).tensors for out in (first, second))
     assert a.keys() == b.keys() and all(np.allclose(a[name], b[name], atol=1e-6) for name in a)
     refused = CliRunner().invoke(app, [str(word) for word in (

@@ -229,7 +229,7 @@ def _write(
 ) -> TrainResult:
     """The report and the sidecar."""
     run = _run(options)
-    enabled, scores = _measured(position)
+    enabled, scores = _measured(position, "untrained" if options.start is None else "start")
     checkpoint = to_checkpoint(
         parts,
         base,
@@ -260,10 +260,10 @@ def _write(
     )
 
 
-def _measured(position: Position) -> tuple[Optional[list[bool]], dict[str, float]]:
-    """Layers that use a residual memory, None if all do, and the scores of the sidecar."""
+def _measured(position: Position, before: str) -> tuple[Optional[list[bool]], dict[str, float]]:
+    """Layers that use a residual memory, None if all do, and the scores of the sidecar; `before`: what training began with."""
     enabled, scores = None, dict[str, float]()
-    for name, value in (("held_out_recall.untrained", position.first_recall), ("held_out_recall", position.recall)):
+    for name, value in ((f"held_out_recall.{before}", position.first_recall), ("held_out_recall", position.recall)):
         if value is not None:
             scores[name] = value
     for stage in position.stages:
