@@ -91,12 +91,15 @@ class Report:
     def print(self, columns: Sequence[str], rows: Sequence[Row] | None = None) -> None:
         """The table, of all rows or of some, and the verdicts."""
         title = f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}"
-        names = [name.replace("_", " ") for name in columns]
-        print_table(
-            title, names, [[show(n, row.get(n)) for n in columns] for row in (self.rows if rows is None else rows)]
-        )
+        print_rows(title, columns, self.rows if rows is None else rows)
         for verdict in self.verdicts:
             console().print(str(verdict), highlight=False)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """A table of the keys `columns` of rows."""
+    names = [name.replace("_", " ") for name in columns]
+    print_table(title, names, [[show(name, row.get(name)) for name in columns] for row in rows])
 
 
 def print_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:

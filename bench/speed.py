@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from . import speed_parts as parts_of
 from .machine import describe, rss_bytes
-from .report import Report, Row, print_table, series, show
+from .report import Report, Row, print_rows, series
 from .runner import F16, UNBOUNDED, BenchError, Model, Setup, System, library
 from .speed_goals import bytes_limit, has_all, verdicts
 from .stats import alternate, pair_ratio
@@ -218,12 +218,7 @@ def report_name(geometry: str | None, cache_type: str) -> str:
 def print_parts(report: Report) -> None:
     """The tables of the parts other than the depths."""
     for part, rows in report.extra.items():
-        columns = parts_of.COLUMNS[part]
-        print_table(
-            f"{report.name}: {part}",
-            [name.replace("_", " ") for name in columns],
-            [[show(name, row.get(name)) for name in columns] for row in rows],
-        )
+        print_rows(f"{report.name}: {part}", parts_of.COLUMNS[part], rows)
 
 
 def plot(figure: Any, report: Report) -> None:

@@ -14,7 +14,7 @@ from .report import Row
 from .runner import Model, Setup, System
 from .stats import alternate, pair_ratio
 from .text import TokenStream
-from .turns import whole_cycles
+from .turns import past_budget, whole_cycles
 
 COLUMNS = {
     "rows_at_once": ("system", "rows", "decode_tps", "vs_one"),
@@ -115,7 +115,7 @@ def prefill_row(setup: Setup, marks: Sequence[tuple[int, float]], stock: Sequenc
 
 def _past_budget(system: System, corpus: list[int]) -> TokenStream:
     stream = TokenStream(corpus)
-    system.feed(stream.take(system.setup.budget + system.setup.ubatch), last_logits=True)
+    system.feed(stream.take(past_budget(system.setup, 0)), last_logits=True)
     return stream
 
 

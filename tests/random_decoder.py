@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -36,3 +38,10 @@ def random_decoder(n_layer: int = 2, seed: int = 0, sharpness: float = 2.0) -> D
 def random_sample(n_tokens: int, seed: int = 0) -> Sample:
     tokens = np.random.default_rng(seed).integers(0, 60, n_tokens).astype(np.int32)
     return Sample(tokens, np.ones(n_tokens, np.float32), n_tokens, "random")
+
+
+def modules_of(kind: Any, decoder: Decoder, **more: object) -> torch.nn.ModuleList:
+    """Untrained indexers of a decoder's layers, with a hidden layer of 8; the same ones every time."""
+    torch.manual_seed(1)
+    c = decoder.config
+    return torch.nn.ModuleList([kind(c.n_embd, c.n_head_kv, kind.defaults(8, **more)) for _ in range(c.n_layer)])

@@ -16,7 +16,7 @@ from indexmem_edge.train.decoder import causal  # noqa: E402
 from indexmem_edge.train.gated import Pins, gated_attention, gated_dense  # noqa: E402
 from indexmem_edge.train.objectives.gated_kl import GatedKL  # noqa: E402
 from indexmem_edge.train.scorers import KVzap, Retention  # noqa: E402
-from random_decoder import random_decoder, random_sample  # noqa: E402
+from random_decoder import modules_of, random_decoder, random_sample  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 PINS, SCALE, AGE_SCALE = Pins(4, 12, 256.0), 0.25, 96.0
@@ -107,12 +107,6 @@ def test_the_history_weighs_what_it_should_and_a_constant_changes_nothing() -> N
         block = gated._Block(0, 60, e[0] + shift, None, g, 1.0, Pins(4, 12, 40.0))
         assert block.gate[-1, history].exp().sum().item() == pytest.approx(40.0, rel=1e-4)
         assert (block.gate[-1, :4] == 0).all() and (block.gate[-1, -12:] == 0).all()
-
-
-def modules_of(kind: type, decoder, **more: object) -> torch.nn.ModuleList:  # type: ignore[no-untyped-def, type-arg]
-    torch.manual_seed(1)
-    c = decoder.config
-    return torch.nn.ModuleList([kind(c.n_embd, c.n_head_kv, kind.defaults(8, **more)) for _ in range(c.n_layer)])
 
 
 @pytest.mark.parametrize("recompute", [10_000, 1], ids=["kept", "recomputed"])

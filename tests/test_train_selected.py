@@ -14,7 +14,7 @@ from indexmem_edge.train.objectives import select_kl  # noqa: E402
 from indexmem_edge.train.objectives.select_kl import SelectKL  # noqa: E402
 from indexmem_edge.train.scorers import KVzap, Retention  # noqa: E402
 from indexmem_edge.train.selected import choose, selected_attention, selected_dense  # noqa: E402
-from random_decoder import random_decoder, random_sample  # noqa: E402
+from random_decoder import modules_of, random_decoder, random_sample  # noqa: E402
 
 
 @pytest.mark.parametrize("n, budget", [(30, 12), (30, 7), (30, 30), (30, 40), (6, 6), (7, 7), (1, 1)])
@@ -95,12 +95,6 @@ def asking(n_tokens: int, asked: int, seed: int = 0):  # type: ignore[no-untyped
     sample = random_sample(n_tokens, seed)
     sample.weight[-5:] = 10.0
     return type(sample)(sample.tokens, sample.weight, asked, sample.source)
-
-
-def modules_of(kind: type, decoder) -> torch.nn.ModuleList:  # type: ignore[no-untyped-def, type-arg]
-    torch.manual_seed(1)
-    c = decoder.config
-    return torch.nn.ModuleList([kind(c.n_embd, c.n_head_kv, kind.defaults(8)) for _ in range(c.n_layer)])
 
 
 def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:

@@ -23,7 +23,7 @@ from .future import kept_mask
 SPREAD = 0.5  # of the relaxation, in standard deviations of a head's ranks
 
 
-def choose(ranks: Tensor, budget: int, sinks: int, window: int, spread: float = SPREAD) -> Tensor:
+def choose(ranks: Tensor, budget: int, sinks: int, window: int) -> Tensor:
     """Factors [H, n] of the entries of a context with ranks [H, n]: 1 for the `budget` that are kept, and 0.
 
     The gradient is that of the relaxation. Sinks and the last `window` entries are always kept and have none.
@@ -39,7 +39,7 @@ def choose(ranks: Tensor, budget: int, sinks: int, window: int, spread: float = 
     worst = candidates.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
     best = candidates.masked_fill(inside, -torch.inf).amax(-1, keepdim=True)
     threshold = torch.where(worst.isinf(), best, (worst + best) / 2)
-    width = spread * candidates.std(-1, correction=0, keepdim=True).clamp_min(1e-6)
+    width = SPREAD * candidates.std(-1, correction=0, keepdim=True).clamp_min(1e-6)
     soft = ((ranks.detach() - threshold) / width).sigmoid()
     slope = torch.where(pinned, 0, soft * (1 - soft) / width)
     # The threshold follows the ranks, so that as many stay: only being above the others of a head is worth anything.

@@ -7,7 +7,6 @@ rows after it, which are few, are computed for each budget and in both direction
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Heads, causal
+from ..eviction import Schedule
 from ..losses import both_kl
 from ..objective import Objective
 from ..sample import Sample
@@ -63,8 +63,8 @@ class SelectKL(Objective):
             ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
             rows = []
             for b, ratio in enumerate(ratios):
-                least = self.sinks + self.window + 1
-                factors = choose(ranks, max(math.ceil(ratio * n), least), self.sinks, self.window)
+                budget = Schedule(ratio).limit(n, self.sinks, self.window)
+                factors = choose(ranks, budget, self.sinks, self.window)
                 own = heads.k[b], heads.v[b]
                 rows.append(selected_attention(heads.q[b], k, v, factors, *own, self.decoder.config.scale))
             return torch.stack(rows)

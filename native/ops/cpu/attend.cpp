@@ -313,34 +313,32 @@ void attend_span(const attend_shape & sh, const ggml_tensor * op, const attend_w
     }
 }
 
-// rows [r0, r1) of a stream
-void merge_spans(const attend_shape & sh, ggml_tensor * dst, const attend_work & work, int64_t stream, int64_t r0, int64_t r1) {
-    for (int64_t r = r0; r < r1; ++r) {
-        const int64_t block   = r/ROWS;
-        const int64_t visible = work.visible[(stream % sh.n_mask)*sh.n_blocks + block];
-        const int64_t n_spans = (visible + sh.span*CHUNK - 1)/(sh.span*CHUNK);
+// row r of a stream
+void merge_spans(const attend_shape & sh, ggml_tensor * dst, const attend_work & work, int64_t stream, int64_t r) {
+    const int64_t block   = r/ROWS;
+    const int64_t visible = work.visible[(stream % sh.n_mask)*sh.n_blocks + block];
+    const int64_t n_spans = (visible + sh.span*CHUNK - 1)/(sh.span*CHUNK);
 
-        const int64_t part = part_of(sh, stream, block, 0) + r % ROWS;
+    const int64_t part = part_of(sh, stream, block, 0) + r % ROWS;
 
-        float * out = (float *) ((char *) dst->data + (r % sh.n_group)*dst->nb[1] + (r/sh.n_group)*dst->nb[2] + stream*dst->nb[3]);
-        std::fill(out, out + sh.n_embd_v, 0.0f);
+    float * out = (float *) ((char *) dst->data + (r % sh.n_group)*dst->nb[1] + (r/sh.n_group)*dst->nb[2] + stream*dst->nb[3]);
+    std::fill(out, out + sh.n_embd_v, 0.0f);
 
-        float max = -INFINITY;
-        for (int64_t i = 0; i < n_spans; ++i) {
-            max = std::max(max, work.stats[part + i*sh.n_rows_block].max);
-        }
-        if (max == -INFINITY) {
-            continue; // sees nothing
-        }
-        float sum = 0.0f;
-        for (int64_t i = 0; i < n_spans; ++i) {
-            const attend_stat & stat = work.stats[part + i*sh.n_rows_block];
-            const float weight = std::exp(stat.max - max);
-            sum += weight*stat.sum;
-            ggml_vec_mad_f32((int) sh.n_embd_v, out, work.parts + (part + i*sh.n_rows_block)*sh.wide_v, weight);
-        }
-        ggml_vec_scale_f32((int) sh.n_embd_v, out, 1.0f/sum);
+    float max = -INFINITY;
+    for (int64_t i = 0; i < n_spans; ++i) {
+        max = std::max(max, work.stats[part + i*sh.n_rows_block].max);
     }
+    if (max == -INFINITY) {
+        return; // sees nothing
+    }
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n_spans; ++i) {
+        const attend_stat & stat = work.stats[part + i*sh.n_rows_block];
+        const float weight = std::exp(stat.max - max);
+        sum += weight*stat.sum;
+        ggml_vec_mad_f32((int) sh.n_embd_v, out, work.parts + (part + i*sh.n_rows_block)*sh.wide_v, weight);
+    }
+    ggml_vec_scale_f32((int) sh.n_embd_v, out, 1.0f/sum);
 }
 
 } // namespace
@@ -381,7 +379,7 @@ void attend(const ggml_compute_params * params, ggml_tensor * dst) {
 
     const int64_t n_rows = sh.n_stream*sh.n_rows;
     for (int64_t r = n_rows*params->ith/params->nth; r < n_rows*(params->ith + 1)/params->nth; ++r) {
-        merge_spans(sh, dst, work, r/sh.n_rows, r % sh.n_rows, r % sh.n_rows + 1);
+        merge_spans(sh, dst, work, r/sh.n_rows, r % sh.n_rows);
     }
 }
 
