@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,11 +81,23 @@ def test_what_waits_to_be_scored_counts_in_small_budgets_too(model: Model, sidec
     budgets, shape = Budgets(model, BASE, sidecars), synthetic.shape_of(model)
     setup = budgets.setup(Arm("retention retention", 0.5), TOKENS, 0)
     state = 2 * 4 * shape.n_head_kv  # behind the slots, for sequences with fewer
-    row = shape.n_layer * (4 * shape.n_embd + state)
+    row = shape.n_layer * (2 * shape.n_embd + state)  # the matrices that read them are f16, and so are they
     fixed = [budgets.cost(replace(setup, budget=b, window=8)).fixed for b in (64, 640, 1024, 5000)]
     weights = Budgets(model, BASE, sidecars).cost(setup).fixed - budgets.cost(setup).fixed
     assert weights == 0
     assert [(f - fixed[0]) // row for f in fixed] == [0, 16, 28, 28]
+
+
+@pytest.mark.parametrize(("outtype", "bytes_of_32"), [("f32", 128), ("f16", 64), ("q8_0", 34)])
+def test_hidden_states_wait_in_the_type_of_the_matrices_that_read_them(
+    model: Model, sidecars: Sidecars, tmp_path: Path, outtype: str, bytes_of_32: int
+) -> None:
+    path, shape = tmp_path / "retention.gguf", synthetic.shape_of(model)
+    synthetic.random_sidecar(path, sidecar_shape(model.path), "retention", outtype=outtype, mid_dim=16)
+    budgets = Budgets(model, BASE, Sidecars.open([path]))
+    setup = budgets.setup(Arm("indexer", 0.5), TOKENS, 0)
+    few, many = (budgets.cost(replace(setup, budget=b, window=8)).fixed for b in (64, 640))  # 4 rows, and 20
+    assert many - few == 16 * shape.n_layer * (shape.n_embd // 32 * bytes_of_32 + 8 * shape.n_head_kv)
 
 
 def test_a_slot_is_the_bytes_of_a_token_and_a_position_for_each_head(model: Model, sidecars: Sidecars) -> None:

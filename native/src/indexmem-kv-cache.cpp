@@ -46,6 +46,22 @@ static int64_t rotation_size(ggml_type type, int64_t n_embd_head, bool largest) 
     return n;
 }
 
+// Hidden states wait in the type of the matrices that read them, the most exact one. The original rounds them to that type
+// for the product in any case.
+static ggml_type pending_type(const indexmem_weights & weights, int64_t n_embd) {
+    bool half = n_embd % ggml_blck_size(GGML_TYPE_Q8_0) != 0;
+    for (const auto & [name, w] : weights) {
+        if (w->ne[0] != n_embd || ggml_n_dims(w) < 2 || ggml_is_quantized(w->type)) {
+            continue;
+        }
+        if (w->type != GGML_TYPE_F16) {
+            return GGML_TYPE_F32;
+        }
+        half = true;
+    }
+    return half ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
+}
+
 llama_kv_cache_bounded::llama_kv_cache_bounded(
         const llama_model & model,
                 ggml_type   type_k,
@@ -105,7 +121,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         ggml_format_name(l.pos, "bounded_pos_l%d", il);
         if (indexer) {
             l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + n_wait, indexer->n_state_heads(), n_seq_max);
-            l.pending = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hparams.n_embd, n_wait, 1, n_seq_max);
+            l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, n_wait, 1, n_seq_max);
             ggml_format_name(l.state,   "bounded_state_l%d",   il);
             ggml_format_name(l.pending, "bounded_pending_l%d", il);
             if (n_ring > 0) {

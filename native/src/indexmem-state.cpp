@@ -22,7 +22,7 @@
 //
 
 static constexpr uint32_t STATE_MAGIC   = 0x564B4D49; // "IMKV"
-static constexpr uint32_t STATE_VERSION = 4;
+static constexpr uint32_t STATE_VERSION = 5;
 
 namespace {
 

@@ -15,22 +15,21 @@ constexpr int     KEYS  = 4;  // worked on at once
 
 // rows of any type, at equal distances
 struct attend_rows {
-    const char * data;
-    size_t       stride; // bytes
+    const char * data   = nullptr;
+    size_t       stride = 0; // bytes
 
     const char * row(int64_t i) const { return data + i*stride; }
 };
 
-// Rows that will be read soon: row j of them is fetched while row j of others is worked on.
+// Rows that will be read soon.
 struct attend_ahead {
-    const char * data   = nullptr; // null: nothing
-    size_t       stride = 0;
-    int64_t      n      = 0;
+    attend_rows rows;
+    int64_t     n = 0;
 
     void fetch(int64_t j) const {
 #if defined(__GNUC__)
-        for (size_t i = 0; j < n && i < stride; i += 64) {
-            __builtin_prefetch(data + j*stride + i);
+        for (size_t i = 0; j < n && i < rows.stride; i += 64) {
+            __builtin_prefetch(rows.row(j) + i);
         }
 #else
         (void) j;
@@ -150,16 +149,24 @@ const attend_kernels * attend_kernels_from() {
     return &res;
 }
 
+// calls `use` with what reads rows of the type, or returns false
+template <typename Use>
+bool attend_with(ggml_type type, const Use & use) {
+    switch (type) {
+        case GGML_TYPE_F32:  use(indexmem_simd::from_f32());  return true;
+        case GGML_TYPE_F16:  use(indexmem_simd::from_f16());  return true;
+        case GGML_TYPE_BF16: use(indexmem_simd::from_bf16()); return true;
+        case GGML_TYPE_Q8_0: use(indexmem_simd::from_q8_0()); return true;
+        case GGML_TYPE_Q4_0: use(indexmem_simd::from_q4_0()); return true;
+        default:             return false;
+    }
+}
+
 // null if rows of the type have to be converted to fp32 beforehand
 inline const attend_kernels * attend_kernels_of(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F32:  return attend_kernels_from<indexmem_simd::from_f32>();
-        case GGML_TYPE_F16:  return attend_kernels_from<indexmem_simd::from_f16>();
-        case GGML_TYPE_BF16: return attend_kernels_from<indexmem_simd::from_bf16>();
-        case GGML_TYPE_Q8_0: return attend_kernels_from<indexmem_simd::from_q8_0>();
-        case GGML_TYPE_Q4_0: return attend_kernels_from<indexmem_simd::from_q4_0>();
-        default:             return nullptr;
-    }
+    const attend_kernels * res = nullptr;
+    attend_with(type, [&](auto from) { res = attend_kernels_from<decltype(from)>(); });
+    return res;
 }
 
 } // namespace indexmem_cpu

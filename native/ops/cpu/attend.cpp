@@ -1,4 +1,5 @@
-#include "attend-tile.h"
+#include "attend-many.h"
+#include "attend-work.h"
 
 // Attention is cut into tasks by shape and mask alone, so that the order of additions, and with it every bit of the result,
 // does not depend on the number of threads:
@@ -10,8 +11,9 @@
 // A task works through the chunks of its span with a running maximum, and leaves a maximum, a sum and an unnormalised output
 // per query; after a barrier the spans of each query are merged by log-sum-exp.
 //
-// With few queries, K and V are converted in registers. With many, and where nobody may look at a key that lies between
-// others (it may hold NaN), a chunk is converted to fp32 beforehand.
+// With few queries, K and V are converted in registers, or beforehand where nobody may look at a key that lies between others
+// (it may hold NaN). With many, a chunk is converted to fp32 beforehand, its keys transposed, and the two products and what
+// is between them go over all queries of the block one after the other.
 
 namespace indexmem_cpu {
 
@@ -19,95 +21,6 @@ namespace {
 
 using indexmem_simd::TILE;
 using indexmem_simd::WIDTH;
-
-constexpr int64_t ROWS  = 64;  // queries of a block
-constexpr int64_t TASKS = 192; // no need for more
-
-struct attend_shape {
-    int64_t n_embd_k;
-    int64_t n_embd_v;
-    int64_t n_kv;
-    int64_t n_tokens;
-    int64_t n_group;
-    int64_t n_stream;
-    int64_t n_mask; // streams of the mask
-
-    int64_t wide_k; // row lengths in the kernels
-    int64_t wide_v;
-    int64_t n_rows; // queries of a stream
-    int64_t n_blocks;
-    int64_t n_rows_block;
-    int64_t n_chunks;
-    int64_t span; // chunks
-    int64_t n_spans;
-
-    explicit attend_shape(const ggml_tensor * op) :
-        n_embd_k(op->src[1]->ne[0]), n_embd_v(op->src[2]->ne[0]), n_kv(op->src[1]->ne[1]),
-        n_tokens(op->src[0]->ne[1]), n_group(op->src[0]->ne[2]), n_stream(op->src[0]->ne[3]), n_mask(op->src[3]->ne[3]) {
-        wide_k       = GGML_PAD(n_embd_k, indexmem_simd::BLOCK);
-        wide_v       = GGML_PAD(n_embd_v, indexmem_simd::BLOCK);
-        n_rows       = n_tokens*n_group;
-        n_blocks     = (n_rows + ROWS - 1)/ROWS;
-        n_rows_block = std::min(n_rows, ROWS);
-        n_chunks     = (n_kv + CHUNK - 1)/CHUNK;
-        span         = std::max<int64_t>(1, n_stream*n_blocks*n_chunks/TASKS);
-        n_spans      = (n_chunks + span - 1)/span;
-    }
-
-    int64_t n_parts() const { return n_stream*n_blocks*n_spans*n_rows_block; }
-};
-
-// what a task leaves of a query
-struct attend_stat {
-    float max;
-    float sum;
-};
-
-// the work buffer: what tasks leave, then the scratch of this thread
-struct attend_work {
-    attend_stat * stats;   // [stream][block][span][row]
-    float       * parts;   // the same, [wide_v] each
-
-    int32_t     * visible; // [n_mask][n_blocks] keys up to the last that a query of the block sees
-    float       * q;       // [TILE][wide_k]
-    float       * k;       // [CHUNK][wide_k]
-    float       * v;       // [CHUNK][wide_v]
-    float       * bias;    // [token of the block][CHUNK]
-    float       * top;     // [CHUNK] the largest bias
-    float       * logs;    // [CHUNK] of the counts
-    float       * logits;  // [TILE][CHUNK]
-
-    size_t size_shared;
-    size_t size_thread;
-
-    attend_work(const attend_shape & sh, void * data, int ith) {
-        char * base = (char *) data;
-        size_t used = 0;
-        const auto take = [&](auto *& p, int64_t n) {
-            p = (std::remove_reference_t<decltype(p)>) (base + used);
-            used += align_up(n*sizeof(*p));
-        };
-        take(stats, sh.n_parts());
-        take(parts, sh.n_parts()*sh.wide_v);
-        size_shared = used;
-
-        size_thread = 0; // filled in below
-        const auto fill = [&] {
-            take(visible, sh.n_mask*sh.n_blocks);
-            take(q,       TILE*sh.wide_k);
-            take(k,       CHUNK*sh.wide_k);
-            take(v,       CHUNK*sh.wide_v);
-            take(bias,    (std::min(sh.n_tokens, ROWS) + 1)*CHUNK);
-            take(top,     CHUNK);
-            take(logs,    CHUNK);
-            take(logits,  TILE*CHUNK);
-        };
-        fill();
-        size_thread = used - size_shared;
-        used = size_shared + ith*size_thread;
-        fill();
-    }
-};
 
 int64_t part_of(const attend_shape & sh, int64_t stream, int64_t block, int64_t span) {
     return ((stream*sh.n_blocks + block)*sh.n_spans + span)*sh.n_rows_block;
@@ -180,16 +93,22 @@ int64_t find_biases(const ggml_tensor * op, const attend_work & work, int64_t st
     return n;
 }
 
-// rows [i0, i0 + n) of one stream of a cache tensor as fp32, zeros where nobody looks
-attend_rows convert(const ggml_tensor * t, int64_t stream, int64_t i0, int64_t n, int64_t wide, const float * top, float * dst) {
+attend_rows rows_of(const ggml_tensor * t, int64_t stream, int64_t i0) {
+    return { (const char *) t->data + i0*t->nb[1] + stream*t->nb[3], t->nb[1] };
+}
+
+// n rows of a cache tensor as fp32, zeros where nobody looks
+attend_rows convert(const ggml_tensor * t, const attend_rows & src, int64_t n, int64_t wide, const float * top, float * dst) {
     const int64_t n_embd = t->ne[0];
-    for (int64_t i = 0; i < n; ++i) {
+
+    bool done = wide == n_embd && attend_with(t->type, [&](auto from) { attend_convert<decltype(from)>(src, n, wide, top, dst); });
+    for (int64_t i = 0; i < n && !done; ++i) {
         float * row = dst + i*wide;
         if (top[i] == -INFINITY) {
             std::fill(row, row + wide, 0.0f);
             continue;
         }
-        to_f32(t->type, (const char *) t->data + (i0 + i)*t->nb[1] + stream*t->nb[3], row, n_embd);
+        to_f32(t->type, src.row(i), row, n_embd);
         std::fill(row + n_embd, row + wide, 0.0f);
     }
     return { (const char *) dst, wide*sizeof(float) };
@@ -234,81 +153,155 @@ void soften(float * l, const float * bias, int64_t n, float scale, float softcap
     stat.sum += sum(total);
 }
 
-// chunks [c0, c1) of a block; those of K and V that come next are fetched meanwhile
+// what one task works on
+struct attend_task {
+    const attend_shape & sh;
+    const ggml_tensor  * op;
+    const attend_work  & work;
+
+    int64_t stream;
+    int64_t r0; // queries
+    int64_t r1;
+    int64_t t0; // their tokens
+    int64_t t1;
+
+    attend_stat * stats;
+    float       * parts;
+
+    float scale;
+    float softcap;
+
+    attend_task(const attend_shape & sh, const ggml_tensor * op, const attend_work & work, int64_t stream, int64_t block, int64_t span) :
+        sh(sh), op(op), work(work), stream(stream),
+        r0(block*ROWS), r1(std::min(r0 + ROWS, sh.n_rows)), t0(r0/sh.n_group), t1((r1 - 1)/sh.n_group + 1),
+        stats(work.stats + part_of(sh, stream, block, span)), parts(work.parts + part_of(sh, stream, block, span)*sh.wide_v),
+        scale(ggml_get_op_params_f32(op, INDEXMEM_PARAM_SCALE)), softcap(ggml_get_op_params_f32(op, INDEXMEM_PARAM_SOFTCAP)) {
+        std::fill(stats, stats + (r1 - r0), attend_stat{ -INFINITY, 0.0f });
+        std::fill(parts, parts + (r1 - r0)*sh.wide_v, 0.0f);
+    }
+
+    const float * query(int64_t r) const {
+        const ggml_tensor * q = op->src[0];
+        return (const float *) ((const char *) q->data + (r/sh.n_group)*q->nb[1] + (r % sh.n_group)*q->nb[2] + stream*q->nb[3]);
+    }
+
+    float * out(int64_t r) const { return parts + (r - r0)*sh.wide_v; }
+
+    void soften(float * logits, int64_t r, int64_t n) const {
+        const float * bias = work.bias + (r/sh.n_group - t0)*CHUNK;
+        indexmem_cpu::soften(logits, bias, n, scale, softcap, stats[r - r0], out(r), sh.wide_v);
+    }
+};
+
+// n keys from i0 on, the last of which somebody sees; what comes next of K and V is fetched meanwhile
+void attend_few(const attend_task & task, int64_t i0, int64_t n, bool holes, attend_ahead next_k, attend_ahead next_v) {
+    const attend_shape & sh   = task.sh;
+    const attend_work  & work = task.work;
+    const ggml_tensor  * k    = task.op->src[1];
+    const ggml_tensor  * v    = task.op->src[2];
+
+    const attend_kernels * fk = !holes && sh.wide_k == sh.n_embd_k ? attend_kernels_of(k->type) : nullptr;
+    const attend_kernels * fv = !holes && sh.wide_v == sh.n_embd_v ? attend_kernels_of(v->type) : nullptr;
+
+    attend_rows k_rows = rows_of(k, task.stream, i0);
+    attend_rows v_rows = rows_of(v, task.stream, i0);
+    k_rows = fk ? k_rows : convert(k, k_rows, n, sh.wide_k, work.top, work.k);
+    v_rows = fv ? v_rows : convert(v, v_rows, n, sh.wide_v, work.top, work.v);
+    fk = fk ? fk : attend_kernels_of(GGML_TYPE_F32);
+    fv = fv ? fv : attend_kernels_of(GGML_TYPE_F32);
+
+    for (int64_t r = task.r0; r < task.r1; r += TILE) {
+        const int n_tile = (int) std::min<int64_t>(TILE, task.r1 - r);
+
+        const float * q_rows[TILE];
+        float       * out   [TILE];
+        for (int i = 0; i < n_tile; ++i) {
+            q_rows[i] = task.query(r + i);
+            if (sh.wide_k != sh.n_embd_k) {
+                float * wide = work.q + i*sh.wide_k;
+                std::copy(q_rows[i], q_rows[i] + sh.n_embd_k, wide);
+                std::fill(wide + sh.n_embd_k, wide + sh.wide_k, 0.0f);
+                q_rows[i] = wide;
+            }
+            out[i] = task.out(r + i);
+        }
+        fk->dots[n_tile](q_rows, k_rows, n, sh.wide_k, work.logits, next_k);
+        for (int i = 0; i < n_tile; ++i) {
+            task.soften(work.logits + i*CHUNK, r + i, n);
+        }
+        fv->accumulate[n_tile](work.logits, v_rows, n, sh.wide_v, out, next_v);
+        next_k = next_v = {}; // once is enough
+    }
+}
+
+void attend_many(const attend_task & task, int64_t i0, int64_t n, const attend_ahead & next_k, const attend_ahead & next_v) {
+    using indexmem_simd::MANY;
+
+    const attend_shape & sh   = task.sh;
+    const attend_work  & work = task.work;
+    const ggml_tensor  * k    = task.op->src[1];
+    const ggml_tensor  * v    = task.op->src[2];
+
+    const attend_rows k_rows = rows_of(k, task.stream, i0);
+    const auto columns = [&](auto from) { attend_convert_columns<decltype(from)>(k_rows, n, sh.wide_k, work.top, work.k_many); };
+    if (sh.wide_k != sh.n_embd_k || !attend_with(k->type, columns)) {
+        const attend_rows wide = convert(k, k_rows, n, sh.wide_k, work.top, work.k);
+        attend_convert_columns<indexmem_simd::from_f32>(wide, n, sh.wide_k, work.top, work.k_many);
+    }
+    const int64_t n_fetch = MANY*CHUNK/(task.r1 - task.r0) + 1; // rows of what comes next, for each tile
+    int64_t       fetched = 0;
+    for (int64_t r = task.r0; r < task.r1; r += MANY) {
+        const int n_tile = (int) std::min<int64_t>(MANY, task.r1 - r);
+
+        const float * q_rows[MANY];
+        for (int i = 0; i < n_tile; ++i) {
+            q_rows[i] = task.query(r + i);
+        }
+        attend_kernels_many_of(n_tile).dots(q_rows, work.k_many, n, sh.n_embd_k, work.logits + (r - task.r0)*CHUNK);
+        for (int64_t i = 0; i < n_fetch; ++i, ++fetched) {
+            next_k.fetch(fetched);
+            next_v.fetch(fetched);
+        }
+    }
+    for (int64_t r = task.r0; r < task.r1; ++r) {
+        task.soften(work.logits + (r - task.r0)*CHUNK, r, n);
+    }
+    convert(v, rows_of(v, task.stream, i0), n, sh.wide_v, work.top, work.v);
+    for (int64_t r = task.r0; r < task.r1; r += MANY) {
+        const int n_tile = (int) std::min<int64_t>(MANY, task.r1 - r);
+
+        float * out[MANY];
+        for (int i = 0; i < n_tile; ++i) {
+            out[i] = task.out(r + i);
+        }
+        attend_kernels_many_of(n_tile).accumulate(work.logits + (r - task.r0)*CHUNK, work.v, n, sh.wide_v, out);
+    }
+}
+
+// chunks [c0, c1) of a block; `more`: this thread goes on with the next ones
 void attend_span(const attend_shape & sh, const ggml_tensor * op, const attend_work & work,
         int64_t stream, int64_t block, int64_t c0, int64_t c1, bool more) {
-    const ggml_tensor * q = op->src[0];
-    const ggml_tensor * k = op->src[1];
-    const ggml_tensor * v = op->src[2];
-
-    const float scale   = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SCALE);
-    const float softcap = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SOFTCAP);
-
-    const attend_kernels * kernels_k = sh.wide_k == sh.n_embd_k ? attend_kernels_of(k->type) : nullptr;
-    const attend_kernels * kernels_v = sh.wide_v == sh.n_embd_v ? attend_kernels_of(v->type) : nullptr;
-
-    const int64_t r0 = block*ROWS;
-    const int64_t r1 = std::min(r0 + ROWS, sh.n_rows);
-    const int64_t t0 = r0/sh.n_group;
-    const int64_t t1 = (r1 - 1)/sh.n_group + 1;
-
-    attend_stat * stats = work.stats + part_of(sh, stream, block, c0/sh.span);
-    float       * parts = work.parts + part_of(sh, stream, block, c0/sh.span)*sh.wide_v;
-    std::fill(stats, stats + (r1 - r0), attend_stat{ -INFINITY, 0.0f });
-    std::fill(parts, parts + (r1 - r0)*sh.wide_v, 0.0f);
+    const attend_task task(sh, op, work, stream, block, c0/sh.span);
 
     for (int64_t c = c0; c < c1; ++c) {
         const int64_t i0 = c*CHUNK;
 
         bool holes = false;
-        const int64_t n = find_biases(op, work, stream, t0, t1, i0, std::min(CHUNK, sh.n_kv - i0), holes);
+        const int64_t n = find_biases(op, work, stream, task.t0, task.t1, i0, std::min(CHUNK, sh.n_kv - i0), holes);
         if (n == 0) {
             continue;
         }
-
-        const bool in_registers = r1 - r0 <= 2*TILE && !holes;
-        const attend_kernels * fk = in_registers ? kernels_k : nullptr;
-        const attend_kernels * fv = in_registers ? kernels_v : nullptr;
-
-        const attend_rows k_rows = fk ? attend_rows{ (const char *) k->data + i0*k->nb[1] + stream*k->nb[3], k->nb[1] }
-                                      : convert(k, stream, i0, n, sh.wide_k, work.top, work.k);
-        const attend_rows v_rows = fv ? attend_rows{ (const char *) v->data + i0*v->nb[1] + stream*v->nb[3], v->nb[1] }
-                                      : convert(v, stream, i0, n, sh.wide_v, work.top, work.v);
-        fk = fk ? fk : attend_kernels_of(GGML_TYPE_F32);
-        fv = fv ? fv : attend_kernels_of(GGML_TYPE_F32);
-
         attend_ahead next_k;
         attend_ahead next_v;
         if (more || c + 1 < c1) {
             const int64_t n_next = std::min(CHUNK, sh.n_kv - i0 - CHUNK);
-            next_k = { (const char *) k->data + (i0 + CHUNK)*k->nb[1] + stream*k->nb[3], k->nb[1], n_next };
-            next_v = { (const char *) v->data + (i0 + CHUNK)*v->nb[1] + stream*v->nb[3], v->nb[1], n_next };
+            next_k = { rows_of(op->src[1], stream, i0 + CHUNK), n_next };
+            next_v = { rows_of(op->src[2], stream, i0 + CHUNK), n_next };
         }
-
-        for (int64_t r = r0; r < r1; r += TILE) {
-            const int n_tile = (int) std::min<int64_t>(TILE, r1 - r);
-
-            const float * q_rows[TILE];
-            float       * out   [TILE];
-            for (int i = 0; i < n_tile; ++i) {
-                const int64_t t = (r + i)/sh.n_group;
-                const int64_t g = (r + i) % sh.n_group;
-                q_rows[i] = (const float *) ((const char *) q->data + t*q->nb[1] + g*q->nb[2] + stream*q->nb[3]);
-                if (sh.wide_k != sh.n_embd_k) {
-                    float * wide = work.q + i*sh.wide_k;
-                    std::copy(q_rows[i], q_rows[i] + sh.n_embd_k, wide);
-                    std::fill(wide + sh.n_embd_k, wide + sh.wide_k, 0.0f);
-                    q_rows[i] = wide;
-                }
-                out[i] = parts + (r - r0 + i)*sh.wide_v;
-            }
-            fk->dots[n_tile](q_rows, k_rows, n, sh.wide_k, work.logits, next_k);
-            for (int i = 0; i < n_tile; ++i) {
-                const float * bias = work.bias + ((r + i)/sh.n_group - t0)*CHUNK;
-                soften(work.logits + i*CHUNK, bias, n, scale, softcap, stats[r - r0 + i], out[i], sh.wide_v);
-            }
-            fv->accumulate[n_tile](work.logits, v_rows, n, sh.wide_v, out, next_v);
-            next_k = next_v = {}; // once is enough
+        if (task.r1 - task.r0 <= FEW) {
+            attend_few(task, i0, n, holes, next_k, next_v);
+        } else {
+            attend_many(task, i0, n, next_k, next_v);
         }
     }
 }

@@ -40,6 +40,7 @@ inline vec  exp(vec x)                 { return ggml_v_expf(x); }
 #if defined(INDEXMEM_AVX512)
 
 constexpr int TILE = 4; // rows that share what is loaded: their accumulators fit into the registers
+constexpr int MANY = 6; // the same where nothing is converted
 
 inline vec   max(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline float sum(vec x)        { return _mm512_reduce_add_ps(x); }
@@ -70,9 +71,36 @@ inline void sums4(const vec * x, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
 }
 
+// the columns of WIDTH vectors as rows, `stride` values apart
+inline void transpose(const vec * x, float * dst, int64_t stride) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 4) { // 4 x 4 within lanes of 128 bits
+        const __m512 r0 = x[i], r1 = x[i + 1], r2 = x[i + 2], r3 = x[i + 3];
+        const __m512d lo01 = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), hi01 = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+        const __m512d lo23 = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)), hi23 = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+        a[i]     = _mm512_castpd_ps(_mm512_unpacklo_pd(lo01, lo23));
+        a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo01, lo23));
+        a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(hi01, hi23));
+        a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(hi01, hi23));
+    }
+    for (int c = 0; c < 4; ++c) { // and those lanes
+        b[c]      = _mm512_shuffle_f32x4(a[c],     a[c + 4],  0x88);
+        b[c + 4]  = _mm512_shuffle_f32x4(a[c],     a[c + 4],  0xDD);
+        b[c + 8]  = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88);
+        b[c + 12] = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xDD);
+    }
+    for (int c = 0; c < 4; ++c) {
+        store(dst + c*stride,        _mm512_shuffle_f32x4(b[c],     b[c + 8],  0x88));
+        store(dst + (c + 4)*stride,  _mm512_shuffle_f32x4(b[c + 4], b[c + 12], 0x88));
+        store(dst + (c + 8)*stride,  _mm512_shuffle_f32x4(b[c],     b[c + 8],  0xDD));
+        store(dst + (c + 12)*stride, _mm512_shuffle_f32x4(b[c + 4], b[c + 12], 0xDD));
+    }
+}
+
 #elif defined(INDEXMEM_AVX2)
 
 constexpr int TILE = 2;
+constexpr int MANY = 3;
 
 inline vec   max(vec a, vec b) { return _mm256_max_ps(a, b); }
 
@@ -107,9 +135,27 @@ inline void sums4(const vec * x, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
 }
 
+inline void transpose(const vec * x, float * dst, int64_t stride) {
+    __m256 a[8];
+    for (int i = 0; i < 8; i += 4) {
+        const __m256 r0 = x[i], r1 = x[i + 1], r2 = x[i + 2], r3 = x[i + 3];
+        const __m256d lo01 = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), hi01 = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+        const __m256d lo23 = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), hi23 = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+        a[i]     = _mm256_castpd_ps(_mm256_unpacklo_pd(lo01, lo23));
+        a[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(lo01, lo23));
+        a[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(hi01, hi23));
+        a[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(hi01, hi23));
+    }
+    for (int c = 0; c < 4; ++c) {
+        store(dst + c*stride,       _mm256_permute2f128_ps(a[c], a[c + 4], 0x20));
+        store(dst + (c + 4)*stride, _mm256_permute2f128_ps(a[c], a[c + 4], 0x31));
+    }
+}
+
 #elif defined(INDEXMEM_NEON)
 
 constexpr int TILE = 3;
+constexpr int MANY = 6;
 
 inline vec   max(vec a, vec b) { return vmaxq_f32(a, b); }
 inline float sum(vec x)        { return vaddvq_f32(x); }
@@ -143,11 +189,21 @@ inline void sums4(const vec * x, float * out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])));
 }
 
+inline void transpose(const vec * x, float * dst, int64_t stride) {
+    const float32x4x2_t a = vtrnq_f32(x[0], x[1]);
+    const float32x4x2_t b = vtrnq_f32(x[2], x[3]);
+    for (int c = 0; c < 2; ++c) {
+        store(dst + c*stride,       vcombine_f32(vget_low_f32 (a.val[c]), vget_low_f32 (b.val[c])));
+        store(dst + (c + 2)*stride, vcombine_f32(vget_high_f32(a.val[c]), vget_high_f32(b.val[c])));
+    }
+}
+
 #else
 
 typedef float vec;
 constexpr int64_t WIDTH = 1;
 constexpr int     TILE  = 4;
+constexpr int     MANY  = 4;
 
 inline vec   zero()                     { return 0.0f; }
 inline vec   set1(float x)              { return x; }
@@ -165,6 +221,8 @@ inline vec   load_f16 (const void * p)  { return GGML_CPU_FP16_TO_FP32(*(const g
 inline vec   load_bf16(const void * p)  { return GGML_BF16_TO_FP32(*(const ggml_bf16_t *) p); }
 inline vec   load_i8  (const int8_t * p) { return (float) *p; }
 inline vec   load_u4  (const uint8_t * p, bool high) { return (float) ((high ? *p >> 4 : *p & 0xF) - 8); }
+
+inline void transpose(const vec * x, float * dst, int64_t) { *dst = *x; }
 
 inline void sums4(const vec * x, float * out) {
     for (int i = 0; i < 4; ++i) {
