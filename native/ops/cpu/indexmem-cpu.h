@@ -1,9 +1,10 @@
 #pragma once
 
-// CPU backend of GGML_OP_INDEXMEM (see indexmem-ops.h)
+// what the CPU backend calls: GGML_OP_INDEXMEM (see indexmem-ops.h), and products of weights
 
 #include "ggml.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
 struct ggml_compute_params;
@@ -16,6 +17,10 @@ extern "C" {
 size_t ggml_indexmem_cpu_work_size(const struct ggml_tensor * op, int n_tasks);
 
 void ggml_compute_forward_indexmem(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// GGML_OP_MUL_MAT where this is faster (matmul.cpp); false, and nothing done, where it is not. All threads call it, with the
+// rows of src1 in the type that dot products with src0 take, contiguous, and chunk n_threads next in their pool.
+bool ggml_indexmem_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, const void * rows);
 
 #ifdef __cplusplus
 }

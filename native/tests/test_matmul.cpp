@@ -1,0 +1,174 @@
+// products of quantised weights with rows of activations against double precision
+
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
+#include "test.h"
+#include "graph.h"
+
+#include <cmath>
+#include <random>
+
+struct matmul_case {
+    int64_t n_in, n_out, n_cols;
+    int64_t n_batch = 1; // of the activations
+};
+
+static std::vector<float> random_values(std::mt19937 & rng, int64_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (auto & y : x) {
+        y = normal(rng);
+    }
+    return x;
+}
+
+static std::vector<float> multiply(ggml_type type, const matmul_case & c, const std::vector<uint8_t> & weights,
+        const std::vector<float> & rows, int n_threads) {
+    op_graph g;
+    ggml_tensor * w   = g.input(type, c.n_in, c.n_out);
+    ggml_tensor * x   = g.input(GGML_TYPE_F32, c.n_in, c.n_cols, c.n_batch);
+    ggml_tensor * res = ggml_mul_mat(g.ctx, w, x);
+    g.alloc();
+    g.set(w, weights);
+    g.set(x, rows);
+    g.compute({ res }, n_threads);
+    return g.get<float>(res);
+}
+
+// What dot products take: quants in blocks of 32. Sums of blocks are used by Q4_1 alone, for its minima.
+struct activations {
+    std::vector<float> values;
+    std::vector<float> sums;
+
+    activations(ggml_type type, const std::vector<float> & rows) : values(rows.size()), sums(rows.size()/QK8_1) {
+        std::vector<block_q8_1> blocks(sums.size());
+        ggml_get_type_traits_cpu(GGML_TYPE_Q8_1)->from_float(rows.data(), blocks.data(), (int64_t) rows.size());
+        for (size_t i = 0; i < rows.size(); ++i) {
+            const auto & b = blocks[i/QK8_1];
+            values[i] = ggml_fp16_to_fp32(b.data.data.d)*b.qs[i % QK8_1];
+        }
+        for (size_t i = 0; i < sums.size(); ++i) {
+            sums[i] = type == GGML_TYPE_Q4_1 ? ggml_fp16_to_fp32(blocks[i].data.data.s) : 0.0f;
+        }
+    }
+};
+
+static void run_matmul(ggml_type type, const matmul_case & c) {
+    std::mt19937 rng((unsigned) (c.n_in + 31*c.n_out + 7*c.n_cols));
+    auto w = random_values(rng, c.n_in*c.n_out);
+    for (int64_t i = 0; i < c.n_in && i < 32; ++i) {
+        w[i] = 0.0f; // a block without a scale
+    }
+    for (auto & x : w) {
+        x += 0.5f; // so that minima and offsets count
+    }
+    const auto weights  = to_type(type, w, c.n_in);
+    const auto rows     = random_values(rng, c.n_in*c.n_cols*c.n_batch);
+    const auto found    = multiply(type, c, weights, rows, 2);
+    auto       exact    = from_type(type, weights, c.n_in*c.n_out);
+    const activations seen(type, rows);
+
+    std::vector<float> minima(exact.size()/QK4_1);
+    for (size_t i = 0; type == GGML_TYPE_Q4_1 && i < exact.size(); ++i) {
+        minima[i/QK4_1] = ggml_fp16_to_fp32(((const block_q4_1 *) weights.data())[i/QK4_1].data.data.m);
+        exact[i] -= minima[i/QK4_1];
+    }
+
+    double worst = 0.0;
+    for (int64_t i = 0; i < c.n_cols*c.n_batch; ++i) {
+        for (int64_t r = 0; r < c.n_out; ++r) {
+            double sum = 0.0, size = 1e-6;
+            const auto add = [&](double x) {
+                sum  += x;
+                size += std::abs(x);
+            };
+            for (int64_t d = 0; d < c.n_in; ++d) {
+                add((double) exact[r*c.n_in + d]*seen.values[i*c.n_in + d]);
+            }
+            for (int64_t d = 0; d < c.n_in; d += QK4_1) {
+                add((double) minima[(r*c.n_in + d)/QK4_1]*seen.sums[(i*c.n_in + d)/QK8_1]);
+            }
+            worst = std::max(worst, std::abs(sum - found[i*c.n_out + r])/size);
+        }
+    }
+    CHECK_MSG(worst < 2e-6, "%s, %lld x %lld, %lld rows: %g", ggml_type_name(type),
+            (long long) c.n_in, (long long) c.n_out, (long long) (c.n_cols*c.n_batch), worst);
+
+    CHECK(multiply(type, c, weights, rows, 1) == found);
+    CHECK(multiply(type, c, weights, rows, 5) == found);
+}
+
+static const ggml_type TYPES[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q8_0 };
+
+TEST(awkward_shapes) {
+    for (ggml_type type : TYPES) {
+        for (int64_t n_in : { 32, 96, 1024, 1056, 2080 }) { // around a panel of blocks
+            for (int64_t n_out : { 1, 16, 33, 100 }) {
+                for (int64_t n_cols : { 1, 2, 7, 8, 9, 19 }) {
+                    run_matmul(type, { n_in, n_out, n_cols });
+                }
+            }
+        }
+    }
+}
+
+TEST(several_batches) {
+    for (ggml_type type : TYPES) {
+        run_matmul(type, { 64, 40, 3, 2 });
+        run_matmul(type, { 64, 40, 1, 4 });
+    }
+}
+
+// the extremes of quants and activations: sums that would not fit into 16 bits
+TEST(nothing_saturates) {
+    for (ggml_type type : TYPES) {
+        const matmul_case c = { 1024, 17, 3 };
+        std::vector<float> w(c.n_in*c.n_out);
+        for (size_t i = 0; i < w.size(); ++i) {
+            w[i] = i % 32 == 0 ? -8.0f : 7.0f; // the block of 4 bits then spans 0 to 15
+        }
+        const std::vector<float> rows(c.n_in*c.n_cols, 1.0f);
+        const auto weights = to_type(type, w, c.n_in);
+        const auto exact   = from_type(type, weights, c.n_in*c.n_out);
+        const auto found   = multiply(type, c, weights, rows, 1);
+
+        double sum = 0.0;
+        for (int64_t d = 0; d < c.n_in; ++d) {
+            sum += exact[d];
+        }
+        for (float x : found) {
+            CHECK_MSG(std::abs(x - sum) < 1e-3*sum, "%s: %g instead of %g", ggml_type_name(type), x, sum);
+        }
+    }
+}
+
+// what else is in the ubatch changes no bit of a row
+TEST(rows_do_not_see_each_other) {
+    std::mt19937 rng(1);
+    for (ggml_type type : TYPES) {
+        const auto weights = to_type(type, random_values(rng, 576*50), 576);
+        const auto rows    = random_values(rng, 576*19);
+        const auto all     = multiply(type, { 576, 50, 19 }, weights, rows, 2);
+        for (int64_t n : { 2, 3, 8, 11 }) {
+            const std::vector<float> first(rows.begin(), rows.begin() + 576*n);
+            const auto some = multiply(type, { 576, 50, n }, weights, first, 2);
+            CHECK(std::equal(some.begin(), some.end(), all.begin()));
+        }
+    }
+}
+
+// a weight that is not a number spoils its own row and no other
+TEST(nan_stays_where_it_is) {
+    std::mt19937 rng(2);
+    for (ggml_type type : TYPES) {
+        const matmul_case c = { 96, 35, 9 };
+        auto weights = to_type(type, random_values(rng, c.n_in*c.n_out), c.n_in);
+        const size_t row = ggml_row_size(type, c.n_in);
+        std::fill(weights.begin() + 17*row, weights.begin() + 18*row, 0xFF);
+        const auto found = multiply(type, c, weights, random_values(rng, c.n_in*c.n_cols), 2);
+        for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(std::isnan(found[i]) == (i % c.n_out == 17));
+        }
+    }
+}
