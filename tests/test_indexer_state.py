@@ -18,6 +18,8 @@ from test_bounded import tokens_of
 
 from indexmem_edge import _capi
 
+import llama_cpp  # isort: skip
+
 VARIANTS = ["retention-mlp", "kvzap-linear", "pairwise-mean"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 # 4 tokens wait at most, and with WIDE 32, of which a step of 30 lets nearly all wait
@@ -265,3 +267,18 @@ def test_any_order_of_operations(
     exact = dict(type_k=F32, type_v=F32, sidecar=sidecar(config, variant))
     with open_model(path) as model, Context(model, n_ubatch=n_ubatch, n_seq=N_SEQ, **exact, **options) as c:
         follow(c, new, todo, n_ubatch, config.n_vocab, WAITING if variant.startswith("pairwise") else None)
+
+
+@pytest.mark.parametrize("options", [dict(policy="streaming"), SETTINGS, SETTINGS | dict(memory="centroid", memory_slots=8)], ids=str)
+def test_graphs_of_decode_are_built_once(tiny: Tiny, sidecar: Sidecar, options: dict[str, Any]) -> None:
+    """Scoring, evicting and neither: each of the three comes back, whichever was before it."""
+    path, config = tiny("llama")
+    weights = sidecar(config, "retention-mlp") if options["policy"] == "indexer" else None
+    settings = dict(budget=96, window=33, evict_step=7) | options
+    with open_model(path) as model, Context(model, sidecar=weights, n_ubatch=32, **settings) as c:
+        c.feed(tokens_of(config, 150), 32)
+        c.feed(tokens_of(config, 70), 1)
+        before = llama_cpp.llama_perf_context(c.ctx).n_reused
+        c.feed(tokens_of(config, 130), 1)
+        assert llama_cpp.llama_perf_context(c.ctx).n_reused == before + 130
+        assert c.stats().n_evictions > 5

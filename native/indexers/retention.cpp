@@ -1,5 +1,8 @@
 #include "indexer.h"
 
+#include "ggml-backend.h"
+#include "indexmem-ops.h"
+
 // The retention scorer of IndexMem++: x = GELU(LN(A LN(h))), or LN(h) when the trunk is linear; m = M x,
 // lambda = -softplus(P x + p). Two floats per entry and head, and the position does the rest: what the authors fold into an
 // intercept e_j = m_j + pos_slope*j - lambda_j*j/age_scale is added when an entry is ranked, which loses no digits at
@@ -49,6 +52,10 @@ public:
     float age_scale() const override { return age; }
 
     ggml_tensor * build_state(ggml_context * ctx, const indexmem_weights & w, ggml_tensor * hidden) const override {
+        ggml_backend_buffer_t buffer = w.at("in_norm.weight")->buffer;
+        if (hidden->ne[1] <= N_FUSED && buffer && ggml_backend_buffer_is_host(buffer)) {
+            return build_fused(ctx, w, hidden);
+        }
         ggml_tensor * x = indexmem_layer_norm(ctx, hidden, w.at("in_norm.weight"), w.at("in_norm.bias"), eps);
         if (n_mid) {
             x = indexmem_linear(ctx, x, w.at("input_proj.weight"));
@@ -68,6 +75,21 @@ public:
     }
 
 private:
+    static constexpr int64_t N_FUSED = 64; // up to so many tokens one op is faster than the products of a graph
+
+    ggml_tensor * build_fused(ggml_context * ctx, const indexmem_weights & w, ggml_tensor * hidden) const {
+        const auto find = [&](const char * name) {
+            const auto it = w.find(name);
+            return it == w.end() ? nullptr : it->second;
+        };
+        const ggml_indexmem_retention_weights weights = {
+            find("in_norm.weight"),        find("in_norm.bias"),
+            find("input_proj.weight"),     find("mid_norm.weight"),       find("mid_norm.bias"),
+            find("magnitude_proj.weight"), find("retention_proj.weight"), find("retention_proj.bias"),
+        };
+        return ggml_indexmem_retention(ctx, hidden, &weights, eps);
+    }
+
     indexmem_geometry geometry;
 
     uint32_t n_mid; // 0: linear

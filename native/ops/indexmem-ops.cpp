@@ -109,6 +109,37 @@ ggml_tensor * ggml_indexmem_rank_terms(
     return result;
 }
 
+ggml_tensor * ggml_indexmem_retention(
+        ggml_context                          * ctx,
+        ggml_tensor                           * hidden,
+        const ggml_indexmem_retention_weights * weights,
+        float                                   eps) {
+    const auto & w = *weights;
+    const int64_t n_trunk = w.magnitude->ne[0];
+    GGML_ASSERT(hidden->type == GGML_TYPE_F32 && ggml_is_matrix(hidden) && ggml_is_contiguous_rows(hidden));
+    GGML_ASSERT(w.in_norm->ne[0] == hidden->ne[0] && w.in_norm_bias->ne[0] == hidden->ne[0]);
+    GGML_ASSERT((w.input ? w.input->ne[1] : hidden->ne[0]) == n_trunk);
+    GGML_ASSERT(!w.input || (w.input->ne[0] == hidden->ne[0] && w.mid_norm->ne[0] == n_trunk && w.mid_norm_bias->ne[0] == n_trunk));
+    GGML_ASSERT(!w.retention || (ggml_are_same_shape(w.retention, w.magnitude) && w.retention_bias->ne[0] == w.magnitude->ne[1]));
+
+    ggml_tensor * result = indexmem_op_init(
+            ggml_new_tensor_3d(ctx, GGML_TYPE_F32, w.retention ? 2 : 1, w.magnitude->ne[1], hidden->ne[1]), INDEXMEM_OP_RETENTION);
+
+    ggml_set_op_params_f32(result, INDEXMEM_PARAM_EPS, eps);
+
+    result->src[0] = hidden;
+    result->src[1] = w.in_norm;
+    result->src[2] = w.in_norm_bias;
+    result->src[3] = w.input;
+    result->src[4] = w.mid_norm;
+    result->src[5] = w.mid_norm_bias;
+    result->src[6] = w.magnitude;
+    result->src[7] = w.retention;
+    result->src[8] = w.retention_bias;
+
+    return result;
+}
+
 ggml_tensor * ggml_indexmem_pairwise(
         ggml_context  * ctx,
         ggml_tensor   * keys,

@@ -3,6 +3,7 @@
 // The ggml op of the bounded cache. One op code, GGML_OP_INDEXMEM, with the kind in op_params[0], so that a backend
 // needs one line of dispatch.
 //
+//   retention hidden -> state       a retention scorer for a few tokens, on the CPU; elsewhere, and for many, a graph
 //   pairwise indexer state -> terms what the latest queries of a pairwise indexer say of every entry
 //   rank     cache, terms -> ranks  which entries matter, by policy
 //   select   ranks -> plan          who leaves, and which survivors move into the holes
@@ -45,6 +46,7 @@ enum indexmem_op {
     INDEXMEM_OP_CENTROID,
     INDEXMEM_OP_RESIDUAL,
     INDEXMEM_OP_BIAS,
+    INDEXMEM_OP_RETENTION,
 };
 
 enum indexmem_reduce {
@@ -84,6 +86,25 @@ GGML_API struct ggml_tensor * ggml_indexmem_rank_terms(
         struct ggml_tensor  * ctl,
         float                 pos_slope,
         float                 age_scale);
+
+// The retention scorer (indexers/retention.cpp) on hidden F32 [n_embd, T]. The trunk is linear if `input` is null. Vectors
+// are F32. -> F32 [1 or 2, H, T]: the magnitude, and the decay if there is a matrix for it
+struct ggml_indexmem_retention_weights {
+    struct ggml_tensor * in_norm;        // [n_embd]
+    struct ggml_tensor * in_norm_bias;
+    struct ggml_tensor * input;          // [n_embd, n_mid] any type, or null
+    struct ggml_tensor * mid_norm;       // [n_mid], or null
+    struct ggml_tensor * mid_norm_bias;
+    struct ggml_tensor * magnitude;      // [n_mid or n_embd, H]
+    struct ggml_tensor * retention;      // the same, or null
+    struct ggml_tensor * retention_bias; // [H], or null
+};
+
+GGML_API struct ggml_tensor * ggml_indexmem_retention(
+        struct ggml_context                          * ctx,
+        struct ggml_tensor                           * hidden,
+        const struct ggml_indexmem_retention_weights * weights,
+        float                                          eps);
 
 // What the latest queries say of the key of every slot: sum_h c_h relu(q_h . k), reduced over the queries of the last
 // min(n_queries, tokens seen) positions. keys F32 [n_embd, n_slots, 1, S], queries F32 [n_head*(n_embd + 1), n_ring, 1, S]:
@@ -183,6 +204,7 @@ enum indexmem_param {
     INDEXMEM_PARAM_POLICY  = 1,
     INDEXMEM_PARAM_IL      = 2,
     INDEXMEM_PARAM_SCALE   = 3,
+    INDEXMEM_PARAM_EPS     = 3,
     INDEXMEM_PARAM_SOFTCAP = 4,
     INDEXMEM_PARAM_SEED    = 6, // 64 bits
     INDEXMEM_PARAM_TIMER   = 8, // a pointer

@@ -262,11 +262,14 @@ std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const 
                 const seq_state & seq = state[st.s0 + s];
                 // a single token that fills the budget scores what waits, so that the one after it, which evicts, has less to do
                 const bool fills = n_tokens == 1 && seq.n_used == get_budget(seq);
-                st.score = st.score || fills || seq.n_pending() > n_wait;
+                st.score = st.score || fills || seq.n_pending() > (n_tokens == 1 ? n_wait - 1 : n_wait);
             }
             for (uint32_t s = 0; s < st.n_seq && st.score; ++s) {
                 st.n_old = std::max(st.n_old, st.before[s].n_pending());
                 state[st.s0 + s].n_scored = state[st.s0 + s].n_seen;
+            }
+            if (n_tokens == 1 && st.score && (!st.evict || st.n_old > 0)) {
+                st.n_old = std::max(st.n_old, n_wait - 1); // so that the graph of single tokens that score is always the same
             }
         }
         for (uint32_t s = 0; s < st.n_seq; ++s) {

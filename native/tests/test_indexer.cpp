@@ -6,6 +6,7 @@
 #include "indexmem-ops.h"
 #include "reference.h"
 
+#include <cmath>
 #include <random>
 
 struct ctl_of_seq {
@@ -202,4 +203,121 @@ TEST(ranks_from_terms) {
         run_terms(2, 3, n_threads);
         run_terms(1, 1, n_threads);
     }
+}
+
+struct retention_case {
+    int64_t n_embd, n_mid, n_head, n_tokens; // n_mid 0: linear
+    bool    decay;
+    ggml_type type; // of the first matrix
+};
+
+static void run_retention(const retention_case & c, int n_threads, std::vector<float> * out = nullptr) {
+    op_graph g;
+    const int64_t n_trunk = c.n_mid ? c.n_mid : c.n_embd;
+    ggml_tensor * hidden = g.input(GGML_TYPE_F32, c.n_embd, c.n_tokens);
+
+    ggml_indexmem_retention_weights w = {};
+    w.in_norm      = g.input(GGML_TYPE_F32, c.n_embd);
+    w.in_norm_bias = g.input(GGML_TYPE_F32, c.n_embd);
+    if (c.n_mid) {
+        w.input         = g.input(c.type, c.n_embd, c.n_mid);
+        w.mid_norm      = g.input(GGML_TYPE_F32, c.n_mid);
+        w.mid_norm_bias = g.input(GGML_TYPE_F32, c.n_mid);
+    }
+    w.magnitude = g.input(GGML_TYPE_F32, n_trunk, c.n_head);
+    if (c.decay) {
+        w.retention      = g.input(GGML_TYPE_F32, n_trunk, c.n_head);
+        w.retention_bias = g.input(GGML_TYPE_F32, c.n_head);
+    }
+    ggml_tensor * res = ggml_indexmem_retention(g.ctx, hidden, &w, 1e-5f);
+    g.alloc();
+    if (op_elsewhere || !g.has(res)) {
+        return; // the CPU's alone
+    }
+
+    std::mt19937 rng(3);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](ggml_tensor * t) {
+        std::vector<float> x(t ? ggml_nelements(t) : 0);
+        for (auto & y : x) {
+            y = normal(rng);
+        }
+        if (t) {
+            const auto data = to_type(t->type, x, t->ne[0]);
+            g.set(t, data);
+            x = from_type(t->type, data, (int64_t) x.size());
+        }
+        return x;
+    };
+    const auto x = fill(hidden), wi = fill(w.in_norm), bi = fill(w.in_norm_bias), a = fill(w.input), wm = fill(w.mid_norm);
+    const auto bm = fill(w.mid_norm_bias), m = fill(w.magnitude), p = fill(w.retention), bp = fill(w.retention_bias);
+
+    g.compute({ res }, n_threads);
+    const auto found = g.get<float>(res);
+    if (out) {
+        *out = found;
+    }
+
+    const auto norm = [](std::vector<double> y, const std::vector<float> & weight, const std::vector<float> & bias) {
+        double mean = 0.0, var = 0.0;
+        for (double v : y) {
+            mean += v/y.size();
+        }
+        for (double v : y) {
+            var += (v - mean)*(v - mean)/y.size();
+        }
+        for (size_t i = 0; i < y.size(); ++i) {
+            y[i] = (y[i] - mean)/std::sqrt(var + 1e-5)*weight[i] + bias[i];
+        }
+        return y;
+    };
+    const auto dot = [](const std::vector<float> & matrix, int64_t row, const std::vector<double> & y) {
+        double sum = 0.0;
+        for (size_t i = 0; i < y.size(); ++i) {
+            sum += matrix[row*y.size() + i]*y[i];
+        }
+        return sum;
+    };
+    for (int64_t t = 0; t < c.n_tokens; ++t) {
+        auto y = norm(std::vector<double>(x.begin() + t*c.n_embd, x.begin() + (t + 1)*c.n_embd), wi, bi);
+        if (c.n_mid) {
+            const ggml_type seen = ggml_get_type_traits_cpu(c.type)->vec_dot_type; // what the product takes
+            const auto rounded = from_type(seen, to_type(seen, std::vector<float>(y.begin(), y.end()), c.n_embd), c.n_embd);
+            std::vector<double> z;
+            for (int64_t i = 0; i < c.n_mid; ++i) {
+                z.push_back(dot(a, i, std::vector<double>(rounded.begin(), rounded.end())));
+            }
+            y = norm(z, wm, bm);
+            for (double & v : y) {
+                v = 0.5*v*(1.0 + std::erf(v/std::sqrt(2.0)));
+            }
+        }
+        for (int64_t h = 0; h < c.n_head; ++h) {
+            const float * f = found.data() + (t*c.n_head + h)*(c.decay ? 2 : 1);
+            CHECK_MSG(std::abs(f[0] - dot(m, h, y)) < 2e-3, "magnitude %g, expected %g", f[0], dot(m, h, y));
+            if (c.decay) {
+                const double l = -std::log1p(std::exp(dot(p, h, y) + bp[h]));
+                CHECK_MSG(std::abs(f[1] - l) < 2e-3, "decay %g, expected %g", f[1], l);
+            }
+        }
+    }
+}
+
+TEST(retention) {
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (int64_t n_tokens : { 1, 3, 33, 64 }) {
+            for (bool decay : { false, true }) {
+                run_retention({ 96, 16, 3, n_tokens, decay, type }, 2);
+                run_retention({ 64, 1,  1, n_tokens, decay, type }, 1);
+                run_retention({ 96, 0,  2, n_tokens, decay, type }, 3);
+            }
+        }
+    }
+}
+
+TEST(retention_is_the_same_with_any_number_of_threads) {
+    std::vector<float> one, five;
+    run_retention({ 576, 16, 3, 31, true, GGML_TYPE_Q8_0 }, 1, &one);
+    run_retention({ 576, 16, 3, 31, true, GGML_TYPE_Q8_0 }, 5, &five);
+    CHECK(one == five);
 }

@@ -4,13 +4,14 @@
 
 size_t ggml_indexmem_cpu_work_size(const ggml_tensor * op, int n_tasks) {
     switch (ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP)) {
-        case INDEXMEM_OP_RANK:     return indexmem_cpu::rank_work_size    (op, n_tasks);
-        case INDEXMEM_OP_SELECT:   return indexmem_cpu::select_work_size  (op, n_tasks);
-        case INDEXMEM_OP_ATTEND:   return indexmem_cpu::attend_work_size  (op, n_tasks);
-        case INDEXMEM_OP_PAIRWISE: return indexmem_cpu::pairwise_work_size(op, n_tasks);
-        case INDEXMEM_OP_CENTROID: return indexmem_cpu::centroid_work_size(op, n_tasks);
-        case INDEXMEM_OP_RESIDUAL: return indexmem_cpu::residual_work_size(op, n_tasks);
-        default:                   return 0;
+        case INDEXMEM_OP_RANK:      return indexmem_cpu::rank_work_size     (op, n_tasks);
+        case INDEXMEM_OP_SELECT:    return indexmem_cpu::select_work_size   (op, n_tasks);
+        case INDEXMEM_OP_ATTEND:    return indexmem_cpu::attend_work_size   (op, n_tasks);
+        case INDEXMEM_OP_RETENTION: return indexmem_cpu::retention_work_size(op, n_tasks);
+        case INDEXMEM_OP_PAIRWISE:  return indexmem_cpu::pairwise_work_size (op, n_tasks);
+        case INDEXMEM_OP_CENTROID:  return indexmem_cpu::centroid_work_size (op, n_tasks);
+        case INDEXMEM_OP_RESIDUAL:  return indexmem_cpu::residual_work_size (op, n_tasks);
+        default:                    return 0;
     }
 }
 
@@ -23,6 +24,7 @@ void ggml_compute_forward_indexmem(const ggml_compute_params * params, ggml_tens
         case INDEXMEM_OP_COMPACT:     indexmem_cpu::compact    (params, dst); break;
         case INDEXMEM_OP_COMPACT_POS: indexmem_cpu::compact_pos(params, dst); break;
         case INDEXMEM_OP_ATTEND:      indexmem_cpu::attend     (params, dst); break;
+        case INDEXMEM_OP_RETENTION:   indexmem_cpu::retention  (params, dst); break;
         case INDEXMEM_OP_PAIRWISE:    indexmem_cpu::pairwise   (params, dst); break;
         case INDEXMEM_OP_CENTROID:    indexmem_cpu::centroid   (params, dst); break;
         case INDEXMEM_OP_RESIDUAL:    indexmem_cpu::residual   (params, dst); break;

@@ -95,16 +95,18 @@ void select     (const ggml_compute_params * params, ggml_tensor * dst);
 void compact    (const ggml_compute_params * params, ggml_tensor * dst);
 void compact_pos(const ggml_compute_params * params, ggml_tensor * dst);
 void attend     (const ggml_compute_params * params, ggml_tensor * dst);
+void retention  (const ggml_compute_params * params, ggml_tensor * dst);
 void pairwise   (const ggml_compute_params * params, ggml_tensor * dst);
 void centroid   (const ggml_compute_params * params, ggml_tensor * dst);
 void residual   (const ggml_compute_params * params, ggml_tensor * dst);
 void bias       (const ggml_compute_params * params, ggml_tensor * dst);
 
-size_t rank_work_size    (const ggml_tensor * op, int n_tasks);
-size_t select_work_size  (const ggml_tensor * op, int n_tasks);
-size_t attend_work_size  (const ggml_tensor * op, int n_tasks);
-size_t pairwise_work_size(const ggml_tensor * op, int n_tasks);
-size_t centroid_work_size(const ggml_tensor * op, int n_tasks);
-size_t residual_work_size(const ggml_tensor * op, int n_tasks);
+size_t rank_work_size     (const ggml_tensor * op, int n_tasks);
+size_t select_work_size   (const ggml_tensor * op, int n_tasks);
+size_t attend_work_size   (const ggml_tensor * op, int n_tasks);
+size_t retention_work_size(const ggml_tensor * op, int n_tasks);
+size_t pairwise_work_size (const ggml_tensor * op, int n_tasks);
+size_t centroid_work_size (const ggml_tensor * op, int n_tasks);
+size_t residual_work_size (const ggml_tensor * op, int n_tasks);
 
 } // namespace indexmem_cpu

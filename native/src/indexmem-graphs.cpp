@@ -1,0 +1,39 @@
+#include "indexmem-graphs.h"
+
+#include "indexmem-graph.h"
+
+int indexmem_graphs::kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch) {
+    const auto * bounded = indexmem_context(mctx);
+    if (!bounded || ubatch.n_tokens != ubatch.n_seqs_unq) {
+        return 0;
+    }
+    for (ggml_backend_t backend : backends) {
+        const auto type = ggml_backend_dev_type(ggml_backend_get_device(backend));
+        if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+            return 0;
+        }
+    }
+    const auto & st = bounded->get_step();
+    return (st.evict ? 2 : 0) + (st.score ? 1 : 0);
+}
+
+void indexmem_graphs::take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
+        const std::function<ggml_backend_sched_t()> & make) {
+    if (kind == current) {
+        return;
+    }
+    kinds[current] = { std::move(sched), std::move(res), active };
+
+    aside & next = kinds[kind];
+    sched  = next.sched ? std::move(next.sched) : ggml_backend_sched_ptr(make());
+    res    = std::move(next.res);
+    active = next.active;
+
+    kinds.erase(kind);
+    current = kind;
+}
+
+void indexmem_graphs::clear() {
+    kinds.clear();
+    current = 0;
+}

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "llama-graph.h"
+
+#include "ggml-cpp.h"
+
+#include <array>
+#include <functional>
+#include <map>
+
+struct llama_memory_context_i;
+struct llama_ubatch;
+
+//
+// Graphs of decode that come back
+//
+// A context reuses its last graph, and an eviction is three changes of graph: scoring, evicting, and back. Building and
+// allocating one takes a quarter of the time of a small model's token. So graphs of single tokens are put aside with their
+// scheduler, which holds the plan of one graph, when another kind is needed.
+//
+// Invariants
+//   - the context holds the graph and the scheduler of the kind that was taken last, here lie the others
+//   - kind 0 has the scheduler that was reserved for the largest graph
+//   - only where all backends compute on the host: a device has its own way to keep graphs
+//
+class indexmem_graphs {
+public:
+    typedef std::array<llm_graph_result_ptr, 2> results;
+
+    // of the next ubatch
+    static int kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch);
+
+    // puts the kind into the hands of the context; `make` makes a scheduler for one that was not there yet
+    void take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
+            const std::function<ggml_backend_sched_t()> & make);
+
+    // the context makes what it holds anew, as kind 0
+    void clear();
+
+private:
+    struct aside {
+        ggml_backend_sched_ptr sched;
+        results                res;
+        llm_graph_result     * active = nullptr;
+    };
+
+    std::map<int, aside> kinds;
+    int current = 0;
+};
