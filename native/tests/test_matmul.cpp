@@ -172,3 +172,59 @@ TEST(nan_stays_where_it_is) {
         }
     }
 }
+
+// where llama.cpp interleaves rows of weights, if it does on this machine
+static ggml_backend_buffer_type_t repacking_buffer_type() {
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto get = (ggml_backend_dev_get_extra_bufts_t)
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
+        if (strcmp(ggml_backend_buft_name(*buft), "CPU_REPACK") == 0) {
+            return *buft;
+        }
+    }
+    return nullptr;
+}
+
+static std::vector<float> multiply_repacked(const matmul_case & c, const std::vector<uint8_t> & weights,
+        const std::vector<float> & rows, int n_threads) {
+    ggml_context * ctx = ggml_init({ 2*ggml_tensor_overhead(), nullptr, true });
+    ggml_tensor  * w   = ggml_new_tensor_2d(ctx, GGML_TYPE_Q4_0, c.n_in, c.n_out);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, repacking_buffer_type());
+    ggml_backend_tensor_set(w, weights.data(), 0, weights.size());
+    std::vector<float> found;
+    {
+        op_graph g;
+        ggml_tensor * x   = g.input(GGML_TYPE_F32, c.n_in, c.n_cols, c.n_batch);
+        ggml_tensor * res = ggml_mul_mat(g.ctx, w, x);
+        g.alloc();
+        g.set(x, rows);
+        g.compute({ res }, n_threads);
+        found = g.get<float>(res);
+    }
+    ggml_backend_buffer_free(buffer);
+    ggml_free(ctx);
+    return found;
+}
+
+TEST(interleaved_rows) {
+    if (!repacking_buffer_type()) {
+        return;
+    }
+    std::mt19937 rng(4);
+    for (int64_t n_in : { 32, 96, 1056 }) {
+        for (int64_t n_out : { 8, 16, 24, 136 }) {
+            for (int64_t n_cols : { 1, 2, 8, 19 }) {
+                const matmul_case c = { n_in, n_out, n_cols };
+                const auto weights  = to_type(GGML_TYPE_Q4_0, random_values(rng, n_in*n_out), n_in);
+                const auto rows     = random_values(rng, n_in*n_cols);
+                const auto expected = multiply(GGML_TYPE_Q4_0, c, weights, rows, 1);
+                const auto found    = multiply_repacked(c, weights, rows, 2);
+                for (size_t i = 0; i < found.size(); ++i) {
+                    CHECK_MSG(std::abs(found[i] - expected[i]) < 1e-5*(double) n_in, "%lld x %lld, %lld rows: %g instead of %g",
+                            (long long) n_in, (long long) n_out, (long long) n_cols, found[i], expected[i]);
+                }
+            }
+        }
+    }
+}

@@ -22,6 +22,9 @@ void ggml_compute_forward_indexmem(const struct ggml_compute_params * params, st
 // rows of src1 in the type that dot products with src0 take, contiguous, and chunk n_threads next in their pool.
 bool ggml_indexmem_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, const void * rows);
 
+// the same for weights in blocks of 8 rows, interleaved by 8 bytes (repack.h); src1 is F32
+bool ggml_indexmem_mul_mat_q4_0x8(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 #ifdef __cplusplus
 }
 #endif

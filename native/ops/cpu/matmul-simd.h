@@ -37,6 +37,7 @@ inline void store  (uint8_t * p, ivec x)  { _mm512_store_si512(p, x); }
 inline ivec low4   (ivec x)               { return _mm512_and_si512(x, _mm512_set1_epi8(0xF)); }
 inline ivec high4  (ivec x)               { return low4(_mm512_srli_epi16(x, 4)); }
 inline ivec flip   (ivec x)               { return _mm512_xor_si512(x, _mm512_set1_epi8((char) 0x80)); }
+inline ivec flip4  (ivec x)               { return _mm512_xor_si512(x, _mm512_set1_epi8((char) 0x88)); }
 inline ivec lo32(ivec a, ivec b)          { return _mm512_unpacklo_epi32(a, b); }
 inline ivec hi32(ivec a, ivec b)          { return _mm512_unpackhi_epi32(a, b); }
 inline ivec lo64(ivec a, ivec b)          { return _mm512_unpacklo_epi64(a, b); }
@@ -50,6 +51,23 @@ inline ivec load_rows(const W * const * x, int64_t ib, int i0, int i) {
     res = _mm512_inserti32x4(res, at(i + 4), 1);
     res = _mm512_inserti32x4(res, at(i + 8), 2);
     return _mm512_inserti32x4(res, at(i + 12), 3);
+}
+
+// 4 bytes of 16 rows that lie in two blocks of 8, from byte i0 on, and the 4 after them
+template <typename X8>
+inline void deinterleave(const X8 * const * x, int64_t ib, int i0, ivec * four) {
+    const ivec even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const ivec a = _mm512_loadu_si512(x[0][ib].qs + i0);
+    const ivec b = _mm512_loadu_si512(x[1][ib].qs + i0);
+    four[0] = _mm512_permutex2var_epi32(a, even, b);
+    four[1] = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+
+template <typename X8>
+inline vec halves_of(const X8 * const * x, int64_t ib) {
+    const __m128i a = _mm_loadu_si128((const __m128i *) x[0][ib].d);
+    const __m128i b = _mm_loadu_si128((const __m128i *) x[1][ib].d);
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
 }
 
 inline void store(float * p, vec x)       { _mm512_store_ps(p, x); }
@@ -81,6 +99,7 @@ inline vec  mul_add(vec a, vec b, vec c)  { return _mm256_fmadd_ps(a, b, c); }
 inline void store  (uint8_t * p, ivec x)  { _mm256_store_si256((__m256i *) p, x); }
 inline ivec low4   (ivec x)               { return _mm256_and_si256(x, _mm256_set1_epi8(0xF)); }
 inline ivec high4  (ivec x)               { return low4(_mm256_srli_epi16(x, 4)); }
+inline ivec flip4  (ivec x)               { return _mm256_xor_si256(x, _mm256_set1_epi8((char) 0x88)); }
 inline ivec lo32(ivec a, ivec b)          { return _mm256_unpacklo_epi32(a, b); }
 inline ivec hi32(ivec a, ivec b)          { return _mm256_unpackhi_epi32(a, b); }
 inline ivec lo64(ivec a, ivec b)          { return _mm256_unpacklo_epi64(a, b); }
@@ -98,6 +117,20 @@ template <typename W>
 inline ivec load_rows(const W * const * x, int64_t ib, int i0, int i) {
     auto at = [&](int r) { return _mm_loadu_si128((const __m128i *) (x[r][ib].qs + i0)); };
     return _mm256_inserti128_si256(_mm256_castsi128_si256(at(i)), at(i + 4), 1);
+}
+
+// 4 bytes of 8 rows that lie in a block of 8, from byte i0 on, and the 4 after them
+template <typename X8>
+inline void deinterleave(const X8 * const * x, int64_t ib, int i0, ivec * four) {
+    const __m256 a = _mm256_loadu_ps((const float *) (x[0][ib].qs + i0));
+    const __m256 b = _mm256_loadu_ps((const float *) (x[0][ib].qs + i0 + 32));
+    four[0] = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xD8);
+    four[1] = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8);
+}
+
+template <typename X8>
+inline vec halves_of(const X8 * const * x, int64_t ib) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x[0][ib].d));
 }
 
 inline void store_rows(float * p, vec x, int64_t n) {

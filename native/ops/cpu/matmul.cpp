@@ -1,12 +1,14 @@
 #include "indexmem-cpu.h"
 
 #include "matmul-simd.h"
+#include "repack.h"
 
 //
-// Products of Q4_0, Q4_1 and Q8_0 weights with several rows of activations
+// Products of Q4_0, Q4_1 and Q8_0 weights with rows of activations
 //
-// llama.cpp takes dot products here, one row of weights and one of activations at a time, and unpacks the weights for each.
-// Here a tile of rows of weights is unpacked once, a row in each lane, and meets all rows of activations.
+// llama.cpp takes dot products here, one row of weights (8 of Q4_0, interleaved) and one to four of activations at a time, and
+// unpacks the weights for each. Here a tile of rows of weights is unpacked once, a row in each lane, and meets all rows of
+// activations.
 //
 // Invariants
 //   - every output is summed in the order of its blocks, however the work is split: the number of threads and the other rows
@@ -100,21 +102,27 @@ struct alignas(64) tile {
     float   m[PANEL][ROWS];
 };
 
-// n blocks of the n_rows rows at `w`; lanes beyond repeat the last one. What lies `ahead` bytes is fetched meanwhile.
-template <typename F>
-void unpack(const char * w, size_t stride, int64_t n_rows, int64_t n, size_t ahead, tile & t) {
-    constexpr int64_t PER_LINE = 64/sizeof(typename F::weight);
+// Weights that a thread unpacks later, fetched while it does something that takes longer than fetching them.
+struct weights_ahead {
+    const char * data; // null: nothing
+    size_t       size; // bytes for each block
 
+    void fetch(int64_t ib) const {
+        for (size_t i = 0; data && i < size; i += 64) {
+            _mm_prefetch(data + ib*size + i, _MM_HINT_T0);
+        }
+    }
+};
+
+// blocks [b0, b0 + n) of the rows from r0 on; lanes beyond the last row repeat it
+template <typename F>
+void unpack(const ggml_tensor * w, int64_t r0, int64_t b0, int64_t n, const weights_ahead & next, tile & t) {
     const typename F::weight * x[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) {
-        x[r] = (const typename F::weight *) (w + std::min(r, n_rows - 1)*stride);
+        x[r] = (const typename F::weight *) ((const char *) w->data + std::min(r0 + r, w->ne[1] - 1)*w->nb[1]) + b0;
     }
     for (int64_t ib = 0; ib < n; ++ib) {
-        if (ib % PER_LINE == 0) {
-            for (int r = 0; r < ROWS; ++r) {
-                _mm_prefetch((const char *) (x[r] + ib) + ahead, _MM_HINT_T1);
-            }
-        }
+        next.fetch(ib);
         ivec q[GROUPS];
         F::quants(x, ib, q);
         for (int g = 0; g < GROUPS; ++g) {
@@ -191,9 +199,41 @@ private:
     columns<F> panels[PANELS];
 };
 
+// 8 rows interleaved by 8 bytes, as llama.cpp lays Q4_0 weights out where its kernels for that are
+struct format_q4_0x8 {
+    typedef block_q8_0 act;
+    static constexpr bool MIN    = false;
+    static constexpr int  OFFSET = 8;
+
+    static float scale(const act & y) { return GGML_CPU_FP16_TO_FP32(y.d); }
+};
+
+template <>
+void unpack<format_q4_0x8>(const ggml_tensor * w, int64_t r0, int64_t b0, int64_t n, const weights_ahead & next, tile & t) {
+    const int64_t n_blocks = w->ne[0]/QK4_0;
+
+    const block_q4_0x8 * x[ROWS/8];
+    for (int64_t i = 0; i < ROWS/8; ++i) {
+        x[i] = (const block_q4_0x8 *) w->data + std::min(r0/8 + i, w->ne[1]/8 - 1)*n_blocks + b0;
+    }
+    for (int64_t ib = 0; ib < n; ++ib) {
+        next.fetch(ib);
+        ivec four[4];
+        for (int k = 0; k < 2; ++k) {
+            deinterleave(x, ib, 64*k, four + 2*k);
+        }
+        for (int g = 0; g < 4; ++g) {
+            const ivec q = flip4(four[g]); // they are stored less 8
+            store(t.q[ib][g],     low4 (q));
+            store(t.q[ib][g + 4], high4(q));
+        }
+        store(t.d[ib], halves_of(x, ib));
+    }
+}
+
 // adds the products of n blocks with N rows of activations to n_rows values of N rows of the output, or begins with them
 template <typename F, int N>
-void multiply(const tile & t, const columns<F> & c, int64_t n, bool first, float * dst, int64_t stride, int64_t n_rows) {
+void multiply(const tile & t, const columns<F> & c, int64_t n, bool first, float * dst, int64_t stride, int64_t n_rows, const weights_ahead & next) {
     vec acc[N];
     for (int i = 0; i < N; ++i) {
         alignas(64) float before[ROWS] = { 0 };
@@ -203,6 +243,7 @@ void multiply(const tile & t, const columns<F> & c, int64_t n, bool first, float
         acc[i] = load(before);
     }
     for (int64_t ib = 0; ib < n; ++ib) {
+        next.fetch(ib);
         ivec q[GROUPS];
         for (int g = 0; g < GROUPS; ++g) {
             q[g] = load(t.q[ib][g]);
@@ -234,25 +275,30 @@ decltype(&multiply<F, 1>) multiply_of(int n_cols) {
     return multiply<F, N>;
 }
 
-// Products of rows [r0, r1) of the weights, at most TILES*ROWS, with all rows of activations.
+// Products of rows [r0, r1) of the weights, at most TILES*ROWS, with all rows of activations. It goes on `ahead` bytes later.
 template <typename F>
 void multiply_chunk(const ggml_tensor * w, const matmul_rows<F> & rows, float * dst, int64_t r0, int64_t r1, size_t ahead) {
-    const int64_t stride = w->ne[1]; // of the output
+    const int64_t stride  = w->ne[1]; // of the output
+    const size_t  n_fetch = ROWS*w->nb[1]/rows.n_blocks;
+    const bool    brief   = rows.n_cols == 1; // then it unpacks longer than it multiplies
 
     tile tiles[TILES];
     for (int64_t b0 = 0; b0 < rows.n_blocks; b0 += PANEL) {
         const int64_t n = std::min(PANEL, rows.n_blocks - b0);
 
+        const auto next = [&](int64_t r, bool now) {
+            return weights_ahead{ now ? (const char *) w->data + r*w->nb[1] + b0*n_fetch + ahead : nullptr, n_fetch };
+        };
         for (int64_t r = r0; r < r1; r += ROWS) {
-            const char * begin = (const char *) w->data + r*w->nb[1] + b0*sizeof(typename F::weight);
-            unpack<F>(begin, w->nb[1], r1 - r, n, ahead, tiles[(r - r0)/ROWS]);
+            unpack<F>(w, r, b0, n, next(r, brief), tiles[(r - r0)/ROWS]);
         }
         for (int64_t i0 = 0; i0 < rows.n_cols; i0 += COLS) {
             columns<F> made;
             const columns<F> & c = rows.get(i0, b0, made);
             const auto multiply  = multiply_of<F>((int) std::min<int64_t>(COLS, rows.n_cols - i0));
             for (int64_t r = r0; r < r1; r += ROWS) {
-                multiply(tiles[(r - r0)/ROWS], c, n, b0 == 0, dst + i0*stride + r, stride, std::min<int64_t>(ROWS, r1 - r));
+                multiply(tiles[(r - r0)/ROWS], c, n, b0 == 0, dst + i0*stride + r, stride, std::min<int64_t>(ROWS, r1 - r),
+                        next(r, !brief && i0 == 0));
             }
         }
     }
@@ -300,9 +346,36 @@ bool ggml_indexmem_mul_mat(const ggml_compute_params * params, ggml_tensor * dst
     }
 }
 
+bool ggml_indexmem_mul_mat_q4_0x8(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * w = dst->src[0];
+    const ggml_tensor * x = dst->src[1];
+
+    const int64_t n_cols = ggml_nrows(x);
+    if (w->type != GGML_TYPE_Q4_0 || ggml_nrows(w) != w->ne[1] || !ggml_is_contiguous(dst) || x->type != GGML_TYPE_F32 ||
+            !ggml_is_contiguous(x) || n_cols == 1 || params->use_ref) {
+        return false;
+    }
+    const auto   from_float = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
+    const size_t row_size   = ggml_row_size(GGML_TYPE_Q8_0, x->ne[0]);
+    for (int64_t i = params->ith; i < n_cols; i += params->nth) {
+        from_float((const float *) x->data + i*x->ne[0], (char *) params->wdata + i*row_size, x->ne[0]);
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    multiply_all<format_q4_0x8>(params, dst, params->wdata);
+    return true;
+}
+
 #else
 
 bool ggml_indexmem_mul_mat(const ggml_compute_params *, ggml_tensor *, const void *) {
+    return false;
+}
+
+bool ggml_indexmem_mul_mat_q4_0x8(const ggml_compute_params *, ggml_tensor *) {
     return false;
 }
 
