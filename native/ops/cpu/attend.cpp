@@ -119,8 +119,11 @@ void soften(float * l, const float * bias, int64_t n, float scale, float softcap
     using namespace indexmem_simd;
 
     if (softcap != 0.0f) {
-        for (int64_t i = 0; i < n; ++i) {
-            l[i] = softcap*std::tanh(l[i]*scale/softcap);
+        // softcap*tanh(x), with tanh(x) = 1 - 2/(exp(2x) + 1): exact enough beside a cap, also where exp overflows
+        const vec twice = set1(2.0f*scale/softcap);
+        for (int64_t i = 0; i < n; i += WIDTH) {
+            const vec e = indexmem_simd::exp(mul(load(l + i), twice));
+            store(l + i, mul_add(set1(softcap), set1(-2.0f*softcap), div(set1(1.0f), add(e, set1(1.0f)))));
         }
         scale = 1.0f;
     }

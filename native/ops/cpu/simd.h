@@ -42,6 +42,7 @@ inline vec  exp(vec x)                 { return ggml_v_expf(x); }
 constexpr int TILE = 4; // rows that share what is loaded: their accumulators fit into the registers
 constexpr int MANY = 6; // the same where nothing is converted
 
+inline vec   div(vec a, vec b) { return _mm512_div_ps(a, b); }
 inline vec   max(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline float sum(vec x)        { return _mm512_reduce_add_ps(x); }
 inline float max_of(vec x)     { return _mm512_reduce_max_ps(x); }
@@ -102,6 +103,7 @@ inline void transpose(const vec * x, float * dst, int64_t stride) {
 constexpr int TILE = 2;
 constexpr int MANY = 3;
 
+inline vec   div(vec a, vec b) { return _mm256_div_ps(a, b); }
 inline vec   max(vec a, vec b) { return _mm256_max_ps(a, b); }
 
 inline float sum(vec x) {
@@ -157,6 +159,7 @@ inline void transpose(const vec * x, float * dst, int64_t stride) {
 constexpr int TILE = 3;
 constexpr int MANY = 6;
 
+inline vec   div(vec a, vec b) { return vdivq_f32(a, b); }
 inline vec   max(vec a, vec b) { return vmaxq_f32(a, b); }
 inline float sum(vec x)        { return vaddvq_f32(x); }
 inline float max_of(vec x)     { return vmaxvq_f32(x); }
@@ -212,6 +215,7 @@ inline void  store(float * p, vec x)    { *p = x; }
 inline vec   mul_add(vec acc, vec a, vec b) { return acc + a*b; }
 inline vec   add(vec a, vec b)          { return a + b; }
 inline vec   mul(vec a, vec b)          { return a*b; }
+inline vec   div(vec a, vec b)          { return a/b; }
 inline vec   exp(vec x)                 { return std::exp(x); }
 inline vec   max(vec a, vec b)          { return a > b ? a : b; }
 inline float sum(vec x)                 { return x; }
