@@ -109,7 +109,7 @@ def run_speed(
         _depths(model, report, setups, sorted(depths), full_depth_max, rounds, repeats, corpus, progress, save)
     for part, key, measure in (
         ("rows", "rows_at_once", lambda: parts_of.rows_at_once(model, bounded, corpus, rounds, progress)),
-        ("latency", "latency", lambda: parts_of.latencies(model, bounded, corpus, latency_tokens, progress)),
+        ("latency", "latency", lambda: parts_of.latencies(model, bounded, corpus, latency_tokens, stock, progress)),
         (
             "prefill",
             "prefill",

@@ -54,21 +54,39 @@ def rows_at_once(
 
 
 def latencies(
-    model: Model, setups: Sequence[Setup], corpus: list[int], tokens: int, progress: Progress | None = None
+    model: Model,
+    setups: Sequence[Setup],
+    corpus: list[int],
+    tokens: int,
+    stock: Setup | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
-    """Percentiles of the seconds of greedy steps past the budget: `tokens` or more, whole cycles of eviction."""
-    found: list[Row] = []
-    task = progress.add_task("latency", total=len(setups)) if progress else None
-    for setup in setups:
-        with System(model, setup) as system:
-            _past_budget(system, corpus)
-            step = max(system.evict_step(), 1)
-            system.decode(whole_cycles(step), system.greedy())
-            times = system.decode(-(-tokens // step) * step, system.greedy())
-        found.append({"system": setup.label, "evict_step": step, **percentiles(times)})
-        if progress and task is not None:
-            progress.advance(task)
-    return found
+    """Percentiles of the seconds of greedy steps past the budget: `tokens` or more, whole cycles of eviction. The systems take
+    turns of a cycle, the unbounded one among them if it is given: what it has is the machine's."""
+    past = max(past_budget(setup, 0) for setup in setups)
+    with ExitStack() as stack:
+        systems = [stack.enter_context(System(model, setup)) for setup in setups]
+        turns = [whole_cycles(system.evict_step()) for system in systems]
+        if stock:
+            turns.insert(0, max(turns))
+            n_ctx = past + tokens + 2 * turns[0]  # a turn before, and what the last one is too long
+            systems.insert(0, stack.enter_context(System(model, replace(stock, n_ctx=n_ctx))))
+        rounds = -(-tokens // min(turns))
+        task = progress.add_task("latency", total=rounds) if progress else None
+        for system, turn in zip(systems, turns):
+            system.feed(TokenStream(corpus).take(past), last_logits=True)
+            system.decode(turn, system.greedy())  # once, so that nothing is measured cold
+        names = [(system.setup.label, system.evict_step()) for system in systems]
+        times: list[list[float]] = [[] for _ in systems]
+        for _ in range(rounds):
+            for system, turn, seconds in zip(systems, turns, times):
+                if len(seconds) < tokens:
+                    seconds += system.decode(turn, system.greedy())
+            if progress and task is not None:
+                progress.advance(task)
+    return [
+        {"system": label, "evict_step": step, **percentiles(seconds)} for (label, step), seconds in zip(names, times)
+    ]
 
 
 def percentiles(seconds: Sequence[float]) -> Row:
