@@ -2,9 +2,12 @@
 
 #include "indexmem-graph.h"
 
+// The ubatches of decode: of more tokens the compute buffers are large, and one for each kind would be too much.
+static constexpr uint32_t N_TOKENS = 32;
+
 int indexmem_graphs::kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch) {
     const auto * bounded = indexmem_context(mctx);
-    if (!bounded || ubatch.n_tokens != ubatch.n_seqs_unq) {
+    if (!bounded || ubatch.n_tokens > N_TOKENS) {
         return 0;
     }
     for (ggml_backend_t backend : backends) {

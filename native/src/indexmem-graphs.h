@@ -15,7 +15,7 @@ struct llama_ubatch;
 // Graphs of decode that come back
 //
 // A context reuses its last graph, and an eviction is three changes of graph: scoring, evicting, and back. Building and
-// allocating one takes a quarter of the time of a small model's token. So graphs of single tokens are put aside with their
+// allocating one takes a quarter of the time of a small model's token. So graphs of few tokens are put aside with their
 // scheduler, which holds the plan of one graph, when another kind is needed.
 //
 // Invariants
