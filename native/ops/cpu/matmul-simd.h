@@ -84,7 +84,7 @@ inline isum no_sum()                      { return _mm512_setzero_si512(); }
 inline isum add_products(isum acc, ivec q, ivec y) { return _mm512_dpbusd_epi32(acc, q, y); }
 inline vec  to_f32(isum x, int32_t off)   { return _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(off))); }
 
-#else
+#elif defined(INDEXMEM_MATMUL_AVX2)
 
 typedef __m256  vec;
 typedef __m256i ivec;
