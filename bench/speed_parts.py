@@ -58,19 +58,18 @@ def latencies(
     setups: Sequence[Setup],
     corpus: list[int],
     tokens: int,
-    stock: Setup | None = None,
+    stock: Setup,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Percentiles of the seconds of greedy steps past the budget: `tokens` or more, whole cycles of eviction. The systems take
-    turns of a cycle, the unbounded one among them if it is given: what it has is the machine's."""
+    turns of a cycle, the unbounded one (`stock`) among them: what it has is the machine's."""
     past = max(past_budget(setup, 0) for setup in setups)
     with ExitStack() as stack:
         systems = [stack.enter_context(System(model, setup)) for setup in setups]
         turns = [whole_cycles(system.evict_step()) for system in systems]
-        if stock:
-            turns.insert(0, max(turns))
-            n_ctx = past + tokens + 2 * turns[0]  # a turn before, and what the last one is too long
-            systems.insert(0, stack.enter_context(System(model, replace(stock, n_ctx=n_ctx))))
+        turns.insert(0, max(turns))
+        n_ctx = past + tokens + 2 * turns[0]  # a turn before, and what the last one is too long
+        systems.insert(0, stack.enter_context(System(model, replace(stock, n_ctx=n_ctx))))
         rounds = -(-tokens // min(turns))
         task = progress.add_task("latency", total=rounds) if progress else None
         for system, turn in zip(systems, turns):

@@ -63,27 +63,27 @@ struct format_q4_1 {
     static void quants(const weight * const * x, int64_t ib, ivec * q) { nibbles(x, ib, q); }
 };
 
-struct format_q4_0 {
-    typedef block_q4_0 weight;
+// what formats with a scale alone have in common
+struct format_scaled {
     typedef block_q8_0 act;
-    static constexpr bool MIN    = false;
-    static constexpr int  OFFSET = 8;
+    static constexpr bool MIN = false;
 
-    static uint32_t halves(const weight & x) { return x.d; }
-    static float    scale (const act & y)    { return GGML_CPU_FP16_TO_FP32(y.d); }
+    template <typename W>
+    static uint32_t halves(const W & x)  { return x.d; }
+    static float    scale(const act & y) { return GGML_CPU_FP16_TO_FP32(y.d); }
+};
+
+struct format_q4_0 : format_scaled {
+    typedef block_q4_0 weight;
+    static constexpr int OFFSET = 8;
 
     static void quants(const weight * const * x, int64_t ib, ivec * q) { nibbles(x, ib, q); }
 };
 
 #if defined(INDEXMEM_MATMUL_VNNI) // 16 bits would not be enough
-struct format_q8_0 {
+struct format_q8_0 : format_scaled {
     typedef block_q8_0 weight;
-    typedef block_q8_0 act;
-    static constexpr bool MIN    = false;
-    static constexpr int  OFFSET = 128;
-
-    static uint32_t halves(const weight & x) { return x.d; }
-    static float    scale (const act & y)    { return GGML_CPU_FP16_TO_FP32(y.d); }
+    static constexpr int OFFSET = 128;
 
     static void quants(const weight * const * x, int64_t ib, ivec * q) {
         transposed(x, ib, 0,  q);
@@ -200,12 +200,8 @@ private:
 };
 
 // 8 rows interleaved by 8 bytes, as llama.cpp lays Q4_0 weights out where its kernels for that are
-struct format_q4_0x8 {
-    typedef block_q8_0 act;
-    static constexpr bool MIN    = false;
-    static constexpr int  OFFSET = 8;
-
-    static float scale(const act & y) { return GGML_CPU_FP16_TO_FP32(y.d); }
+struct format_q4_0x8 : format_scaled {
+    static constexpr int OFFSET = 8;
 };
 
 template <>
