@@ -194,6 +194,9 @@ public:
     // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
     bool set_pin(llama_seq_id seq_id, uint32_t n, std::string & error);
 
+    // the stream that holds the data of a sequence now: another one's until pending copies have been made
+    uint32_t get_stream(llama_seq_id seq_id) const;
+
     // positions held by one head, in slot order
     std::vector<int32_t> get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const;
 
