@@ -1,7 +1,7 @@
 // States from bytes of all sorts, for libFuzzer. What is accepted has to survive the steps that follow.
 //
 //   cmake -B build/fuzz -G Ninja -DINDEXMEM_FUZZ=ON -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
-//   cmake --build build/fuzz --target fuzz_state                                                  (all of llama.cpp)
+//   cmake --build build/fuzz --target fuzz_state                                           (compiles all of llama.cpp)
 //   mkdir -p build/corpus-state && build/fuzz/fuzz_state -timeout=20 -max_len=8192 -max_total_time=600
 //       build/corpus-state native/fuzz/corpus-state                                                     (one line)
 //
@@ -33,7 +33,8 @@ extern "C" int LLVMFuzzerInitialize(int * argc, char *** argv) {
     if (*argc == 3 && strcmp((*argv)[1], "--seeds") == 0) {
         int n = 0;
         for (const auto & seed : attack->seeds()) {
-            std::ofstream((*argv)[2] + std::string("/seed") + std::to_string(n++), std::ios::binary).write((const char *) seed.data(), seed.size());
+            const std::string path = (*argv)[2] + std::string("/seed") + std::to_string(n++);
+            std::ofstream(path, std::ios::binary).write((const char *) seed.data(), (std::streamsize) seed.size());
         }
         exit(0);
     }

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 using kv_cache = llama_kv_cache_bounded;
@@ -42,7 +43,8 @@ public:
             for (char & c : found) {
                 c = c >= 0x20 && c < 0x7F ? c : '?'; // it is about to be printed
             }
-            throw std::runtime_error(format("bounded KV state: made with %s '%s', this context has '%s'", what, found.c_str(), name.c_str()));
+            throw std::runtime_error(format("bounded KV state: made with %s '%s', this context has '%s'", what, found.c_str(),
+                        name.c_str()));
         }
     }
 
@@ -101,13 +103,14 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
     ok = ok && (evicted ? seq.n_fixed >= std::max(cfg.sinks, seq.pin) + cfg.window : seq.n_used == n_seen && seq.n_fixed == 0);
     ok = ok && (seq.n_used > 0 || n_seen == 0);
     if (!ok) {
-        throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted %llu times)",
-                    n_seen, seq.n_used, seq.n_fixed, seq.pin, (unsigned long long) seq.n_evictions));
+        throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted "
+                    "%llu times)", n_seen, seq.n_used, seq.n_fixed, seq.pin, (unsigned long long) seq.n_evictions));
     }
 
     // entries that wait are the newest, not moved since they were appended, and their hidden states fit the ring
     if (!kv.get_indexer() ? seq.n_scored != 0 : seq.n_scored > seq.n_seen || seq.n_scored < seq.pos_tail()) {
-        throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)", seq.n_scored, n_seen));
+        throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)",
+                    seq.n_scored, n_seen));
     }
     if (kv.get_indexer() && seq.n_pending() > kv.get_n_wait()) {
         throw std::runtime_error(format("bounded KV state: %u entries wait to be scored and a budget of %u has room for %u: "
@@ -162,10 +165,11 @@ held_piece hold(llama_io_read_i & io, const indexmem_state_piece & piece) {
     return res;
 }
 
-held_piece hold_table(llama_io_read_i & io, const indexmem_state_piece & piece, const kv_cache::config & cfg, const kv_cache::seq_state & seq) {
+held_piece hold_table(
+        llama_io_read_i & io, const indexmem_state_piece & piece, const kv_cache::config & cfg, const kv_cache::seq_state & seq) {
     held_piece res = hold(io, piece);
     std::vector<int32_t> pos(seq.n_fixed);
-    std::copy(res.data.begin(), res.data.end(), (uint8_t *) pos.data());
+    memcpy(pos.data(), res.data.data(), res.data.size());
     check_table(std::move(pos), seq, std::max(cfg.sinks, seq.pin), cfg.window);
     return res;
 }

@@ -117,7 +117,8 @@ private:
         require(!text.empty(), "refused without a reason");
         if (text.find("bounded KV state: ") != std::string::npos) {
             require(text.size() < 1000 && text.find('\n') == text.size() - 1, "an error without an end");
-            require(std::all_of(text.begin(), text.end() - 1, [](char c) { return c >= 0x20 && c < 0x7F; }), "an error that cannot be printed");
+            require(std::all_of(text.begin(), text.end() - 1, [](char c) { return c >= 0x20 && c < 0x7F; }),
+                    "an error that cannot be printed");
         }
     }
 

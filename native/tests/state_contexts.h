@@ -67,8 +67,8 @@ public:
         for (const auto & kind : STATE_KINDS) {
             const std::string sidecar = folder + "test-state.indexmem.gguf";
             if (kind.indexer) {
-                std::ofstream(sidecar, std::ios::binary)
-                    << sidecar_file(kind.indexer, kind.residual, GGML_TYPE_F32, true, { shape.n_layer, shape.n_embd, shape.n_head_kv }).bytes();
+                const sidecar_shape sizes = { shape.n_layer, shape.n_embd, shape.n_head_kv };
+                std::ofstream(sidecar, std::ios::binary) << sidecar_file(kind.indexer, kind.residual, GGML_TYPE_F32, true, sizes).bytes();
             }
             auto request = indexmem_default_params();
             request.budget       = STATE_BUDGET;
@@ -145,7 +145,8 @@ inline bool decode(llama_context * ctx, llama_seq_id seq, int n, uint32_t seed =
 // of a sequence, or (-1) of the context
 inline bytes save(llama_context * ctx, llama_seq_id seq) {
     bytes res(seq == -1 ? llama_state_get_size(ctx) : llama_state_seq_get_size(ctx, seq));
-    const size_t n = seq == -1 ? llama_state_get_data(ctx, res.data(), res.size()) : llama_state_seq_get_data(ctx, res.data(), res.size(), seq);
+    const size_t n = seq == -1 ? llama_state_get_data(ctx, res.data(), res.size())
+                               : llama_state_seq_get_data(ctx, res.data(), res.size(), seq);
     if (n != res.size()) {
         throw std::runtime_error("a state has another size than was counted");
     }
@@ -189,7 +190,8 @@ inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
     if (!indexmem_get_stats(ctx, seq, &stats)) {
         throw std::runtime_error("no stats");
     }
-    if (stats.n_kept > stats.budget || stats.n_kept + stats.n_evicted != stats.n_seen || (int64_t) stats.n_seen != n_seen(ctx, seq)) {
+    if (stats.n_kept > stats.budget || stats.n_kept + stats.n_evicted != stats.n_seen ||
+            (int64_t) stats.n_seen != n_seen(ctx, seq)) {
         throw std::runtime_error("impossible counts");
     }
     for (int il = 0; il < 2; ++il) {

@@ -189,18 +189,36 @@ TEST(truncated_everywhere) {
     }
 }
 
+// where the parts of the state of a sequence begin
+struct parts {
+    size_t head, table, rows;
+
+    parts(llama_context * ctx, const bytes & state) {
+        counting_writer empty; // the header, the number of sequences and the head of one
+        llama_get_memory(ctx)->state_write(empty, 2);
+        table = 8 + empty.n_data;
+        head  = table - 32;
+        rows  = table + 4*sizeof(int32_t)*number(state, 3); // 2 layers with 2 heads
+    }
+
+    // i: as in put_head()
+    uint32_t number(const bytes & state, size_t i) const {
+        uint32_t res;
+        memcpy(&res, state.data() + head + i*sizeof(res), sizeof(res));
+        return res;
+    }
+};
+
 TEST(numbers_that_lie) {
     for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
         llama_context * ctx = filled(kind);
         const bytes state  = save(ctx, 0);
         const bytes before = save(ctx, -1);
 
-        counting_writer empty; // the header, the number of sequences and the head of one
-        llama_get_memory(ctx)->state_write(empty, 2);
-        const size_t n_header = 8 + empty.n_data;
+        const size_t n_header = parts(ctx, state).table;
 
         for (size_t at = 0; at + 4 <= n_header; ++at) {
-            for (uint32_t value : { 2u, 1000u, 1u << 20, 30000000u, 200000000u, (uint32_t) INT32_MAX, 1u << 31, UINT32_MAX - 1, UINT32_MAX }) {
+            for (uint32_t value : { 2u, 1000u, 1u << 20, 30000000u, 200000000u, (uint32_t) INT32_MAX, 1u << 31, UINT32_MAX }) {
                 bytes lie = state;
                 memcpy(lie.data() + at, &value, sizeof(value));
                 if (lie == state) {
@@ -218,6 +236,58 @@ TEST(numbers_that_lie) {
             }
         }
         CHECK(save(ctx, -1) == before);
+    }
+}
+
+// accepted, whatever they hold: no step after that may fail
+TEST(rows_of_any_bytes) {
+    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+        llama_context * ctx = filled(kind);
+        const bytes state = save(ctx, 0);
+        const parts at(ctx, state);
+        for (int value : { 0x00, 0x7C, 0x7F, 0x80, 0xFC, 0xFF }) { // zeros, infinite, not a number
+            bytes other = state;
+            std::fill(other.begin() + (std::ptrdiff_t) at.rows, other.end(), (uint8_t) value);
+            CHECK(load(ctx, 0, other) && save(ctx, 0) == other);
+            for (int n : { 1, 9, 25, 1, 1 }) {
+                CHECK(decode(ctx, 0, n));
+                check_sequence(ctx, 0);
+            }
+        }
+    }
+}
+
+TEST(far_ahead) {
+    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+        llama_context * ctx = filled(kind);
+        const bytes state = save(ctx, 0);
+        const parts at(ctx, state);
+        const uint32_t n_seen = at.number(state, 1);
+        for (uint32_t n_ahead : { 100000u, 1u << 30, (1u << 30) + 1, (uint32_t) INT32_MAX }) {
+            bytes other = state;
+            other.resize(other.size() + (1 << 16)); // with that many tokens rings of queries are full
+            const auto move = [&](size_t offset, uint32_t from) {
+                uint32_t x;
+                memcpy(&x, other.data() + offset, sizeof(x));
+                x += x >= from ? n_ahead - n_seen : 0;
+                memcpy(other.data() + offset, &x, sizeof(x));
+            };
+            move(at.head + 4,  1); // n_seen
+            move(at.head + 20, 1); // n_scored
+            for (size_t i = at.table; i < at.rows; i += 4) {
+                move(i, n_seen - STATE_WINDOW);
+            }
+            if (n_ahead > 1u << 30) {
+                CHECK(!load(ctx, 0, other));
+                continue;
+            }
+            contexts().take_log();
+            CHECK_MSG(load(ctx, 0, other), "%s", contexts().take_log().c_str());
+            for (int n : { 1, 9, 25, 1 }) {
+                CHECK(decode(ctx, 0, n));
+                check_sequence(ctx, 0);
+            }
+        }
     }
 }
 
