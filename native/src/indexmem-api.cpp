@@ -172,6 +172,9 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
     }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        refuse("a bounded KV cache lies whole with its layer: the split mode can be none, layer or row, not tensor");
+    }
     if (!cparams.flash_attn) {
         refuse("a bounded KV cache needs flash attention: switch it on");
     }

@@ -240,6 +240,8 @@ private:
     struct copy { uint32_t src, dst; };
     std::vector<copy> copies; // pending, applied by init_update
 
+    layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
+
     // empty on failure
     std::vector<step> prepare(const std::vector<llama_ubatch> & ubatches) const;
 
