@@ -1,5 +1,6 @@
 #include "indexmem.h"
 
+#include "indexmem-creation.h"
 #include "indexmem-error.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
@@ -116,6 +117,28 @@ bool indexmem_next_context(const indexmem_params * params) {
     return true;
 }
 
+indexmem_creation::indexmem_creation(const llama_model * model) :
+    requested(request_next.has_value()), dry(model && model->hparams.no_alloc) {
+    if (requested) {
+        indexmem_clear_error();
+    }
+}
+
+indexmem_creation::~indexmem_creation() {
+    if (requested && !dry) {
+        request_next.reset();
+    }
+    if (requested && !done && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is("llama.cpp refused the context before it came to the bounded KV cache: its log says why", INDEXMEM_ERROR_CONTEXT);
+    }
+}
+
+void indexmem_creation::failed(const char * why) {
+    if (requested && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is(format("the context could not be created: %s", why), INDEXMEM_ERROR_CONTEXT);
+    }
+}
+
 // What ranks and what remembers: fills policy, memory and sidecar.
 static void choose_parts(const request & req, const llama_model & model, bool offload, llama_kv_cache_bounded::config & cfg) {
     std::shared_ptr<indexmem_sidecar> sidecar;
@@ -158,8 +181,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (!request_next) {
         return nullptr;
     }
-    const request req = *request_next;
-    request_next.reset();
+    const request req = *request_next; // indexmem_creation uses it up
 
     auto refuse = [](const std::string & reason) {
         indexmem_fail(INDEXMEM_ERROR_PARAMS, reason);
@@ -197,6 +219,9 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);
     } catch (const std::exception & err) {
+        if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
+            throw;
+        }
         refuse(err.what());
     }
     return nullptr;

@@ -11,8 +11,8 @@
 #include <set>
 #include <utility>
 
-// the most that the nodes of a layer are, with all tensors that they are made of
-static constexpr size_t N_TENSORS = 512;
+// the nodes of a layer for two kinds of ubatches, with all tensors that they are made of
+static constexpr size_t N_TENSORS = 1024;
 
 static int kind_of(const ggml_tensor * node) {
     return node->op == GGML_OP_INDEXMEM ? ggml_get_op_params_i32(node, INDEXMEM_PARAM_OP) : -1;

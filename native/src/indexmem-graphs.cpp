@@ -36,6 +36,14 @@ void indexmem_graphs::take(int kind, ggml_backend_sched_ptr & sched, results & r
     current = kind;
 }
 
+size_t indexmem_graphs::size(ggml_backend_t backend) const {
+    size_t res = 0;
+    for (const auto & [kind, aside] : kinds) {
+        res += aside.sched ? ggml_backend_sched_get_buffer_size(aside.sched.get(), backend) : 0;
+    }
+    return res;
+}
+
 void indexmem_graphs::clear() {
     kinds.clear();
     current = 0;

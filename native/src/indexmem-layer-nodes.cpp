@@ -127,9 +127,15 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
         count = latent->build_count(ctx, l);
     }
     ggml_tensor * q    = input(GGML_TYPE_F32, l.k->ne[0], T, Hq/H, H*S);
-    ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, count ? S : S == 1 ? 1 : H*S);
+    ggml_tensor * k    = nodes.streams(l.k, st.n_kv, 0);
+    ggml_tensor * v    = nodes.streams(l.v, st.n_kv, 0);
+    ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
+    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
 
-    ggml_tensor * cur = nodes.flash(q, nodes.streams(l.k, st.n_kv, 0), nodes.streams(l.v, st.n_kv, 0), mask, count, scale, softcap);
+    const bool host = l.k->buffer && ggml_backend_buffer_is_host(l.k->buffer);
+
+    ggml_tensor * cur = host ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
+        nodes.flash(q, k, v, count ? mask : each, count, scale, softcap);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
     add(nodes.evict(q_cur, ctl, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
     return res;

@@ -13,6 +13,9 @@
 //
 class indexmem_layer_nodes {
 public:
+    // the most tensors that indexmem_layer_nodes_of_all() makes
+    static constexpr size_t N_TENSORS = 512;
+
     // for n_tokens a sequence, of the sequences [s0, s0 + n_seq)
     indexmem_layer_nodes(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
             uint32_t s0, int64_t n_seq, int64_t n_tokens);
@@ -48,7 +51,7 @@ private:
     const int64_t  n_tokens;
 };
 
-// What graphs of n_tokens a sequence, of the first n_seq sequences, do with the layer at most: storing, scoring, attending with
-// flash(), remembering, evicting. Its inputs are tensors without data.
+// What graphs of n_tokens a sequence, of the first n_seq sequences, do with the layer at most: storing, scoring, attending,
+// remembering, evicting. Its inputs are tensors without data. A layer that has no memory yet is one of a device.
 std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_bounded & kv,
         const llama_kv_cache_bounded::layer & l, uint32_t n_seq, uint32_t n_tokens);

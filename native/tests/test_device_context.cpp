@@ -128,13 +128,13 @@ static std::vector<std::string> list_of(ggml_cgraph * gf) {
     return res;
 }
 
-static void compare(fixture & f, const indexmem_params & request, uint32_t n_seq, uint32_t n_tokens, ggml_type type) {
-    llama_context * ctx = f.context(request, n_seq, type);
+static void compare(fixture & f, const indexmem_params & request, uint32_t n_seq, uint32_t n_tokens, ggml_type type, bool offload) {
+    llama_context * ctx = f.context(request, n_seq, type, offload);
     if (!ctx) {
         return;
     }
     const auto & kv = cache_of(ctx);
-    CHECK(on_device(f, ctx));
+    CHECK(on_device(f, ctx) == offload);
 
     ggml_context * asked_ctx = ggml_init({ 4096*ggml_tensor_overhead() + ggml_graph_overhead_custom(4096, false), nullptr, true });
     ggml_cgraph  * asked     = ggml_new_graph_custom(asked_ctx, 4096, false);
@@ -158,17 +158,17 @@ static void compare(fixture & f, const indexmem_params & request, uint32_t n_seq
 
 TEST(what_is_asked_is_what_the_graph_holds) {
     fixture f([](const ggml_tensor *) { return false; });
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+    for (const auto & [type, offload] : { std::pair<ggml_type, bool>(GGML_TYPE_F16, true), { GGML_TYPE_Q8_0, true }, { GGML_TYPE_F16, false } }) {
         for (const auto & [n_seq, n_tokens] : { std::pair<uint32_t, uint32_t>(1, N_UBATCH), { 1, 1 }, { 3, 1 }, { 3, 5 } }) {
             for (const char * policy : { "streaming", "keydiff", "tova", "snapkv" }) {
                 for (const char * memory : { "off", "centroid" }) {
-                    compare(f, request_of(policy, memory), n_seq, n_tokens, type);
+                    compare(f, request_of(policy, memory), n_seq, n_tokens, type, offload);
                 }
             }
             for (int kind = 0; kind < indexmem_indexer_count(); ++kind) {
                 for (const char * memory : { "none", "centroid", "residual" }) {
                     write_sidecar(indexmem_indexer_name(kind), memory);
-                    compare(f, request_of(nullptr, nullptr, SIDECAR), n_seq, n_tokens, type);
+                    compare(f, request_of(nullptr, nullptr, SIDECAR), n_seq, n_tokens, type, offload);
                 }
             }
         }
