@@ -2,7 +2,7 @@
 # make chat           talk to the demo model
 # make test           native tests and Python tests
 # make sanitize       native tests with the address and undefined behaviour sanitizers
-# make patches-check  do the patches apply to the original llama.cpp, exactly?
+# make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
 #

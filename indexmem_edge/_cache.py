@@ -200,6 +200,8 @@ class BoundedCache:
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
             budget_now=native.budget_now,
+            compute_bytes=native.compute_bytes,
+            work_bytes=native.work_bytes,
             **_common(self._llm, native.n_seen),
         )
 

@@ -177,6 +177,8 @@ private:
     struct copy { uint32_t src, dst; };
     std::vector<copy> copies; // pending, applied by init_update
 
+    layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
+
     void reset(llama_seq_id seq_id);
 
     void apply_copies();
