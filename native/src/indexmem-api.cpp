@@ -1,6 +1,7 @@
 #include "indexmem.h"
 
 #include "indexmem-error.h"
+#include "indexmem-hooks.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
 
@@ -102,7 +103,7 @@ bool indexmem_next_context(const indexmem_params * params) {
         return indexmem_error_is("the window must hold at least the newest token: it is 0");
     }
 
-    const uint64_t min = llama_kv_cache_bounded::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory
+    const uint64_t min = indexmem_kv_counts::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory
     if (cfg.budget < min) {
         return indexmem_error_is(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + 1)",
                     cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window));
@@ -154,6 +155,27 @@ static void choose_parts(const request & req, const llama_model & model, bool of
     cfg.memory = memory;
 }
 
+void indexmem_check_request(const llama_model & model) {
+    if (!request_next) {
+        return;
+    }
+    const std::string reason = indexmem_unsupported_reason(model);
+    if (!reason.empty()) {
+        request_next.reset();
+        indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
+    }
+}
+
+void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
+    if (!request_next) {
+        return;
+    }
+    request_next.reset();
+    delete made;
+    indexmem_fail(INDEXMEM_ERROR_MODEL, format("no bounded KV cache for this model: architecture '%s' has a memory of its own in place of "
+                "the ordinary KV cache", llm_arch_name(model.arch)));
+}
+
 llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (!request_next) {
         return nullptr;
@@ -165,10 +187,6 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
         indexmem_fail(INDEXMEM_ERROR_PARAMS, reason);
     };
 
-    const std::string reason = indexmem_unsupported_reason(model);
-    if (!reason.empty()) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
-    }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
     }

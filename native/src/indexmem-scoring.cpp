@@ -1,6 +1,6 @@
 #include "indexmem-scoring.h"
 
-#include "indexmem-graph.h"
+#include "indexmem-nodes.h"
 
 #include "llama-impl.h"
 

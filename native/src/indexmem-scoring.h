@@ -1,5 +1,7 @@
 #pragma once
 
+#include "llama-graph.h"
+
 #include "indexmem-kv-cache.h"
 
 //

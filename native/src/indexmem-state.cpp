@@ -179,7 +179,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     put<uint32_t>(io, cfg.sinks);
     put<uint32_t>(io, cfg.window);
     put<uint64_t>(io, cfg.sidecar ? cfg.sidecar->get_hash() : 0);
-    put<uint32_t>(io, n_ring);
+    put<uint32_t>(io, get_n_ring());
     put<uint32_t>(io, rot_k);
     put<uint32_t>(io, rot_v);
     put<uint32_t>(io, layers.size());
@@ -193,15 +193,21 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
 
     std::vector<llama_seq_id> ids;
-    for (size_t s = 0; s < seqs.size(); ++s) {
-        if ((seq_id == -1 && seqs[s].n_used > 0) || (llama_seq_id) s == seq_id) {
+    for (size_t s = 0; s < get_n_seq_max(); ++s) {
+        if ((seq_id == -1 && (get_seq(s)->n_used > 0 || get_seq(s)->broken)) || (llama_seq_id) s == seq_id) {
             ids.push_back(s);
         }
     }
 
+    for (llama_seq_id id : ids) {
+        if (get_seq(id)->broken) {
+            throw std::runtime_error(format("bounded KV state: sequence %d is broken: evaluating it was interrupted while entries were "
+                        "evicted", id));
+        }
+    }
     put<uint32_t>(io, ids.size());
     for (llama_seq_id id : ids) {
-        const auto & seq = seqs[id];
+        const auto & seq = *get_seq(id);
         put<uint32_t>(io, id);
         put<uint32_t>(io, seq.n_seen);
         put<uint32_t>(io, seq.n_used);
@@ -217,7 +223,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
     for (llama_seq_id id : ids) {
         for (const auto & l : layers) {
-            for (const auto & part : stored_of(*this, l, seqs[id])) {
+            for (const auto & part : stored_of(*this, l, *get_seq(id))) {
                 put_rows(io, part, id);
             }
         }
@@ -241,7 +247,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     if (get<uint64_t>(io) != (cfg.sidecar ? cfg.sidecar->get_hash() : 0)) {
         throw std::runtime_error("bounded KV state: made with another sidecar than the one of this context");
     }
-    expect(io, n_ring,        "number of kept queries");
+    expect(io, get_n_ring(),        "number of kept queries");
     expect(io, rot_k,         "rotation of K");
     expect(io, rot_v,         "rotation of V");
     expect(io, layers.size(), "number of layers");
@@ -261,9 +267,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         std::vector<pending_rows>         rows;
     };
     std::vector<pending_seq> pending(get<uint32_t>(io));
-    if (pending.size() > seqs.size() || (seq_id != -1 && pending.size() != 1)) {
+    if (pending.size() > get_n_seq_max() || (seq_id != -1 && pending.size() != 1)) {
         throw std::runtime_error(format("bounded KV state: holds %zu sequences, expected %s", pending.size(),
-                    seq_id == -1 ? format("at most %zu", seqs.size()).c_str() : "one"));
+                    seq_id == -1 ? format("at most %u", get_n_seq_max()).c_str() : "one"));
     }
 
     for (auto & p : pending) {
@@ -283,13 +289,13 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
             }
         }
         if (!get_seq(p.id)) {
-            throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %zu", id, seqs.size()));
+            throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %u", id, get_n_seq_max()));
         }
         if (n_used > cfg.budget - get_n_latent()) {
             throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", n_used, cfg.budget - get_n_latent()));
         }
         const bool evicted = p.state.n_evictions > 0;
-        if (n_used > n_seen || evicted != (n_used < n_seen) || n_fixed > n_used || n_seen > (uint32_t) INT32_MAX || cfg.budget < budget_min(cfg.sinks, pin, cfg.window, get_n_latent())) {
+        if (n_used > n_seen || evicted != (n_used < n_seen) || n_fixed > n_used || n_seen > (uint32_t) INT32_MAX || cfg.budget < indexmem_kv_counts::budget_min(cfg.sinks, pin, cfg.window, get_n_latent())) {
             throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u)",
                         n_seen, n_used, n_fixed, pin));
         }
@@ -303,9 +309,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         if (!get_indexer() ? n_scored != 0 : n_scored > n_seen || (llama_pos) n_scored < p.state.pos_tail()) {
             throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)", n_scored, n_seen));
         }
-        if (get_indexer() && n_seen - n_scored > n_wait) {
+        if (get_indexer() && n_seen - n_scored > get_n_wait()) {
             throw std::runtime_error(format("bounded KV state: %u entries wait to be scored and a budget of %u has room for %u: "
-                        "use the budget that the state was made with", n_seen - n_scored, cfg.budget, n_wait));
+                        "use the budget that the state was made with", n_seen - n_scored, cfg.budget, get_n_wait()));
         }
 
         for (const auto & l : layers) {
@@ -336,7 +342,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
     apply_copies(); // and clear the memories that are about to be replaced
     for (const auto & p : pending) {
-        seqs[p.id] = p.state;
+        counts.assign(p.id, p.state);
         if (p.state.n_used == 0) {
             continue;
         }

@@ -23,7 +23,7 @@ struct llama_ubatch;
 //   - kind 0 has the scheduler that was reserved for the largest graph
 //   - only where all backends compute on the host: a device has its own way to keep graphs
 //
-class indexmem_graphs {
+class indexmem_graph_cache {
 public:
     typedef std::array<llm_graph_result_ptr, 2> results;
 
