@@ -83,7 +83,7 @@ class BoundedCall(Call):
         self._cut: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # what it was from there on
         evicts = llm.kv_options.policy != "full"
         room = int(native.budget_now) - int(native.memory_slots) - int(native.n_kept) if evicts else _ANY
-        self._reach = min(int(native.n_seen) + room, self.n_tokens + _capi.tail_max(llm.ctx))
+        self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted
 
     def before_growth(self, llm: Llama, n: int) -> None:
         """`n` tokens are about to be evaluated: the last moment for a copy, if they cannot be taken out again."""

@@ -102,7 +102,6 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
     "indexmem_set_cancel": (None, [_P, _I32_P]),
-    "indexmem_tail_max": (_I32, [_P]),
     "indexmem_policy_count": (_INT, []),
     "indexmem_policy_name": (ctypes.c_char_p, [_INT]),
     "indexmem_policy_help": (ctypes.c_char_p, [_INT]),
@@ -277,11 +276,6 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
 def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:
     """Computations of the context stop once the flag is not 0; it must live as long as the context."""
     library().indexmem_set_cancel(ctx, ctypes.byref(flag))
-
-
-def tail_max(ctx: int) -> int:
-    """How many of the newest tokens can be taken back at most as long as nothing is evicted."""
-    return int(library().indexmem_tail_max(ctx))
 
 
 def n_head_kv(ctx: int, layer: int) -> int:

@@ -84,7 +84,7 @@ def _context(model: int, budget: int) -> Iterator[_Text]:
 
 
 def _tokens(model: int) -> list[int]:
-    room = (llama_lib.llama_token * len(TEXT))()
+    room = (llama_lib.llama_token * (len(TEXT) + 8))()  # some make a token of each byte, and add their own
     vocab = llama_lib.llama_model_get_vocab(model)
     n = llama_lib.llama_tokenize(vocab, TEXT, len(TEXT), room, len(room), True, False)
     if n <= 1:

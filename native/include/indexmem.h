@@ -150,12 +150,9 @@ INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, u
 // llama_set_abort_callback, which this calls: the flag is read without a lock, by the thread that computes, so any thread may
 // set it. It must outlive the context, or NULL be set before. GPU backends do not look at it within a ubatch.
 //
-// A ubatch that was stopped does not count (llama_memory_seq_pos_max). If it would have evicted, or overwritten queries that
-// the policy keeps, its sequence is broken: nothing can be evaluated or saved until it is cleared or its state restored.
+// A ubatch that was stopped does not count (llama_memory_seq_pos_max). If it would have evicted, its sequence
+// is broken: nothing can be evaluated or saved until it is cleared or its state restored.
 INDEXMEM_API void indexmem_set_cancel(struct llama_context * ctx, const int32_t * flag);
-
-// How many of the newest tokens can be taken back at most (llama_memory_seq_rm) as long as nothing is evicted. INT32_MAX: all.
-INDEXMEM_API int32_t indexmem_tail_max(const struct llama_context * ctx);
 
 // The table of policies.
 INDEXMEM_API int          indexmem_policy_count(void);
