@@ -275,7 +275,7 @@ def test_a_call_overtakes_a_stream_that_was_left(load: Load) -> None:
 
 def test_tokens_can_still_be_sent_to_generate(load: Load) -> None:
     llm, twin = load("streaming"), load("streaming")
-    stream, plain = llm.generate(TOKENS[:50], temp=0.0), twin._generate(TOKENS[:50], temp=0.0)
+    stream, plain = llm.generate(TOKENS[:50], temp=0.0), llama_cpp.Llama.generate(twin, TOKENS[:50], temp=0.0)
     assert next(stream) == next(plain)
     assert stream.send([7, 8]) == plain.send([7, 8])
     assert llm._input_ids.tolist() == twin._input_ids.tolist()
@@ -317,12 +317,10 @@ def test_the_copy_is_made_when_something_is_evicted_and_counted(load: Load) -> N
     stats = llm.kv_stats()
     assert stats.cancel_bytes == len(llm._calls._copy._buffer) > 0 and "way back" in str(stats)
     assert stats.cancel_bytes < 1.2 * (stats.kv_bytes + stats.meta_bytes)
-    for token in TOKENS[:200]:
+    for token in TOKENS[:60]:
         llm.eval([token])
-    llm.prefill([*llm._input_ids.tolist(), *TOKENS])
-    again = llm.kv_stats().cancel_bytes
-    llm.prefill([*llm._input_ids.tolist(), *TOKENS])
-    assert llm.kv_stats().cancel_bytes == again  # one buffer
+        llm.prefill([*llm._input_ids.tolist(), *TOKENS[:20]])
+    assert llm.kv_stats().cancel_bytes < 1.2 * (stats.kv_bytes + stats.meta_bytes)  # one buffer
 
 
 @pytest.mark.parametrize("work", [prefill, chat], ids=lambda work: work.__name__)
@@ -331,7 +329,7 @@ def test_without_a_copy_the_history_is_evaluated_again(load: Load, work: Any, n_
     llm, twin = load("keydiff", kv_cancel=False), load("keydiff", kv_cancel=False)
     for other in (llm, twin):
         other.prefill(TOKENS[:n_before])
-    with Nodes(llm, stop_after=500), pytest.raises(Cancelled) as caught:
+    with Nodes(llm, stop_after=250), pytest.raises(Cancelled) as caught:
         work(llm)
     assert llm._input_ids.tolist() == TOKENS[:n_before] and llm.kv_stats().cancel_bytes == 0
     if n_before:
