@@ -76,7 +76,7 @@ def _set_native_state(llm: Llama, state: bytes, n_tokens: int) -> bool:
     llama_lib.llama_memory_clear(memory, True)
     if not state:
         return n_tokens == 0
-    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    buffer = ctypes.cast(state, ctypes.POINTER(ctypes.c_uint8))  # only read, so not copied
     read = llama_lib.llama_state_seq_set_data(llm.ctx, buffer, len(state), 0)
     return bool(read == len(state) and llama_lib.llama_memory_seq_pos_max(memory, 0) + 1 == n_tokens)
 

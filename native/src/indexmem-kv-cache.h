@@ -131,6 +131,9 @@ public:
     // false, with the reason, when that is impossible
     bool set_pin(llama_seq_id seq_id, uint32_t n, std::string & error);
 
+    // the stream that holds the data of a sequence now: another one's until pending copies have been made
+    uint32_t get_stream(llama_seq_id seq_id) const;
+
     // positions held by one head, in slot order
     std::vector<int32_t> get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const;
 

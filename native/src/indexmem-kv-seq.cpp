@@ -21,15 +21,20 @@ bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::strin
     return counts.set_pin(seq_id, n, error);
 }
 
-std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
-    // a pending copy would make the table of the destination stale; its source holds the same entries
+// a pending copy would make what lies in the stream of its destination stale; its source holds the same
+uint32_t llama_kv_cache_bounded::get_stream(llama_seq_id seq_id) const {
     uint32_t stream = seq_id;
     for (auto it = copies.rbegin(); it != copies.rend(); ++it) {
         if (it->dst == stream && it->src != NOTHING) {
             stream = it->src;
         }
     }
-    const auto & seq = *get_seq(seq_id);
+    return stream;
+}
+
+std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+    const uint32_t stream = get_stream(seq_id);
+    const auto   & seq    = *get_seq(seq_id);
 
     std::vector<int32_t> pos(seq.n_used);
     if (seq.n_fixed > 0) {
