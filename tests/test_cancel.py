@@ -274,7 +274,7 @@ def test_a_call_overtakes_a_stream_that_was_left(load: Load) -> None:
 
 
 def test_tokens_can_still_be_sent_to_generate(load: Load) -> None:
-    llm, twin = load("streaming"), load("streaming")
+    llm, twin = (load("streaming", logits_all=True, n_ctx=512) for _ in range(2))
     stream, plain = llm.generate(TOKENS[:50], temp=0.0), llama_cpp.Llama.generate(twin, TOKENS[:50], temp=0.0)
     assert next(stream) == next(plain)
     assert stream.send([7, 8]) == plain.send([7, 8])
