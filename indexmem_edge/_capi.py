@@ -103,6 +103,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
+    "indexmem_set_cancel": (None, [_P, _I32_P]),
     "indexmem_policy_count": (_INT, []),
     "indexmem_policy_name": (ctypes.c_char_p, [_INT]),
     "indexmem_policy_help": (ctypes.c_char_p, [_INT]),
@@ -274,6 +275,11 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
+
+
+def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:
+    """Computations of the context stop once the flag is not 0; it must live as long as the context."""
+    library().indexmem_set_cancel(ctx, ctypes.byref(flag))
 
 
 def n_head_kv(ctx: int, layer: int) -> int:

@@ -14,7 +14,8 @@
 //   - the number of KV bytes of a bounded context is fixed when it is created
 //   - after every ubatch each KV head holds at most `budget` entries
 //   - protected entries (sinks, pinned prefix, recent window) are never evicted
-//   - functions taking a context may be called from one thread at a time, like llama_decode
+//   - functions taking a context may be called from one thread at a time, like llama_decode; indexmem_set_cancel has a flag
+//     that any thread may set
 
 #ifndef INDEXMEM_H
 #define INDEXMEM_H
@@ -149,6 +150,14 @@ INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_
 // Pins the first `n` tokens of a sequence. Fails once something has been evicted and `n` exceeds the current pin,
 // and when pin and window leave no room in the budget.
 INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
+
+// Computations of the context stop after the node they are at once *flag is not 0, and llama_decode then returns 2, as with
+// llama_set_abort_callback, which this calls: the flag is read without a lock, by the thread that computes, so any thread may
+// set it. It must outlive the context, or NULL be set before. GPU backends do not look at it within a ubatch.
+//
+// A ubatch that was stopped does not count (llama_memory_seq_pos_max). If it would have evicted, its sequence
+// is broken: nothing can be evaluated or saved until it is cleared or its state restored.
+INDEXMEM_API void indexmem_set_cancel(struct llama_context * ctx, const int32_t * flag);
 
 // The table of policies.
 INDEXMEM_API int          indexmem_policy_count(void);
