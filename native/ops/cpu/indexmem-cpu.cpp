@@ -1,6 +1,11 @@
 #include "indexmem-cpu.h"
 
 #include "kernels.h"
+#include "simd.h"
+
+const char * ggml_indexmem_cpu_vectors() {
+    return indexmem_simd::NAME;
+}
 
 size_t ggml_indexmem_cpu_work_size(const ggml_tensor * op, int n_tasks) {
     switch (ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP)) {

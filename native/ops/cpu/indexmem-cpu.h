@@ -13,6 +13,10 @@ struct ggml_compute_params;
 extern "C" {
 #endif
 
+// The vectors that the kernels are compiled for (simd.h): "AVX-512", "AVX2", "NEON", or "none". Other libraries get this
+// function by its name from ggml_backend_reg_get_proc_address().
+const char * ggml_indexmem_cpu_vectors(void);
+
 // bytes of work buffer
 size_t ggml_indexmem_cpu_work_size(const struct ggml_tensor * op, int n_tasks);
 
