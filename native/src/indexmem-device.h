@@ -1,6 +1,6 @@
 #pragma once
 
-// What a device can do for a bounded cache that lies in its memory.
+// What a device can do for a bounded cache that lies in its memory, the CPU among them.
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -30,3 +30,8 @@ const char * indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device
 // Memory for the cache of a layer next to `dev`: that of the device, or the host's if the device lacks something. Logs the
 // reason once a device.
 ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_needs & needs);
+
+// Whether our op attends to keys that lie where these do: in host memory, if the CPU backend's kernels have vectors. It is
+// faster there than flash attention at every length, and the only one of the two with values summed in fp32 throughout; one
+// lane at a time it would be several times slower.
+bool indexmem_device_attends(const ggml_tensor * k);
