@@ -7,9 +7,9 @@
 
 #include "indexmem-cpu.h"
 #include "indexmem-ops.h"
+#include "vectors.h"
 
 #include <atomic>
-#include <string>
 
 static std::atomic<int> n_ops;
 static std::atomic<int> n_products;
@@ -38,9 +38,7 @@ bool ggml_indexmem_mul_mat_q4_0x8(const ggml_compute_params * params, ggml_tenso
 }
 
 TEST(ggml_cpu_calls_this_build) {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto vectors = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_indexmem_cpu_vectors");
-    CHECK_MSG(vectors && std::string(vectors()) == INDEXMEM_BUILD, "%s", vectors ? vectors() : "no such function");
+    CHECK_MSG(cpu_vectors() == INDEXMEM_BUILD, "%s", cpu_vectors().c_str());
 
     op_graph g;
     ggml_tensor * mask    = g.input(GGML_TYPE_F16, 64, 2, 1, 1);

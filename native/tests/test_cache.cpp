@@ -5,8 +5,8 @@
 #include "sidecar_file.h"
 #include "test.h"
 #include "tiny_model.h"
+#include "vectors.h"
 
-#include "ggml-backend.h"
 #include "ggml-impl.h"
 #include "indexmem-ops.h"
 #include "indexmem.h"
@@ -217,10 +217,8 @@ struct attention_nodes {
 };
 
 TEST(flash_attention_where_the_kernels_have_no_vectors) {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto vectors = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_indexmem_cpu_vectors");
-    CHECK(vectors != nullptr);
-    const bool none = std::string(vectors()) == "none";
+    CHECK(cpu_vectors() != "unknown");
+    const bool none = cpu_vectors() == "none";
 
     fixture f;
     for (const char * memory : { "off", "centroid" }) {

@@ -3,8 +3,8 @@
 
 #include "test.h"
 
-#include "ggml-backend.h"
 #include "simd.h"
+#include "vectors.h"
 
 #include <cmath>
 #include <cstring>
@@ -25,9 +25,7 @@ static bool same(float a, float b) {
 }
 
 TEST(the_cpu_backend_has_the_same_vectors) {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto vectors = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_indexmem_cpu_vectors");
-    CHECK(vectors && std::string(vectors()) == NAME);
+    CHECK_MSG(cpu_vectors() == NAME, "%s and %s", cpu_vectors().c_str(), NAME);
     CHECK((WIDTH == 1) == (std::string(NAME) == "none"));
 }
 
