@@ -139,6 +139,17 @@ std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, int policy)
     };
 }
 
+// asked by name: the CPU backend may be a library that is loaded while the program runs
+static bool cpu_has_vectors() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto get = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_indexmem_cpu_vectors");
+    return get && strcmp(get(), "none") != 0;
+}
+
+bool indexmem_device_attends(const ggml_tensor * k) {
+    return ggml_backend_buffer_is_host(k->buffer) && cpu_has_vectors();
+}
+
 bool indexmem_device_supported(size_t i) {
     if (i >= ggml_backend_dev_count()) {
         return false;

@@ -1,6 +1,6 @@
 #pragma once
 
-// What a device can do for a bounded cache that lies in its memory.
+// What a device can do for a bounded cache that lies in its memory, the CPU among them.
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -23,3 +23,8 @@ ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const in
 
 // The question about caches of the usual kind, f16 and heads of 128, with all kinds of memory: when there is no cache yet
 std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, int policy);
+
+// Whether our op attends to keys that lie where these do: in host memory, if the CPU backend's kernels have vectors. It is
+// faster there than flash attention at every length, and the only one of the two with values summed in fp32 throughout; one
+// lane at a time it would be several times slower.
+bool indexmem_device_attends(const ggml_tensor * k);

@@ -128,6 +128,9 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
     buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
     ctxs_bufs = std::move(buffers.get());
+    for (auto & l : layers) {
+        l.attends = indexmem_device_attends(l.k);
+    }
     clear(true); // no NaN in slots not written yet, and an empty memory
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);

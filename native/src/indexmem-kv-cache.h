@@ -59,6 +59,8 @@ public:
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
+        bool attends; // by our op, and not by flash attention
+
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
     };

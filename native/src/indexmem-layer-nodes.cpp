@@ -136,9 +136,7 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
     ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
 
-    const bool host = l.k->buffer && ggml_backend_buffer_is_host(l.k->buffer);
-
-    ggml_tensor * cur = host ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
+    ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
         nodes.flash(q, k, v, count ? mask : each, count, scale, softcap);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
     add(nodes.evict(q_cur, ctl, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));

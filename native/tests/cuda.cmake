@@ -25,7 +25,7 @@ if(CMAKE_SYSTEM_NAME STREQUAL Linux) # executor.h needs it
             set_target_properties(${test}_cuda PROPERTIES EXCLUDE_FROM_ALL ON)
         endif()
         add_test(NAME ${test}_cuda COMMAND ${test}_cuda)
-        set_tests_properties(${test}_cuda PROPERTIES TIMEOUT 600)
+        set_tests_properties(${test}_cuda PROPERTIES TIMEOUT ${test_timeout})
     endforeach()
 endif()
 

@@ -1,6 +1,7 @@
 #pragma once
 
-// a few lines of test harness: named cases, checks that say where they failed
+// a few lines of test harness: named cases, checks that say where they failed; main() unless TEST_NO_MAIN is defined, which
+// further files of a program do
 
 #include <cstdio>
 #include <cstdlib>
@@ -50,6 +51,7 @@ struct test_register {
         } \
     } while (0)
 
+#if !defined(TEST_NO_MAIN)
 int main() {
     for (auto & c : test_cases()) {
         const int before = test_failures();
@@ -58,3 +60,4 @@ int main() {
     }
     return test_failures() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
+#endif
