@@ -14,6 +14,7 @@ struct evict_case {
     int32_t n_used, n_fixed, n_evict; // of sequence 0; other sequences evict one entry less each
     int32_t keep_lo, window;
     int     ranks;                    // 0 distinct, 1 many ties, 2 all equal, 3 with NaN, inf and -0
+    int32_t n_plan = 0;               // entries that the plan holds, 0: 3 more than leave
 };
 
 static std::vector<float> make_ranks(std::mt19937 & rng, int kind, size_t n) {
@@ -37,7 +38,7 @@ static void run_evict(const evict_case & c, ggml_type type, int n_threads) {
     std::mt19937 rng(c.n_slots*131 + c.n_used*7 + c.n_evict + c.ranks);
 
     const int64_t n_embd = 64;
-    const int64_t n_evict_max = c.n_evict + 3;
+    const int64_t n_evict_max = c.n_plan ? c.n_plan : c.n_evict + 3;
 
     op_graph g;
     ggml_tensor * rank  = g.input(GGML_TYPE_F32, c.n_slots, c.n_head, c.n_seq);
@@ -103,7 +104,7 @@ static void run_evict(const evict_case & c, ggml_type type, int n_threads) {
         indexmem_reference_plan ref;
         if (n_evict > 0) {
             const std::vector<float> r(data_rank.begin() + row*c.n_slots, data_rank.begin() + row*c.n_slots + c.n_used);
-            ref = indexmem_reference_select(r, all_pos[row], n_evict, c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
+            ref = indexmem_reference_select(r, all_pos[row], std::min(n_evict, (int32_t) n_evict_max), c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
         }
 
         const int32_t * p = res_plan.data() + row*3*n_evict_max;
@@ -155,6 +156,21 @@ TEST(select_and_compact) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F32 }) {
             run_evict(c, type, 1 + (int) (c.n_evict % 3));
         }
+    }
+}
+
+// By a mistake elsewhere only: never out of bounds, and the same on every device.
+TEST(fewer_may_leave_than_asked_for) {
+    const evict_case cases[] = {
+        { 256,  3,   1,     41,   40,   30,  30,    9,  0 },     // some may
+        { 256,  3,   1,     41,   40,   30,  30,    9,  3 },
+        { 256,  2,   2,     41,   40,   30,  40,    1,  0 },     // none may
+        { 256,  2,   1,    256,  100,   63,   4,   32,  1, 17 }, // the plan is too short
+        { 256,  2,   1,     41,   40,   30,  30,    9,  0, 4 },  // both
+        { 640,  1,   1,    640,    0,  639,   0,    1,  0, 1 },
+    };
+    for (const auto & c : cases) {
+        run_evict(c, GGML_TYPE_F16, 2);
     }
 }
 

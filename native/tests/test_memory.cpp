@@ -15,6 +15,7 @@ struct memory_case {
     std::vector<int32_t> n_evict; // of each eviction in turn
     bool equal_keys;
     int  n_threads;
+    int32_t n_missing = 0; // ctl asks for so many more than the plan has
 };
 
 static const memory_case memory_cases[] = {
@@ -28,6 +29,8 @@ static const memory_case memory_cases[] = {
     { 32, 64,  4, 2, 3, { 0, 6, 0, 6 },        false, 4 }, // nothing leaves
     { 128, 128, 70, 2, 1, { 40, 3 },           false, 2 },
     { 16, 16, 600, 1, 1, { 290, 300, 40 },     false, 2 }, // more slots than a group has threads
+    { 32, 32,  4, 2, 1, { 5, 0, 7 },           false, 2, 2 }, // fewer leave than asked for
+    { 32, 32,  4, 1, 1, { 5, 9 },              false, 1, 9 }, // the plan holds fewer
 };
 
 // A cache of which some rows leave; those that stay are poisoned.
@@ -87,7 +90,7 @@ struct leaving {
         }
         std::vector<int32_t> ctl_data(ggml_nelements(ctl), 0);
         for (int64_t s = 0; s < c.n_seq; ++s) {
-            ctl_data[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_N_EVICT] = n_evict;
+            ctl_data[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_N_EVICT] = n_evict + c.n_missing;
         }
         g.set(k,    k_bytes);
         g.set(v,    v_bytes);
