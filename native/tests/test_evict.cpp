@@ -174,6 +174,75 @@ TEST(fewer_may_leave_than_asked_for) {
     }
 }
 
+TEST(large_caches) {
+    const evict_case cases[] = {
+        { 33000, 2, 1, 33000, 32488,     1, 4, 128, 0 },
+        { 33000, 2, 1, 33000, 32488,    32, 4, 128, 3, 33000 }, // with a ratio the plan is as long as the cache
+        { 33000, 2, 1, 33000, 32488,   512, 4, 128, 1 },
+        { 33000, 2, 1, 32999, 20000, 16000, 4, 128, 0 },
+    };
+    for (const auto & c : cases) {
+        run_evict(c, GGML_TYPE_Q4_0, 2);
+    }
+}
+
+// Positions from `pos0` on, with gaps between them, ranked by the policy `streaming`.
+static void run_oldest(int32_t pos0, int32_t n_evict) {
+    const int64_t n_slots = 33000, n_head = 2, n_fixed = 32000, n_keep = 4, n_window = 128;
+
+    op_graph g;
+    ggml_tensor * k    = g.input(GGML_TYPE_F16, 32, n_slots, n_head, 1);
+    ggml_tensor * pos  = g.input(GGML_TYPE_I32, n_slots, n_head, 1);
+    ggml_tensor * ctl  = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
+    ggml_tensor * rank = ggml_indexmem_rank(g.ctx, k, pos, ctl, nullptr, indexmem_policy_find("streaming"), 0, 0, 1.0f, 0.0f);
+    ggml_tensor * plan = ggml_indexmem_select(g.ctx, rank, pos, ctl, n_slots);
+    g.alloc();
+
+    std::mt19937 rng(n_evict);
+    std::vector<int32_t> past(n_fixed), data_pos(ggml_nelements(pos), -777);
+    for (int64_t i = 0; i < n_fixed; ++i) {
+        past[i] = pos0 + (int32_t) (i + i/3);
+    }
+    const int32_t tail = past.back() + 5;
+    std::vector<int32_t> data_ctl(INDEXMEM_CTL_SIZE, 0);
+    data_ctl[INDEXMEM_CTL_N_USED]   = n_slots;
+    data_ctl[INDEXMEM_CTL_N_EVICT]  = n_evict;
+    data_ctl[INDEXMEM_CTL_N_FIXED]  = n_fixed;
+    data_ctl[INDEXMEM_CTL_POS_TAIL] = tail;
+    data_ctl[INDEXMEM_CTL_KEEP_LO]  = past[n_keep];
+    data_ctl[INDEXMEM_CTL_KEEP_HI]  = tail + (int32_t) (n_slots - n_fixed - n_window);
+    data_ctl[INDEXMEM_CTL_POS_LAST] = tail + (int32_t) (n_slots - n_fixed) - 1;
+
+    const std::vector<int32_t> oldest(past.begin() + n_keep, past.begin() + n_keep + n_evict);
+    for (int64_t h = 0; h < n_head; ++h) {
+        std::shuffle(past.begin(), past.end(), rng);
+        std::copy(past.begin(), past.end(), data_pos.begin() + h*n_slots);
+    }
+    g.set(pos, data_pos);
+    g.set(ctl, data_ctl);
+    g.compute({ plan }, 2);
+
+    const auto found = g.get<int32_t>(plan);
+    for (int64_t h = 0; h < n_head; ++h) {
+        std::vector<int32_t> left;
+        for (int32_t i = 0; i < n_evict; ++i) {
+            const int32_t slot = found[3*h*n_slots + i];
+            left.push_back(slot >= 0 && slot < n_fixed ? data_pos[h*n_slots + slot] : -1);
+        }
+        std::sort(left.begin(), left.end());
+        CHECK_MSG(left == oldest, "positions from %d on, %d leave: others than the oldest", pos0, n_evict);
+        CHECK(found[3*h*n_slots + n_evict] == -1);
+    }
+}
+
+TEST(the_oldest_leave_first_at_any_position) {
+    run_oldest(0,                             512);
+    run_oldest((1 << 24) - 100,               1);
+    run_oldest((1 << 24) + 7,                 16000);
+    run_oldest((1 << 30) - 20,                32);
+    run_oldest(INT32_MAX - 100000,            513);
+}
+
 TEST(threads_agree_with_the_reference) {
     for (int n_threads = 1; n_threads <= 5; ++n_threads) {
         run_evict(evict_cases[4], GGML_TYPE_Q8_0, n_threads);
