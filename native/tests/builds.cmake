@@ -48,7 +48,9 @@ foreach(build IN LISTS op_builds)
     endforeach()
 
     file(MAKE_DIRECTORY "${PROJECT_BINARY_DIR}/tests_${build}") # for the files that programs of the same name write
-    foreach(test IN LISTS op_tests ITEMS test_cache)
+    set(kernel_tests ${op_tests} test_cache)
+    list(REMOVE_ITEM kernel_tests test_amx test_kv_counts) # nothing of these kernels is in them
+    foreach(test IN LISTS kernel_tests)
         set(test_itself $<TARGET_OBJECTS:${test}>)
         if(test STREQUAL test_simd)
             set(test_itself native/tests/test_simd.cpp)

@@ -51,8 +51,24 @@ struct test_register {
         } \
     } while (0)
 
+// What the tests of a program need and this machine lacks, or null; a lambda that main calls.
+inline std::function<const char *()> & test_lacks() {
+    static std::function<const char *()> lacks = [] { return nullptr; };
+    return lacks;
+}
+
+struct test_needs {
+    explicit test_needs(std::function<const char *()> lacks) { test_lacks() = std::move(lacks); }
+};
+
+constexpr int TEST_SKIPPED = 77; // SKIP_RETURN_CODE of ctest
+
 #if !defined(TEST_NO_MAIN)
 int main() {
+    if (const char * lacks = test_lacks()()) {
+        printf("skipped: %s\n", lacks);
+        return TEST_SKIPPED;
+    }
     for (auto & c : test_cases()) {
         const int before = test_failures();
         c.run();

@@ -10,6 +10,10 @@
 #include <cmath>
 #include <random>
 
+#if defined(__linux__)
+#    include <pthread.h>
+#endif
+
 struct matmul_case {
     int64_t n_in, n_out, n_cols;
     int64_t n_batch = 1; // of the activations
@@ -100,6 +104,9 @@ static void run_matmul(ggml_type type, const matmul_case & c) {
     }
     std::vector<float> first;
     for (int n_threads : { 2, 1, 5 }) {
+        if (test_threads(n_threads) != n_threads) {
+            continue; // of as many as another case
+        }
         const auto found = multiply(type, c, weights, rows, n_threads);
 
         double worst = 0.0;
@@ -189,6 +196,41 @@ TEST(nan_stays_where_it_is) {
         }
     }
 }
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) // those enlarge every frame
+
+// Threads of musl have 128 kB, of which a product may take a quarter, with all that calls it.
+TEST(small_stacks) {
+    static constexpr size_t SIZE = 1 << 20, MOST = 32*1024;
+    static uint8_t * bottom = (uint8_t *) ggml_aligned_malloc(SIZE);
+    static size_t used;
+    std::fill(bottom, bottom + SIZE, 0xA5);
+    const auto run = [](void *) -> void * {
+        uint8_t top_byte = 0, * top = &top_byte;
+        static std::mt19937 rng(5);
+        for (ggml_type type : TYPES) {
+            for (int64_t n_cols : { 1, 8, 40 }) {
+                const matmul_case c = { 9024, 70, n_cols };
+                const auto weights = to_type(type, random_values(rng, c.n_in*c.n_out), c.n_in);
+                const auto found   = multiply(type, c, weights, random_values(rng, c.n_in*c.n_cols), 1);
+                CHECK(found.size() == (size_t) (c.n_out*c.n_cols));
+            }
+        }
+        used = top - std::find_if(bottom, top, [](uint8_t x) { return x != 0xA5; });
+        return nullptr;
+    };
+    pthread_attr_t attr;
+    pthread_t      thread;
+    pthread_attr_init(&attr);
+    CHECK(pthread_attr_setstack(&attr, bottom, SIZE) == 0);
+    CHECK(pthread_create(&thread, &attr, run, nullptr) == 0);
+    pthread_join(thread, nullptr);
+    pthread_attr_destroy(&attr);
+    ggml_aligned_free(bottom, SIZE);
+    CHECK_MSG(used > 0 && used <= MOST, "%zu bytes", used);
+}
+
+#endif
 
 // where llama.cpp interleaves rows of weights, if it does on this machine
 static ggml_backend_buffer_type_t repacking_buffer_type() {
