@@ -18,6 +18,7 @@ from . import _native
 from .errors import (
     BudgetError,
     BudgetExhausted,
+    Cancelled,
     ContextError,
     DecodeError,
     DemoModelMissing,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "BudgetExhausted",
+    "Cancelled",
     "ContextError",
     "DecodeError",
     "DemoModelMissing",

@@ -22,6 +22,7 @@ import llama_cpp.llama_cpp as llama_lib
 if TYPE_CHECKING:
     from .llama import Llama
 
+_ABORTED = 2  # llama_decode: the callback that it asks after every node said so
 _GGML_BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
 
 
@@ -47,8 +48,7 @@ class BoundedCache:
         self._options = options
         self._indexer = sidecar_kinds(options.sidecar).indexer if options.policy == INDEXER_POLICY else ""
         self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
-        self._reevaluated = 0
-        self._reason: Optional[str] = None
+        self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
         llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm._logits_all:
@@ -64,6 +64,7 @@ class BoundedCache:
 
     def clear(self) -> None:
         """Empties the native cache."""
+        self._llm._calls.before_cut(0)
         self._llm.n_tokens = 0
         self._llm._requires_eval = True
         llama_lib.llama_memory_clear(self._memory, True)
@@ -71,6 +72,7 @@ class BoundedCache:
     def _rewind(self, target: int) -> bool:
         """Takes the tokens from `target` on out of the cache; if that cannot be done exactly, empties it."""
         llm = self._llm
+        llm._calls.before_cut(target)
         llm._requires_eval = True
         if target > 0 and llama_lib.llama_memory_seq_rm(self._memory, 0, target, -1):
             llm.n_tokens = target
@@ -78,9 +80,9 @@ class BoundedCache:
         self.clear()
         return target == 0
 
-    def _lost(self, tokens: int, why: str) -> None:
-        self._reevaluated += tokens
-        self._reason = why
+    def lose(self, tokens: int, why: str) -> None:
+        """Counts tokens of the history that have to be evaluated again."""
+        self.reevaluations = self.reevaluations[0] + tokens, why
 
     def settle(self) -> None:
         """Makes the native cache hold exactly the first `n_tokens` tokens of the history."""
@@ -91,7 +93,7 @@ class BoundedCache:
         if length < llm.n_tokens:
             llm.n_tokens = length
         elif not self._rewind(llm.n_tokens):
-            self._lost(len(history), "the conversation was cut where entries had already been evicted")
+            self.lose(len(history), "the conversation was cut where entries had already been evicted")
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
@@ -103,7 +105,7 @@ class BoundedCache:
         fresh = same == length and not llm._requires_eval  # the logits of the prompt's last token are at hand
         keep = same if same < len(prompt) or fresh else max(same - 1, 0)
         if keep < length and not self._rewind(keep):
-            self._lost(
+            self.lose(
                 keep,
                 f"the prompt departs from the cached text at token {same:,} of {known:,}, "
                 "from where entries had already been evicted",
@@ -135,12 +137,14 @@ class BoundedCache:
 
     def _decode(self, batch: Sequence[int]) -> None:
         llm = self._llm
+        llm._calls.check()
         past, end = llm.n_tokens, llm.n_tokens + len(batch)
         if end > self._limit:
             raise DecodeError(
                 f"n_ctx is {self._limit:,} and {end:,} tokens were to be evaluated: give Llama a larger n_ctx "
                 "(with a kv_budget it costs no KV memory)"
             )
+        llm._calls.before_growth(len(batch))
         llm.input_ids[past:end] = batch  # first, so that the history is right however far the decode gets
         llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
         code = 0
@@ -149,6 +153,8 @@ class BoundedCache:
         finally:
             llm.n_tokens = min(self.length(), end)
             llm._requires_eval = llm.n_tokens != end
+        if code == _ABORTED:
+            llm._calls.check()
         if code != 0:
             raise self._failure(code, len(batch))
         if llm._logits_all:
@@ -180,8 +186,8 @@ class BoundedCache:
             tokens_seen=native.n_seen,
             kept=native.n_kept,
             evicted=native.n_evicted,
-            reevaluated=self._reevaluated,
-            reevaluated_reason=self._reason,
+            reevaluated=self.reevaluations[0],
+            reevaluated_reason=self.reevaluations[1],
             kv_bytes=native.kv_bytes,
             meta_bytes=native.meta_bytes,
             slots=native.n_slots,
@@ -199,7 +205,10 @@ class BoundedCache:
             memory_slots=native.memory_slots,
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
+            cancel_bytes=self._llm._calls.nbytes,
             budget_now=native.budget_now,
+            compute_bytes=native.compute_bytes,
+            work_bytes=native.work_bytes,
             **_common(self._llm, native.n_seen),
         )
 

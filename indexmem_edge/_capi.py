@@ -22,9 +22,9 @@ _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 3
+API_VERSION = 4
 
-ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR = range(4)  # enum indexmem_error
+ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
 
 
@@ -73,6 +73,8 @@ class Stats(ctypes.Structure):
         ("memory_slots", ctypes.c_uint32),
         ("memory_layers", ctypes.c_uint32),
         ("memory", ctypes.c_char * 16),
+        ("compute_bytes", ctypes.c_uint64),
+        ("work_bytes", ctypes.c_uint64),
     ]
 
 
@@ -101,6 +103,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
+    "indexmem_set_cancel": (None, [_P, _I32_P]),
     "indexmem_policy_count": (_INT, []),
     "indexmem_policy_name": (ctypes.c_char_p, [_INT]),
     "indexmem_policy_help": (ctypes.c_char_p, [_INT]),
@@ -163,10 +166,12 @@ def build_info() -> str:
 
 
 def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) -> IndexMemError:
-    """The exception for the last failure on this thread, by its native kind; `kind` where the library does not say."""
-    lib = library()
-    text = _text(lib.indexmem_last_error())
-    return _ERRORS.get(lib.indexmem_last_error_kind(), kind)(text or otherwise)
+    """The exception for the last failure on this thread, by its native kind.
+
+    Where the library does not say what it was, or llama.cpp's log knows more, it is `kind` with the text `otherwise`.
+    """
+    code = last_error_kind()
+    return _ERRORS.get(code, kind)(last_error() if code in _ERRORS else otherwise)
 
 
 def _table(name: str) -> dict[str, str]:
@@ -270,6 +275,11 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
+
+
+def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:
+    """Computations of the context stop once the flag is not 0; it must live as long as the context."""
+    library().indexmem_set_cancel(ctx, ctypes.byref(flag))
 
 
 def n_head_kv(ctx: int, layer: int) -> int:

@@ -139,11 +139,12 @@ def _gguf_library() -> Any:
 
 
 @contextlib.contextmanager
-def loaded_model(path: str, vocab_only: bool = False) -> Iterator[int]:
+def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False) -> Iterator[int]:
     """The model as the library sees it, weights mapped and not copied, for as long as the block runs.
 
     Args:
         vocab_only: the vocabulary without the weights: enough to tokenize, in a moment.
+        as_used: with the copies of weights in another order that a CPU may want, as `Llama` has them.
 
     Raises:
         ModelFileError: it does not load.
@@ -154,7 +155,7 @@ def loaded_model(path: str, vocab_only: bool = False) -> Iterator[int]:
     llama = _capi.llama_lib
     params = llama.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
-    params.use_extra_bufts = False  # no copy of the weights in another order
+    params.use_extra_bufts = as_used
     llama.llama_backend_init()
     with collected_errors(False) as log:
         model = llama.llama_model_load_from_file(path.encode(), params)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from . import _sessionfile
+from ._interrupt import ctrl_c_cancels
 from ._terminal import ProgressBar, Terminal
 from ._textfile import read_text
 from .cli_options import RunOptions, describe
-from .errors import IndexMemError, SessionError
+from .errors import Cancelled, IndexMemError, SessionError
 from .llama import Llama
 from .stats import KVStats
 
@@ -96,7 +98,7 @@ class Chat:
         finish: Optional[str] = None
         first = 0.0
         try:
-            for chunk in self._llm.create_chat_completion(messages, stream=True, **self._options.sampling()):
+            for chunk in self._chunks(messages):
                 choice = chunk["choices"][0]
                 finish = choice["finish_reason"] or finish
                 piece = choice["delta"].get("content")
@@ -106,6 +108,9 @@ class Chat:
                     self._terminal.stream(piece)
         except KeyboardInterrupt:
             finish = "stopped"
+        except Cancelled:  # before the first word: nothing has happened
+            finish = "stopped"
+            text.clear()
         finally:
             self._terminal.end_stream(bool(text))
             if text or finish == "stop":  # an answer cut short is part of the conversation; no answer is not
@@ -116,6 +121,14 @@ class Chat:
         elif finish == "length":
             self._terminal.note(f"the answer was cut at {self._options.predict} tokens: -n sets another limit")
         self._account("".join(text), finish, time.perf_counter() - first if first else 0.0)
+
+    def _chunks(self, messages: list[Message]) -> Iterator[Any]:
+        """The answer as it comes. The first piece comes when all that is new has been read, which may take long."""
+        with ctrl_c_cancels(self._llm):
+            chunks = self._llm.create_chat_completion(messages, stream=True, **self._options.sampling())
+            first = next(chunks)
+        yield first
+        yield from chunks
 
     def _account(self, text: str, finish: Optional[str], seconds: float) -> None:
         stats = self._llm.kv_stats()
@@ -196,8 +209,9 @@ class Chat:
         started = time.perf_counter()
         with ProgressBar(f"reading {os.path.basename(path)}", self._terminal) as bar:
             try:
-                n = self._llm.prefill_chat([*self._messages, {"role": "user", "content": document}], bar.update)
-            except KeyboardInterrupt:
+                with ctrl_c_cancels(self._llm):
+                    n = self._llm.prefill_chat([*self._messages, {"role": "user", "content": document}], bar.update)
+            except (Cancelled, KeyboardInterrupt):
                 raise IndexMemError(f"stopped: {path} was not added to the conversation") from None
         self._document = document
         seconds = time.perf_counter() - started

@@ -61,8 +61,10 @@ def chat(options: RunOptions) -> None:
 
     echo "What is a KV cache?" | indexmem chat --json
     """
+    from . import _firststart
     from .chat import Chat
 
+    _firststart.require_trial(options.model)
     llm = options.load()
     status = Chat(llm, options).run()
     llm.close()
@@ -174,12 +176,14 @@ def doctor(
     model: Annotated[
         Optional[Path],
         typer.Option(
-            "-m", "--model", help="Also check that this GGUF file can have a bounded cache.", show_default=False
+            "-m", "--model", help="GGUF file to run, in place of the demo model; can it have a budget?", show_default=False
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say which library, backends and models are in use, what is wrong, and how to mend it.
+
+    A few tokens are decoded in another process, without and with a budget, so that a crash is reported, too.
 
     The exit status is 1 if something is wrong.
     """

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Optional
 
-from . import __version__, _native
+from . import __version__, _native, _trial
 from ._terminal import printable
 from .demo import demo_model
-from .errors import IndexMemError
+from .errors import DemoModelMissing, IndexMemError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def examine(model: Optional[Path] = None) -> list[Finding]:
     findings += _guard("demo model", lambda: [Finding("demo model", "ok", str(demo_model()))], status="note")
     if model is not None and usable:
         findings += _guard("model", lambda: _model(model))
+    if usable:
+        findings += _guard("trial", lambda: _trial_run(model))
     return findings
 
 
@@ -164,3 +166,13 @@ def _model(path: Path) -> list[Finding]:
     if why is not None:
         return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]
     return [Finding("model", "ok", f"{about}: a bounded cache is possible")]
+
+
+def _trial_run(model: Optional[Path]) -> list[Finding]:
+    """The model that was named, or the demo model, decodes in another process."""
+    try:
+        tried = model if model is not None else demo_model()
+    except DemoModelMissing:
+        return [Finding("trial", "note", "nothing was decoded: install the demo model, or name a model with -m FILE")]
+    outcome = _trial.try_out(tried)
+    return [Finding("trial", "ok" if outcome.kind == "ok" else "wrong", outcome.text)]

@@ -63,6 +63,10 @@ class DecodeError(IndexMemError, RuntimeError):
     """Evaluating tokens failed; the cache holds exactly the tokens evaluated before the failure."""
 
 
+class Cancelled(IndexMemError):
+    """`Llama.cancel()` stopped the call in progress. The conversation is as it was before that call."""
+
+
 class BudgetExhausted(DecodeError):
     """The policy `full` never evicts, and the budget is used up."""
 

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from . import _capi, _cache, _prompts, session
 from ._align import align
+from ._cancel import Calls, one_call
 from ._logs import collected_errors, reason
 from ._modelfile import check_model_file
 from .errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
-from .options import DEFAULT_SINKS, DEFAULT_WINDOW, LOGICAL_MAX, CacheOptions
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
 from .stats import KVStats
 
 import llama_cpp
@@ -50,6 +51,9 @@ class Llama(llama_cpp.Llama):
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
         kv_evict_step: entries evicted at once during generation; 0: chosen from the budget.
         kv_seed: for policies that draw numbers.
+        kv_cancel: keep a copy of the KV state while a call evicts, so that a cancelled call leaves the conversation as it
+            was. It takes as much memory as the state (`kv_stats().cancel_bytes`), from the first call that evicts on.
+            False: none is kept, and after a cancelled call that had evicted the history is evaluated again.
 
     With a budget, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory,
     `flash_attn` is on, and `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx`
@@ -77,6 +81,7 @@ class Llama(llama_cpp.Llama):
         kv_pin: Union[int, str] = 0,
         kv_evict_step: int = 0,
         kv_seed: int = 0,
+        kv_cancel: bool = True,
         indexmem: Optional[PathLike] = None,
         memory: Optional[str] = None,
         memory_slots: Optional[int] = None,
@@ -90,10 +95,11 @@ class Llama(llama_cpp.Llama):
         self.kv_options = options
         self._cache: Optional[_cache.BoundedCache] = None
         self._turn = _cache.Turn()
+        self._calls = Calls(self, kv_cancel)
         self._aligning = False
         self._pieces: dict[tuple[int, bool], bytes] = {}
         if options.bounded:
-            kwargs = _bounded_keywords(kwargs)
+            kwargs = bounded_keywords(kwargs)
         with collected_errors(kwargs.get("verbose", True)) as log:
             try:
                 if options.bounded:
@@ -111,6 +117,7 @@ class Llama(llama_cpp.Llama):
         if options.bounded:
             self.context_params.n_ctx = kwargs["n_ctx"]
             self._cache = _cache.BoundedCache(self, options)
+        self._calls.attach()
 
     @property
     def _ctx(self) -> Any:
@@ -145,7 +152,8 @@ class Llama(llama_cpp.Llama):
             return SidecarError(said)
         if kind == _capi.ERROR_PARAMS:
             return BudgetError(said)
-        return ContextError(f"cannot create a context for {path}: {said or reason(log) or 'is there enough memory?'}")
+        why = (said if kind == _capi.ERROR_MODEL else "") or reason(log) or said or "is there enough memory?"
+        return ContextError(f"cannot create a context for {path}: {why}")
 
     # evaluation and generation
 
@@ -156,14 +164,28 @@ class Llama(llama_cpp.Llama):
             BudgetExhausted: the policy is `full` and there is no room. The cache holds what it held before.
             DecodeError: evaluation failed. The cache holds the tokens evaluated before the failure.
         """
+        if len(tokens) > 1:
+            self._calls.run(lambda: self._evaluate(tokens))
+        else:  # by itself as short as a call can be, and not worth the way back
+            self._calls.overtake()
+            self._evaluate(tokens)
+
+    def _evaluate(self, tokens: Sequence[int]) -> None:
         if self._turn.evaluated < 0:
             self._turn.evaluated = len(tokens)
-        if self._cache is None:
-            super().eval(tokens)
-        else:
+        if self._cache is not None:
             self._cache.settle()
             self._cache.evaluate(tokens)
+            return
+        for start in range(0, max(len(tokens), 1), self.n_batch):
+            self._calls.check()
+            try:
+                super().eval(tokens[start : start + self.n_batch])
+            except RuntimeError:
+                self._calls.check()
+                raise
 
+    @one_call
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         """See `llama_cpp.Llama.generate`. What the cache already holds of `tokens` is not evaluated again."""
         call = _GENERATE.bind(self, tokens, *args, **kwargs)
@@ -174,6 +196,7 @@ class Llama(llama_cpp.Llama):
             self._turn = _cache.Turn(prompt=len(tokens), evaluated=-1)
         yield from super().generate(*call.args[1:], **call.kwargs)
 
+    @one_call
     def prefill(self, tokens: Sequence[int], progress: Optional[Progress] = None) -> int:
         """Evaluates a prompt without generating; returns how many of its tokens had to be evaluated.
 
@@ -191,6 +214,18 @@ class Llama(llama_cpp.Llama):
                 progress(min(start + self.n_batch, len(rest)), len(rest))
         return len(rest)
 
+    def cancel(self) -> bool:
+        """Stops the call in progress, from any thread; returns whether there was one.
+
+        The call then raises `Cancelled`, and the conversation is as it was before it: cached text, history, counts, pin.
+        Without a budget, cached text that the call's prompt had replaced is evaluated again when it is asked for.
+        A call is an `eval`, `generate`, `prefill`, `prefill_chat`, `create_completion` or `create_chat_completion`. One
+        that streams lasts until its iterator ends, is closed, or another call is made; its next item raises `Cancelled`.
+        An `eval` of one token by itself ends; a cancel without a call in progress is forgotten.
+        On the CPU a call stops after the node of the graph that it is at, on a GPU after a batch.
+        """
+        return self._calls.cancel()
+
     def reset(self) -> None:
         """Forgets the conversation."""
         super().reset()
@@ -200,6 +235,7 @@ class Llama(llama_cpp.Llama):
 
     # chat
 
+    @one_call
     def create_completion(self, prompt: Union[str, list[int]], *args: Any, **kwargs: Any) -> Any:
         """See `llama_cpp.Llama.create_completion`."""
         if self._cache is not None:
@@ -209,6 +245,7 @@ class Llama(llama_cpp.Llama):
                 self._cache.wanted_pin = 0
         return super().create_completion(prompt, *args, **kwargs)
 
+    @one_call
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """See `llama_cpp.Llama.create_chat_completion`.
 
@@ -229,6 +266,7 @@ class Llama(llama_cpp.Llama):
         finally:
             self._aligning = False
 
+    @one_call
     def prefill_chat(self, messages: list[dict[str, Any]], progress: Optional[Progress] = None) -> int:
         """Evaluates a conversation whose last message is still open, and returns how many tokens that took.
 
@@ -331,6 +369,7 @@ class Llama(llama_cpp.Llama):
         if self._cache is None:
             super().load_state(state)
             return
+        self._calls.before_cut(0)
         ids = self.input_ids
         try:
             super().load_state(state)
@@ -342,23 +381,9 @@ class Llama(llama_cpp.Llama):
             self.input_ids = ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self.kv_options.keywords()}
+        return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep}
 
     def close(self) -> None:
         """Frees the model."""
         if "_stack" in self.__dict__:
             super().close()
-
-
-def _bounded_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the base class, with what a bounded cache needs."""
-    if kwargs.get("embedding"):
-        raise BudgetError("embedding=True cannot be combined with kv_budget: use a second Llama without one")
-    if kwargs.get("draft_model") is not None:
-        raise BudgetError("draft_model cannot be combined with kv_budget: rejected drafts cannot be taken out again")
-    if kwargs.get("flash_attn") is not None and not kwargs["flash_attn"]:
-        raise BudgetError("flash_attn=False cannot be combined with kv_budget: leave flash_attn out")
-    n_ctx = kwargs.get("n_ctx")
-    if n_ctx is None:
-        n_ctx = 0 if kwargs.get("logits_all") else LOGICAL_MAX
-    return {**kwargs, "flash_attn": True, "n_ctx": n_ctx}

@@ -188,3 +188,21 @@ class CacheOptions:
         The number of memory slots is the cache's to say.
         """
         return {k: v for k, v in self.keywords().items() if k not in ("indexmem", "kv_budget_ratio", "memory_slots")}
+
+
+def bounded_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `llama_cpp.Llama`, with what a bounded cache needs.
+
+    Raises:
+        BudgetError: one of them cannot be combined with a budget.
+    """
+    if kwargs.get("embedding"):
+        raise BudgetError("embedding=True cannot be combined with kv_budget: use a second Llama without one")
+    if kwargs.get("draft_model") is not None:
+        raise BudgetError("draft_model cannot be combined with kv_budget: rejected drafts cannot be taken out again")
+    if kwargs.get("flash_attn") is not None and not kwargs["flash_attn"]:
+        raise BudgetError("flash_attn=False cannot be combined with kv_budget: leave flash_attn out")
+    n_ctx = kwargs.get("n_ctx")
+    if n_ctx is None:
+        n_ctx = 0 if kwargs.get("logits_all") else LOGICAL_MAX
+    return {**kwargs, "flash_attn": True, "n_ctx": n_ctx}

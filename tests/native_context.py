@@ -103,12 +103,41 @@ class Context:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def aborting(self, after: int) -> Iterator[None]:
+        """Aborts what is computed meanwhile, after so many of the questions that the CPU backend asks, one a node."""
+        asked = 0
+
+        def callback(_: object) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked > after
+
+        kept = llama_cpp.ggml_abort_callback(callback)
+        llama_cpp.llama_set_abort_callback(self.ctx, kept, None)
+        try:
+            yield
+        finally:
+            llama_cpp.llama_set_abort_callback(self.ctx, llama_cpp.ggml_abort_callback(), None)
+
     def n_seen(self, seq: int = 0) -> int:
         return llama_cpp.llama_memory_seq_pos_max(self.memory, seq) + 1
 
     def decode(self, tokens: Sequence[int], seq: int = 0) -> np.ndarray:
         """Continues a sequence with one batch; logits [T, V]."""
         return self.decode_many({seq: tokens})[seq]
+
+    def decode_at(self, tokens: Sequence[int], positions: Sequence[int], seq: int = 0) -> int:
+        """Evaluates tokens at positions of the caller's; what llama_decode returns."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for row, (token, position) in enumerate(zip(tokens, positions)):
+                batch.token[row], batch.pos[row] = int(token), position
+                batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, seq, 1
+            return int(llama_cpp.llama_decode(self.ctx, batch))
+        finally:
+            llama_cpp.llama_batch_free(batch)
 
     def decode_many(self, tokens: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
         """One batch with tokens of several sequences, interleaved token by token as servers do; logits by sequence."""
@@ -164,6 +193,9 @@ class Context:
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
+
+    def state_size(self, seq: int) -> int:
+        return int(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
 
     def save(self, seq: int | None = None) -> bytes:
         """State of one sequence, or of the whole context."""

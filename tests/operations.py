@@ -6,7 +6,7 @@ import copy
 
 import numpy as np
 from hypothesis import strategies as st
-from native_context import Context
+from native_context import Context, Refused
 from policies import BoundedReference
 
 N_SEQ = 3
@@ -18,6 +18,7 @@ _operation = st.one_of(
     st.tuples(st.just("feed one by one"), _sequences, st.integers(1, 20)),
     st.tuples(st.just("feed together"), st.integers(0, N_SEQ - 2), st.integers(1, 30)),
     st.tuples(st.just("take back"), _sequences, st.integers(1, 40)),
+    st.tuples(st.just("abort"), _sequences, st.integers(0, 60)),
     st.tuples(st.just("copy"), _sequences, _sequences),
     st.tuples(st.just("reload"), _sequences, _sequences),
     st.tuples(st.just("reload all"), st.just(0), st.just(0)),
@@ -26,14 +27,11 @@ _operation = st.one_of(
 operations = st.lists(_operation, min_size=1, max_size=10)
 
 
-def follow(
-    c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: int, n_vocab: int, n_back: int | None = None
-) -> None:
+def follow(c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: int, n_vocab: int) -> None:
     """What is kept follows the reference of each sequence after every operation, and the logits after every ubatch.
 
-    Args:
-        new: the reference of an empty sequence.
-        n_back: tokens that can be taken back at most, short of all; None: no such limit.
+    `new` is the reference of an empty sequence. A ubatch that is aborted has not happened; if it was to evict, the sequence
+    is cleared, as it has to be.
     """
     rng = np.random.default_rng(0)
     references = [copy.deepcopy(new) for _ in range(N_SEQ)]
@@ -57,8 +55,19 @@ def follow(
             feed((a, a + 1), min(b, n_ubatch // 2))
         elif name == "take back":
             n_left = max(references[a].n_seen - b, 0)
-            far = n_back is not None and n_left > 0 and b > n_back
-            assert c.seq_rm(a, n_left) == (False if far else references[a].truncate(n_left))
+            assert c.seq_rm(a, n_left) == references[a].truncate(n_left)
+        elif name == "abort":
+            tokens = rng.integers(3, n_vocab, min(1 + b % 7, n_ubatch)).tolist()
+            try:
+                with c.aborting(b):
+                    c.decode(tokens, a)
+            except Refused:
+                if c.state_size(a) == 0:  # broken
+                    assert c.seq_rm(a, 0)
+                    references[a] = copy.deepcopy(new)
+            else:
+                references[a].feed(tokens)
+                assert references[a].adopt(c.positions(a)) < 1e-2
         elif name == "copy":
             c.seq_cp(a, b)
             references[b] = copy.deepcopy(references[a])

@@ -3,6 +3,7 @@
 #include "indexmem-error.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
+#include "indexmem-work.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -99,14 +100,14 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
 
     stats->budget      = kv->get_config().budget;
     stats->n_slots     = kv->get_n_slots();
-    stats->budget_now  = kv->get_budget(*seq) + kv->get_n_latent();
+    stats->budget_now  = kv->get_counts().budget_of(*seq) + kv->get_n_latent();
     stats->n_kept      = seq->n_used;
     stats->n_seen      = seq->n_seen;
     stats->n_evicted   = seq->n_seen - seq->n_used;
     stats->sinks       = kv->get_config().sinks;
     stats->window      = kv->get_config().window;
     stats->pin         = seq->pin;
-    stats->evict_step  = kv->get_evict_step(*seq);
+    stats->evict_step  = kv->get_counts().evict_step_of(*seq);
     stats->kv_bytes    = kv->size_kv_bytes();
     stats->meta_bytes  = kv->size_meta_bytes();
     stats->evict_us    = kv->evict_us;
@@ -124,6 +125,8 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
+    stats->compute_bytes = indexmem_compute_bytes(*ctx);
+    stats->work_bytes    = indexmem_work_bytes(*ctx, *kv);
     return true;
 }
 
@@ -139,6 +142,10 @@ int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, 
     const auto * layer = kv->get_layer(il);
     if (!seq || !layer || head < 0 || head >= layer->k->ne[2]) {
         indexmem_error_is(format("there is no KV head %d in layer %d of sequence %d", head, il, seq_id));
+        return -1;
+    }
+    if (seq->broken) {
+        indexmem_error_is(format("sequence %d is broken: evaluating it was interrupted while entries were evicted", seq_id));
         return -1;
     }
     if (!pos) {

@@ -1,6 +1,8 @@
 #include "indexmem.h"
 
+#include "indexmem-creation.h"
 #include "indexmem-error.h"
+#include "indexmem-hooks.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
 
@@ -102,7 +104,7 @@ bool indexmem_next_context(const indexmem_params * params) {
         return indexmem_error_is("the window must hold at least the newest token: it is 0");
     }
 
-    const uint64_t min = llama_kv_cache_bounded::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory
+    const uint64_t min = indexmem_kv_counts::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory
     if (cfg.budget < min) {
         return indexmem_error_is(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + 1)",
                     cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window));
@@ -114,6 +116,28 @@ bool indexmem_next_context(const indexmem_params * params) {
 
     request_next = req;
     return true;
+}
+
+indexmem_creation::indexmem_creation(const llama_model * model) :
+    requested(request_next.has_value()), dry(model && model->hparams.no_alloc) {
+    if (requested) {
+        indexmem_clear_error();
+    }
+}
+
+indexmem_creation::~indexmem_creation() {
+    if (requested && !dry) {
+        request_next.reset();
+    }
+    if (requested && !done && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is("llama.cpp refused the context before it came to the bounded KV cache: its log says why", INDEXMEM_ERROR_CONTEXT);
+    }
+}
+
+void indexmem_creation::failed(const char * why) {
+    if (requested && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is(format("the context could not be created: %s", why), INDEXMEM_ERROR_CONTEXT);
+    }
 }
 
 // What ranks and what remembers: fills policy, memory and sidecar.
@@ -154,23 +178,40 @@ static void choose_parts(const request & req, const llama_model & model, bool of
     cfg.memory = memory;
 }
 
+void indexmem_check_request(const llama_model & model) {
+    if (!request_next) {
+        return;
+    }
+    const std::string reason = indexmem_unsupported_reason(model);
+    if (!reason.empty()) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
+    }
+}
+
+void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
+    if (!request_next) {
+        return;
+    }
+    delete made;
+    indexmem_fail(INDEXMEM_ERROR_MODEL, format("no bounded KV cache for this model: architecture '%s' has a memory of its own in place of "
+                "the ordinary KV cache", llm_arch_name(model.arch)));
+}
+
 llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (!request_next) {
         return nullptr;
     }
-    const request req = *request_next;
-    request_next.reset();
+    const request req = *request_next; // indexmem_creation uses it up
 
     auto refuse = [](const std::string & reason) {
         indexmem_fail(INDEXMEM_ERROR_PARAMS, reason);
     };
 
-    const std::string reason = indexmem_unsupported_reason(model);
-    if (!reason.empty()) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
-    }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        refuse("a bounded KV cache lies whole with its layer: the split mode can be none, layer or row, not tensor");
     }
     if (!cparams.flash_attn) {
         refuse("a bounded KV cache needs flash attention: switch it on");
@@ -194,6 +235,9 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);
     } catch (const std::exception & err) {
+        if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
+            throw;
+        }
         refuse(err.what());
     }
     return nullptr;

@@ -1,9 +1,13 @@
 #pragma once
 
+#include "llama-graph.h"
+
 #include "indexmem-kv-cache.h"
 #include "indexmem-latent.h"
+#include "indexmem-layer-nodes.h"
 #include "indexmem-scoring.h"
 
+#include <map>
 #include <optional>
 
 //
@@ -61,14 +65,13 @@ private:
     // the first row that attention looks at
     int64_t row_first() const { return sh.recall ? 0 : mctx->get_kv().get_n_front(); }
 
-    ggml_tensor * build_attend(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q, float kq_scale);
+    float softcap() const { return hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f; }
 
-    void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+    ggml_tensor * build_attend(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * q, float kq_scale);
 
-    ggml_tensor * build_rank(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * pos,
+    void build_evict(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q_cur, float kq_scale);
-
-    ggml_tensor * view_entries(ggml_context * ctx, ggml_tensor * t) const;
 
     ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
 
@@ -91,45 +94,3 @@ private:
     std::vector<float> hadamard_k;
     std::vector<float> hadamard_v;
 };
-
-// the bounded cache behind a memory context, or null
-const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx);
-
-// pieces of graphs
-
-ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1);
-
-// n slots or rows, from i0 on, of the sequences [s0, s0 + n_seq) of a cache tensor
-ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq, int64_t i0 = 0);
-
-// [n_embd, n_head, n_tokens*n_seq] -> the last n tokens of each sequence as [n_embd, n, n_head, n_seq], without a copy
-ggml_tensor * indexmem_tokens_last(ggml_context * ctx, ggml_tensor * cur, int64_t n_tokens, int64_t n_seq, int64_t n);
-
-// orthonormal Walsh-Hadamard matrix of size n, a power of two: what K and V of quantised caches are rotated by
-std::vector<float> indexmem_hadamard(int64_t n);
-
-// hooks of llama-graph.cpp
-
-// nodes and views that a bounded memory adds to a graph at most, 0 for others
-uint32_t indexmem_graph_nodes(const llama_memory_i * memory);
-
-// shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
-void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
-
-// the input of ordinary attention if the memory is bounded, else null
-std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
-
-// attention if the input is of a bounded cache, else null
-ggml_tensor * indexmem_build_attn(
-        const llm_graph_context & graph,
-        llm_graph_input_attn_kv * inp,
-        ggml_tensor * q_cur,
-        ggml_tensor * k_cur,
-        ggml_tensor * v_cur,
-        ggml_tensor * kq_b,
-        ggml_tensor * sinks,
-        float kq_scale,
-        int   il);
-
-// throws if the memory is bounded: `what` reads the original cache in a way the bounded one does not offer
-void indexmem_refuse(const llama_memory_context_i * mctx, const char * what);

@@ -1,11 +1,12 @@
-#include "indexmem-graph.h"
+#include "indexmem-hooks.h"
 
 #include "indexmem-error.h"
+#include "indexmem-graph.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
-// what the patches of llama.cpp call while it builds a graph
+// the hooks of graphs; those of contexts are in indexmem-api.cpp
 
 uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
     const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
@@ -25,10 +26,6 @@ void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il)
             bounded->tap(hidden, il);
         }
     }
-}
-
-const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
-    return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
 }
 
 std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph) {

@@ -2,21 +2,18 @@
 
 #include "indexmem-buffers.h"
 #include "indexmem-device.h"
-#include "indexmem-graph.h"
+#include "indexmem-error.h"
+#include "indexmem-layer-nodes.h"
+#include "indexmem-nodes.h"
 
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
-
-// rows of any type begin at multiples of 16 bytes then
-static constexpr uint32_t N_FRONT_PAD = 8;
-
-static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
 
 std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
     std::vector<ggml_tensor *> res;
@@ -62,6 +59,28 @@ static ggml_type pending_type(const indexmem_weights & weights, int64_t n_embd) 
     return half ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
 }
 
+static bool ranks_by_indexer(const llama_kv_cache_bounded::config & cfg) {
+    return strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") == 0;
+}
+
+static indexmem_kv_counts::geometry geometry_of(const llama_kv_cache_bounded::config & cfg, uint32_t n_ubatch) {
+    const uint32_t n_latent = cfg.memory ? cfg.memory->n_slots() : 0;
+
+    const uint64_t min = indexmem_kv_counts::budget_min(cfg.sinks, cfg.pin, cfg.window, n_latent);
+    if (cfg.budget < min) {
+        throw std::runtime_error(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + "
+                    "%u slots of the memory + 1)", cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window, n_latent));
+    }
+    const auto * policy = indexmem_policy_get(cfg.policy);
+    const bool indexer  = ranks_by_indexer(cfg);
+
+    // a policy that reads one query takes that of the ubatch
+    const uint32_t n_queries = indexer ? cfg.sidecar->get_indexer()->n_queries() : policy->n_queries > 1 ? policy->n_queries : 0;
+
+    return indexmem_kv_counts::geometry::of(cfg, n_ubatch, n_latent, n_queries, indexer, cfg.memory != nullptr,
+            strcmp(policy->name, "full") != 0);
+}
+
 llama_kv_cache_bounded::llama_kv_cache_bounded(
         const llama_model & model,
                 ggml_type   type_k,
@@ -70,26 +89,12 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
                  uint32_t   n_seq_max,
                  uint32_t   n_ubatch,
              const config & cfg) :
-    model(model), cfg(cfg), seqs(n_seq_max) {
+    model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max) {
     const auto & hparams = model.hparams;
 
-    const uint64_t min = budget_min(cfg.sinks, cfg.pin, cfg.window, get_n_latent());
-    if (cfg.budget < min) {
-        throw std::runtime_error(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + "
-                    "%u slots of the memory + 1)", cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window, get_n_latent()));
-    }
-    if (strcmp(get_policy().name, "indexer") == 0) {
+    if (ranks_by_indexer(cfg)) {
         indexer = cfg.sidecar->get_indexer();
-        n_wait  = std::min(std::max(cfg.budget/WAIT_SHARE, N_WAIT_MIN), N_WAIT_MAX);
     }
-
-    // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on.
-    const uint32_t n_entries = cfg.budget - get_n_latent() + n_ubatch;
-    n_front = GGML_PAD(get_n_latent(), N_FRONT_PAD);
-    n_slots = std::max(GGML_PAD(n_entries, N_KV_PAD), GGML_PAD(n_front + n_entries, N_KV_PAD) - n_front);
-
-    const uint32_t n_queries = indexer ? indexer->n_queries() : get_policy().n_queries;
-    n_ring = n_queries > (indexer ? 0 : 1) ? n_queries + N_RING_SLACK : 0;
 
     indexmem_buffers buffers(model, offload, 10u*hparams.n_layer_all);
 
@@ -103,49 +108,29 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         }
         const int64_t n_embd_k = hparams.n_embd_head_k(il);
         const int64_t n_embd_v = hparams.n_embd_head_v(il);
-        const int64_t n_head   = hparams.n_head_kv(il);
 
         head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
-        ggml_context * ctx = buffers.context(il, offload ?
-                indexmem_device_buft(model.dev_layer(il), indexmem_device_needs::of_layer(hparams, il, type_k, type_v, cfg.policy)) : nullptr);
-
-        layer l = {};
-        l.il  = il;
-        l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, n_front + n_slots, n_head, n_seq_max);
-        l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, n_front + n_slots, n_head, n_seq_max);
-        l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_slots, n_head, n_seq_max);
-        ggml_format_name(l.k,   "bounded_k_l%d",   il);
-        ggml_format_name(l.v,   "bounded_v_l%d",   il);
-        ggml_format_name(l.pos, "bounded_pos_l%d", il);
-        if (indexer) {
-            l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + n_wait, indexer->n_state_heads(), n_seq_max);
-            l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, n_wait, 1, n_seq_max);
-            ggml_format_name(l.state,   "bounded_state_l%d",   il);
-            ggml_format_name(l.pending, "bounded_pending_l%d", il);
-            if (n_ring > 0) {
-                l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), n_ring + n_wait, 1, n_seq_max);
-                ggml_format_name(l.queries, "bounded_queries_l%d", il);
-            }
-        } else if (n_ring > 0) {
-            l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, n_ring, hparams.n_head(il), n_seq_max);
-            ggml_format_name(l.q, "bounded_q_l%d", il);
-        }
-        if (cfg.memory) {
-            for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
-                ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
-                ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
-                l.memory.push_back(t);
-            }
-        }
+        // of the caches that this layer can have, the one that its device computes; the nodes are built as for the graph
+        const auto nodes = [&](ggml_context * ctx) {
+            const layer l = new_layer(ctx, il, type_k, type_v);
+            auto res = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, 1, n_ubatch);
+            const auto single = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, n_seq_max, 1);
+            res.insert(res.end(), single.begin(), single.end());
+            return res;
+        };
+        const layer l = new_layer(buffers.context(il, offload ? indexmem_device_buft(model.dev_layer(il), nodes) : nullptr), il, type_k, type_v);
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
 
-    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", n_slots));
+    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
     ctxs_bufs = std::move(buffers.get());
+    for (auto & l : layers) {
+        l.attends = indexmem_device_attends(l.k);
+    }
     clear(true); // no NaN in slots not written yet, and an empty memory
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);
@@ -160,7 +145,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     }
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
-            get_policy().name, cfg.budget, n_slots, cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+            get_policy().name, cfg.budget, get_n_slots(), cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
     LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
             ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
             (int) rot_k, (int) rot_v);
@@ -174,119 +159,46 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     }
 }
 
-//
-// budget arithmetic
-//
+// the tensors of a layer
+llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const {
+    const auto & hparams = model.hparams;
 
-uint64_t llama_kv_cache_bounded::budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent) {
-    return std::max(sinks, pin) + window + n_latent + 1;
-}
+    const int64_t n_embd_k  = hparams.n_embd_head_k(il);
+    const int64_t n_embd_v  = hparams.n_embd_head_v(il);
+    const int64_t n_head    = hparams.n_head_kv(il);
+    const int64_t n_seq_max = get_n_seq_max();
 
-uint32_t llama_kv_cache_bounded::n_protected(const seq_state & seq) const {
-    return std::max(cfg.sinks, seq.pin);
-}
+    const auto & geo = get_geometry();
 
-uint32_t llama_kv_cache_bounded::get_budget(const seq_state & seq) const {
-    uint64_t res = cfg.budget;
-    if (cfg.ratio > 0.0) {
-        const uint64_t min = budget_min(cfg.sinks, seq.pin, cfg.window, get_n_latent());
-        res = std::min<uint64_t>(res, std::max<uint64_t>((uint64_t) std::ceil(cfg.ratio*seq.n_seen), min));
-    }
-    return (uint32_t) res - get_n_latent();
-}
-
-uint32_t llama_kv_cache_bounded::get_evict_step(const seq_state & seq) const {
-    const uint32_t room = get_budget(seq) - n_protected(seq) - cfg.window;
-    const uint32_t want = cfg.evict_step > 0 ? cfg.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
-    return std::max(1u, std::min(want, room));
-}
-
-uint32_t llama_kv_cache_bounded::get_evict_max(uint32_t n_tokens) const {
-    if (cfg.ratio > 0.0) {
-        return cfg.budget + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
-    }
-    return n_tokens + (cfg.evict_step > 0 ? std::min(cfg.evict_step, cfg.budget) : EVICT_STEP_DEFAULT);
-}
-
-std::vector<llama_kv_cache_bounded::step> llama_kv_cache_bounded::prepare(const std::vector<llama_ubatch> & ubatches) const {
-    std::vector<step> res;
-
-    std::vector<seq_state> state = seqs;
-
-    const bool evicts = strcmp(get_policy().name, "full") != 0;
-
-    for (const auto & ubatch : ubatches) {
-        step st = {};
-        st.s0    = ubatch.seq_id_unq[0];
-        st.n_seq = ubatch.n_seqs_unq;
-
-        const uint32_t n_tokens = ubatch.n_tokens/ubatch.n_seqs_unq;
-
-        uint32_t n_top = 0;
-        for (uint32_t s = 0; s < st.n_seq; ++s) {
-            GGML_ASSERT((uint32_t) ubatch.seq_id_unq[s] == st.s0 + s);
-            GGML_ASSERT(st.s0 + s < state.size());
-
-            seq_state & seq = state[st.s0 + s];
-            st.before.push_back(seq);
-            st.recall = st.recall || (cfg.memory && seq.n_evictions > 0);
-
-            if (ubatch.pos[s*n_tokens] != seq.n_seen) {
-                LLAMA_LOG_ERROR("%s: sequence %u continues at position %d, the batch starts at %d\n", __func__,
-                        st.s0 + s, seq.n_seen, ubatch.pos[s*n_tokens]);
-                return {};
-            }
-
-            seq.n_used += n_tokens;
-            seq.n_seen += n_tokens;
-            n_top = std::max(n_top, seq.n_used);
-            GGML_ASSERT(seq.n_used <= n_slots);
-
-            const uint32_t budget = get_budget(seq);
-            if (seq.n_used > budget) {
-                if (!evicts) {
-                    LLAMA_LOG_INFO("%s: the budget of %u entries is used up and the policy is to evict nothing\n", __func__, budget);
-                    return {};
-                }
-                const uint32_t n_left = std::min(budget, seq.n_used - get_evict_step(seq));
-                seq.n_used  = std::max(n_left, n_protected(seq) + cfg.window);
-                seq.n_fixed = seq.n_used;
-                seq.n_evictions++;
-                st.evict = true;
-            }
+    layer l = {};
+    l.il  = il;
+    l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
+    ggml_format_name(l.k,   "bounded_k_l%d",   il);
+    ggml_format_name(l.v,   "bounded_v_l%d",   il);
+    ggml_format_name(l.pos, "bounded_pos_l%d", il);
+    if (indexer) {
+        l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), geo.n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
+        l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, geo.n_wait, 1, n_seq_max);
+        ggml_format_name(l.state,   "bounded_state_l%d",   il);
+        ggml_format_name(l.pending, "bounded_pending_l%d", il);
+        if (geo.n_ring > 0) {
+            l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), geo.n_ring + geo.n_wait, 1, n_seq_max);
+            ggml_format_name(l.queries, "bounded_queries_l%d", il);
         }
-
-        if (get_indexer()) {
-            st.score = st.evict;
-            for (uint32_t s = 0; s < st.n_seq; ++s) {
-                const seq_state & seq = state[st.s0 + s];
-                // a single token that fills the budget scores what waits, so that the one after it, which evicts, has less to do
-                const bool fills = n_tokens == 1 && seq.n_used == get_budget(seq);
-                st.score = st.score || fills || seq.n_pending() > (n_tokens == 1 ? n_wait - 1 : n_wait);
-            }
-            for (uint32_t s = 0; s < st.n_seq && st.score; ++s) {
-                st.n_old = std::max(st.n_old, st.before[s].n_pending());
-                state[st.s0 + s].n_scored = state[st.s0 + s].n_seen;
-            }
-            if (n_tokens == 1 && st.score && (!st.evict || st.n_old > 0)) {
-                st.n_old = std::max(st.n_old, n_wait - 1); // so that the graph of single tokens that score is always the same
-            }
-        }
-        for (uint32_t s = 0; s < st.n_seq; ++s) {
-            st.after.push_back(state[st.s0 + s]);
-        }
-
-        st.n_kv = GGML_PAD(n_top + (st.recall ? n_front : 0), N_KV_PAD);
-        res.push_back(std::move(st));
+    } else if (geo.n_ring > 0) {
+        l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, geo.n_ring, hparams.n_head(il), n_seq_max);
+        ggml_format_name(l.q, "bounded_q_l%d", il);
     }
-
-    return res;
-}
-
-void llama_kv_cache_bounded::apply(const step & st) {
-    for (uint32_t s = 0; s < st.n_seq; ++s) {
-        seqs[st.s0 + s] = st.after[s];
+    if (cfg.memory) {
+        for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
+            ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
+            ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
+            l.memory.push_back(t);
+        }
     }
+    return l;
 }
 
 //
@@ -296,24 +208,48 @@ void llama_kv_cache_bounded::apply(const step & st) {
 llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
+    const auto refuse = [](const std::string & why, llama_memory_status status) {
+        LLAMA_LOG_ERROR("init_batch: %s\n", why.c_str());
+        indexmem_error_is(why);
+        return status;
+    };
+    if (!unusable.empty()) {
+        return std::make_unique<llama_kv_cache_bounded_context>(this, refuse(unusable, LLAMA_MEMORY_STATUS_FAILED_COMPUTE));
+    }
+
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = seqs.size() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        auto ubatch = get_n_seq_max() == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
-    if (balloc.get_n_used() == balloc.get_n_tokens()) {
-        auto steps = prepare(ubatches);
-        if (!steps.empty()) {
-            return std::make_unique<llama_kv_cache_bounded_context>(this, std::move(steps), std::move(ubatches));
-        }
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
-    return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+
+    std::vector<indexmem_kv_counts::tokens> tokens;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+            GGML_ASSERT(ubatch.seq_id_unq[s] == ubatch.seq_id_unq[0] + (llama_seq_id) s);
+        }
+        tokens.push_back({ (uint32_t) ubatch.seq_id_unq[0], ubatch.n_seqs_unq, ubatch.n_tokens/ubatch.n_seqs_unq, ubatch.pos });
+    }
+    std::string error;
+    auto steps = counts.prepare(tokens, error);
+    if (steps.empty()) {
+        const auto is_broken = [&](const indexmem_kv_counts::tokens & t) {
+            return get_seq(t.s0)->broken;
+        };
+        const bool broken = std::any_of(tokens.begin(), tokens.end(), is_broken);
+        return std::make_unique<llama_kv_cache_bounded_context>(this,
+                refuse(error, broken ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE));
+    }
+    return std::make_unique<llama_kv_cache_bounded_context>(this, std::move(steps), std::move(ubatches));
 }
 
 llama_memory_context_ptr llama_kv_cache_bounded::init_full() {
@@ -322,6 +258,11 @@ llama_memory_context_ptr llama_kv_cache_bounded::init_full() {
 
 llama_memory_context_ptr llama_kv_cache_bounded::init_update(llama_context * lctx, bool optimize) {
     GGML_UNUSED(optimize);
+
+    // What a program can change after the context was made. Every batch asks for updates before it is prepared.
+    unusable = lctx->get_cparams().causal_attn ? "" :
+        "a bounded KV cache needs causal attention, and it was switched off after the context was made: switch it on again";
+
     // Copies move rows between sequences that no graph refers to by value: existing graphs stay valid, so this is never
     // reported as an update (which would reserve the worst-case graph again).
     if (!copies.empty()) {

@@ -1,21 +1,19 @@
 #pragma once
 
 #include "llama-batch.h"
-#include "llama-graph.h"
 #include "llama-memory.h"
 
-#include "indexmem.h"
+#include "indexmem-kv-counts.h"
 #include "indexmem-ops.h"
 #include "indexmem-sidecar.h"
 
-#include <algorithm>
+#include "ggml-cpp.h"
+
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
-struct llama_cparams;
-struct llama_hparams;
 struct llama_model;
 
 //
@@ -25,80 +23,25 @@ struct llama_model;
 //
 // Invariants
 //   - buffers are allocated once; their size depends on the budget and n_ubatch, never on the number of tokens seen
-//   - the host knows how many slots are in use (equal for all heads), the device which tokens they hold
+//   - the host knows how many slots are in use, equal for all heads (indexmem-kv-counts.h), the device which tokens they hold
 //   - with a latent memory that has slots, these lie in front of all others in K and V, in rows [0, n_front); slot i of an
 //     entry is row n_front + i. They are read from the first eviction of a sequence on
-//   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in the device table `pos`;
-//     slot n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
-//   - after apply() of a ubatch, n_used plus the slots of the memory <= budget
-//   - with an indexer, entries at positions [n_scored, n_seen) are pending: the hidden states they are scored from lie in
-//     a ring of n_wait rows. What is ranked has been scored, so pending entries are in slots from n_fixed on
+//   - the hidden state of a pending entry at position p lies in row p % n_wait, the query of position p in row p % n_ring
 //
 
 class llama_kv_cache_bounded : public llama_memory_i {
 public:
     // everything decided before the cache exists
-    struct config {
-        uint32_t    budget;
-        uint32_t    sinks;
-        uint32_t    window;
-        uint32_t    pin;
-        uint32_t    evict_step; // 0 = from the room in the budget
-        uint64_t    seed;
-        int         policy;     // index into policies.def
-        double      ratio;      // of the tokens seen, 0 = none
+    struct config : indexmem_kv_counts::limits {
+        uint64_t seed;
+        int      policy; // index into policies.def
 
         std::shared_ptr<const indexmem_sidecar> sidecar; // null if nothing of one is used
         std::shared_ptr<const indexmem_memory>  memory;  // null = off
     };
 
-    // Attention looks at a multiple of so many rows: kernels of some backends want that, and it bounds how often the graph
-    // changes while the cache fills.
-    static constexpr uint32_t N_KV_PAD = 256;
-
-    // Tokens that can wait to be scored: a small network costs less per token when it sees many. Of a small budget they are
-    // a small share too, because their hidden states take more bytes than entries do.
-    static constexpr uint32_t N_WAIT_MAX  = 32;
-    static constexpr uint32_t N_WAIT_MIN  = 4;
-    static constexpr uint32_t WAIT_SHARE  = 32; // of the budget
-
-    // queries kept beyond those that a rank reads: so many tokens can be taken back exactly
-    static constexpr uint32_t N_RING_SLACK = 32;
-
-    // host side of one sequence
-    struct seq_state {
-        llama_pos n_seen  = 0;
-        uint32_t  n_used  = 0;
-        uint32_t  n_fixed = 0;
-        uint32_t  pin     = 0;
-        llama_pos n_scored = 0;
-
-        uint64_t n_evictions = 0; // ubatches that evicted
-
-        llama_pos pos_tail()  const { return n_seen - (llama_pos) (n_used - n_fixed); }
-        uint32_t  n_pending() const { return (uint32_t) (n_seen - n_scored); }
-
-        // forgets the entries from p0 on, which have not been moved since they were appended
-        void truncate(llama_pos p0) {
-            n_used  -= (uint32_t) (n_seen - p0);
-            n_seen   = p0;
-            n_scored = std::min(n_scored, p0);
-        }
-    };
-
-    // what one ubatch does, decided on the host before any ubatch of the batch runs
-    struct step {
-        uint32_t s0;      // first sequence (stream) of the ubatch
-        uint32_t n_seq;   // consecutive sequences
-        uint32_t n_kv;    // slots that attention looks at
-        bool     evict;   // some sequence evicts
-        bool     recall;  // some sequence has evicted before, and the memory is read
-        bool     score;   // the indexer scores what is pending and the new tokens; if not, the new tokens become pending
-        uint32_t n_old;   // pending entries scored, the most of any sequence
-
-        std::vector<seq_state> before; // [n_seq]
-        std::vector<seq_state> after;  // [n_seq]
-    };
+    using seq_state = indexmem_kv_counts::seq_state;
+    using step      = indexmem_kv_counts::step;
 
     struct layer {
         uint32_t il;
@@ -115,6 +58,8 @@ public:
         ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
+
+        bool attends; // by our op, and not by flash attention
 
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
@@ -175,23 +120,17 @@ public:
     const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
     const indexmem_memory  * get_memory()  const { return cfg.memory.get(); } // null = off
 
-    uint32_t get_n_slots()   const { return n_slots; } // of entries
-    uint32_t get_n_front()   const { return n_front; }
-    uint32_t get_n_latent()  const { return cfg.memory ? cfg.memory->n_slots() : 0; } // slots of the memory
-    uint32_t get_n_ring()    const { return n_ring; }
-    uint32_t get_n_wait()    const { return n_wait; }
-    uint32_t get_n_seq_max() const { return (uint32_t) seqs.size(); }
+    const indexmem_kv_counts           & get_counts()   const { return counts; }
+    const indexmem_kv_counts::geometry & get_geometry() const { return counts.get_geometry(); }
 
-    // entries that a sequence may keep at its present length, the slots of the memory not counted
-    uint32_t get_budget(const seq_state & seq) const;
+    uint32_t get_n_slots()   const { return get_geometry().n_slots; } // of entries
+    uint32_t get_n_front()   const { return get_geometry().n_front; }
+    uint32_t get_n_latent()  const { return get_geometry().n_latent; } // slots of the memory
+    uint32_t get_n_ring()    const { return get_geometry().n_ring; }
+    uint32_t get_n_wait()    const { return get_geometry().n_wait; }
+    uint32_t get_n_seq_max() const { return counts.n_seq_max(); }
 
-    // entries that leave at once: at least the step, and never into what is protected
-    uint32_t get_evict_step(const seq_state & seq) const;
-
-    // entries that leave at once at most, after n_tokens more
-    uint32_t get_evict_max(uint32_t n_tokens) const;
-
-    // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
+    // false, with the reason, when that is impossible
     bool set_pin(llama_seq_id seq_id, uint32_t n, std::string & error);
 
     // the stream that holds the data of a sequence now: another one's until pending copies have been made
@@ -208,13 +147,12 @@ public:
     int64_t get_rot_k() const { return rot_k; } // size of the Hadamard rotation of keys and queries, 0 = none
     int64_t get_rot_v() const { return rot_v; }
 
-    void apply(const step & st);
+    // of a ubatch: it has been computed, or it was begun and has not
+    void finish (const step & st) { counts.finish(st); }
+    void abandon(const step & st) { counts.abandon(st); }
 
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;
-
-    // smallest budget that leaves room to evict, with so many slots of a memory
-    static uint64_t budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent);
 
 private:
     const llama_model & model;
@@ -223,16 +161,14 @@ private:
 
     const indexmem_indexer * indexer = nullptr;
 
-    uint32_t n_slots = 0;
-    uint32_t n_front = 0;
-    uint32_t n_ring  = 0; // of queries, of the policy or the indexer
-    uint32_t n_wait  = 0; // hidden states that wait to be scored
+    indexmem_kv_counts counts;
+
+    std::string unusable; // why nothing can be evaluated as the context is set up now, "" if it can
 
     int64_t rot_k = 0;
     int64_t rot_v = 0;
 
-    std::vector<seq_state> seqs; // [n_seq_max]
-    std::vector<layer>     layers;
+    std::vector<layer> layers;
 
     std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index in layers
 
@@ -243,12 +179,7 @@ private:
     struct copy { uint32_t src, dst; };
     std::vector<copy> copies; // pending, applied by init_update
 
-    // empty on failure
-    std::vector<step> prepare(const std::vector<llama_ubatch> & ubatches) const;
-
-    uint32_t n_protected(const seq_state & seq) const; // length of the protected prefix
-
-    bool can_remove(const seq_state & seq, llama_pos p0) const; // whether a tail can be taken back exactly
+    layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
 
     void reset(llama_seq_id seq_id);
 
@@ -274,6 +205,9 @@ public:
             std::vector<step> steps,
             std::vector<llama_ubatch> ubatches);
 
+    // a ubatch that was begun, and that next() did not confirm, has not been computed
+    ~llama_kv_cache_bounded_context() override;
+
     bool next()  override;
     bool apply() override;
 
@@ -290,14 +224,11 @@ private:
     llama_memory_status status;
 
     size_t i_cur = 0;
+    bool   begun = false; // the current ubatch
 
     std::vector<step>         steps;
     std::vector<llama_ubatch> ubatches;
 };
 
-// The bounded cache asked for by indexmem_next_context(), or null if none was. Throws std::runtime_error when the model
-// or the parameters do not allow one.
-llama_memory_i * indexmem_create_memory(
-        const llama_model         & model,
-        const llama_memory_params & params,
-        const llama_cparams       & cparams);
+// the bounded cache behind a memory context, or null
+const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx);

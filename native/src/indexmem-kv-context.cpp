@@ -12,13 +12,15 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     step st = {};
     st.n_seq  = kv->get_n_seq_max();
-    st.n_kv   = (kv->get_n_front() + kv->get_n_slots())/kv->N_KV_PAD*kv->N_KV_PAD;
+    st.n_kv   = (kv->get_n_front() + kv->get_n_slots())/indexmem_kv_counts::N_KV_PAD*indexmem_kv_counts::N_KV_PAD;
     st.evict  = true;
     st.recall = kv->get_memory() != nullptr;
     st.score  = kv->get_indexer() != nullptr;
     st.n_old  = st.score ? kv->get_n_wait() : 0;
-    st.before = kv->seqs;
-    st.after  = kv->seqs;
+    for (uint32_t s = 0; s < st.n_seq; ++s) {
+        st.before.push_back(*kv->get_seq(s));
+    }
+    st.after = st.before;
     steps.push_back(std::move(st));
 }
 
@@ -29,20 +31,32 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS), steps(std::move(steps)), ubatches(std::move(ubatches)) {
 }
 
+llama_kv_cache_bounded_context::~llama_kv_cache_bounded_context() {
+    if (begun) {
+        kv->abandon(steps[i_cur]);
+    }
+}
+
 bool llama_kv_cache_bounded_context::next() {
     GGML_ASSERT(status == LLAMA_MEMORY_STATUS_SUCCESS);
+    if (begun) {
+        kv->finish(steps[i_cur]);
+        begun = false;
+    }
     return ++i_cur < ubatches.size();
 }
 
 bool llama_kv_cache_bounded_context::apply() {
     GGML_ASSERT(!llama_memory_status_is_fail(status));
-    if (!ubatches.empty()) {
-        kv->apply(steps[i_cur]);
-    }
+    begun = !ubatches.empty();
     return true;
 }
 
 const llama_ubatch & llama_kv_cache_bounded_context::get_ubatch() const {
     GGML_ASSERT(status == LLAMA_MEMORY_STATUS_SUCCESS);
     return ubatches[i_cur];
+}
+
+const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
+    return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
 }

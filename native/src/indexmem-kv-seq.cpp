@@ -10,7 +10,7 @@
 //
 
 const llama_kv_cache_bounded::seq_state * llama_kv_cache_bounded::get_seq(llama_seq_id seq_id) const {
-    return seq_id >= 0 && (size_t) seq_id < seqs.size() ? &seqs[seq_id] : nullptr;
+    return counts.get(seq_id);
 }
 
 bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::string & error) {
@@ -18,21 +18,7 @@ bool llama_kv_cache_bounded::set_pin(llama_seq_id seq_id, uint32_t n, std::strin
         error = format("there is no sequence %d (n_seq_max is %u)", seq_id, get_n_seq_max());
         return false;
     }
-    auto & seq = seqs[seq_id];
-
-    const uint64_t min = budget_min(cfg.sinks, n, cfg.window, get_n_latent());
-    if (cfg.budget < min) {
-        error = format("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
-                "the memory + 1), the budget is %u", n, (unsigned long long) min, cfg.sinks, n, cfg.window, get_n_latent(), cfg.budget);
-        return false;
-    }
-    if (seq.n_evictions > 0 && n > n_protected(seq)) {
-        error = format("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there",
-                n, n_protected(seq));
-        return false;
-    }
-    seq.pin = n;
-    return true;
+    return counts.set_pin(seq_id, n, error);
 }
 
 // a pending copy would make what lies in the stream of its destination stale; its source holds the same
@@ -48,7 +34,7 @@ uint32_t llama_kv_cache_bounded::get_stream(llama_seq_id seq_id) const {
 
 std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
     const uint32_t stream = get_stream(seq_id);
-    const auto & seq = seqs[seq_id];
+    const auto   & seq    = *get_seq(seq_id);
 
     std::vector<int32_t> pos(seq.n_used);
     if (seq.n_fixed > 0) {
@@ -61,21 +47,20 @@ std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, 
 }
 
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
-    if (cfg.memory && seqs[seq_id].n_evictions > 0) {
+    const auto & seq = *get_seq(seq_id);
+    if (cfg.memory && (seq.n_evictions > 0 || seq.broken)) {
         copies.push_back({ NOTHING, (uint32_t) seq_id });
     }
-    seqs[seq_id]     = {};
-    seqs[seq_id].pin = cfg.pin;
+    counts.reset(seq_id);
 }
 
 void llama_kv_cache_bounded::clear(bool data) {
     copies.clear();
-    for (size_t s = 0; s < seqs.size(); ++s) {
+    for (uint32_t s = 0; s < get_n_seq_max(); ++s) {
         if (cfg.memory && !data) {
-            copies.push_back({ NOTHING, (uint32_t) s });
+            copies.push_back({ NOTHING, s });
         }
-        seqs[s]     = {};
-        seqs[s].pin = cfg.pin;
+        counts.reset(s);
     }
     if (data) {
         for (auto & [_, buf] : ctxs_bufs) {
@@ -87,56 +72,53 @@ void llama_kv_cache_bounded::clear(bool data) {
 bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (seq_id < 0) {
         bool res = true;
-        for (size_t s = 0; s < seqs.size(); ++s) {
+        for (uint32_t s = 0; s < get_n_seq_max(); ++s) {
             res &= seq_rm(s, p0, p1);
         }
         return res;
     }
-    GGML_ASSERT((size_t) seq_id < seqs.size());
+    GGML_ASSERT((uint32_t) seq_id < get_n_seq_max());
 
-    auto & seq = seqs[seq_id];
+    const auto & seq = *get_seq(seq_id);
 
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
+    if (p0 == 0 && p1 >= seq.n_seen && (seq.n_seen > 0 || seq.broken)) {
+        reset(seq_id); // a broken one, too
+        return true;
+    }
     if (p0 >= seq.n_seen || p0 >= p1) {
         return true; // nothing there
     }
     if (p1 < seq.n_seen) {
         return false; // would leave a gap
     }
-    if (p0 == 0) {
-        reset(seq_id);
-        return true;
-    }
-
-    if (!can_remove(seq, p0)) {
+    if (!counts.can_remove(seq, p0)) {
         return false;
     }
-    seq.truncate(p0);
+    counts.truncate(seq_id, p0);
     return true;
 }
 
-// exact only while every removed entry is still where it was appended, and no query before p0 has been overwritten
-bool llama_kv_cache_bounded::can_remove(const seq_state & seq, llama_pos p0) const {
-    return p0 >= seq.pos_tail() && (n_ring == 0 || seq.n_seen - p0 <= (llama_pos) N_RING_SLACK);
-}
-
 void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_ASSERT(seq_id_src >= 0 && (size_t) seq_id_src < seqs.size());
-    GGML_ASSERT(seq_id_dst >= 0 && (size_t) seq_id_dst < seqs.size());
+    GGML_ASSERT(get_seq(seq_id_src) && get_seq(seq_id_dst));
 
     if (seq_id_src == seq_id_dst) {
         return;
     }
-    const auto & src = seqs[seq_id_src];
+    const auto & src = *get_seq(seq_id_src);
 
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
+    if (src.broken) {
+        LLAMA_LOG_ERROR("%s: sequence %d is broken: evaluating it was interrupted while entries were evicted; nothing copied\n", __func__, seq_id_src);
+        return;
+    }
     seq_state dst = src;
     if (p1 < src.n_seen) {
         // a prefix: exact under the same conditions as seq_rm
-        if (can_remove(src, p1)) {
+        if (counts.can_remove(src, p1)) {
             dst.truncate(p1);
         } else {
             p0 = 1;
@@ -148,7 +130,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
     }
 
     copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
-    seqs[seq_id_dst] = dst;
+    counts.assign(seq_id_dst, dst);
 }
 
 // What is pending, in order, so that a copy reads what its source held then: nothing but this writes to sequences between
@@ -161,7 +143,7 @@ void llama_kv_cache_bounded::apply_copies() {
         }
         for (const auto & l : layers) {
             for (ggml_tensor * t : l.tensors()) {
-                const size_t size = ggml_nbytes(t)/seqs.size();
+                const size_t size = ggml_nbytes(t)/get_n_seq_max();
                 ggml_tensor src = *t;
                 ggml_tensor dst = *t;
                 for (ggml_tensor * view : { &src, &dst }) {
@@ -184,19 +166,19 @@ void llama_kv_cache_bounded::apply_copies() {
 void llama_kv_cache_bounded::clear_memory(uint32_t stream) {
     for (const auto & l : layers) {
         for (ggml_tensor * t : l.memory) {
-            const size_t size = ggml_nbytes(t)/seqs.size();
+            const size_t size = ggml_nbytes(t)/get_n_seq_max();
             ggml_backend_tensor_memset(t, 0, stream*size, size);
         }
         for (ggml_tensor * t : { l.k, l.v }) {
-            for (int64_t h = 0; h < t->ne[2] && n_front > 0; ++h) {
-                ggml_backend_tensor_memset(t, 0, h*t->nb[2] + stream*t->nb[3], n_front*t->nb[1]);
+            for (int64_t h = 0; h < t->ne[2] && get_n_front() > 0; ++h) {
+                ggml_backend_tensor_memset(t, 0, h*t->nb[2] + stream*t->nb[3], get_n_front()*t->nb[1]);
             }
         }
     }
 }
 
 void llama_kv_cache_bounded::seq_keep(llama_seq_id seq_id) {
-    for (size_t s = 0; s < seqs.size(); ++s) {
+    for (uint32_t s = 0; s < get_n_seq_max(); ++s) {
         if ((llama_seq_id) s != seq_id) {
             reset(s);
         }

@@ -1,6 +1,6 @@
 #include "indexmem-latent.h"
 
-#include "indexmem-graph.h"
+#include "indexmem-nodes.h"
 
 #include <numeric>
 

@@ -97,7 +97,7 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
     const bool     evicted = seq.n_evictions > 0;
 
     bool ok = n_seen <= N_SEEN_MAX && seq.n_used <= n_seen && seq.n_fixed <= seq.n_used;
-    ok = ok && cfg.budget >= kv_cache::budget_min(cfg.sinks, seq.pin, cfg.window, kv.get_n_latent());
+    ok = ok && cfg.budget >= indexmem_kv_counts::budget_min(cfg.sinks, seq.pin, cfg.window, kv.get_n_latent());
     // at least one entry leaves at an eviction, and what is protected stays
     ok = ok && seq.n_evictions <= n_seen - seq.n_used;
     ok = ok && (evicted ? seq.n_fixed >= std::max(cfg.sinks, seq.pin) + cfg.window : seq.n_used == n_seen && seq.n_fixed == 0);
@@ -105,6 +105,10 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
     if (!ok) {
         throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted "
                     "%llu times)", n_seen, seq.n_used, seq.n_fixed, seq.pin, (unsigned long long) seq.n_evictions));
+    }
+
+    if (seq.ring_from < 0 || seq.ring_from > (kv.get_n_ring() > 0 ? seq.n_seen : 0)) {
+        throw std::runtime_error(format("bounded KV state: impossible first query %d (%u seen)", seq.ring_from, n_seen));
     }
 
     // entries that wait are the newest, not moved since they were appended, and their hidden states fit the ring
@@ -126,6 +130,7 @@ llama_seq_id get_head(reader & in, const kv_cache & kv, kv_cache::seq_state & se
     seq.n_fixed     = in.get<uint32_t>();
     seq.pin         = in.get<uint32_t>();
     seq.n_scored    = in.get<uint32_t>();
+    seq.ring_from   = in.get<uint32_t>();
     seq.n_evictions = in.get<uint64_t>();
     check_head(kv, seq);
     return (llama_seq_id) id;
@@ -198,9 +203,9 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     check_header(in, *this);
 
     const uint32_t n_seq = in.get<uint32_t>();
-    if (n_seq > seqs.size() || (seq_id != -1 && n_seq != 1)) {
+    if (n_seq > get_n_seq_max() || (seq_id != -1 && n_seq != 1)) {
         throw std::runtime_error(format("bounded KV state: holds %u sequences, expected %s", n_seq,
-                    seq_id == -1 ? format("at most %zu", seqs.size()).c_str() : "one"));
+                    seq_id == -1 ? format("at most %u", get_n_seq_max()).c_str() : "one"));
     }
 
     std::vector<std::pair<llama_seq_id, seq_state>> loaded;
@@ -216,7 +221,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         if (seq_id != -1) {
             id = seq_id;
         } else if (!get_seq(id)) {
-            throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %zu", id, seqs.size()));
+            throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %u", id, get_n_seq_max()));
         } else if (!loaded.empty() && id <= loaded.back().first) {
             throw std::runtime_error(format("bounded KV state: sequence %d occurs twice, or out of order", id));
         }
@@ -250,7 +255,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
     apply_copies(); // and clear the memories that are about to be replaced
     for (const auto & [id, seq] : loaded) {
-        seqs[id] = seq;
+        counts.assign(id, seq);
     }
     for (const auto & h : held) {
         h.apply();

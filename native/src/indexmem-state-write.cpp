@@ -1,6 +1,9 @@
 #include "indexmem-state.h"
 
+#include "llama-impl.h"
 #include "llama.h"
+
+#include <stdexcept>
 
 using kv_cache = llama_kv_cache_bounded;
 
@@ -45,6 +48,7 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
     put<uint32_t>(io, seq.n_fixed);
     put<uint32_t>(io, seq.pin);
     put<uint32_t>(io, seq.n_scored);
+    put<uint32_t>(io, seq.ring_from);
     put<uint64_t>(io, seq.n_evictions);
 }
 
@@ -75,21 +79,28 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     put_header(io, *this);
 
     std::vector<llama_seq_id> ids;
-    for (size_t s = 0; s < seqs.size(); ++s) {
-        if ((seq_id == -1 && seqs[s].n_used > 0) || (llama_seq_id) s == seq_id) {
-            ids.push_back(s);
+    for (llama_seq_id s = 0; s < (llama_seq_id) get_n_seq_max(); ++s) {
+        const auto & seq = *get_seq(s);
+        if (s != seq_id && (seq_id != -1 || (seq.n_used == 0 && !seq.broken))) {
+            continue;
         }
+        if (seq.broken) {
+            throw std::runtime_error(format("bounded KV state: sequence %d is broken: evaluating it was interrupted while entries "
+                        "were evicted", s));
+        }
+        ids.push_back(s);
     }
     put<uint32_t>(io, ids.size());
     for (llama_seq_id id : ids) {
         const uint32_t stream = get_stream(id);
+        const auto   & seq    = *get_seq(id);
 
-        put_head(io, id, seqs[id]);
+        put_head(io, id, seq);
         for (const auto & l : layers) {
-            put_pieces(io, indexmem_state_table(l, seqs[id], stream), on_device);
+            put_pieces(io, indexmem_state_table(l, seq, stream), on_device);
         }
         for (const auto & l : layers) {
-            put_pieces(io, indexmem_state_rows(*this, l, seqs[id], stream), on_device);
+            put_pieces(io, indexmem_state_rows(*this, l, seq, stream), on_device);
         }
     }
 }

@@ -12,7 +12,7 @@
 //
 //   header     magic, version, policy, memory, geometry; number of sequences
 //   sequences  one after the other:
-//     head     id, n_seen, n_used, n_fixed, pin, n_scored, n_evictions
+//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions
 //     table    positions of the entries that have been through an eviction: [n_fixed] of every KV head of every layer. Those
 //              of the other entries follow from the head
 //     rows     of every layer: K, V, the ring of queries if the policy keeps one; of an indexer its state, the hidden

@@ -61,6 +61,9 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.n_pos_per_embd() > 1) {
         return "positions of several dimensions (M-RoPE)";
     }
+    if (hparams.router_layer >= 0) {
+        return "a router layer behind its last layer, with a cache of its own";
+    }
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings that read past tokens from the cache";
     }

@@ -1,11 +1,11 @@
-#include "indexmem-graphs.h"
+#include "indexmem-graph-cache.h"
 
-#include "indexmem-graph.h"
+#include "indexmem-kv-cache.h"
 
 // The ubatches of decode: of more tokens the compute buffers are large, and one for each kind would be too much.
 static constexpr uint32_t N_TOKENS = 32;
 
-int indexmem_graphs::kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch) {
+int indexmem_graph_cache::kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch) {
     const auto * bounded = indexmem_context(mctx);
     if (!bounded || ubatch.n_tokens > N_TOKENS) {
         return 0;
@@ -20,7 +20,7 @@ int indexmem_graphs::kind_of(const llama_memory_context_i * mctx, const std::vec
     return (st.evict ? 2 : 0) + (st.score ? 1 : 0);
 }
 
-void indexmem_graphs::take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
+void indexmem_graph_cache::take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
         const std::function<ggml_backend_sched_t()> & make) {
     if (kind == current) {
         return;
@@ -36,7 +36,15 @@ void indexmem_graphs::take(int kind, ggml_backend_sched_ptr & sched, results & r
     current = kind;
 }
 
-void indexmem_graphs::clear() {
+size_t indexmem_graph_cache::size(ggml_backend_t backend) const {
+    size_t res = 0;
+    for (const auto & [kind, aside] : kinds) {
+        res += aside.sched ? ggml_backend_sched_get_buffer_size(aside.sched.get(), backend) : 0;
+    }
+    return res;
+}
+
+void indexmem_graph_cache::clear() {
     kinds.clear();
     current = 0;
 }

@@ -23,7 +23,7 @@ struct llama_ubatch;
 //   - kind 0 has the scheduler that was reserved for the largest graph
 //   - only where all backends compute on the host: a device has its own way to keep graphs
 //
-class indexmem_graphs {
+class indexmem_graph_cache {
 public:
     typedef std::array<llm_graph_result_ptr, 2> results;
 
@@ -33,6 +33,9 @@ public:
     // puts the kind into the hands of the context; `make` makes a scheduler for one that was not there yet
     void take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
             const std::function<ggml_backend_sched_t()> & make);
+
+    // bytes of the compute buffers of the kinds that lie here
+    size_t size(ggml_backend_t backend) const;
 
     // the context makes what it holds anew, as kind 0
     void clear();

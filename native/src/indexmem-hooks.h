@@ -1,0 +1,60 @@
+#pragma once
+
+//
+// Everything that llama.cpp's patched files call, and nothing else
+//
+// While a context is made: indexmem_check_request, then indexmem_create_memory where the ordinary KV cache would be made, then
+// indexmem_check_made. So a bounded cache takes the place of that one kind of memory, and an architecture that makes another
+// one is refused, whether anybody thought of it or not.
+//
+
+#include "indexmem-graph-cache.h" // a context keeps its graphs in one
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <memory>
+
+struct llama_cparams;
+struct llama_memory_context_i;
+struct llama_memory_i;
+struct llama_memory_params;
+struct llama_model;
+
+struct llm_graph_context;
+class  llm_graph_input_attn_kv;
+
+// Throws std::runtime_error when a bounded cache was asked for and is known to be impossible for the model: before anything
+// is allocated, and with a better reason than indexmem_check_made has.
+void indexmem_check_request(const llama_model & model);
+
+// The bounded cache asked for by indexmem_next_context(), or null if none was. Throws std::runtime_error when the model or the
+// parameters do not allow one.
+llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// Throws std::runtime_error, and frees `made`, when a bounded cache was asked for and another memory was made.
+void indexmem_check_made(const llama_model & model, llama_memory_i * made);
+
+// nodes and views that a bounded memory adds to a graph at most, 0 for others
+uint32_t indexmem_graph_nodes(const llama_memory_i * memory);
+
+// shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
+
+// the input of ordinary attention if the memory is bounded, else null
+std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
+
+// attention if the input is of a bounded cache, else null
+ggml_tensor * indexmem_build_attn(
+        const llm_graph_context & graph,
+        llm_graph_input_attn_kv * inp,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        ggml_tensor * kq_b,
+        ggml_tensor * sinks,
+        float kq_scale,
+        int   il);
+
+// throws if the memory is bounded: `what` reads the original cache in a way the bounded one does not offer
+void indexmem_refuse(const llama_memory_context_i * mctx, const char * what);

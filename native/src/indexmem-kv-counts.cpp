@@ -1,0 +1,261 @@
+#include "indexmem-kv-counts.h"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+// rows of any type begin at multiples of 16 bytes then
+static constexpr uint32_t N_FRONT_PAD = 8;
+
+static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
+
+// Tokens that can wait to be scored: a small network costs less per token when it sees many. Of a small budget they are a
+// small share too, because their hidden states take more bytes than entries do.
+static constexpr uint32_t N_WAIT_MAX = 32;
+static constexpr uint32_t N_WAIT_MIN = 4;
+static constexpr uint32_t WAIT_SHARE = 32; // of the budget
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+static std::string text(const char * format, ...) {
+    char buf[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(buf, sizeof(buf), format, args);
+    va_end(args);
+    return buf;
+}
+
+static uint32_t pad(uint32_t n, uint32_t to) {
+    return (n + to - 1)/to*to;
+}
+
+indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim, uint32_t n_ubatch, uint32_t n_latent,
+        uint32_t n_queries, bool indexer, bool recalls, bool evicts) {
+    geometry res = {};
+    res.n_latent = n_latent;
+    res.n_front  = pad(n_latent, N_FRONT_PAD);
+
+    // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on.
+    const uint32_t n_entries = lim.budget - n_latent + n_ubatch;
+    res.n_slots = std::max(pad(n_entries, N_KV_PAD), pad(res.n_front + n_entries, N_KV_PAD) - res.n_front);
+
+    res.n_ring  = n_queries > 0 ? n_queries + N_RING_SLACK : 0;
+    res.n_wait  = indexer ? std::min(std::max(lim.budget/WAIT_SHARE, N_WAIT_MIN), N_WAIT_MAX) : 0;
+    res.recalls = recalls;
+    res.evicts  = evicts;
+    return res;
+}
+
+indexmem_kv_counts::indexmem_kv_counts(const limits & lim, const geometry & geo, uint32_t n_seq_max) :
+    lim(lim), geo(geo), seqs(n_seq_max) {
+    for (uint32_t s = 0; s < n_seq_max; ++s) {
+        reset(s);
+    }
+}
+
+//
+// budget arithmetic
+//
+
+uint64_t indexmem_kv_counts::budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent) {
+    return std::max(sinks, pin) + window + n_latent + 1;
+}
+
+uint32_t indexmem_kv_counts::budget_of(const seq_state & seq) const {
+    uint64_t res = lim.budget;
+    if (lim.ratio > 0.0) {
+        const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
+        res = std::min<uint64_t>(res, std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min));
+    }
+    return (uint32_t) res - geo.n_latent;
+}
+
+uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
+    const uint32_t room = budget_of(seq) - n_protected(seq) - lim.window;
+    const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
+    return std::max(1u, std::min(want, room));
+}
+
+uint32_t indexmem_kv_counts::evict_max(uint32_t n_tokens) const {
+    if (lim.ratio > 0.0) {
+        return lim.budget + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
+    }
+    return n_tokens + (lim.evict_step > 0 ? std::min(lim.evict_step, lim.budget) : EVICT_STEP_DEFAULT);
+}
+
+//
+// steps
+//
+
+std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vector<tokens> & ubatches, std::string & error) const {
+    std::vector<step> res;
+
+    std::vector<seq_state> state = seqs;
+
+    for (const tokens & ub : ubatches) {
+        step st = {};
+        st.s0       = ub.s0;
+        st.n_seq    = ub.n_seq;
+        st.n_tokens = ub.n_tokens;
+        if (ub.s0 + ub.n_seq > state.size()) {
+            error = text("there is no sequence %u (n_seq_max is %zu)", ub.s0 + ub.n_seq - 1, state.size());
+            return {};
+        }
+
+        uint32_t n_top = 0;
+        for (uint32_t i = 0; i < ub.n_seq; ++i) {
+            seq_state & seq = state[ub.s0 + i];
+            if (seq.broken) {
+                error = text("sequence %u is broken: evaluating it was interrupted while entries were evicted. Clear it, or load a state",
+                        ub.s0 + i);
+                return {};
+            }
+            for (uint32_t t = 0; t < ub.n_tokens; ++t) {
+                const int32_t found = ub.pos[i*ub.n_tokens + t], expected = seq.n_seen + (int32_t) t;
+                if (found != expected) {
+                    error = text("sequence %u goes on at position %d, the batch has %d there: a bounded KV cache takes each position "
+                            "once, in order", ub.s0 + i, expected, found);
+                    return {};
+                }
+            }
+            st.before.push_back(seq);
+            n_top = std::max(n_top, seq.n_used + ub.n_tokens);
+            if (!advance(ub.s0 + i, ub.n_tokens, seq, st, error)) {
+                return {};
+            }
+        }
+        score(st, state);
+        for (uint32_t i = 0; i < ub.n_seq; ++i) {
+            seq_state & seq = state[ub.s0 + i];
+            const uint32_t n_written = geo.n_wait == 0 ? ub.n_tokens : st.score ? (uint32_t) (seq.n_seen - st.before[i].n_scored) : 0;
+            if (!keep_queries(ub.s0 + i, n_written, st.before[i], seq, error)) {
+                return {};
+            }
+            st.after.push_back(seq);
+        }
+
+        st.n_kv = pad(n_top + (st.recall ? geo.n_front : 0), N_KV_PAD);
+        res.push_back(std::move(st));
+    }
+
+    return res;
+}
+
+bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const {
+    st.recall = st.recall || (geo.recalls && seq.n_evictions > 0);
+
+    if (seq.n_used + n_tokens > geo.n_slots) {
+        error = text("%u tokens at once do not fit: %u of %u slots are in use", n_tokens, seq.n_used, geo.n_slots);
+        return false;
+    }
+    seq.n_used += n_tokens;
+    seq.n_seen += (int32_t) n_tokens;
+
+    const uint32_t budget = budget_of(seq);
+    if (seq.n_used <= budget) {
+        return true;
+    }
+    if (!geo.evicts) {
+        error = text("the budget of %u entries is used up by sequence %u, and the policy is to evict nothing", budget, s);
+        return false;
+    }
+    const uint32_t n_left = std::min(budget, seq.n_used - evict_step_of(seq));
+    seq.n_used  = std::max(n_left, n_protected(seq) + lim.window);
+    seq.n_fixed = seq.n_used;
+    seq.n_evictions++;
+    st.evict = true;
+    return true;
+}
+
+// whether the indexer scores in this step, and what
+void indexmem_kv_counts::score(step & st, std::vector<seq_state> & state) const {
+    if (geo.n_wait == 0) {
+        return;
+    }
+    const bool single = st.n_tokens == 1;
+
+    st.score = st.evict;
+    for (uint32_t i = 0; i < st.n_seq; ++i) {
+        const seq_state & seq = state[st.s0 + i];
+        // a single token that fills the budget scores what waits, so that the one after it, which evicts, has less to do
+        const bool fills = single && seq.n_used == budget_of(seq);
+        st.score = st.score || fills || seq.n_pending() > (single ? geo.n_wait - 1 : geo.n_wait);
+    }
+    for (uint32_t i = 0; i < st.n_seq && st.score; ++i) {
+        st.n_old = std::max(st.n_old, st.before[i].n_pending());
+        state[st.s0 + i].n_scored = state[st.s0 + i].n_seen;
+    }
+    if (single && st.score && (!st.evict || st.n_old > 0)) {
+        st.n_old = std::max(st.n_old, geo.n_wait - 1); // so that the graph of single tokens that score is always the same
+    }
+}
+
+// the ring after a step that writes the newest n_written queries into it; false if its eviction reads some that are lost
+bool indexmem_kv_counts::keep_queries(uint32_t s, uint32_t n_written, const seq_state & before, seq_state & seq, std::string & error) const {
+    if (geo.n_ring == 0) {
+        return true;
+    }
+    const int32_t n_queries = (int32_t) (geo.n_ring - N_RING_SLACK); // that a rank reads: older ones of a step are not written
+    if (n_written >= (uint32_t) n_queries) {
+        seq.ring_from = seq.n_seen - n_queries;
+    } else if (n_written > 0) {
+        seq.ring_from = std::max(seq.ring_from, seq.n_seen - (int32_t) geo.n_ring);
+    }
+    if (seq.n_evictions > before.n_evictions && seq.ring_from > std::max(0, seq.n_seen - n_queries)) {
+        error = text("sequence %u cannot evict: queries that the policy reads were overwritten before text was taken back, and the "
+                "budget has become smaller since. Clear it, or load a state", s);
+        return false;
+    }
+    return true;
+}
+
+void indexmem_kv_counts::finish(const step & st) {
+    for (uint32_t i = 0; i < st.n_seq; ++i) {
+        seqs[st.s0 + i] = st.after[i];
+    }
+}
+
+// What a step without eviction writes lies behind the entries in use, or in rows of rings that nobody reads: the newest
+// queries overwrite old ones, and n_ring back from its end the ring is as it was.
+void indexmem_kv_counts::abandon(const step & st) {
+    for (uint32_t i = 0; i < st.n_seq; ++i) {
+        seq_state & seq = seqs[st.s0 + i];
+        seq = st.before[i];
+        seq.ring_from = std::min(seq.n_seen, std::max(seq.ring_from, st.after[i].n_seen - (int32_t) geo.n_ring));
+        seq.ring_from = geo.n_ring > 0 ? seq.ring_from : 0;
+        seq.broken    = st.after[i].n_evictions > st.before[i].n_evictions;
+    }
+}
+
+//
+// whole sequences
+//
+
+void indexmem_kv_counts::reset(uint32_t s) {
+    seqs[s]     = {};
+    seqs[s].pin = lim.pin;
+}
+
+bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
+    seq_state & seq = seqs[s];
+
+    const uint64_t min = budget_min(lim.sinks, n, lim.window, geo.n_latent);
+    if (seq.broken) {
+        error = text("sequence %u is broken: evaluating it was interrupted while entries were evicted. Clear it, or load a state", s);
+        return false;
+    }
+    if (lim.budget < min) {
+        error = text("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
+                "the memory + 1), the budget is %u", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent, lim.budget);
+        return false;
+    }
+    if (seq.n_evictions > 0 && n > n_protected(seq)) {
+        error = text("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there",
+                n, n_protected(seq));
+        return false;
+    }
+    seq.pin = n;
+    return true;
+}

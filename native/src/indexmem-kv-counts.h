@@ -1,0 +1,172 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+//
+// What the host knows about a bounded cache: counts
+//
+// How many entries each sequence holds, which of them may leave, and what each ubatch does to them. Nothing here knows of
+// tensors, graphs or models: which tokens the slots hold is known to the device alone.
+//
+// Invariants
+//   - a step counts when it has been computed (finish), not before. One that was not (abandon) leaves a sequence as it was, or,
+//     where entries may have moved already, broken: nothing but clearing or replacing it is possible then
+//   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in a table on the device; slot
+//     n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
+//   - after every step n_used <= budget_of(seq)
+//   - with an indexer, entries at positions [n_scored, n_seen) are pending: their hidden states lie in a ring of n_wait rows.
+//     What is ranked has been scored, so pending entries are in slots from n_fixed on
+//   - with a ring of queries, it holds those of positions [ring_from, n_seen) at least, as far as they have been written.
+//     Taking tokens back cannot lose queries that an eviction reads later, because that needs more tokens than there were;
+//     only a smaller budget (a shorter pin with a ratio, a state of another context) can, and is told
+//
+
+class indexmem_kv_counts {
+public:
+    // Attention looks at a multiple of so many rows: kernels of some backends want that, and it bounds how often the graph
+    // changes while the cache fills.
+    static constexpr uint32_t N_KV_PAD = 256;
+
+    // queries kept beyond those that a rank reads
+    static constexpr uint32_t N_RING_SLACK = 32;
+
+    // what is asked for
+    struct limits {
+        uint32_t budget;
+        uint32_t sinks;
+        uint32_t window;
+        uint32_t pin;
+        uint32_t evict_step; // 0 = from the room in the budget
+        double   ratio;      // of the tokens seen, 0 = none
+    };
+
+    // what follows from it, from the size of ubatches, and from what ranks and remembers
+    struct geometry {
+        uint32_t n_latent; // slots of a latent memory
+        uint32_t n_front;  // the same, padded: rows of K and V in front of the entries
+        uint32_t n_slots;  // of entries: the budget and room for one ubatch, padded
+        uint32_t n_ring;   // rows for the newest queries, 0 = none are kept
+        uint32_t n_wait;   // rows for hidden states that wait to be scored, 0 = no indexer
+        bool     recalls;  // what is evicted goes into a latent memory, which is read from then on
+        bool     evicts;   // false: steps that would have to evict are refused
+
+        // n_queries: kept queries that a rank reads, 0 = none
+        static geometry of(const limits & lim, uint32_t n_ubatch, uint32_t n_latent, uint32_t n_queries, bool indexer,
+                bool recalls, bool evicts);
+    };
+
+    struct seq_state {
+        int32_t  n_seen  = 0;
+        uint32_t n_used  = 0;
+        uint32_t n_fixed = 0;
+        uint32_t pin     = 0;
+        int32_t  n_scored  = 0;
+        int32_t  ring_from = 0;
+
+        uint64_t n_evictions = 0; // steps that evicted
+
+        bool broken = false;
+
+        int32_t  pos_tail()  const { return n_seen - (int32_t) (n_used - n_fixed); }
+        uint32_t n_pending() const { return (uint32_t) (n_seen - n_scored); }
+
+        // forgets the entries from p0 >= pos_tail() on
+        void truncate(int32_t p0) {
+            n_used   -= (uint32_t) (n_seen - p0);
+            n_seen    = p0;
+            n_scored  = std::min(n_scored, p0);
+            ring_from = std::min(ring_from, p0);
+        }
+    };
+
+    // tokens of a ubatch: n_tokens of each of n_seq consecutive sequences, one sequence after the other
+    struct tokens {
+        uint32_t        s0;
+        uint32_t        n_seq;
+        uint32_t        n_tokens;
+        const int32_t * pos; // [n_seq*n_tokens]
+    };
+
+    // what one ubatch does, decided before any ubatch of the batch runs
+    struct step {
+        uint32_t s0;       // first sequence of the ubatch
+        uint32_t n_seq;    // consecutive sequences
+        uint32_t n_tokens; // of each
+        uint32_t n_kv;     // slots that attention looks at
+        bool     evict;    // some sequence evicts
+        bool     recall;   // some sequence has evicted before, and the memory is read
+        bool     score;    // the indexer scores what is pending and the new tokens; if not, the new tokens become pending
+        uint32_t n_old;    // pending entries scored, the most of any sequence
+
+        std::vector<seq_state> before; // [n_seq]
+        std::vector<seq_state> after;  // [n_seq]
+    };
+
+    indexmem_kv_counts(const limits & lim, const geometry & geo, uint32_t n_seq_max);
+
+    const limits   & get_limits()   const { return lim; }
+    const geometry & get_geometry() const { return geo; }
+
+    uint32_t n_seq_max() const { return (uint32_t) seqs.size(); }
+
+    const seq_state * get(int64_t s) const { return s >= 0 && s < (int64_t) seqs.size() ? &seqs[s] : nullptr; } // null out of range
+
+    //
+    // budget arithmetic
+    //
+
+    // smallest budget that leaves room to evict, with so many slots of a memory
+    static uint64_t budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent);
+
+    // entries that a sequence may keep at its present length, the slots of the memory not counted
+    uint32_t budget_of(const seq_state & seq) const;
+
+    // length of the protected prefix
+    uint32_t n_protected(const seq_state & seq) const { return std::max(lim.sinks, seq.pin); }
+
+    // entries that leave at once: at least the step, and never into what is protected
+    uint32_t evict_step_of(const seq_state & seq) const;
+
+    // entries that leave at once at most, after n_tokens more
+    uint32_t evict_max(uint32_t n_tokens) const;
+
+    //
+    // steps
+    //
+
+    // What the ubatches of a batch do. Empty, with the reason in `error`, when that is impossible; nothing has changed then.
+    std::vector<step> prepare(const std::vector<tokens> & ubatches, std::string & error) const;
+
+    void finish (const step & st); // it has been computed
+    void abandon(const step & st); // it has been begun, and perhaps computed in part
+
+    //
+    // whole sequences and their ends
+    //
+
+    // whether a tail can be taken back exactly: every removed entry is still where it was appended
+    bool can_remove(const seq_state & seq, int32_t p0) const { return !seq.broken && p0 >= seq.pos_tail(); }
+
+    void truncate(uint32_t s, int32_t p0) { seqs[s].truncate(p0); }
+    void reset   (uint32_t s); // empty, with the pin that was asked for
+    void assign  (uint32_t s, const seq_state & state) { seqs[s] = state; }
+
+    // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
+    bool set_pin(uint32_t s, uint32_t n, std::string & error);
+
+private:
+    // one sequence of a step; false with an error
+    bool advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const;
+
+    void score(step & st, std::vector<seq_state> & state) const;
+
+    bool keep_queries(uint32_t s, uint32_t n_written, const seq_state & before, seq_state & seq, std::string & error) const;
+
+    limits   lim;
+    geometry geo;
+
+    std::vector<seq_state> seqs; // [n_seq_max]
+};

@@ -1,0 +1,327 @@
+// the bookkeeping of a bounded cache, alone: no model, no tensors
+
+#include "indexmem-kv-counts.h"
+
+#include "test.h"
+
+#include <numeric>
+#include <random>
+
+using counts = indexmem_kv_counts;
+
+static counts::limits limits_of(uint32_t budget) {
+    counts::limits lim = {};
+    lim.budget = budget;
+    lim.sinks  = 4;
+    lim.window = 8;
+    return lim;
+}
+
+// what is asked for, and what ranks
+struct kind {
+    uint32_t n_latent  = 0;
+    uint32_t n_queries = 0;
+    bool     indexer   = false;
+    bool     recalls   = false;
+    bool     evicts    = true;
+};
+
+static counts counts_of(const counts::limits & lim, const kind & k, uint32_t n_ubatch = 32, uint32_t n_seq = 1) {
+    return counts(lim, counts::geometry::of(lim, n_ubatch, k.n_latent, k.n_queries, k.indexer, k.recalls, k.evicts), n_seq);
+}
+
+// n more tokens of sequences [s0, s0 + n_seq), one ubatch; empty with an error
+static std::vector<counts::step> prepare(const counts & c, uint32_t n, std::string & error, uint32_t s0 = 0, uint32_t n_seq = 1) {
+    std::vector<int32_t> pos;
+    for (uint32_t s = s0; s < s0 + n_seq; ++s) {
+        for (uint32_t t = 0; t < n; ++t) {
+            pos.push_back(c.get(s)->n_seen + (int32_t) t);
+        }
+    }
+    return c.prepare({ { s0, n_seq, n, pos.data() } }, error);
+}
+
+static counts::step feed(counts & c, uint32_t n, uint32_t s0 = 0, uint32_t n_seq = 1) {
+    std::string error;
+    const auto steps = prepare(c, n, error, s0, n_seq);
+    CHECK_MSG(steps.size() == 1, "%s", error.c_str());
+    c.finish(steps[0]);
+    return steps[0];
+}
+
+static bool same(const counts::seq_state & a, const counts::seq_state & b) {
+    return a.n_seen == b.n_seen && a.n_used == b.n_used && a.n_fixed == b.n_fixed && a.pin == b.pin && a.n_scored == b.n_scored &&
+        a.n_evictions == b.n_evictions && a.broken == b.broken;
+}
+
+TEST(a_budget_is_never_exceeded) {
+    for (uint32_t budget : { 14u, 40u, 1000u }) {
+        for (double ratio : { 0.0, 0.25 }) {
+            counts::limits lim = limits_of(budget);
+            lim.ratio = ratio;
+            counts c = counts_of(lim, {});
+            std::mt19937 rng(budget);
+            for (int i = 0; i < 300; ++i) {
+                const auto st  = feed(c, 1 + rng() % 32);
+                const auto seq = *c.get(0);
+                CHECK(seq.n_used <= c.budget_of(seq) && seq.n_used <= budget);
+                CHECK(seq.n_used >= std::min<uint32_t>(seq.n_seen, lim.sinks + lim.window));
+                CHECK(st.n_kv % counts::N_KV_PAD == 0 && st.n_kv >= st.before[0].n_used + st.n_tokens);
+                CHECK(st.evict == (st.after[0].n_evictions > st.before[0].n_evictions));
+                CHECK(seq.n_fixed == (st.evict ? seq.n_used : st.before[0].n_fixed));
+            }
+        }
+    }
+}
+
+TEST(slots_hold_a_budget_and_a_ubatch) {
+    for (uint32_t n_latent : { 0u, 3u, 64u }) {
+        for (uint32_t n_ubatch : { 1u, 31u, 512u }) {
+            const auto lim = limits_of(100);
+            const auto geo = counts::geometry::of(lim, n_ubatch, n_latent, 0, false, n_latent > 0, true);
+            CHECK(geo.n_front >= n_latent && geo.n_front % 8 == 0);
+            CHECK(geo.n_slots >= lim.budget - n_latent + n_ubatch);
+            CHECK(geo.n_slots % counts::N_KV_PAD == 0 || (geo.n_front + geo.n_slots) % counts::N_KV_PAD == 0);
+        }
+    }
+}
+
+TEST(positions_come_once_and_in_order) {
+    const std::vector<std::vector<int32_t>> wrong = { { 0, 1, 1, 2 }, { 1, 2, 3, 4 }, { 0, 2, 3, 4 }, { 3, 2, 1, 0 }, { -1, 0, 1, 2 } };
+    for (const auto & pos : wrong) {
+        counts c = counts_of(limits_of(40), {});
+        std::string error;
+        CHECK(c.prepare({ { 0, 1, 4, pos.data() } }, error).empty());
+        CHECK(error.find("each position once") != std::string::npos);
+        CHECK(c.get(0)->n_seen == 0);
+    }
+    // the second ubatch of a batch goes on where the first ends
+    counts c = counts_of(limits_of(40), {});
+    const std::vector<int32_t> pos = { 0, 1, 2, 3 };
+    std::string error;
+    CHECK(c.prepare({ { 0, 1, 2, pos.data() }, { 0, 1, 2, pos.data() + 2 } }, error).size() == 2);
+    CHECK(c.prepare({ { 0, 1, 2, pos.data() }, { 0, 1, 2, pos.data() + 1 } }, error).empty());
+    CHECK(c.prepare({ { 1, 1, 2, pos.data() } }, error).empty());
+    CHECK(error.find("no sequence 1") != std::string::npos);
+}
+
+TEST(the_policy_full_refuses_and_changes_nothing) {
+    kind k;
+    k.evicts = false;
+    counts c = counts_of(limits_of(40), k);
+    feed(c, 30);
+    std::string error;
+    CHECK(prepare(c, 11, error).empty());
+    CHECK(error.find("evict nothing") != std::string::npos);
+    CHECK(c.get(0)->n_seen == 30);
+    feed(c, 10);
+}
+
+// of every kind of step: what is not finished has not happened, unless entries may have moved
+TEST(an_abandoned_step_leaves_a_sequence_as_it_was_or_broken) {
+    kind plain, ring, indexer, both, memory;
+    ring.n_queries    = 32;
+    indexer.indexer   = true;
+    both.indexer      = true;
+    both.n_queries    = 16;
+    memory.n_latent   = 3;
+    memory.recalls    = true;
+    for (const kind & k : { plain, ring, indexer, both, memory }) {
+        for (int seed = 0; seed < 200; ++seed) {
+            std::mt19937 rng(seed);
+            counts c    = counts_of(limits_of(200), k, 64);
+            counts twin = counts_of(limits_of(200), k, 64);
+            for (int i = 0; i < 40; ++i) {
+                const uint32_t n = rng() % 3 ? 1 : 1 + rng() % 64;
+                std::string error;
+                if (rng() % 3 == 0) {
+                    const auto aborted = prepare(c, 1 + rng() % 64, error);
+                    CHECK(aborted.size() == 1);
+                    c.abandon(aborted[0]);
+                    if (aborted[0].evict) {
+                        CHECK(c.get(0)->broken && c.get(0)->n_seen == twin.get(0)->n_seen);
+                        break;
+                    }
+                }
+                CHECK(same(*c.get(0), *twin.get(0)));
+                feed(c, n);
+                feed(twin, n);
+            }
+        }
+    }
+}
+
+TEST(nothing_but_clearing_mends_a_broken_sequence) {
+    counts c = counts_of(limits_of(40), {}, 32, 2);
+    feed(c, 30, 0, 2);
+    feed(c, 10, 1);
+    std::string error;
+    auto steps = prepare(c, 20, error);
+    CHECK(steps.size() == 1 && steps[0].evict);
+    c.abandon(steps[0]);
+
+    CHECK(prepare(c, 1, error).empty());
+    CHECK(error.find("broken") != std::string::npos);
+    CHECK(!c.can_remove(*c.get(0), 29));
+    CHECK(!c.set_pin(0, 5, error) && error.find("broken") != std::string::npos);
+    feed(c, 1, 1); // the other sequence is not concerned
+
+    c.reset(0);
+    CHECK(!c.get(0)->broken);
+    feed(c, 5);
+    c.abandon(prepare(c, 1, error)[0]);
+    CHECK(!c.get(0)->broken && c.get(0)->n_seen == 5);
+}
+
+// only the sequence that evicts is concerned when a ubatch of several is interrupted
+TEST(sequences_break_alone) {
+    counts c = counts_of(limits_of(40), {}, 32, 3);
+    feed(c, 20, 0, 3);
+    feed(c, 20, 1);
+    std::string error;
+    const auto steps = prepare(c, 4, error, 0, 3);
+    CHECK(steps.size() == 1 && steps[0].evict);
+    c.abandon(steps[0]);
+    CHECK(!c.get(0)->broken && c.get(1)->broken && !c.get(2)->broken);
+    CHECK(c.get(0)->n_seen == 20 && c.get(1)->n_seen == 40);
+}
+
+// A model of the ring: the position whose query each row holds. An eviction must find all that it reads, however often text
+// was taken back or a step was abandoned before it.
+TEST(an_eviction_finds_its_queries) {
+    for (const bool indexer : { false, true }) {
+        for (const double ratio : { 0.0, 0.3 }) {
+            int n_evictions = 0;
+            for (int seed = 0; seed < 300; ++seed) {
+                constexpr uint32_t n_queries = 32;
+                std::mt19937 rng(seed);
+                kind k;
+                k.n_queries = n_queries;
+                k.indexer   = indexer;
+                counts::limits lim = limits_of(150);
+                lim.ratio = ratio;
+                lim.pin   = 20;
+                counts c = counts_of(lim, k, 80);
+                const int32_t n_ring = (int32_t) c.get_geometry().n_ring;
+
+                // the text of a position changes when it is taken back: (position, version)
+                std::vector<std::pair<int32_t, int>> ring(n_ring, { -1, 0 });
+                std::vector<int> version(5000, 0);
+
+                const auto write = [&](const counts::step & st) {
+                    const auto & before = st.before[0];
+                    const int32_t end = before.n_seen + (int32_t) st.n_tokens;
+                    if (indexer && !st.score) {
+                        return;
+                    }
+                    const int32_t begin = std::max(indexer ? before.n_scored : before.n_seen, end - (int32_t) n_queries);
+                    for (int32_t p = begin; p < end; ++p) {
+                        ring[p % n_ring] = { p, version[p] };
+                    }
+                };
+                for (int i = 0; i < 60; ++i) {
+                    const auto seq = *c.get(0);
+                    std::string error;
+                    switch (rng() % 6) {
+                        case 0: {
+                            const int32_t p0 = seq.n_seen - (int32_t) (rng() % 70);
+                            if (p0 > 0 && c.can_remove(seq, p0)) {
+                                c.truncate(0, p0);
+                                for (int32_t p = p0; p < seq.n_seen; ++p) {
+                                    version[p]++;
+                                }
+                            }
+                            break;
+                        }
+                        case 1: {
+                            const auto steps = prepare(c, 1 + rng() % 80, error);
+                            if (!steps.empty() && !steps[0].evict) {
+                                for (uint32_t t = 0; t < steps[0].n_tokens; ++t) {
+                                    version[seq.n_seen + t]++;
+                                }
+                                write(steps[0]);
+                                for (uint32_t t = 0; t < steps[0].n_tokens; ++t) {
+                                    version[seq.n_seen + t]++;
+                                }
+                                c.abandon(steps[0]);
+                            }
+                            break;
+                        }
+                        case 2:
+                            if (ratio > 0.0 && rng() % 4 == 0) {
+                                c.set_pin(0, 0, error); // the budget becomes smaller
+                            }
+                            break;
+                        default: {
+                            const auto steps = prepare(c, rng() % 2 ? 1 : 1 + rng() % 80, error);
+                            if (steps.empty()) {
+                                CHECK_MSG(false, "%s", error.c_str());
+                                i = 1000;
+                                break;
+                            }
+                            write(steps[0]);
+                            c.finish(steps[0]);
+                            if (steps[0].evict) {
+                                n_evictions++;
+                                const int32_t end = c.get(0)->n_seen;
+                                for (int32_t p = std::max(0, end - (int32_t) n_queries); p < end; ++p) {
+                                    CHECK(ring[p % n_ring].first == p && ring[p % n_ring].second == version[p]);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            CHECK(n_evictions > 1000);
+        }
+    }
+}
+
+// A smaller budget can evict earlier than the text once reached, and then queries are missing: that is told.
+TEST(queries_that_are_lost_are_told) {
+    kind k;
+    k.n_queries = 32;
+    for (const bool abandoned : { false, true }) {
+        counts large = counts_of(limits_of(200), k, 80);
+        feed(large, 60);
+        feed(large, 60);
+        std::string error;
+        if (abandoned) {
+            large.abandon(prepare(large, 70, error)[0]);
+        } else {
+            feed(large, 70);
+            large.truncate(0, 120);
+        }
+        counts small = counts_of(limits_of(125), k, 80);
+        small.assign(0, *large.get(0)); // as a state does
+        feed(small, 5);
+        CHECK(prepare(small, 1, error).empty());
+        CHECK(error.find("overwritten") != std::string::npos);
+        CHECK(prepare(small, 27, error).size() == 1); // enough new ones
+
+        small.reset(0);
+        feed(small, 80);
+        feed(small, 80);
+    }
+}
+
+// the waiting rows hold what is pending, and what is pending is newer than the last eviction
+TEST(pending_entries_fit_their_ring) {
+    for (uint32_t budget : { 40u, 400u, 4000u }) {
+        kind k;
+        k.indexer = true;
+        counts c = counts_of(limits_of(budget), k, 64, 2);
+        std::mt19937 rng(budget);
+        for (int i = 0; i < 500; ++i) {
+            const auto st = feed(c, rng() % 4 ? 1 : 1 + rng() % 64, rng() % 2);
+            CHECK(st.n_old <= c.get_geometry().n_wait);
+            CHECK(!st.score || st.n_old >= st.before[0].n_pending());
+            CHECK(!st.evict || st.score);
+            for (uint32_t s = 0; s < 2; ++s) {
+                const auto & seq = *c.get(s);
+                CHECK(seq.n_pending() <= c.get_geometry().n_wait);
+                CHECK(seq.n_scored >= seq.pos_tail());
+            }
+        }
+    }
+}
