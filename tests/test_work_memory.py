@@ -34,10 +34,8 @@ def measure(path: Path, n_vocab: int, policy: str, memory: str) -> list[Moment]:
     """Before the first eviction, after some, and after many more: of single tokens and of ubatches."""
     tokens = np.random.default_rng(0).integers(0, n_vocab, 2 * BUDGET).tolist()
     n, moments = BUDGET - 96, []
-    with (
-        open_model(path) as model,
-        Context(model, budget=BUDGET, policy=policy, memory=memory, n_ubatch=UBATCH, n_ctx=1 << 16, n_threads=1) as context,
-    ):
+    options = {"budget": BUDGET, "policy": policy, "memory": memory, "n_ubatch": UBATCH, "n_threads": 1}
+    with open_model(path) as model, Context(model, n_ctx=1 << 16, **options) as context:
         context.feed(tokens[:n], UBATCH)
         done = n
         for single, more in ((2, 0), (20, 600), (10, 600)):
@@ -47,7 +45,8 @@ def measure(path: Path, n_vocab: int, policy: str, memory: str) -> list[Moment]:
             done += single + more
             stats = context.stats()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            moments.append(Moment(stats.n_evicted, stats.compute_bytes, stats.work_bytes, pages * os.sysconf("SC_PAGESIZE")))
+            resident = pages * os.sysconf("SC_PAGESIZE")
+            moments.append(Moment(stats.n_evicted, stats.compute_bytes, stats.work_bytes, resident))
     return moments
 
 
@@ -55,8 +54,9 @@ def measure(path: Path, n_vocab: int, policy: str, memory: str) -> list[Moment]:
 @pytest.mark.parametrize(("policy", "memory"), [("streaming", "off"), ("keydiff", "centroid")])
 def test_the_first_eviction_takes_what_was_reported(tiny: Tiny, policy: str, memory: str) -> None:
     path, config = tiny("llama", head_dim=256, n_head=1, n_head_kv=1)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # nothing to take from what others freed
-        before, after, later = fresh.submit(measure, path, config.n_vocab, policy, memory).result()
+    fresh = multiprocessing.get_context("spawn")  # a process with nothing to take from what others freed
+    with ProcessPoolExecutor(1, fresh) as pool:
+        before, after, later = pool.submit(measure, path, config.n_vocab, policy, memory).result()
 
     assert before.n_evicted == 0 < after.n_evicted < later.n_evicted
     if policy == "keydiff":  # its ranks read all keys of a head in fp32
