@@ -11,10 +11,11 @@ llama.cpp comes out of the source distribution of llama-cpp-python. It is looked
 and the archive must have the SHA-256 below.
 
 Patches (native/patches/NNNN-name.patch) are unified diffs, applied in the order of their numbers, strictly: every
-context line must match, at the line that the hunk states. When a hunk of a file is not there, those of that file are looked
-for elsewhere: each must have one place alone, in the same order, and where that is is printed. Each run computes the patched text from the original and
-writes only files whose content changes, so running it again is harmless and builds stay incremental. With the same
-patches and the same source it does nothing; edits made by hand inside the folder survive until a patch changes.
+context line must match, at the line that the hunk states. When a hunk of a file is not there, those of that file are
+looked for elsewhere: each must have one place alone, in the same order, and where that is is printed. Each run computes
+the patched text from the original and writes only files whose content changes, so running it again is harmless and builds
+stay incremental. With the same patches and the same source it does nothing; edits made by hand inside the folder survive
+until a patch changes.
 
 To add a patch (for new files there is no need of one: what lies in native/{ops,policies,indexers,src} is compiled too):
     python native/prepare_source.py before && cp -r before after                  # edit after/llama.cpp, then
@@ -184,7 +185,8 @@ def apply_patch(name, patch, files):
         places = find_hunks(f"{name}: {target}", old, hunks)
         for at, (begin, before, after) in zip(places, hunks):
             if at != begin:
-                moves.append(f"{name}: hunk at line {begin + 1} of {target.removeprefix('llama.cpp/')} found at {at + 1}")
+                path = target.removeprefix("llama.cpp/")
+                moves.append(f"{name}: hunk at line {begin + 1} of {path} found at {at + 1}")
             out += old[done:at] + after
             done = at + len(before)
         files[target] = "\n".join(out + old[done:]).encode("utf-8", "surrogateescape")
@@ -200,13 +202,14 @@ def find_hunks(name, old, hunks):
         at = [i for i in range(len(old) - len(before) + 1) if old[i:i + len(before)] == before] if before else []
         where = ", ".join(str(i + 1) for i in at[:4]) + (", ..." if len(at) > 4 else "")
         if len(at) > 1 and begin in at:
-            raise Problem(f"{name} line {begin + 1}: other hunks of the file have moved, and the lines of this one are at "
-                          f"{len(at)} places: {where}")
+            raise Problem(f"{name} line {begin + 1}: other hunks of the file have moved, and the lines of this one are "
+                          f"at {len(at)} places: {where}")
         if len(at) != 1:
             raise Problem(f"{name} {difference(old, begin, before)}; the lines of the hunk are at {len(at)} places"
                           + (f": {where}" if where else ""))
         if at[0] < done:
-            raise Problem(f"{name} line {begin + 1}: the lines of the hunk are at {where}, before those of an earlier hunk")
+            raise Problem(f"{name} line {begin + 1}: the lines of the hunk are at {where}, "
+                          f"before those of an earlier hunk")
         found.append(at[0])
         done = at[0] + len(before)
     return found
@@ -217,12 +220,12 @@ def difference(old, begin, before):
     for i, text in enumerate(before, begin):
         found = old[i] if i < len(old) else None
         if text != found:
-            return f"line {i + 1}: expected {text!r}, found " + ("the end of the file" if found is None else repr(found))
+            return f"line {i + 1}: expected {text!r}, found {'the end of the file' if found is None else repr(found)}"
     return f"line {begin + 1}: no line says where the hunk belongs, and others of the file have moved"
 
 
 def read_patch(name, patch, files):
-    """[(file, [(index, lines before, lines after)])] of a unified diff; the index is that of the stated line in the old file."""
+    """[(file, [(index of the stated line, lines before, lines after)])] of a unified diff."""
     lines = patch.removesuffix("\n").split("\n")
     at, res, stated, shift = 0, [], 0, 0
 
@@ -330,7 +333,8 @@ def main():
         patches = list_patches(args.patches, args.until)
         if args.check:
             moved = apply_patches(patches, open_source(args.source)[1]())
-            print(f"{len(patches)} patches apply" + (f", {moved} of their hunks at other lines" if moved else " exactly"))
+            how = f", {moved} of their hunks at other lines" if moved else " exactly"
+            print(f"{len(patches)} patches apply{how}")
         else:
             print(f"{args.out}: {prepare(args.out.resolve(), args.source, patches)}")
     except (Problem, OSError, tarfile.TarError, EOFError) as e:

@@ -13,6 +13,7 @@ from indexmem_edge.errors import BudgetError, ContextError
 
 REASONS = {
     "gemma2": "sliding-window",
+    "grok": "soft cap",
     "mamba": "recurrent",
     "jamba": "hybrid",
     "deepseek2": "MLA",

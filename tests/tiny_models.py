@@ -2,7 +2,7 @@
 
 `SUPPORTED` are architectures with plain attention, which `reference.Decoder` evaluates as well. `REFUSED` are real,
 loadable models that need something else than a plain KV cache: a sliding window, a recurrent state, both kinds of
-layers, latent attention, ALiBi or an encoder.
+layers, latent attention, ALiBi, a soft cap or an encoder.
 
 Weights are drawn so that attention is far from uniform: scores q.k * scale have a deviation of about `sharpness`**2.
 As in trained models, keys share a direction and their norms differ a lot, so that policies have something to rank.
@@ -173,6 +173,18 @@ def _gemma2(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
     return meta, w
 
 
+def _grok(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
+    """Attention with a soft cap, and two experts."""
+    meta, w = _decoder(c, draw)
+    for il in range(c.n_layer):
+        w |= {f"blk.{il}.{x}_norm.weight": draw.norm(c.n_embd) for x in ("attn_output", "layer_output")}
+        w[f"blk.{il}.ffn_gate_inp.weight"] = draw.matrix(2, c.n_embd)
+        for x in ("gate", "up", "down"):
+            one = w.pop(f"blk.{il}.ffn_{x}.weight")
+            w[f"blk.{il}.ffn_{x}_exps.weight"] = np.stack([one, -one])
+    return meta | {"expert_count": 2, "expert_used_count": 1}, w
+
+
 def _ssm_layer(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
     n_inner, n_state, n_conv, rank = 2 * c.n_embd, 8, 4, 4
     meta = {
@@ -288,6 +300,7 @@ def _t5(c: TinyConfig, draw: _Draw) -> tuple[dict[str, Any], Weights]:
 Writer = Callable[[TinyConfig, _Draw], tuple[dict[str, Any], Weights]]
 REFUSED: dict[str, tuple[Writer, dict[str, Any]]] = {
     "gemma2": (_gemma2, {"rope_neox": True, "gelu": True, "tied": True, "sliding_window": 16}),
+    "grok": (_grok, {"rope_neox": True, "n_embd": 64, "n_head": 4, "head_dim": 16}),
     "mamba": (_mamba, {"n_embd": 64}),
     "jamba": (_jamba, {"n_embd": 96}),
     "deepseek2": (_deepseek2, {"n_embd": 64}),

@@ -22,6 +22,8 @@ static const char * special_cache(llm_arch arch) {
             return "sparse attention with an indexer of its own";
         case LLM_ARCH_T5:
             return "an encoder and relative position buckets";
+        case LLM_ARCH_GROK:
+            return "a scale and a soft cap on its attention that flash attention does not have";
         case LLM_ARCH_EAGLE3:
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_GEMMA4_ASSISTANT:
