@@ -92,6 +92,7 @@ def condition(llm: Any) -> dict[str, Any]:
     stats = llm.kv_stats().to_dict()
     for cost in ("evict_seconds", "cancel_bytes"):
         del stats[cost]
+    stats["fresh"] = llm.n_tokens > 0 and not llm._requires_eval
     found = {"tokens": llm._input_ids.tolist(), "stats": stats, "turn": copy.copy(llm._turn), "seed": llm._seed}
     if llm._cache is not None:
         heads = {layer: [head.tolist() for head in heads] for layer, heads in llm.kv_snapshot().items()}
@@ -114,6 +115,22 @@ def same_from_here(llm: Any, twin: Any, n: int = 300) -> None:
     assert condition(llm)["tokens"] == condition(twin)["tokens"]
     if llm._cache is not None:
         assert condition(llm)["positions"] == condition(twin)["positions"]
+
+
+@each_kind
+@pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 0.9, "repeat_penalty": 1.3, "top_k": 20}], ids=["greedy", "drawn"])
+def test_a_prompt_that_has_been_read_is_not_read_again(load: Load, kind: str, options: dict[str, Any]) -> None:
+    """The logits after its last token are gone with the cancelled answer, and have been kept."""
+    llm, twin = load(kind), load(kind)
+    for other in (llm, twin):
+        other.prefill(TOKENS[:300])
+    for nodes in (1, 900):
+        with Nodes(llm, stop_after=nodes), pytest.raises(Cancelled):
+            list(zip(range(200), llm.generate(TOKENS[:300], **options)))
+    answers = [[token for token, _ in zip(other.generate(TOKENS[:300], **options), range(30))] for other in (llm, twin)]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 3
+    stats = llm.kv_stats()
+    assert (stats.reevaluated, stats.turn_evaluated) == (0, twin.kv_stats().turn_evaluated)
 
 
 def prefill(llm: Any) -> None:
@@ -175,6 +192,28 @@ def test_whatever_is_stopped_anywhere_has_not_happened(load: Load, kind: str, wo
 @pytest.mark.parametrize("work", REPLACING, ids=lambda work: work.__name__)
 def test_a_stopped_call_gives_back_the_text_that_it_replaced(load: Load, kind: str, work: Any, n_before: int) -> None:
     test_whatever_is_stopped_anywhere_has_not_happened(load, kind, work, n_before)
+
+
+def test_the_demo_model_with_its_indexer(demo_model: Path) -> None:
+    """An answer that was cancelled after evictions, and asked for again, is the answer of a program that never cancelled."""
+    from indexmem_edge.demo import demo_sidecar
+
+    options = dict(kv_budget=256, kv_window=32, kv_pin="auto", indexmem=demo_sidecar(), n_threads=1, n_threads_batch=1, seed=3)
+    llm, twin = (indexmem_edge.Llama(demo_model, verbose=False, **options) for _ in range(2))
+    messages = [{"role": "system", "content": "You are a sailor."}, {"role": "user", "content": "The tide comes in. " * 60}]
+    for other in (llm, twin):
+        answer = other.create_chat_completion(messages, max_tokens=4, temperature=0.0)["choices"][0]["message"]
+    messages += [answer, {"role": "user", "content": "And what does the wind do, when the tide has gone out again?"}]
+    before = condition(llm)
+    assert before["stats"]["evicted"] > 0
+    for chunks in (1, 6):
+        stream = llm.create_chat_completion(messages, max_tokens=40, temperature=0.7, stream=True)
+        assert [next(stream) for _ in range(chunks)] and llm.cancel()
+        with pytest.raises(Cancelled):
+            next(stream)
+        assert condition(llm) == before
+    said = [o.create_chat_completion(messages, max_tokens=40, temperature=0.7)["choices"][0]["message"] for o in (llm, twin)]
+    assert said[0] == said[1] and condition(llm)["positions"] == condition(twin)["positions"]
 
 
 # what counts as a call
