@@ -145,6 +145,7 @@ class BoundedCache:
                 "(with a kv_budget it costs no KV memory)"
             )
         llm._calls.before_growth(len(batch))
+        llm._calls.logits = None
         llm.input_ids[past:end] = batch  # first, so that the history is right however far the decode gets
         llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
         code = 0

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from . import _capi
 from ._align import common_prefix
+from ._kept_logits import KeptLogits
 from .errors import BudgetError, Cancelled, LibraryError
 
 import llama_cpp.llama_cpp as llama_lib
@@ -39,6 +40,7 @@ class Call:
         self.n_tokens = llm.n_tokens
         self.turn = replace(llm._turn)
         self.seed = llm._seed
+        self.logits = llm._calls.logits or KeptLogits.of(llm)
 
     def undo(self, llm: Llama) -> int:
         """Takes everything back; returns how many tokens of the conversation have to be evaluated again."""
@@ -183,6 +185,7 @@ class Calls:
         self._flag = ctypes.c_int32(0)  # the library reads it after every node
         self._lock = threading.RLock()  # reentrant, because signal handlers call cancel
         self._call: Optional[Call] = None
+        self.logits: Optional[KeptLogits] = None  # after the last token, if the library has others since a cancelled call
         self._inside = False  # its code is running, or, between two items of a stream, the application's
 
     def attach(self) -> None:
@@ -309,6 +312,8 @@ class Calls:
         except KeyboardInterrupt:  # once more: it can be done twice
             call.undo(self._llm)
             raise
+        self.logits = call.logits if lost == 0 else None
+        self._llm._requires_eval = self.logits is None
         if not isinstance(error, KeyboardInterrupt):
             again = f", {lost:,} tokens of which have to be evaluated again" if lost else ""
             raise Cancelled(f"the call was cancelled: the conversation is as it was before it{again}") from None

@@ -22,6 +22,7 @@ import llama_cpp
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 _TEMPLATE_ARGUMENTS = ("functions", "function_call", "tools", "tool_choice")
 
@@ -51,9 +52,8 @@ class Llama(llama_cpp.Llama):
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
         kv_evict_step: entries evicted at once during generation; 0: chosen from the budget.
         kv_seed: for policies that draw numbers.
-        kv_cancel: keep a copy of the KV state while a call evicts, so that a cancelled call leaves the conversation as it
-            was. It takes as much memory as the state (`kv_stats().cancel_bytes`), from the first call that evicts on.
-            False: none is kept, and after a cancelled call that had evicted the history is evaluated again.
+        kv_cancel: copy the KV state before a call evicts, so that `cancel` can bring it back. That takes as much memory as
+            the state, from the first such call on. False: after a cancel the history is evaluated again instead.
 
     With a budget, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory,
     `flash_attn` is on, and `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx`
@@ -177,6 +177,8 @@ class Llama(llama_cpp.Llama):
             self._cache.settle()
             self._cache.evaluate(tokens)
             return
+        if len(tokens) > 0:
+            self._calls.logits = None
         for start in range(0, max(len(tokens), 1), self.n_batch):
             self._calls.check()
             try:
@@ -195,6 +197,15 @@ class Llama(llama_cpp.Llama):
         else:
             self._turn = _cache.Turn(prompt=len(tokens), evaluated=-1)
         yield from super().generate(*call.args[1:], **call.kwargs)
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """See `llama_cpp.Llama.sample`."""
+        kept = self._calls.logits
+        if kept is None or self._requires_eval:
+            return int(super().sample(*args, **kwargs))
+        given = _SAMPLE.bind(self, *args, **kwargs).arguments
+        options = {name: value for name, value in given.items() if name not in ("self", "idx")}
+        return kept.sample(self._sampler or self._init_sampler(**options))
 
     @one_call
     def prefill(self, tokens: Sequence[int], progress: Optional[Progress] = None) -> int:
@@ -221,8 +232,8 @@ class Llama(llama_cpp.Llama):
         Without a budget, cached text that the call's prompt had replaced is evaluated again when it is asked for.
         A call is an `eval`, `generate`, `prefill`, `prefill_chat`, `create_completion` or `create_chat_completion`. One
         that streams lasts until its iterator ends, is closed, or another call is made; its next item raises `Cancelled`.
-        An `eval` of one token by itself ends; a cancel without a call in progress is forgotten.
-        On the CPU a call stops after the node of the graph that it is at, on a GPU after a batch.
+        An `eval` of one token by itself ends; a cancel without a call in progress is forgotten. On the CPU a call stops
+        after the node of the graph that it is at, on a GPU after a batch.
         """
         return self._calls.cancel()
 
