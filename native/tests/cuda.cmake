@@ -24,7 +24,7 @@ endif()
 # All kernels as one unit, which is a matter of seconds. Headers of ggml's backend want those of cuBLAS.
 find_program(NVCC_PROGRAM nvcc HINTS /usr/local/cuda/bin)
 mark_as_advanced(NVCC_PROGRAM)
-if(NVCC_PROGRAM AND NOT WIN32)
+if(NVCC_PROGRAM AND NOT WIN32 AND NOT CMAKE_CROSSCOMPILING)
     set(unit "${PROJECT_BINARY_DIR}/indexmem_cuda.cu")
     list(TRANSFORM cuda_sources REPLACE "(.+)" "#include \"\\1\"" OUTPUT_VARIABLE lines)
     list(JOIN lines "\n" lines)
