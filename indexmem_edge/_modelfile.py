@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import os
 import stat
-from typing import Any, Callable, Iterable, Iterator, Union
+from typing import Callable, Iterable, Iterator, Union
 
 from .errors import IndexMemError, ModelFileError, SidecarError
 
@@ -88,8 +88,9 @@ def fingerprint(path: Union[str, os.PathLike[str]]) -> str:
 
 
 class NativePath(str):
-    """A path as the library takes it: `encode()`, which llama-cpp-python calls, gives the bytes that the system knows the
-    file by. They are not its text in UTF-8 where the locale is another, or where a name is not text at all.
+    """A path whose `encode()`, which llama-cpp-python calls, gives the bytes that the system knows the file by.
+
+    They are not its text in UTF-8 where the locale is another, or where a name is not text at all.
     """
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:

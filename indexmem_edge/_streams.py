@@ -36,7 +36,7 @@ def can_show(text: str, stream: TextIO) -> bool:
 
 
 def reader_left(error: BaseException, system: str = os.name) -> bool:
-    """Whether writing failed because whoever read has left (`indexmem ... | head`). Windows says "invalid argument" then."""
+    """Whether writing failed because the reader has left (`indexmem ... | head`): to Windows, an invalid argument."""
     if isinstance(error, BrokenPipeError):
         return True
     return system == "nt" and isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None

@@ -32,6 +32,8 @@ Tiny = Callable[..., tuple[Path, Any]]
 
 # encodings of files
 
+OTHER_OPENS = ("os", "tarfile", "Sidecar", "Sidecars")  # their open() is none of text files
+
 
 def opens_text(call: ast.Call) -> bool:
     """Whether this call reads or writes a file as text, without an encoding."""
@@ -42,7 +44,7 @@ def opens_text(call: ast.Call) -> bool:
         return isinstance(call.func, ast.Attribute)  # our own read_text() is a function
     mode = call.args[0:1] if isinstance(call.func, ast.Attribute) and name == "open" else call.args[1:2]
     mode += [k.value for k in call.keywords if k.arg == "mode"]
-    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("os", "tarfile", "Sidecar", "Sidecars"):
+    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in OTHER_OPENS:
         return False
     return not any(isinstance(m, ast.Constant) and "b" in str(m.value) for m in mode)
 
@@ -141,15 +143,15 @@ def test_an_answer_on_a_console_without_unicode(demo_model: Path) -> None:
     done = run(*flags, stdin=text, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
     done.stdout.decode("cp1252")
-    asked = (run(*flags, "--json", stdin=text, PYTHONIOENCODING=encoding, PYTHONUTF8="0") for encoding in ("cp1252", "utf-8"))
+    asked = (
+        run(*flags, "--json", stdin=text, PYTHONIOENCODING=encoding, PYTHONUTF8="0") for encoding in ("cp1252", "utf-8")
+    )
     here, there = (json.loads(done.stdout) for done in asked)
     assert here["text"] == there["text"] and here["stats"]["tokens_seen"] == there["stats"]["tokens_seen"]
 
 
 @pytest.mark.parametrize("encoding, bar", [("utf-8", "█" * 15 + "░" * 15), ("cp1252", "#" * 15 + "." * 15)])
-def test_the_bar_is_drawn_with_what_the_console_has(
-    encoding: str, bar: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bar_is_drawn_with_what_the_console_has(encoding: str, bar: str, monkeypatch: pytest.MonkeyPatch) -> None:
     console = _Console(encoding)
     monkeypatch.setattr(sys, "stderr", console)
     monkeypatch.setattr(sys, "stdout", _Console(encoding))

@@ -39,7 +39,7 @@ def find_books(paths: Sequence[Path]) -> list[Path]:
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
             texts = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            files = sorted(texts, key=lambda p: p.parts)  # paths of Windows are compared without case
+            files = sorted(texts, key=lambda p: p.parts)  # Windows compares paths without case
             if not files:
                 raise TrainingError(f"no {' or '.join(SUFFIXES)} files in {path}: name a folder that has some, or a file")
         elif path.exists():
