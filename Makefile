@@ -3,6 +3,7 @@
 # make test           native tests and Python tests
 # make sanitize       native tests with the address and undefined behaviour sanitizers, those of the ops with the thread one
 # make test-arm       native tests on emulated 64-bit ARM, with and without SVE (takes a cross compiler and an hour)
+# make test-windows   compiles for Windows with mingw-w64 and runs the native tests under wine
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
@@ -47,7 +48,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm patches-check cuda clean
+.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows patches-check cuda clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -113,6 +114,16 @@ test-arm: .venv/.tools
 # folder, -march of gcc, -cpu of qemu
 build-arm = $(call QUIETLY,$(RUN) cmake -S . -B build/arm/$(1) -G Ninja --toolchain native/cross/aarch64.cmake -DINDEXMEM_TESTS=ON \
     -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$(2) -DINDEXMEM_ARM_CPU=$(3) && $(RUN) cmake --build build/arm/$(1) --target indexmem_tests)
+
+# Like most CPUs that Windows runs on: AVX2, without AVX-512. WINDOWS=-DGGML_NATIVE=ON takes what this one has.
+WINDOWS ?= -DGGML_NATIVE=OFF $(addprefix -DGGML_,$(addsuffix =ON,SSE42 AVX AVX2 BMI2 FMA F16C))
+
+test-windows: .venv/.tools
+	@{ command -v x86_64-w64-mingw32-g++-posix && command -v wine; } > /dev/null || \
+	    { echo "No mingw-w64 or no wine: apt install g++-mingw-w64-x86-64-posix wine (Debian)"; exit 1; }
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/windows -G Ninja -DCMAKE_TOOLCHAIN_FILE=native/cross/mingw64.cmake $(WINDOWS) \
+	    -DINDEXMEM_TESTS=ON && $(RUN) cmake --build build/windows --target indexmem_tests)
+	cd build/windows && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check

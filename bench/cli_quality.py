@@ -140,7 +140,8 @@ def quality(
         _remarks(report)
     if markdown:
         markdown.write_text(
-            "\n".join(filter(None, (quality_table.markdown(report.to_dict()), effect.markdown(changed))))
+            "\n".join(filter(None, (quality_table.markdown(report.to_dict()), effect.markdown(changed)))),
+            encoding="utf-8",
         )
 
 

@@ -16,7 +16,8 @@ from typing import Any, Optional
 import numpy as np
 import typer
 
-from indexmem_edge import _capi, _native
+from indexmem_edge import _capi
+from indexmem_edge._ggml import ggml_function
 from indexmem_edge.errors import IndexMemError
 
 from . import speed as speed_bench
@@ -177,15 +178,10 @@ def run_check(path: Path, where: list[Placement], setups: list[Setup], out: Path
 
 def devices() -> str:
     """Names of the devices that ggml found."""
-    lib = ctypes.CDLL(str(_native.library_file(name="ggml")))
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    describe_device = lib.ggml_backend_dev_description
-    describe_device.restype, describe_device.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    return ", ".join(
-        describe_device(lib.ggml_backend_dev_get(i)).decode("utf-8", "replace").strip()
-        for i in range(lib.ggml_backend_dev_count())
-    )
+    count = ggml_function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = ggml_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    describe_device = ggml_function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+    return ", ".join(describe_device(get(i)).decode("utf-8", "replace").strip() for i in range(count()))
 
 
 def _require_gpu() -> None:

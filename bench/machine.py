@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -13,19 +14,43 @@ from typing import Any
 def rss_bytes() -> int:
     """Resident memory of this process; its peak where there is no /proc."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if sys.platform == "win32":
+        return _working_set()
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class _MemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS"""
+
+    _fields_ = [
+        ("cb", ctypes.c_uint32),
+        ("PageFaultCount", ctypes.c_uint32),
+        ("PeakWorkingSetSize", ctypes.c_size_t),
+        ("WorkingSetSize", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 6),
+    ]
+
+
+def _working_set() -> int:
+    """What Windows calls the resident memory of a process."""
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined, unused-ignore]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    found = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
+    if not kernel.K32GetProcessMemoryInfo(ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.byref(found), found.cb):
+        raise OSError("Windows does not tell the memory of this process")
+    return int(found.WorkingSetSize)
+
+
 def cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -42,6 +67,6 @@ def describe(model: str, library: str, threads: int, **how: Any) -> dict[str, An
         "threads": threads,
         "model": model,
         "library": library,
-        "command": " ".join(Path(word).name if os.sep in word else word for word in sys.argv),
+        "command": " ".join(Path(word).name if os.path.dirname(word) else word for word in sys.argv),
         **how,
     }

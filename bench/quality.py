@@ -44,9 +44,9 @@ class Log:
         self.path, self.settings, self.sidecars = path, settings, sidecars or Sidecars()
         self.rows: dict[str, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         if text and not text.endswith("\n"):
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
         for line in text.splitlines():
             try:
@@ -64,7 +64,7 @@ class Log:
         settings = self._settings(job.policy, job.memory)
         row = {"key": job.key, "settings": settings, "policy": job.policy, "memory": job.memory, **row}
         self.rows[job.key] = row
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

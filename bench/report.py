@@ -83,7 +83,7 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{self.name}.json"
         draft = path.with_suffix(f".json.{os.getpid()}")
-        draft.write_text(json.dumps(_plain(self.to_dict()), indent=1) + "\n")
+        draft.write_text(json.dumps(_plain(self.to_dict()), indent=1) + "\n", encoding="utf-8")
         draft.replace(path)
         image = draw(out / f"{self.name}.png", self, plot) if plot else None
         return [path] + ([image] if image else [])

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from indexmem_edge import __version__
+from indexmem_edge._streams import make_forgiving
 from indexmem_edge.cli_options import one_line_errors
 
 from .atomic import check_target
@@ -205,6 +206,7 @@ def _progress(wanted: bool) -> Iterator[Optional[Callable[[int, int], None]]]:
 
 def main() -> None:
     """Runs the command line."""
+    make_forgiving()
     app()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import numpy as np
 import numpy.typing as npt
 
-from . import _capi  # noqa: F401  (chooses the library)
+from ._ggml import ggml_function  # (chooses the library)
 
 import llama_cpp.llama_cpp as llama_lib
 
@@ -36,13 +36,6 @@ Tensor._fields_ = [
     ("name", ctypes.c_char * 64),
 ]
 _TYPES: dict[int, npt.DTypeLike] = {llama_lib.GGML_TYPE_F32: np.float32, llama_lib.GGML_TYPE_F16: np.float16}
-
-
-def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
-    """A function of ggml, typed."""
-    function = getattr(llama_lib._lib, name)
-    function.restype, function.argtypes = restype, list(argtypes)
-    return function
 
 
 class _Callback:

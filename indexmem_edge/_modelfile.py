@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import os
 import stat
-from typing import Any, Callable, Iterable, Iterator, Union
+from typing import Callable, Iterable, Iterator, Union
 
 from .errors import IndexMemError, ModelFileError, SidecarError
 
@@ -66,7 +66,7 @@ def _check(path: Union[str, os.PathLike[str]], what: str, what_path: str, kind: 
     if magic != _MAGIC:
         found = "an empty file" if not magic else f"a file that begins with {magic!r}"
         raise kind(f"{name} is not a GGUF {what}: expected a file that begins with {_MAGIC!r}, found {found}")
-    return name
+    return NativePath(name)
 
 
 def fingerprint(path: Union[str, os.PathLike[str]]) -> str:
@@ -87,6 +87,16 @@ def fingerprint(path: Union[str, os.PathLike[str]]) -> str:
     return f"{size:x}-{digest.hexdigest()}"
 
 
+class NativePath(str):
+    """A path whose `encode()`, which llama-cpp-python calls, gives the bytes that the system knows the file by.
+
+    They are not its text in UTF-8 where the locale is another, or where a name is not text at all.
+    """
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
 class _InitParams(ctypes.Structure):
     """struct gguf_init_params"""
 
@@ -99,11 +109,16 @@ def gguf_strings(path: str, keys: Iterable[str]) -> dict[str, str]:
     Raises:
         ModelFileError: the file is damaged.
     """
+    from ._ggml import ggml_function
     from ._logs import collected_errors, reason
 
-    lib = _gguf_library()
+    pointer, index = ctypes.c_void_p, ctypes.c_int64
+    init = ggml_function("gguf_init_from_file", pointer, ctypes.c_char_p, _InitParams)
+    find_key = ggml_function("gguf_find_key", index, pointer, ctypes.c_char_p)
+    type_of = ggml_function("gguf_get_kv_type", ctypes.c_int, pointer, index)
+    text_of = ggml_function("gguf_get_val_str", ctypes.c_char_p, pointer, index)
     with collected_errors(False) as log:
-        parsed = lib.gguf_init_from_file(os.fsencode(path), _InitParams(no_alloc=True, ctx=None))
+        parsed = init(os.fsencode(path), _InitParams(no_alloc=True, ctx=None))
     if not parsed:
         raise ModelFileError(
             f"{path} is damaged: {reason(log) or 'its metadata cannot be read'}. Is the file complete?"
@@ -111,31 +126,12 @@ def gguf_strings(path: str, keys: Iterable[str]) -> dict[str, str]:
     found = {}
     try:
         for key in keys:
-            i = lib.gguf_find_key(parsed, key.encode())
-            if i >= 0 and lib.gguf_get_kv_type(parsed, i) == _GGUF_STRING:
-                found[key] = lib.gguf_get_val_str(parsed, i).decode("utf-8", "replace")
+            i = find_key(parsed, key.encode())
+            if i >= 0 and type_of(parsed, i) == _GGUF_STRING:
+                found[key] = text_of(parsed, i).decode("utf-8", "replace")
     finally:
-        lib.gguf_free(parsed)
+        ggml_function("gguf_free", None, pointer)(parsed)
     return found
-
-
-def _gguf_library() -> Any:
-    from . import _capi, _native
-
-    lib = _capi.llama_lib._lib
-    if not hasattr(lib, "gguf_init_from_file"):  # where a library does not show the symbols of those it needs
-        lib = ctypes.CDLL(str(_native.library_file(name="ggml-base")))
-    pointer, index = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("gguf_init_from_file", pointer, [ctypes.c_char_p, _InitParams]),
-        ("gguf_find_key", index, [pointer, ctypes.c_char_p]),
-        ("gguf_get_kv_type", ctypes.c_int, [pointer, index]),
-        ("gguf_get_val_str", ctypes.c_char_p, [pointer, index]),
-        ("gguf_free", None, [pointer]),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
 
 
 @contextlib.contextmanager
@@ -158,7 +154,7 @@ def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False) -> 
     params.use_extra_bufts = as_used
     llama.llama_backend_init()
     with collected_errors(False) as log:
-        model = llama.llama_model_load_from_file(path.encode(), params)
+        model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelFileError(f"cannot load the model {path}: {reason(log) or 'llama.cpp gave no reason'}")
     try:

@@ -7,6 +7,9 @@ import sys
 from types import TracebackType
 from typing import Optional, Type
 
+from ._streams import can_show, make_forgiving, shows_escapes
+
+LEAVE = "Ctrl-Z and Enter leave" if sys.platform == "win32" else "Ctrl-D leaves"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -21,10 +24,10 @@ class Terminal:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.interactive = sys.stdin.isatty()
-        self._colour = sys.stdout.isatty() and not as_json
-        for stream in (sys.stdin, sys.stdout):
-            with contextlib.suppress(AttributeError, ValueError):
-                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        self._colour = shows_escapes(sys.stdout) and not as_json
+        make_forgiving()
+        with contextlib.suppress(AttributeError, ValueError):
+            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() a history and editing)
@@ -41,7 +44,7 @@ class Terminal:
                 print()
                 return None
             except KeyboardInterrupt:
-                print("  (Ctrl-D or /exit leaves)")
+                print(f"  ({LEAVE}, so does /exit)")
 
     def write(self, text: str) -> None:
         """A line of output proper."""
@@ -95,7 +98,8 @@ class ProgressBar:
 
     def __init__(self, title: str, terminal: Terminal) -> None:
         self._title = title
-        self._shown = sys.stderr.isatty() and not terminal.as_json
+        self._shown = shows_escapes(sys.stderr) and not terminal.as_json
+        self._full, self._empty = "█░" if can_show("█░", sys.stderr) else "#."
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -104,7 +108,7 @@ class ProgressBar:
         """Draws `done` of `total`."""
         if self._shown and total > 0:
             filled = 30 * done // total
-            bar = "█" * filled + "░" * (30 - filled)
+            bar = self._full * filled + self._empty * (30 - filled)
             print(f"\r{self._title} {bar} {done:,}/{total:,} tokens", end="", file=sys.stderr, flush=True)
 
     def __exit__(

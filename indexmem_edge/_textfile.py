@@ -1,8 +1,9 @@
-"""Reading a text file that a person named."""
+"""Reading a text that a person named."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Union
 
 from .errors import IndexMemError
@@ -20,6 +21,20 @@ def read_text(path: Union[str, os.PathLike[str]]) -> str:
             data = file.read()
     except (OSError, ValueError) as error:
         raise IndexMemError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
+    return _decode(name, data)
+
+
+def read_standard_input() -> str:
+    """The UTF-8 text of standard input, whatever the console's own encoding is.
+
+    Raises:
+        IndexMemError: it is not text.
+    """
+    raw = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if raw is None else _decode("standard input", raw.read()).replace("\r\n", "\n")
+
+
+def _decode(name: str, data: bytes) -> str:
     if b"\0" in data:
         raise IndexMemError(f"{name} is not a text file: it has zero bytes")
     try:

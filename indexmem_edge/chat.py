@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional
 
 from . import _sessionfile
 from ._interrupt import ctrl_c_cancels
-from ._terminal import ProgressBar, Terminal
+from ._terminal import LEAVE, ProgressBar, Terminal
 from ._textfile import read_text
 from .cli_options import RunOptions, describe
 from .errors import Cancelled, IndexMemError, SessionError
@@ -20,14 +20,14 @@ from .stats import KVStats
 
 Message = dict[str, Any]
 
-HELP = """\
+HELP = f"""\
 /stats       what the KV cache has seen, kept and dropped
 /reset       forget the conversation
 /save FILE   save the conversation, KV cache included
 /load FILE   continue a saved conversation; only what is new will be evaluated
 /read FILE   read a text file into the conversation now; ask about it afterwards
 /help        this list
-/exit        leave (Ctrl-D too); Ctrl-C stops an answer"""
+/exit        leave ({LEAVE}, too); Ctrl-C stops an answer"""
 
 
 class Chat:
@@ -69,7 +69,7 @@ class Chat:
         cache = f"KV cache {stats.policy}" + (f" ({stats.indexer})" if stats.indexer else "")
         cache += f", budget {stats.budget:,}" if stats.budget else ""
         cache += f", memory {stats.memory}" if stats.remembers else ""
-        return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, Ctrl-D leaves"
+        return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, {LEAVE}"
 
     def _handle(self, line: str) -> None:
         try:

@@ -12,6 +12,7 @@ import typer
 from typing_extensions import Annotated
 
 from . import __version__
+from ._streams import make_forgiving
 from .cli_calibrate import calibrate_memory
 from .cli_options import RunOptions, fail, one_line_errors, with_run_options
 from .cli_train import train
@@ -128,13 +129,11 @@ def _prompt_text(prompt: Optional[str], file: Optional[Path]) -> str:
         raise IndexMemError("give the text with either -p TEXT or -f FILE (`-f -` reads standard input)")
     if prompt is not None:
         text = prompt
-    elif str(file) == "-":
-        text = sys.stdin.read()
     else:
-        from ._textfile import read_text
+        from ._textfile import read_standard_input, read_text
 
         assert file is not None
-        text = read_text(file)
+        text = read_standard_input() if str(file) == "-" else read_text(file)
     if not text.strip():
         raise IndexMemError("the text is empty")
     return text
@@ -220,6 +219,7 @@ _add_bench()
 
 def main() -> None:
     """Runs the command line."""
+    make_forgiving()
     app()
 
 

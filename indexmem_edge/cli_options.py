@@ -20,6 +20,7 @@ import typer
 from typing_extensions import Annotated
 
 from ._parts import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF
+from ._streams import reader_left
 from ._terminal import printable
 from .demo import demo_model, demo_sidecar
 from .errors import BudgetError, IndexMemError
@@ -282,11 +283,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except typer.Exit:
         raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say no more
-        raise typer.Exit(0) from None
     except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
-        fail(error)
+        if not reader_left(error):
+            fail(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # say no more
+        raise typer.Exit(0) from None
 
 
 def with_run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -104,7 +104,7 @@ def _loaded_files() -> list[Finding]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    paths = {line.split(None, 5)[5].strip() for line in maps.read_text().splitlines() if line.count("/")}
+    paths = {line.split(None, 5)[5].strip() for line in os.fsdecode(maps.read_bytes()).splitlines() if line.count("/")}
     ours = os.path.realpath(_native.library_dir())
     files = {p for p in paths if os.path.basename(p).startswith(("libllama", "libggml"))}
     foreign = sorted(p for p in files if os.path.dirname(os.path.realpath(p)) != ours)
@@ -122,20 +122,18 @@ def _loaded_files() -> list[Finding]:
 
 def _backends() -> list[Finding]:
     from . import _capi
+    from ._ggml import ggml_function
 
-    lib = _capi.llama_lib._lib
-    if not hasattr(lib, "ggml_backend_dev_count"):
-        lib = ctypes.CDLL(str(_native.library_file(name="ggml")))
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.restype, lib.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    count = ggml_function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = ggml_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    name_of, about_of = (
+        ggml_function(f"ggml_backend_dev_{what}", ctypes.c_char_p, ctypes.c_void_p) for what in ("name", "description")
+    )
     devices = []
-    for i in range(lib.ggml_backend_dev_count()):
-        device = lib.ggml_backend_dev_get(i)
-        name = lib.ggml_backend_dev_name(device).decode("utf-8", "replace")
-        about = lib.ggml_backend_dev_description(device).decode("utf-8", "replace").strip()
+    for i in range(count()):
+        device = get(i)
+        name = name_of(device).decode("utf-8", "replace")
+        about = about_of(device).decode("utf-8", "replace").strip()
         where = "" if _capi.library().indexmem_device_supported(i) else "; bounded caches stay in host memory"
         devices.append(f"{name} ({about}{where})")
     if not devices:

@@ -68,7 +68,7 @@ def download(archive):
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temp:
         wanted = Path(temp) / "wanted.txt"
-        wanted.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
+        wanted.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
         # --no-binary for this package alone: `:all:` would also compile the tools that pip needs to read its metadata
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                    "--no-binary", NAME, "--dest", temp, "--requirement", str(wanted)]
@@ -298,7 +298,7 @@ def write_folder(out, files, known):
 def prepare(out, source, patches):
     stamp = out / "prepared.json"
     try:
-        before = json.loads(stamp.read_text())
+        before = json.loads(stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {"key": "", "files": []}
         if any((out / "llama.cpp").glob("*")):
@@ -312,9 +312,10 @@ def prepare(out, source, patches):
     files = read()
     apply_patches(patches, files)
     out.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps({"key": "", "files": sorted({*files, *before["files"]})}))  # in case it is interrupted
+    told = {"key": "", "files": sorted({*files, *before["files"]})}
+    stamp.write_text(json.dumps(told), encoding="utf-8")  # in case it is interrupted
     written = write_folder(out, files, before["files"])
-    stamp.write_text(json.dumps({"key": key.hexdigest(), "files": sorted(files)}))
+    stamp.write_text(json.dumps({"key": key.hexdigest(), "files": sorted(files)}), encoding="utf-8")
     return f"{len(files)} files, {written} of them written, {len(patches)} patches"
 
 
@@ -327,6 +328,7 @@ def main():
     parser.add_argument("--until", type=int, metavar="N", help="apply only patches up to number N (0: none)")
     parser.add_argument("--check", action="store_true", help="apply the patches in memory and write nothing")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # folders may have names that a console cannot show
     if not args.check and not args.out:
         parser.error("name the folder to prepare, or --check")
     try:

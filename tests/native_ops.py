@@ -13,7 +13,8 @@ from typing import Any, Optional
 import numpy as np
 from native_context import F16, F32
 
-from indexmem_edge._capture import Tensor, ggml_function
+from indexmem_edge._capture import Tensor
+from indexmem_edge._ggml import ggml_function
 
 I32 = 26  # GGML_TYPE_I32
 TYPES = {F32: np.float32, F16: np.float16, I32: np.int32}

@@ -38,7 +38,8 @@ def find_books(paths: Sequence[Path]) -> list[Path]:
     found: dict[str, Path] = {}
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            texts = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files = sorted(texts, key=lambda p: p.parts)  # Windows compares paths without case
             if not files:
                 raise TrainingError(f"no {' or '.join(SUFFIXES)} files in {path}: name a folder that has some, or a file")
         elif path.exists():

@@ -106,7 +106,7 @@ def load_snapshot(folder: Path, deciding: Mapping[str, Any]) -> Optional[Snapsho
         with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
             for key in file.keys():
                 what, _, name = key.partition(".")
-                parts[what][name] = file.get_tensor(key)
+                parts[what][name] = file.get_tensor(key).clone()  # not mapped: Windows replaces no mapped file
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingCheckpointError(
             f"{path} cannot be read: {str(error) or type(error).__name__}. Begin anew with --restart"

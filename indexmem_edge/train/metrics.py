@@ -30,14 +30,14 @@ class Metrics:
         kept = [line for line in self.lines() if (line["stage"], line["step"]) <= (stage, step)]
         try:
             with replacing(self.path, force=True) as temporary:
-                Path(temporary).write_text("".join(_text(line) for line in kept))
+                Path(temporary).write_text("".join(_text(line) for line in kept), encoding="utf-8")
         except (OSError, ValueError) as error:
             raise TrainingCheckpointError(str(error)) from None
 
     def lines(self) -> list[dict[str, Any]]:
         """All complete lines."""
         found = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 line = json.loads(text)
             except ValueError:  # the last one, of a training that was killed while it wrote
@@ -53,7 +53,7 @@ class Metrics:
             TrainingCheckpointError: the disk is full, for example.
         """
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(_text(values))
         except OSError as error:
             raise TrainingCheckpointError(f"cannot write {self.path}: {error.strerror or error}") from None

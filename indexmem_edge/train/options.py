@@ -178,7 +178,7 @@ def options_of(run: Path) -> TrainOptions:
     """
     path = run / RUN_FILE
     try:
-        return replace(TrainOptions.from_dict(json.loads(path.read_text())), run=run)
+        return replace(TrainOptions.from_dict(json.loads(path.read_text(encoding="utf-8"))), run=run)
     except (OSError, ValueError, AttributeError) as error:
         why = str(error) if path.exists() else "it does not exist"
         raise TrainingCheckpointError(

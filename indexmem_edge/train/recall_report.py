@@ -42,7 +42,7 @@ def report(
     found = measure(decoder, modules, samples, budgets, sinks, window, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / JSON, force=True) as draft:
-        Path(draft).write_text(json.dumps(found.to_dict()) + "\n")
+        Path(draft).write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
     draw(folder / PLOT, found)
     return found
 

@@ -209,7 +209,7 @@ def _open_folder(run: Path, options: TrainOptions, restart: bool) -> None:
         remove_snapshot(run)
     if not (run / CHECKPOINT).exists():
         with replacing(run / RUN_FILE, force=True) as temporary:
-            Path(temporary).write_text(json.dumps(options.to_dict(), indent=1) + "\n")
+            Path(temporary).write_text(json.dumps(options.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(values: Mapping[str, Any]) -> str:

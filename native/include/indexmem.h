@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(_WIN32) && !defined(__MINGW32__) // as in llama.h: MinGW exports everything, unless one function is marked
 #    ifdef LLAMA_BUILD
 #        define INDEXMEM_API __declspec(dllexport)
 #    else

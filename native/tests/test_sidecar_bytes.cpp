@@ -184,6 +184,15 @@ TEST(every_byte_of_the_header_flipped) {
     CHECK(n_loaded > 0 && n_refused > n_loaded);
 }
 
+TEST(names_beyond_ascii) {
+    const std::string name = "test-sidecar \xC3\xA9 \xD0\xBC\xD0\xB8\xD1\x80 \xE6\xA8\xA1.gguf"; // UTF-8, on Windows too
+    const auto path = std::filesystem::u8path(name);
+    std::ofstream(path, std::ios::binary) << sidecar_file("kvzap").bytes();
+    CHECK(std::filesystem::is_regular_file(path));
+    CHECK_MSG(open_path(name).empty(), "%s", open_path(name).c_str());
+    std::filesystem::remove(path);
+}
+
 TEST(corpus_of_the_fuzzer) {
     size_t n = 0, n_loaded = 0;
     for (const auto & entry : std::filesystem::directory_iterator(INDEXMEM_CORPUS)) {
