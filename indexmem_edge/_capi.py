@@ -73,6 +73,7 @@ class Stats(ctypes.Structure):
         ("memory_slots", ctypes.c_uint32),
         ("memory_layers", ctypes.c_uint32),
         ("memory", ctypes.c_char * 16),
+        ("broken", ctypes.c_uint32),
         ("compute_bytes", ctypes.c_uint64),
         ("work_bytes", ctypes.c_uint64),
     ]

@@ -62,7 +62,7 @@ def follow(c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: i
                 with c.aborting(b):
                     c.decode(tokens, a)
             except Refused:
-                if c.state_size(a) == 0:  # broken
+                if c.stats(a).broken:
                     assert c.seq_rm(a, 0)
                     references[a] = copy.deepcopy(new)
             else:

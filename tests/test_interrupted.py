@@ -90,7 +90,7 @@ def test_what_does_not_evict_leaves_the_cache_as_it_was(
             assert done in (seen, seen + N_UBATCH) and done < seen + batch  # whole ubatches count, and no others
             if done > seen:
                 twin.decode(tokens[seen:done])
-            assert context.stats().n_kept == done
+            assert (context.stats().n_kept, context.stats().broken) == (done, 0)
             goes_on_alike(context, twin, tokens[done:])
 
 
@@ -117,7 +117,8 @@ def test_what_evicts_breaks_the_sequence_until_it_is_cleared(
                 c.feed(tokens[:50], N_UBATCH, 1)
             state, kept = context.save(0), context.stats().n_kept
             assert aborted(context, tokens[seen : seen + batch], after)
-            assert (context.n_seen(), context.stats().n_kept) == (seen, kept)
+            stats = context.stats()
+            assert (context.n_seen(), stats.n_kept, stats.broken) == (seen, kept, 1)
 
             for go_on in (context.n_seen(), seen + batch):
                 assert context.decode_at([5], [go_on]) < 0

@@ -12,7 +12,8 @@
 // Invariants
 //   - without a request the original llama.cpp cache is created and its code path is untouched
 //   - the number of KV bytes of a bounded context is fixed when it is created
-//   - after every ubatch each KV head holds at most `budget` entries
+//   - after every ubatch each KV head holds at most `budget` entries. A ubatch counts when it has been computed: one that is
+//     aborted has not happened, or, if it was to evict, leaves the sequence broken (indexmem_stats)
 //   - protected entries (sinks, pinned prefix, recent window) are never evicted
 //   - functions taking a context may be called from one thread at a time, like llama_decode; indexmem_set_cancel has a flag
 //     that any thread may set
@@ -83,6 +84,8 @@ struct indexmem_stats {
     uint32_t memory_slots;   // slots of the latent memory, of the budget; 0 without one or if its kind has none
     uint32_t memory_layers;  // layers that have a latent memory
     char     memory[16];     // kind of the latent memory, or "off"
+    uint32_t broken;         // 1: evaluating the sequence was interrupted while entries were evicted. Nothing but clearing it, copying
+                             // another one over it, or loading a state goes on from there
     uint64_t compute_bytes;  // compute buffers of the context, of all its graphs: what a ubatch takes, whatever the length
     uint64_t work_bytes;     // of the CPU, what an op of the cache takes at most; taken at the first eviction, if not before
 };

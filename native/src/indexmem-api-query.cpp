@@ -112,6 +112,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->meta_bytes  = kv->size_meta_bytes();
     stats->evict_us    = kv->evict_us;
     stats->n_evictions = seq->n_evictions;
+    stats->broken      = seq->broken;
 
     const auto * sidecar = kv->get_config().sidecar.get();
     const auto * memory  = kv->get_memory();
