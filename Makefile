@@ -1,8 +1,9 @@
 # make                build everything and install it into .venv (what has not changed is not built again)
 # make chat           talk to the demo model
 # make test           native tests and Python tests
-# make sanitize       native tests with the address and undefined behaviour sanitizers
-# make patches-check  do the patches apply to the original llama.cpp, exactly?
+# make sanitize       native tests with the address and undefined behaviour sanitizers, those of the ops with the thread one
+# make test-arm       native tests on emulated 64-bit ARM, with and without SVE (takes a cross compiler and an hour)
+# make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
 #
@@ -46,7 +47,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize patches-check cuda clean
+.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm patches-check cuda clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -93,10 +94,25 @@ test: setup $(if $(strip $(TORCH)),.venv/.torch)
 	cd $(BUILD) && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 	.venv/bin/pytest -q
 
-sanitize: .venv/.tools
-	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
-	    -DINDEXMEM_SANITIZE=ON && $(RUN) cmake --build build/sanitize --target indexmem_tests)
-	cd build/sanitize && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: sanitize-%: .venv/.tools
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
+	    -DINDEXMEM_SANITIZE=$* && $(RUN) cmake --build build/sanitize-$* --target indexmem_tests)
+	cd build/sanitize-$* && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+
+# On a plain ARMv8, and on all that qemu knows: there the compiler has SVE.
+test-arm: .venv/.tools
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$program > /dev/null || \
+	    { echo "No $$program: apt install g++-aarch64-linux-gnu qemu-user (Debian)"; exit 1; }; done
+	@$(call build-arm,armv8-a,armv8-a,cortex-a53)
+	@$(call build-arm,sve2,armv8.6-a+fp16+sve2,max)
+	cd build/arm/armv8-a && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+	cd build/arm/sve2 && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+
+# folder, -march of gcc, -cpu of qemu
+build-arm = $(call QUIETLY,$(RUN) cmake -S . -B build/arm/$(1) -G Ninja --toolchain native/cross/aarch64.cmake -DINDEXMEM_TESTS=ON \
+    -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$(2) -DINDEXMEM_ARM_CPU=$(3) && $(RUN) cmake --build build/arm/$(1) --target indexmem_tests)
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check

@@ -208,6 +208,8 @@ class BoundedCache:
             memory_bytes=native.memory_bytes,
             cancel_bytes=self._llm._calls.nbytes,
             budget_now=native.budget_now,
+            compute_bytes=native.compute_bytes,
+            work_bytes=native.work_bytes,
             **_common(self._llm, native.n_seen),
         )
 

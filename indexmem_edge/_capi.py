@@ -22,9 +22,9 @@ _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 3
+API_VERSION = 4
 
-ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR = range(4)  # enum indexmem_error
+ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
 
 
@@ -73,6 +73,8 @@ class Stats(ctypes.Structure):
         ("memory_slots", ctypes.c_uint32),
         ("memory_layers", ctypes.c_uint32),
         ("memory", ctypes.c_char * 16),
+        ("compute_bytes", ctypes.c_uint64),
+        ("work_bytes", ctypes.c_uint64),
     ]
 
 
@@ -164,10 +166,12 @@ def build_info() -> str:
 
 
 def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) -> IndexMemError:
-    """The exception for the last failure on this thread, by its native kind; `kind` where the library does not say."""
-    lib = library()
-    text = _text(lib.indexmem_last_error())
-    return _ERRORS.get(lib.indexmem_last_error_kind(), kind)(text or otherwise)
+    """The exception for the last failure on this thread, by its native kind.
+
+    Where the library does not say what it was, or llama.cpp's log knows more, it is `kind` with the text `otherwise`.
+    """
+    code = last_error_kind()
+    return _ERRORS.get(code, kind)(last_error() if code in _ERRORS else otherwise)
 
 
 def _table(name: str) -> dict[str, str]:

@@ -152,7 +152,8 @@ class Llama(llama_cpp.Llama):
             return SidecarError(said)
         if kind == _capi.ERROR_PARAMS:
             return BudgetError(said)
-        return ContextError(f"cannot create a context for {path}: {said or reason(log) or 'is there enough memory?'}")
+        why = (said if kind == _capi.ERROR_MODEL else "") or reason(log) or said or "is there enough memory?"
+        return ContextError(f"cannot create a context for {path}: {why}")
 
     # evaluation and generation
 

@@ -32,6 +32,8 @@ class KVStats:
     memory_bytes: int = 0  # the part of meta_bytes that it keeps
     cancel_bytes: int = 0  # of the copy that brings a cancelled call back; 0 until a call evicts, and with kv_cancel=False
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
+    compute_bytes: int = 0  # compute buffers of the context, whatever the length
+    work_bytes: int = 0  # what the CPU takes for the cache's own ops, from the first eviction on
     slots: int = 0  # slots allocated per KV head: the budget plus working room
     sinks: int = 0
     window: int = 0
@@ -79,6 +81,8 @@ class KVStats:
             rows.append(("memory", f"{self.memory}, {slots}{self.memory_layers} layers"))
         if self.budget:
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
+            work = f"{format_bytes(self.compute_bytes)} of compute buffers, {format_bytes(self.work_bytes)} for the cache's ops"
+            rows.append(("work memory", work))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
         if self.cancel_bytes:
             rows.append(("way back", f"{format_bytes(self.cancel_bytes)} for the state before the last call, should it be cancelled"))

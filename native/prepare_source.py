@@ -11,7 +11,8 @@ llama.cpp comes out of the source distribution of llama-cpp-python. It is looked
 and the archive must have the SHA-256 below.
 
 Patches (native/patches/NNNN-name.patch) are unified diffs, applied in the order of their numbers, strictly: every
-context line must match at the line that the hunk states. Each run computes the patched text from the original and
+context line must match, at the line that the hunk states. When a hunk of a file is not there, those of that file are looked
+for elsewhere: each must have one place alone, in the same order, and where that is is printed. Each run computes the patched text from the original and
 writes only files whose content changes, so running it again is harmless and builds stay incremental. With the same
 patches and the same source it does nothing; edits made by hand inside the folder survive until a patch changes.
 
@@ -163,27 +164,74 @@ def list_patches(folder, until=None):
 
 
 def apply_patches(patches, files):
+    """Applies all patches to the dict `files` and says which hunks moved; returns their number."""
+    moves = []
     for path in patches:
-        apply_patch(path.name, path.read_text(encoding="utf-8", errors="surrogateescape"), files)
+        moves += apply_patch(path.name, path.read_text(encoding="utf-8", errors="surrogateescape"), files)
+    for move in moves:
+        print(f"prepare_source: {move}", flush=True)
+    return len(moves)
 
 
 def apply_patch(name, patch, files):
-    """Applies the unified diff `patch` to the dict `files`; raises Problem at the first line that differs."""
+    """Applies the unified diff `patch` to the dict `files`; raises Problem at the first hunk that has no place.
+
+    Returns a line for each hunk that was found somewhere else than at the line it states.
+    """
+    moves = []
+    for target, hunks in read_patch(name, patch, files):
+        old, out, done = files[target].decode("utf-8", "surrogateescape").split("\n"), [], 0
+        places = find_hunks(f"{name}: {target}", old, hunks)
+        for at, (begin, before, after) in zip(places, hunks):
+            if at != begin:
+                moves.append(f"{name}: hunk at line {begin + 1} of {target.removeprefix('llama.cpp/')} found at {at + 1}")
+            out += old[done:at] + after
+            done = at + len(before)
+        files[target] = "\n".join(out + old[done:]).encode("utf-8", "surrogateescape")
+    return moves
+
+
+def find_hunks(name, old, hunks):
+    """Index in the lines `old` of each hunk: all where they state it, or each at the only place where its lines are."""
+    if all(old[begin:begin + len(before)] == before for begin, before, _ in hunks):
+        return [begin for begin, _, _ in hunks]
+    found, done = [], 0
+    for begin, before, _ in hunks:
+        at = [i for i in range(len(old) - len(before) + 1) if old[i:i + len(before)] == before] if before else []
+        where = ", ".join(str(i + 1) for i in at[:4]) + (", ..." if len(at) > 4 else "")
+        if len(at) > 1 and begin in at:
+            raise Problem(f"{name} line {begin + 1}: other hunks of the file have moved, and the lines of this one are at "
+                          f"{len(at)} places: {where}")
+        if len(at) != 1:
+            raise Problem(f"{name} {difference(old, begin, before)}; the lines of the hunk are at {len(at)} places"
+                          + (f": {where}" if where else ""))
+        if at[0] < done:
+            raise Problem(f"{name} line {begin + 1}: the lines of the hunk are at {where}, before those of an earlier hunk")
+        found.append(at[0])
+        done = at[0] + len(before)
+    return found
+
+
+def difference(old, begin, before):
+    """The first line of a hunk that is another one at its stated place, in words."""
+    for i, text in enumerate(before, begin):
+        found = old[i] if i < len(old) else None
+        if text != found:
+            return f"line {i + 1}: expected {text!r}, found " + ("the end of the file" if found is None else repr(found))
+    return f"line {begin + 1}: no line says where the hunk belongs, and others of the file have moved"
+
+
+def read_patch(name, patch, files):
+    """[(file, [(index, lines before, lines after)])] of a unified diff; the index is that of the stated line in the old file."""
     lines = patch.removesuffix("\n").split("\n")
-    at, target = 0, None
+    at, res, stated, shift = 0, [], 0, 0
 
     def problem(text):
         return Problem(f"{name}: {text}")
 
-    def finish():  # what follows the last hunk of a file stays
-        if target is not None:
-            out.extend(old[done:])
-            files[target] = "\n".join(out).encode("utf-8", "surrogateescape")
-
     while at < len(lines):
         line = lines[at]
         if line.startswith("--- ") and at + 1 < len(lines) and lines[at + 1].startswith("+++ "):
-            finish()
             path = lines[at + 1][4:].split("\t")[0].rstrip()
             if "/dev/null" in (path, line[4:].split("\t")[0].rstrip()):
                 raise problem(f"line {at + 1} creates or deletes a file; new files go into native/, not into a patch")
@@ -191,45 +239,40 @@ def apply_patch(name, patch, files):
             target = path if path.startswith("llama.cpp/") else "llama.cpp/" + path
             if target not in files:
                 raise problem(f"line {at + 2} names {path}, which is not among the prepared sources")
-            old, out, done, shift = files[target].decode("utf-8", "surrogateescape").split("\n"), [], 0, 0
-            at += 2
+            res.append((target, []))
+            at, stated, shift = at + 2, 0, 0
             continue
         hunk = re.match(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", line)
         if not hunk:
-            if re.match(r"Only in |Binary files |@@", line) or target is not None and re.match(r"[-+ \\]", line):
+            if re.match(r"Only in |Binary files |@@", line) or res and re.match(r"[-+ \\]", line):
                 raise problem(f"line {at + 1} is outside of every hunk: {line!r} (are the counts in @@ right?)")
             at += 1  # free text
             continue
-        if target is None:
+        if not res:
             raise problem(f"line {at + 1}: a hunk without the name of a file")
         start, n_old, new_start, n_new = (1 if x is None else int(x) for x in hunk.groups())
         begin = start - 1 if n_old else start
-        if begin < done or (new_start - 1 if n_new else new_start) != begin + shift:
+        if begin < stated or (new_start - 1 if n_new else new_start) != begin + shift:
             raise problem(f"line {at + 1}: the line numbers of {line!r} do not follow from the hunks before it")
-        out.extend(old[done:begin])
-        done, added, at = begin, 0, at + 1
-        while done - begin < n_old or added < n_new:
+        before, after, at = [], [], at + 1
+        while len(before) < n_old or len(after) < n_new:
             kind, text = (lines[at][:1] or " ", lines[at][1:]) if at < len(lines) else ("", "")
             if kind not in (" ", "-", "+"):
                 raise problem(f"line {at + 1}: the hunk ends before the counts of {line!r} are reached")
             if kind != "+":
-                found = old[done] if done < len(old) else None
-                if found != text:
-                    raise problem(f"{target} line {done + 1}: expected {text!r}, found "
-                                  + ("the end of the file" if found is None else repr(found)))
-                done += 1
+                before.append(text)
             if kind != "-":
-                out.append(text)
-                added += 1
+                after.append(text)
             at += 1
-        if done - begin != n_old or added != n_new:
+        if len(before) != n_old or len(after) != n_new:
             raise problem(f"line {at}: the hunk goes beyond the counts of {line!r}")
         if at < len(lines) and lines[at].startswith("\\"):
             raise problem(f"line {at + 1}: files end with a newline")
-        shift += n_new - n_old
-    finish()
-    if target is None:
+        res[-1][1].append((begin, before, after))
+        stated, shift = begin + n_old, shift + n_new - n_old
+    if not any(hunks for _, hunks in res):
         raise problem("holds no hunk")
+    return res
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -286,8 +329,8 @@ def main():
     try:
         patches = list_patches(args.patches, args.until)
         if args.check:
-            apply_patches(patches, open_source(args.source)[1]())
-            print(f"{len(patches)} patches apply exactly")
+            moved = apply_patches(patches, open_source(args.source)[1]())
+            print(f"{len(patches)} patches apply" + (f", {moved} of their hunks at other lines" if moved else " exactly"))
         else:
             print(f"{args.out}: {prepare(args.out.resolve(), args.source, patches)}")
     except (Problem, OSError, tarfile.TarError, EOFError) as e:

@@ -70,3 +70,13 @@ def test_a_request_is_for_one_context_only(tiny: Tiny) -> None:
         ctx = llama_cpp.llama_init_from_model(model, params)
         assert not _capi.is_bounded(ctx)
         llama_cpp.llama_free(ctx)
+
+
+def test_what_llama_refuses_is_told(tiny: Tiny) -> None:
+    path, _ = tiny("llama")
+    with open_model(path) as model:
+        with pytest.raises(Refused, match="llama.cpp refused the context before it came to the bounded KV cache"):
+            Context(model, budget=64, type_v=Q8_0, flash_attn=False)
+        assert _capi.last_error_kind() == _capi.ERROR_NONE  # withdrawn
+    with pytest.raises(ContextError, match="n_batch and n_ubatch cannot both be zero"):
+        Llama(path, kv_budget=64, kv_window=8, n_batch=0, n_ubatch=0, verbose=False)

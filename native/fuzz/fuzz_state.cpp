@@ -6,7 +6,7 @@
 //       build/corpus-state native/fuzz/corpus-state                                                     (one line)
 //
 // `fuzz_state --seeds <folder>` writes real states, with which corpus-state/ began; it is what -merge=1 keeps of all that
-// was found since. test_state_bytes loads every file of it.
+// was found since. test_state loads every file of it.
 
 #include "state_attack.h"
 

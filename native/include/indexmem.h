@@ -41,7 +41,7 @@ extern "C" {
 struct llama_model;
 struct llama_context;
 
-#define INDEXMEM_API_VERSION 3
+#define INDEXMEM_API_VERSION 4
 
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
@@ -83,6 +83,8 @@ struct indexmem_stats {
     uint32_t memory_slots;   // slots of the latent memory, of the budget; 0 without one or if its kind has none
     uint32_t memory_layers;  // layers that have a latent memory
     char     memory[16];     // kind of the latent memory, or "off"
+    uint64_t compute_bytes;  // compute buffers of the context, of all its graphs: what a ubatch takes, whatever the length
+    uint64_t work_bytes;     // of the CPU, what an op of the cache takes at most; taken at the first eviction, if not before
 };
 
 INDEXMEM_API int          indexmem_api_version(void);
@@ -90,12 +92,14 @@ INDEXMEM_API const char * indexmem_build_info (void); // "llama.cpp <commit>; ..
 
 INDEXMEM_API struct indexmem_params indexmem_default_params(void);
 
-// Asks that the next context created by this thread be bounded; NULL withdraws. A creation that fails before it comes to
-// the cache (llama.cpp checks some parameters first) leaves the request standing: withdraw it then. Returns false, with an error, when a
-// field is out of range by itself (what depends on the model is checked when the context is created).
+// Asks that the next context created by this thread be bounded; NULL withdraws. The request is used up by one creation, whether
+// that succeeds or not; a context of a model loaded with no_alloc (a dry run) is made as if bounded and leaves it standing.
+// Returns false, with an error, when a field is out of range by itself (what depends on the model is checked when the context
+// is created).
 INDEXMEM_API bool indexmem_next_context(const struct indexmem_params * params);
 
-// Text of the last failure on this thread, "" if none. Valid until the next indexmem or llama call on the thread.
+// Text of the last failure on this thread, "" if none. A bounded context that was asked for and not created is one, whoever
+// refused it. Valid until the next indexmem or llama call on the thread.
 INDEXMEM_API const char * indexmem_last_error(void);
 
 // What the last failure was about.
@@ -104,6 +108,7 @@ enum indexmem_error {
     INDEXMEM_ERROR_PARAMS  = 1, // parameters, of the cache or of the context
     INDEXMEM_ERROR_MODEL   = 2, // the model cannot have a bounded cache
     INDEXMEM_ERROR_SIDECAR = 3, // the sidecar is damaged, or for another model
+    INDEXMEM_ERROR_CONTEXT = 4, // llama.cpp could not create the context, for a reason that is not the cache's
 };
 INDEXMEM_API enum indexmem_error indexmem_last_error_kind(void);
 

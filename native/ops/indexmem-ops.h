@@ -29,6 +29,8 @@
 //   - the lowest ranks leave; equal ranks (-0 == +0): the later position leaves; NaN ranks below everything
 //   - entries with position < keep_lo or >= keep_hi never leave
 //   - at most n_evict rows move per head; sources and destinations are disjoint
+//   - if fewer than n_evict entries of a head may leave, or the plan holds fewer, it is the plan of an eviction of so many; what
+//     follows goes by the plan, and the entries in slots from n_used - n_evict on are lost
 
 #include "ggml.h"
 

@@ -14,7 +14,7 @@ struct indexmem_reference_plan {
     std::vector<int32_t> src;
 };
 
-// rank, pos: one value for each slot in use
+// rank, pos: one value for each slot in use. If fewer entries may leave than n_evict, those leave.
 inline indexmem_reference_plan indexmem_reference_select(
         const std::vector<float>   & rank,
         const std::vector<int32_t> & pos,
@@ -40,6 +40,8 @@ inline indexmem_reference_plan indexmem_reference_select(
         }
         return pos[a] > pos[b];
     });
+
+    n_evict = std::min(n_evict, (int32_t) candidates.size());
 
     indexmem_reference_plan plan;
     plan.evicted.assign(candidates.begin(), candidates.begin() + n_evict);

@@ -3,6 +3,7 @@
 #include "indexmem-error.h"
 #include "indexmem-kv-cache.h"
 #include "indexmem-support.h"
+#include "indexmem-work.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -124,6 +125,8 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
+    stats->compute_bytes = indexmem_compute_bytes(*ctx);
+    stats->work_bytes    = indexmem_work_bytes(*ctx, *kv);
     return true;
 }
 

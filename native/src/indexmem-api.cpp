@@ -1,5 +1,6 @@
 #include "indexmem.h"
 
+#include "indexmem-creation.h"
 #include "indexmem-error.h"
 #include "indexmem-hooks.h"
 #include "indexmem-kv-cache.h"
@@ -117,6 +118,28 @@ bool indexmem_next_context(const indexmem_params * params) {
     return true;
 }
 
+indexmem_creation::indexmem_creation(const llama_model * model) :
+    requested(request_next.has_value()), dry(model && model->hparams.no_alloc) {
+    if (requested) {
+        indexmem_clear_error();
+    }
+}
+
+indexmem_creation::~indexmem_creation() {
+    if (requested && !dry) {
+        request_next.reset();
+    }
+    if (requested && !done && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is("llama.cpp refused the context before it came to the bounded KV cache: its log says why", INDEXMEM_ERROR_CONTEXT);
+    }
+}
+
+void indexmem_creation::failed(const char * why) {
+    if (requested && indexmem_last_error_kind() == INDEXMEM_ERROR_NONE) {
+        indexmem_error_is(format("the context could not be created: %s", why), INDEXMEM_ERROR_CONTEXT);
+    }
+}
+
 // What ranks and what remembers: fills policy, memory and sidecar.
 static void choose_parts(const request & req, const llama_model & model, bool offload, llama_kv_cache_bounded::config & cfg) {
     std::shared_ptr<indexmem_sidecar> sidecar;
@@ -161,7 +184,6 @@ void indexmem_check_request(const llama_model & model) {
     }
     const std::string reason = indexmem_unsupported_reason(model);
     if (!reason.empty()) {
-        request_next.reset();
         indexmem_fail(INDEXMEM_ERROR_MODEL, "no bounded KV cache for this model: " + reason);
     }
 }
@@ -170,7 +192,6 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
     if (!request_next) {
         return;
     }
-    request_next.reset();
     delete made;
     indexmem_fail(INDEXMEM_ERROR_MODEL, format("no bounded KV cache for this model: architecture '%s' has a memory of its own in place of "
                 "the ordinary KV cache", llm_arch_name(model.arch)));
@@ -180,8 +201,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     if (!request_next) {
         return nullptr;
     }
-    const request req = *request_next;
-    request_next.reset();
+    const request req = *request_next; // indexmem_creation uses it up
 
     auto refuse = [](const std::string & reason) {
         indexmem_fail(INDEXMEM_ERROR_PARAMS, reason);
@@ -189,6 +209,9 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
 
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("a bounded KV cache is for ordinary contexts, not for draft (MTP) contexts");
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        refuse("a bounded KV cache lies whole with its layer: the split mode can be none, layer or row, not tensor");
     }
     if (!cparams.flash_attn) {
         refuse("a bounded KV cache needs flash attention: switch it on");
@@ -212,6 +235,9 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);
     } catch (const std::exception & err) {
+        if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
+            throw;
+        }
         refuse(err.what());
     }
     return nullptr;

@@ -1,10 +1,10 @@
 #include "indexmem-buffers.h"
 
+#include "indexmem-error.h"
+
 #include "ggml-alloc.h"
 #include "llama-impl.h"
 #include "llama-model.h"
-
-#include <stdexcept>
 
 indexmem_buffers::indexmem_buffers(const llama_model & model, bool offload, size_t n_tensors) :
     model(model), offload(offload), n_tensors(n_tensors) {
@@ -39,7 +39,7 @@ void indexmem_buffers::alloc(const std::string & what) {
             buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
         }
         if (!buf) {
-            throw std::runtime_error(format("cannot allocate %s in %s memory", what.c_str(), name.c_str()));
+            indexmem_fail(INDEXMEM_ERROR_PARAMS, format("cannot allocate %s in %s memory", what.c_str(), name.c_str()));
         }
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }

@@ -21,7 +21,7 @@ public:
     // to make tensors of a layer in, until alloc(); in memory of another type than type(il), if one is given
     ggml_context * context(uint32_t il, ggml_backend_buffer_type_t buft = nullptr);
 
-    // Gives all tensors their memory; throws std::runtime_error with `what` in it if there is not enough. Of a model that was
+    // Gives all tensors their memory; fails with `what` in the error if there is not enough. Of a model that was
     // loaded without its weights, nothing is allocated.
     void alloc(const std::string & what);
 

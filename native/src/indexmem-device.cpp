@@ -4,100 +4,150 @@
 #include "indexmem.h"
 
 #include "ggml-cpp.h"
-#include "llama-hparams.h"
+#include "ggml-impl.h"
 #include "llama-impl.h"
 
 #include <cstring>
 #include <set>
-#include <string>
 #include <utility>
-#include <vector>
 
-indexmem_device_needs indexmem_device_needs::of_layer(
-        const llama_hparams & hparams, uint32_t il, ggml_type type_k, ggml_type type_v, int policy) {
-    const int64_t n_head_kv = hparams.n_head_kv(il);
-    const int64_t n_group   = hparams.n_head(il)/n_head_kv;
-    return { type_k, type_v, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), n_head_kv, n_group, policy };
+// the nodes of a layer for two kinds of ubatches, with all tensors that they are made of
+static constexpr size_t N_TENSORS = 1024;
+
+static int kind_of(const ggml_tensor * node) {
+    return node->op == GGML_OP_INDEXMEM ? ggml_get_op_params_i32(node, INDEXMEM_PARAM_OP) : -1;
 }
 
-// Builds the nodes that the graphs are made of, without memory, and asks for each.
-const char * indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device_needs & n) {
-    constexpr int64_t n_slots = 512, n_evict = 32, n_latent = 16, n_ring = 64, n_query = 2, n_state = 2;
+// whether it has to be computed by the device in whose memory the cache lies
+static bool is_bound(const ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        case GGML_OP_INDEXMEM:
+            return kind_of(node) != INDEXMEM_OP_PAIRWISE && kind_of(node) != INDEXMEM_OP_RETENTION;
+        case GGML_OP_FLASH_ATTN_EXT:
+            return true;
+        default:
+            return node->view_src != nullptr; // in place
+    }
+}
 
-    ggml_context_ptr owner(ggml_init({ 64*ggml_tensor_overhead(), nullptr, true }));
-    ggml_context * ctx = owner.get();
+static std::string words_for(const ggml_tensor * node) {
+    if (node->op == GGML_OP_SET_ROWS) {
+        return format("storing rows of type %s", ggml_type_name(node->type));
+    }
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        return format("flash attention with heads of %d", (int) node->src[0]->ne[0]);
+    }
+    switch (kind_of(node)) {
+        case INDEXMEM_OP_RANK:        return "the policy";
+        case INDEXMEM_OP_SELECT:      return format("selection of %d entries", (int) node->ne[0]);
+        case INDEXMEM_OP_COMPACT:     return format("compaction of rows of type %s", ggml_type_name(node->type));
+        case INDEXMEM_OP_COMPACT_POS: return "compaction of positions";
+        case INDEXMEM_OP_CENTROID:    return format("centroid memories of which %d entries are written at once", (int) node->src[4]->ne[0]);
+        case INDEXMEM_OP_RESIDUAL:    return format("residual memories with %d features", (int) node->ne[0]);
+        case INDEXMEM_OP_BIAS:        return "masks with biases";
+        default:                      return ggml_op_desc(node);
+    }
+}
 
-    const auto tensor = [&](ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3 = 1) {
-        return ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
-    };
-    const int64_t H = n.n_head_kv;
+std::string indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device_question & question) {
+    ggml_context_ptr ctx(ggml_init({ N_TENSORS*ggml_tensor_overhead() + ggml_graph_overhead_custom(N_TENSORS, false), nullptr, true }));
 
-    ggml_tensor * k     = tensor(n.type_k,      n.n_embd_k, n_slots, H);
-    ggml_tensor * v     = tensor(n.type_v,      n.n_embd_v, n_slots, H);
-    ggml_tensor * k_cur = tensor(GGML_TYPE_F32, n.n_embd_k, n_query, H);
-    ggml_tensor * v_cur = tensor(GGML_TYPE_F32, n.n_embd_v, n_query, H);
-    ggml_tensor * rows  = tensor(GGML_TYPE_I64, n_query, 1, 1);
-    ggml_tensor * pos   = tensor(GGML_TYPE_I32, n_slots, H, 1);
-    ggml_tensor * ctl   = tensor(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1, 1);
-    ggml_tensor * q     = tensor(GGML_TYPE_F32, n.n_embd_k, n_ring, H*n.n_group);
-    ggml_tensor * mask  = tensor(GGML_TYPE_F16, n_slots, n_query, 1);
-    ggml_tensor * terms = tensor(GGML_TYPE_F32, n_state, n_slots, H);
-    ggml_tensor * means = tensor(GGML_TYPE_F32, n.n_embd_k + n.n_embd_v, n_latent, H);
-    ggml_tensor * count = tensor(GGML_TYPE_F32, n_latent, H, 1);
-    ggml_tensor * phi   = tensor(GGML_TYPE_F32, n.n_embd_k, n_latent, 1);
-    ggml_tensor * sums  = tensor(GGML_TYPE_F32, n_latent, n.n_embd_v + 1, H);
-    ggml_tensor * query = tensor(GGML_TYPE_F32, n.n_embd_k, n_query, n.n_group, H);
-
-    const auto streams = [&](ggml_tensor * t) {
-        return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], 1, H, t->nb[1], t->nb[2], t->nb[2], 0);
-    };
-    const auto * policy = indexmem_policy_get(n.policy);
-
-    ggml_tensor * rank = strcmp(policy->name, "indexer") == 0 ?
-        ggml_indexmem_rank_terms(ctx, terms, pos, ctl, 0.0f, 1.0f) :
-        ggml_indexmem_rank(ctx, k, pos, ctl, policy->n_queries > 0 ? q : nullptr, n.policy, 0, 0, 1.0f, 0.0f);
-    ggml_tensor * plan   = ggml_indexmem_select(ctx, rank, pos, ctl, n_evict);
-    ggml_tensor * biased = ggml_indexmem_bias(ctx, mask, count);
-    ggml_tensor * attend = ggml_flash_attn_ext(ctx, query, streams(k), streams(v), biased, 1.0f, 0.0f, 0.0f);
-    ggml_prec_set_acc(attend, GGML_PREC_F32);
-
-    const std::pair<const char *, ggml_tensor *> nodes[] = {
-        { "storing keys of this type",   ggml_set_rows(ctx, k, k_cur, rows)                                  },
-        { "storing values of this type", ggml_set_rows(ctx, v, v_cur, rows)                                  },
-        { "flash attention",             attend                                                              },
-        { "masks with biases",           biased                                                              },
-        { "the policy",                  rank                                                                },
-        { "selection",                   plan                                                                },
-        { "compaction of keys",          ggml_indexmem_compact(ctx, k, plan, ctl)                            },
-        { "compaction of values",        ggml_indexmem_compact(ctx, v, plan, ctl)                            },
-        { "compaction of states",        ggml_indexmem_compact(ctx, terms, plan, ctl)                        },
-        { "compaction of positions",     ggml_indexmem_compact_pos(ctx, pos, plan, ctl)                      },
-        { "centroid memories",           ggml_indexmem_centroid(ctx, means, count, k, v, plan, ctl)          },
-        { "residual memories",           ggml_indexmem_residual(ctx, sums, phi, k, v, plan, ctl, 1.0f, 1.0f) },
-    };
-    for (const auto & [what, node] : nodes) {
-        if (!ggml_backend_dev_supports_op(dev, node)) {
-            return what;
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), N_TENSORS, false);
+    for (ggml_tensor * node : question(ctx.get())) {
+        ggml_build_forward_expand(gf, node);
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (is_bound(node) && !ggml_backend_dev_supports_op(dev, node)) {
+            return words_for(node);
         }
     }
-    return nullptr;
+    return "";
 }
 
-ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_needs & needs) {
+ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_question & question) {
     ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(dev);
     if (ggml_backend_buft_is_host(buft)) {
         return buft;
     }
-    const char * what = indexmem_device_lacks(dev, needs);
-    if (!what) {
+    // the meta device says yes for the devices that it is made of, and cannot split our op between them
+    const std::string what = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META ? "layers that are split between devices" :
+        indexmem_device_lacks(dev, question);
+    if (what.empty()) {
         return buft;
     }
     static thread_local std::set<std::pair<ggml_backend_dev_t, std::string>> told;
     if (told.emplace(dev, what).second) {
         LLAMA_LOG_WARN("%s: %s has no kernel for %s: bounded caches of its layers lie in host memory\n", __func__,
-                ggml_backend_dev_name(dev), what);
+                ggml_backend_dev_name(dev), what.c_str());
     }
     return ggml_backend_cpu_buffer_type();
+}
+
+std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, int policy) {
+    constexpr ggml_type type = GGML_TYPE_F16;
+    constexpr int64_t   n_embd = 128, H = 8, n_group = 4;
+    constexpr int64_t   n_slots = 1536, n_evict = 512 + 32, n_latent = 64, n_ring = 64, n_query = 512, n_state = 2;
+
+    const auto tensor = [&](ggml_type type, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1, int64_t ne3 = 1) {
+        return ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
+    };
+    ggml_tensor * k     = tensor(type,          n_embd, n_slots, H);
+    ggml_tensor * v     = tensor(type,          n_embd, n_slots, H);
+    ggml_tensor * cur   = tensor(GGML_TYPE_F32, n_embd, n_query, H);
+    ggml_tensor * rows  = tensor(GGML_TYPE_I64, n_query);
+    ggml_tensor * pos   = tensor(GGML_TYPE_I32, n_slots, H);
+    ggml_tensor * ctl   = tensor(GGML_TYPE_I32, INDEXMEM_CTL_SIZE);
+    ggml_tensor * q     = tensor(GGML_TYPE_F32, n_embd, n_ring, H*n_group);
+    ggml_tensor * mask  = tensor(GGML_TYPE_F16, n_slots, n_query);
+    ggml_tensor * terms = tensor(GGML_TYPE_F32, n_state, n_slots, H);
+    ggml_tensor * means = tensor(GGML_TYPE_F32, 2*n_embd, n_latent, H);
+    ggml_tensor * count = tensor(GGML_TYPE_F32, n_latent, H);
+    ggml_tensor * phi   = tensor(GGML_TYPE_F32, n_embd, n_latent);
+    ggml_tensor * sums  = tensor(GGML_TYPE_F32, n_latent, n_embd + 1, H);
+    ggml_tensor * query = tensor(GGML_TYPE_F32, n_embd, n_query, n_group, H);
+
+    const auto streams = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], 1, H, t->nb[1], t->nb[2], t->nb[2], 0);
+    };
+    const auto * info = indexmem_policy_get(policy);
+
+    ggml_tensor * rank = strcmp(info->name, "indexer") == 0 ?
+        ggml_indexmem_rank_terms(ctx, terms, pos, ctl, 0.0f, 1.0f) :
+        ggml_indexmem_rank(ctx, k, pos, ctl, info->n_queries > 0 ? q : nullptr, policy, 0, 0, 1.0f, 0.0f);
+    ggml_tensor * plan   = ggml_indexmem_select(ctx, rank, pos, ctl, n_evict);
+    ggml_tensor * attend = ggml_flash_attn_ext(ctx, query, streams(k), streams(v), ggml_indexmem_bias(ctx, mask, count), 1.0f, 0.0f, 0.0f);
+    ggml_prec_set_acc(attend, GGML_PREC_F32);
+
+    return {
+        ggml_set_rows(ctx, k, cur, rows),
+        ggml_set_rows(ctx, v, cur, rows),
+        attend,
+        plan,
+        ggml_indexmem_compact(ctx, k, plan, ctl),
+        ggml_indexmem_compact(ctx, v, plan, ctl),
+        ggml_indexmem_compact(ctx, terms, plan, ctl),
+        ggml_indexmem_compact_pos(ctx, pos, plan, ctl),
+        ggml_indexmem_centroid(ctx, means, count, k, v, plan, ctl),
+        ggml_indexmem_residual(ctx, sums, phi, k, v, plan, ctl, 1.0f, 1.0f),
+    };
+}
+
+// asked by name: the CPU backend may be a library that is loaded while the program runs
+static bool cpu_has_vectors() {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto get = (const char * (*)()) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_indexmem_cpu_vectors");
+    return get && strcmp(get(), "none") != 0;
+}
+
+bool indexmem_device_attends(const ggml_tensor * k) {
+    return ggml_backend_buffer_is_host(k->buffer) && cpu_has_vectors();
 }
 
 bool indexmem_device_supported(size_t i) {
@@ -105,7 +155,8 @@ bool indexmem_device_supported(size_t i) {
         return false;
     }
     for (int policy = 0; indexmem_policy_get(policy); ++policy) {
-        if (indexmem_device_lacks(ggml_backend_dev_get(i), { GGML_TYPE_F16, GGML_TYPE_F16, 128, 128, 8, 4, policy })) {
+        const auto usual = [&](ggml_context * ctx) { return indexmem_device_usual(ctx, policy); };
+        if (!indexmem_device_lacks(ggml_backend_dev_get(i), usual).empty()) {
             return false;
         }
     }

@@ -1,32 +1,30 @@
 #pragma once
 
-// What a device can do for a bounded cache that lies in its memory.
+// What a device can do for a bounded cache that lies in its memory, the CPU among them.
 
 #include "ggml-backend.h"
 #include "ggml.h"
 
-#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
 
-struct llama_hparams;
+// Builds the nodes that a cache takes part in, in a context without memory.
+typedef std::function<std::vector<ggml_tensor *>(ggml_context * ctx)> indexmem_device_question;
 
-// of a layer, what decides which kernels its cache needs
-struct indexmem_device_needs {
-    ggml_type type_k;
-    ggml_type type_v;
-    int64_t   n_embd_k;
-    int64_t   n_embd_v;
-    int64_t   n_head_kv;
-    int64_t   n_group; // query heads of a KV head
-    int       policy;  // index into policies.def
+// The first of the nodes, and of those that they are computed from, that the device has no kernel for, in words; "" if it has
+// all. Not asked about are ops that every backend has, as long as they write nothing in place, and what an indexer computes
+// from its own state: ggml's scheduler gives those to the CPU if need be.
+std::string indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device_question & question);
 
-    static indexmem_device_needs of_layer(
-            const llama_hparams & hparams, uint32_t il, ggml_type type_k, ggml_type type_v, int policy);
-};
+// Memory for a cache next to `dev`: that of the device, or the host's if the device lacks something, because what is written in
+// place is computed where it lies, and keys and values are too large to be copied. Logs the reason once a device.
+ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_question & question);
 
-// The first thing the device has no kernel for, or null. Such a cache has to lie in host memory: what is written in place is
-// computed where it lies.
-const char * indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device_needs & needs);
+// The question about caches of the usual kind, f16 and heads of 128, with all kinds of memory: when there is no cache yet
+std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, int policy);
 
-// Memory for the cache of a layer next to `dev`: that of the device, or the host's if the device lacks something. Logs the
-// reason once a device.
-ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_needs & needs);
+// Whether our op attends to keys that lie where these do: in host memory, if the CPU backend's kernels have vectors. It is
+// faster there than flash attention at every length, and the only one of the two with values summed in fp32 throughout; one
+// lane at a time it would be several times slower.
+bool indexmem_device_attends(const ggml_tensor * k);

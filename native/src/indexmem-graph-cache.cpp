@@ -36,6 +36,14 @@ void indexmem_graph_cache::take(int kind, ggml_backend_sched_ptr & sched, result
     current = kind;
 }
 
+size_t indexmem_graph_cache::size(ggml_backend_t backend) const {
+    size_t res = 0;
+    for (const auto & [kind, aside] : kinds) {
+        res += aside.sched ? ggml_backend_sched_get_buffer_size(aside.sched.get(), backend) : 0;
+    }
+    return res;
+}
+
 void indexmem_graph_cache::clear() {
     kinds.clear();
     current = 0;

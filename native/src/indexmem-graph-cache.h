@@ -34,6 +34,9 @@ public:
     void take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,
             const std::function<ggml_backend_sched_t()> & make);
 
+    // bytes of the compute buffers of the kinds that lie here
+    size_t size(ggml_backend_t backend) const;
+
     // the context makes what it holds anew, as kind 0
     void clear();
 

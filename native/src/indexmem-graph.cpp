@@ -141,12 +141,6 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     }
 }
 
-// the slots of entries of K or V, for the sequences of the ubatch
-ggml_tensor * llm_graph_input_attn_bounded::view_entries(ggml_context * ctx, ggml_tensor * t) const {
-    const auto & kv = mctx->get_kv();
-    return indexmem_view_seqs(ctx, t, kv.get_n_slots(), sh.s0, sh.n_seq, kv.get_n_front());
-}
-
 // One sequence: the same mask serves all KV heads. Several: a copy for each, since dimension 3 counts both.
 ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, int64_t n_head_kv) {
     if (sh.n_seq == 1 || n_head_kv == 1) {
@@ -172,7 +166,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
 
     const auto * l = mctx->get_kv().get_layer(il);
     if (!l) {
-        throw std::runtime_error(format("layer %d attends but has no bounded KV cache", il));
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d attends but has no bounded KV cache", il));
     }
 
     const int64_t T   = sh.n_tokens;
@@ -180,12 +174,12 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     const int64_t H   = l->k->ne[2];
     const int64_t Hq  = q_cur->ne[1];
     const int64_t G   = Hq/H;
+
+    const indexmem_layer_nodes nodes(ctx, mctx->get_kv(), *l, sh.s0, S, T);
+
     // store
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_entries(ctx, l->k), indexmem_tokens_last(ctx, k_cur, T, S, T), slots));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, view_entries(ctx, l->v), indexmem_tokens_last(ctx, v_cur, T, S, T), slots));
-    if (l->q) {
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx,
-                    indexmem_view_seqs(ctx, l->q, l->q->ne[1], sh.s0, S), indexmem_tokens_last(ctx, q_cur, T, S, rings->ne[0]), rings));
+    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, slots, rings)) {
+        ggml_build_forward_expand(gf, t);
     }
 
     if (scoring) {
@@ -194,10 +188,12 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
             indexmem_fail(INDEXMEM_ERROR_MODEL, format("the graph of architecture '%s' does not show what the attention of "
                         "layer %d reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), il));
         }
-        scoring->build_store(graph, mctx->get_kv(), *l, hidden->second);
+        for (ggml_tensor * t : scoring->build_store(ctx, mctx->get_kv(), *l, hidden->second)) {
+            ggml_build_forward_expand(gf, t);
+        }
     }
 
-    // attend: heads of a sequence are neighbours in memory, so (head, sequence) is one dimension
+    // attend
     ggml_tensor * q;
     if (S == 1) {
         q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
@@ -205,7 +201,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
         q = ggml_cont(ctx, indexmem_tokens_last(ctx, q_cur, T, S, T));
         q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
     }
-    ggml_tensor * cur = build_attend(graph, *l, q, kq_scale);
+    ggml_tensor * cur = build_attend(graph, nodes, *l, q, kq_scale);
     if (latent) {
         const float scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) l->k->ne[0]);
         cur = latent->build_add(ctx, *l, q, kq_scale/scale, cur);
@@ -220,7 +216,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     ggml_build_forward_expand(gf, cur);
 
     if (sh.evict) {
-        build_evict(graph, *l, q_cur, kq_scale);
+        build_evict(graph, nodes, *l, q_cur, kq_scale);
     }
 
     return cur;
@@ -229,86 +225,43 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
 // q F32 [n_embd_head_k, T, G, H*S] -> F32 [n_embd_head_v, G, T, H*S]
 ggml_tensor * llm_graph_input_attn_bounded::build_attend(
         const llm_graph_context & graph,
+        const indexmem_layer_nodes & nodes,
         const llama_kv_cache_bounded::layer & l,
         ggml_tensor * q,
         float kq_scale) {
     ggml_context * ctx = graph.ctx0;
 
-    const auto streams = [&](ggml_tensor * t) {
-        return ggml_view_4d(ctx, t, t->ne[0], sh.n_kv, 1, q->ne[3], t->nb[1], t->nb[2], t->nb[2], row_first()*t->nb[1] + sh.s0*t->nb[3]);
-    };
-    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    ggml_tensor * k = nodes.streams(l.k, sh.n_kv, row_first());
+    ggml_tensor * v = nodes.streams(l.v, sh.n_kv, row_first());
 
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
-    // at every length faster than flash attention on the CPU, and the only one of the two with values summed in fp32 throughout
-    if (ggml_backend_buffer_is_host(l.k->buffer)) {
-        return ggml_indexmem_attend(ctx, q, streams(l.k), streams(l.v), get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap);
+    if (l.attends) {
+        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
     }
-    ggml_tensor * biased = count ? ggml_indexmem_bias(ctx, mask, count) : get_mask(ctx, l.k->ne[2]);
-    ggml_tensor * cur    = ggml_flash_attn_ext(ctx, q, streams(l.k), streams(l.v), biased, kq_scale, 0.0f, softcap);
-    ggml_prec_set_acc(cur, GGML_PREC_F32);
-    graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, (int) l.il });
+    ggml_tensor * cur = nodes.flash(q, k, v, count ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
+    if (ggml_backend_buffer_is_host(l.k->buffer)) {
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where the entries are
+    } else {
+        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, (int) l.il });
+    }
     return cur;
 }
 
 void llm_graph_input_attn_bounded::build_evict(
         const llm_graph_context & graph,
+        const indexmem_layer_nodes & nodes,
         const llama_kv_cache_bounded::layer & l,
         ggml_tensor * q_cur,
         float kq_scale) {
-    ggml_context * ctx = graph.ctx0;
-    ggml_cgraph  * gf  = graph.gf;
+    const auto list = nodes.evict(q_cur, ctl, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr);
 
-    const auto & kv = mctx->get_kv();
-
-    ggml_tensor * k   = view_entries(ctx, l.k);
-    ggml_tensor * v   = view_entries(ctx, l.v);
-    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, l.pos->ne[0], l.pos->ne[1], sh.n_seq, l.pos->nb[1], l.pos->nb[2], sh.s0*l.pos->nb[2]);
-
-    ggml_tensor * rank = build_rank(graph, l, pos, q_cur, kq_scale);
-    ggml_tensor * plan = ggml_indexmem_select(ctx, rank, pos, ctl, kv.get_counts().evict_max(sh.n_tokens));
-
-    std::vector<ggml_tensor *> nodes = { rank, plan };
-    if (latent) {
-        const auto writes = latent->build_write(ctx, l, k, v, plan, ctl);
-        nodes.insert(nodes.end(), writes.begin(), writes.end());
-    }
-    nodes.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
-    nodes.push_back(ggml_indexmem_compact    (ctx, v,   plan, ctl));
-    nodes.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
-    if (scoring) {
-        nodes.push_back(scoring->build_compact(ctx, kv, l, plan, ctl));
-    }
-    for (ggml_tensor * t : nodes) {
+    for (ggml_tensor * t : list) {
         if (t->op == GGML_OP_INDEXMEM) {
-            ggml_indexmem_set_timer(t, &kv.evict_us);
+            ggml_indexmem_set_timer(t, &mctx->get_kv().evict_us);
         }
-        ggml_build_forward_expand(gf, t);
+        ggml_build_forward_expand(graph.gf, t);
     }
-    graph.cb(rank, "bounded_rank", l.il);
-    graph.cb(plan, "bounded_plan", l.il);
-}
-
-ggml_tensor * llm_graph_input_attn_bounded::build_rank(
-        const llm_graph_context & graph,
-        const llama_kv_cache_bounded::layer & l,
-        ggml_tensor * pos,
-        ggml_tensor * q_cur,
-        float kq_scale) {
-    ggml_context * ctx = graph.ctx0;
-
-    const auto & kv = mctx->get_kv();
-
-    if (scoring) {
-        return scoring->build_rank(ctx, kv, l, pos, ctl);
-    }
-    ggml_tensor * q = nullptr;
-    if (l.q) {
-        q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], sh.s0, sh.n_seq);
-    } else if (kv.get_policy().n_queries > 0) {
-        q = indexmem_tokens_last(ctx, q_cur, sh.n_tokens, sh.n_seq, 1); // a ring of one row
-    }
-    return ggml_indexmem_rank(ctx, view_entries(ctx, l.k), pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed,
-            kq_scale, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+    graph.cb(list[0], "bounded_rank", l.il);
+    graph.cb(list[1], "bounded_plan", l.il);
 }

@@ -4,6 +4,7 @@
 
 #include "indexmem-kv-cache.h"
 #include "indexmem-latent.h"
+#include "indexmem-layer-nodes.h"
 #include "indexmem-scoring.h"
 
 #include <map>
@@ -64,14 +65,13 @@ private:
     // the first row that attention looks at
     int64_t row_first() const { return sh.recall ? 0 : mctx->get_kv().get_n_front(); }
 
-    ggml_tensor * build_attend(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q, float kq_scale);
+    float softcap() const { return hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f; }
 
-    void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+    ggml_tensor * build_attend(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * q, float kq_scale);
 
-    ggml_tensor * build_rank(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * pos,
+    void build_evict(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q_cur, float kq_scale);
-
-    ggml_tensor * view_entries(ggml_context * ctx, ggml_tensor * t) const;
 
     ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
 

@@ -3,6 +3,7 @@
 #include "indexmem-buffers.h"
 #include "indexmem-device.h"
 #include "indexmem-error.h"
+#include "indexmem-layer-nodes.h"
 #include "indexmem-nodes.h"
 
 #include "llama-context.h"
@@ -91,9 +92,6 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max) {
     const auto & hparams = model.hparams;
 
-    const auto [n_latent, n_front, n_slots, n_ring, n_wait, recalls, evicts] = get_geometry();
-    GGML_UNUSED(n_latent); GGML_UNUSED(recalls); GGML_UNUSED(evicts);
-
     if (ranks_by_indexer(cfg)) {
         indexer = cfg.sidecar->get_indexer();
     }
@@ -110,49 +108,29 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         }
         const int64_t n_embd_k = hparams.n_embd_head_k(il);
         const int64_t n_embd_v = hparams.n_embd_head_v(il);
-        const int64_t n_head   = hparams.n_head_kv(il);
 
         head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
-        ggml_context * ctx = buffers.context(il, offload ?
-                indexmem_device_buft(model.dev_layer(il), indexmem_device_needs::of_layer(hparams, il, type_k, type_v, cfg.policy)) : nullptr);
-
-        layer l = {};
-        l.il  = il;
-        l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, n_front + n_slots, n_head, n_seq_max);
-        l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, n_front + n_slots, n_head, n_seq_max);
-        l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_slots, n_head, n_seq_max);
-        ggml_format_name(l.k,   "bounded_k_l%d",   il);
-        ggml_format_name(l.v,   "bounded_v_l%d",   il);
-        ggml_format_name(l.pos, "bounded_pos_l%d", il);
-        if (indexer) {
-            l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), n_slots + n_wait, indexer->n_state_heads(), n_seq_max);
-            l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, n_wait, 1, n_seq_max);
-            ggml_format_name(l.state,   "bounded_state_l%d",   il);
-            ggml_format_name(l.pending, "bounded_pending_l%d", il);
-            if (n_ring > 0) {
-                l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), n_ring + n_wait, 1, n_seq_max);
-                ggml_format_name(l.queries, "bounded_queries_l%d", il);
-            }
-        } else if (n_ring > 0) {
-            l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, n_ring, hparams.n_head(il), n_seq_max);
-            ggml_format_name(l.q, "bounded_q_l%d", il);
-        }
-        if (cfg.memory) {
-            for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
-                ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
-                ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
-                l.memory.push_back(t);
-            }
-        }
+        // of the caches that this layer can have, the one that its device computes; the nodes are built as for the graph
+        const auto nodes = [&](ggml_context * ctx) {
+            const layer l = new_layer(ctx, il, type_k, type_v);
+            auto res = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, 1, n_ubatch);
+            const auto single = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, n_seq_max, 1);
+            res.insert(res.end(), single.begin(), single.end());
+            return res;
+        };
+        const layer l = new_layer(buffers.context(il, offload ? indexmem_device_buft(model.dev_layer(il), nodes) : nullptr), il, type_k, type_v);
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
 
-    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", n_slots));
+    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
     ctxs_bufs = std::move(buffers.get());
+    for (auto & l : layers) {
+        l.attends = indexmem_device_attends(l.k);
+    }
     clear(true); // no NaN in slots not written yet, and an empty memory
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);
@@ -167,7 +145,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     }
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
-            get_policy().name, cfg.budget, n_slots, cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+            get_policy().name, cfg.budget, get_n_slots(), cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
     LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
             ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
             (int) rot_k, (int) rot_v);
@@ -179,6 +157,48 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         LLAMA_LOG_INFO("%s: memory %s: %u slots, state %.2f MiB\n", __func__, cfg.memory->kind(), get_n_latent(),
                 size_memory_bytes()/1024.0/1024.0);
     }
+}
+
+// the tensors of a layer
+llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const {
+    const auto & hparams = model.hparams;
+
+    const int64_t n_embd_k  = hparams.n_embd_head_k(il);
+    const int64_t n_embd_v  = hparams.n_embd_head_v(il);
+    const int64_t n_head    = hparams.n_head_kv(il);
+    const int64_t n_seq_max = get_n_seq_max();
+
+    const auto & geo = get_geometry();
+
+    layer l = {};
+    l.il  = il;
+    l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
+    ggml_format_name(l.k,   "bounded_k_l%d",   il);
+    ggml_format_name(l.v,   "bounded_v_l%d",   il);
+    ggml_format_name(l.pos, "bounded_pos_l%d", il);
+    if (indexer) {
+        l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), geo.n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
+        l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, geo.n_wait, 1, n_seq_max);
+        ggml_format_name(l.state,   "bounded_state_l%d",   il);
+        ggml_format_name(l.pending, "bounded_pending_l%d", il);
+        if (geo.n_ring > 0) {
+            l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), geo.n_ring + geo.n_wait, 1, n_seq_max);
+            ggml_format_name(l.queries, "bounded_queries_l%d", il);
+        }
+    } else if (geo.n_ring > 0) {
+        l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, geo.n_ring, hparams.n_head(il), n_seq_max);
+        ggml_format_name(l.q, "bounded_q_l%d", il);
+    }
+    if (cfg.memory) {
+        for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
+            ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
+            ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
+            l.memory.push_back(t);
+        }
+    }
+    return l;
 }
 
 //

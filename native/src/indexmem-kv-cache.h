@@ -59,6 +59,8 @@ public:
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
+        bool attends; // by our op, and not by flash attention
+
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
     };
@@ -176,6 +178,8 @@ private:
     static constexpr uint32_t NOTHING = UINT32_MAX;
     struct copy { uint32_t src, dst; };
     std::vector<copy> copies; // pending, applied by init_update
+
+    layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
 
     void reset(llama_seq_id seq_id);
 

@@ -1,5 +1,6 @@
 #include "indexmem-scoring.h"
 
+#include "indexmem-error.h"
 #include "indexmem-nodes.h"
 
 #include "llama-impl.h"
@@ -77,13 +78,10 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
     }
 }
 
-void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden) {
-    ggml_context * ctx = graph.ctx0;
-    ggml_cgraph  * gf  = graph.gf;
-
+std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden) {
     const int64_t n_embd = l.pending->ne[0];
     if (hidden->ne[0] != n_embd) {
-        throw std::runtime_error(format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
                     (long long) hidden->ne[0], (long long) n_embd));
     }
     if (!ggml_is_contiguous(hidden)) {
@@ -95,8 +93,7 @@ void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cac
         ring = ggml_set_rows(ctx, ring, ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq), rows_new);
     }
     if (!score) {
-        ggml_build_forward_expand(gf, ring);
-        return;
+        return { ring };
     }
 
     const auto & indexer = *kv.get_indexer();
@@ -114,18 +111,19 @@ void indexmem_scoring::build_store(const llm_graph_context & graph, const kv_cac
     }
 
     ggml_tensor * state = indexer.build_state(ctx, weights, hidden);
-    graph.cb(state, "indexmem_state", l.il);
+    ggml_format_name(state, "indexmem_state-%d", (int) l.il);
     state = indexmem_tokens_last(ctx, state, n_rows, n_seq, n_rows);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.state, l.state->ne[1], s0, n_seq), state, slots));
 
+    std::vector<ggml_tensor *> res = { ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.state, l.state->ne[1], s0, n_seq), state, slots) };
     if (rows_query) {
         const int64_t n_last = rows_query->ne[0];
 
         ggml_tensor * q = indexer.build_queries(ctx, weights, hidden);
-        graph.cb(q, "indexmem_queries", l.il);
+        ggml_format_name(q, "indexmem_queries-%d", (int) l.il);
         q = ggml_view_4d(ctx, q, q->ne[0], n_last, 1, n_seq, q->nb[1], q->nb[1]*n_rows, q->nb[1]*n_rows, q->nb[1]*(n_rows - n_last));
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.queries, l.queries->ne[1], s0, n_seq), q, rows_query));
+        res.push_back(ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.queries, l.queries->ne[1], s0, n_seq), q, rows_query));
     }
+    return res;
 }
 
 ggml_tensor * indexmem_scoring::view_state(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l) const {

@@ -25,8 +25,8 @@ public:
 
     void set_input(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st);
 
-    // hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V
-    void build_store(const llm_graph_context & graph, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
+    // nodes to be computed in this order; hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V
+    std::vector<ggml_tensor *> build_store(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * hidden);
 
     // ranks F32 [n_slots, n_head_kv, n_seq] at the eviction of a scoring graph

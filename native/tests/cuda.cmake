@@ -16,16 +16,8 @@ if(CMAKE_SYSTEM_NAME STREQUAL Linux) # executor.h needs it
     target_link_libraries(indexmem_cuda_shim PRIVATE ggml ggml-base)
 
     foreach(test test_evict test_rank test_memory test_indexer)
-        add_executable(${test}_cuda native/tests/${test}.cpp)
-        target_compile_features(${test}_cuda PRIVATE cxx_std_17)
-        target_include_directories(${test}_cuda PRIVATE native/tests ${indexmem_includes})
-        target_link_libraries(${test}_cuda PRIVATE indexmem_cuda_shim ggml ggml-cpu ggml-base)
-        add_dependencies(indexmem_tests ${test}_cuda)
-        if(SKBUILD)
-            set_target_properties(${test}_cuda PROPERTIES EXCLUDE_FROM_ALL ON)
-        endif()
-        add_test(NAME ${test}_cuda COMMAND ${test}_cuda)
-        set_tests_properties(${test}_cuda PROPERTIES TIMEOUT 600)
+        indexmem_test(${test}_cuda native/tests/${test}.cpp)
+        target_link_libraries(${test}_cuda PRIVATE indexmem_cuda_shim)
     endforeach()
 endif()
 

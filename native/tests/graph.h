@@ -29,6 +29,12 @@ inline ggml_backend_t op_backend() {
     return res;
 }
 
+// INDEXMEM_TEST_THREADS, or what a test asks for
+inline int test_threads(int n_threads) {
+    const char * all = getenv("INDEXMEM_TEST_THREADS");
+    return all ? atoi(all) : n_threads;
+}
+
 class op_graph {
 public:
     op_graph() : ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(op_backend()) {
@@ -74,7 +80,7 @@ public:
             }
         }
         if (ggml_backend_is_cpu(backend)) {
-            ggml_backend_cpu_set_n_threads(backend, n_threads);
+            ggml_backend_cpu_set_n_threads(backend, test_threads(n_threads));
         }
         if (!op_elsewhere) {
             GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);

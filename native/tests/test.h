@@ -1,6 +1,7 @@
 #pragma once
 
-// a few lines of test harness: named cases, checks that say where they failed
+// a few lines of test harness: named cases, checks that say where they failed; main() unless TEST_NO_MAIN is defined, which
+// further files of a program do
 
 #include <cstdio>
 #include <cstdlib>
@@ -50,7 +51,24 @@ struct test_register {
         } \
     } while (0)
 
+// What the tests of a program need and this machine lacks, or null; a lambda that main calls.
+inline std::function<const char *()> & test_lacks() {
+    static std::function<const char *()> lacks = [] { return nullptr; };
+    return lacks;
+}
+
+struct test_needs {
+    explicit test_needs(std::function<const char *()> lacks) { test_lacks() = std::move(lacks); }
+};
+
+constexpr int TEST_SKIPPED = 77; // SKIP_RETURN_CODE of ctest
+
+#if !defined(TEST_NO_MAIN)
 int main() {
+    if (const char * lacks = test_lacks()()) {
+        printf("skipped: %s\n", lacks);
+        return TEST_SKIPPED;
+    }
     for (auto & c : test_cases()) {
         const int before = test_failures();
         c.run();
@@ -58,3 +76,4 @@ int main() {
     }
     return test_failures() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
+#endif

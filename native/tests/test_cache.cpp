@@ -5,7 +5,10 @@
 #include "sidecar_file.h"
 #include "test.h"
 #include "tiny_model.h"
+#include "vectors.h"
 
+#include "ggml-impl.h"
+#include "indexmem-ops.h"
 #include "indexmem.h"
 #include "llama.h"
 
@@ -48,8 +51,10 @@ struct fixture {
         llama_backend_free();
     }
 
-    llama_context * context(const indexmem_params & request, uint32_t n_seq) {
+    llama_context * context(const indexmem_params & request, uint32_t n_seq, ggml_backend_sched_eval_callback see = nullptr, void * data = nullptr) {
         auto params = llama_context_default_params();
+        params.cb_eval           = see;
+        params.cb_eval_user_data = data;
         params.n_ctx = 4096;
         params.n_batch = 64;
         params.n_ubatch = 16;
@@ -195,4 +200,44 @@ TEST(full_policy_fails_cleanly) {
     llama_memory_clear(llama_get_memory(ctx), false);
     CHECK(decode(ctx, rng, 0, 30));
     llama_free(ctx);
+}
+
+// nodes of attention in the graphs that were computed
+struct attention_nodes {
+    int ours = 0, flash = 0, biases = 0;
+
+    static bool see(ggml_tensor * t, bool, void * data) {
+        auto & seen = *(attention_nodes *) data;
+        const int kind = t->op == GGML_OP_INDEXMEM ? ggml_get_op_params_i32(t, INDEXMEM_PARAM_OP) : -1;
+        seen.ours   += kind == INDEXMEM_OP_ATTEND;
+        seen.biases += kind == INDEXMEM_OP_BIAS;
+        seen.flash  += t->op == GGML_OP_FLASH_ATTN_EXT;
+        return false;
+    }
+};
+
+TEST(flash_attention_where_the_kernels_have_no_vectors) {
+    CHECK(cpu_vectors() != "unknown");
+    const bool none = cpu_vectors() == "none";
+
+    fixture f;
+    for (const char * memory : { "off", "centroid" }) {
+        const bool counts = std::string(memory) == "centroid";
+        std::mt19937 rng(3);
+        auto request = indexmem_default_params();
+        request.budget = 60;
+        request.sinks  = 3;
+        request.window = 7;
+        request.memory = memory;
+        request.memory_slots = 16;
+        attention_nodes seen;
+        llama_context * ctx = f.context(request, 2, attention_nodes::see, &seen);
+        CHECK(decode(ctx, rng, 0, 100));
+        CHECK(decode(ctx, rng, 0, 1));
+        check(ctx, 0);
+        CHECK((seen.ours   > 0) == !none);
+        CHECK((seen.flash  > 0) == none);
+        CHECK((seen.biases > 0) == (none && counts));
+        llama_free(ctx);
+    }
 }

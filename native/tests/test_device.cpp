@@ -1,75 +1,60 @@
-// Where the cache of a layer lies: with the device if it has all kernels, else in host memory.
+// Where the cache of a layer lies: with the device if it has all kernels, else in host memory. Of the usual kind of cache;
+// test_device_context.cpp asks about real ones.
 
+#include "fake_device.h"
 #include "test.h"
 
-#include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 #include "indexmem-device.h"
-#include "indexmem-ops.h"
 #include "indexmem.h"
 
-#include <cstring>
-
-static ggml_backend_dev_t cpu() {
-    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-}
-
-// A device like the CPU, with memory that the host does not see, which lacks one kind of our op, or all if it is -1.
-struct lacking_device {
-    int                      kind;
-    ggml_backend_buffer_type memory;
-    ggml_backend_device      device;
-
-    explicit lacking_device(int kind) : kind(kind), memory(*ggml_backend_cpu_buffer_type()), device(*cpu()) {
-        memory.iface.is_host          = [](ggml_backend_buffer_type_t) { return false; };
-        device.context                = this;
-        device.iface.get_name         = [](ggml_backend_dev_t) { return "a test device"; };
-        device.iface.get_buffer_type  = [](ggml_backend_dev_t dev) { return &((lacking_device *) dev->context)->memory; };
-        device.iface.supports_op      = [](ggml_backend_dev_t dev, const ggml_tensor * op) {
-            const int kind = ((lacking_device *) dev->context)->kind;
-            return op->op != GGML_OP_INDEXMEM || (kind != -1 && kind != ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP));
-        };
-    }
-};
-
-static indexmem_device_needs needs_of(const char * policy, ggml_type type = GGML_TYPE_F16) {
-    return { type, type, 64, 64, 3, 3, indexmem_policy_find(policy) };
+static indexmem_device_question usual(const char * policy) {
+    return [policy](ggml_context * ctx) { return indexmem_device_usual(ctx, indexmem_policy_find(policy)); };
 }
 
 TEST(the_cpu_lacks_nothing) {
     for (int policy = 0; indexmem_policy_get(policy); ++policy) {
-        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-            const char * lacks = indexmem_device_lacks(cpu(), needs_of(indexmem_policy_get(policy)->name, type));
-            CHECK_MSG(!lacks, "%s", lacks);
-        }
+        const std::string lacks = indexmem_device_lacks(cpu_device(), usual(indexmem_policy_get(policy)->name));
+        CHECK_MSG(lacks.empty(), "%s", lacks.c_str());
     }
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        CHECK(ggml_backend_dev_get(i) != cpu() || indexmem_device_supported(i));
+        CHECK(ggml_backend_dev_get(i) != cpu_device() || indexmem_device_supported(i));
     }
     CHECK(!indexmem_device_supported(ggml_backend_dev_count()));
 }
 
 TEST(each_kernel_is_asked_for) {
     const std::pair<indexmem_op, const char *> kinds[] = {
-        { INDEXMEM_OP_RANK,        "the policy"              },
-        { INDEXMEM_OP_SELECT,      "selection"               },
-        { INDEXMEM_OP_COMPACT,     "compaction of keys"      },
-        { INDEXMEM_OP_COMPACT_POS, "compaction of positions" },
-        { INDEXMEM_OP_CENTROID,    "centroid memories"       },
-        { INDEXMEM_OP_RESIDUAL,    "residual memories"       },
-        { INDEXMEM_OP_BIAS,        "masks with biases"       },
+        { INDEXMEM_OP_RANK,        "the policy"                     },
+        { INDEXMEM_OP_SELECT,      "selection of 544 entries"       },
+        { INDEXMEM_OP_COMPACT,     "compaction of rows of type f16" },
+        { INDEXMEM_OP_COMPACT_POS, "compaction of positions"        },
+        { INDEXMEM_OP_CENTROID,    "centroid memories of which 544 entries are written at once" },
+        { INDEXMEM_OP_RESIDUAL,    "residual memories with 64 features" },
+        { INDEXMEM_OP_BIAS,        "masks with biases"              },
     };
-    for (const auto & [kind, name] : kinds) {
-        lacking_device dev(kind);
-        const char * lacks = indexmem_device_lacks(&dev.device, needs_of("snapkv"));
-        CHECK_MSG(lacks && strcmp(lacks, name) == 0, "%s, expected %s", lacks ? lacks : "nothing", name);
-        CHECK(indexmem_device_buft(&dev.device, needs_of("snapkv")) == ggml_backend_cpu_buffer_type());
+    for (const auto & [kind, words] : kinds) {
+        fake_device dev([kind = kind](const ggml_tensor * op) { return op_kind(op) == kind; });
+        const std::string lacks = indexmem_device_lacks(&dev.device, usual("snapkv"));
+        CHECK_MSG(lacks == words, "'%s', expected '%s'", lacks.c_str(), words);
+        CHECK(indexmem_device_buft(&dev.device, usual("snapkv")) == ggml_backend_cpu_buffer_type());
     }
+    fake_device no_rows([](const ggml_tensor * op) { return op->op == GGML_OP_SET_ROWS; });
+    CHECK(indexmem_device_lacks(&no_rows.device, usual("random")) == "storing rows of type f16");
+    fake_device no_flash([](const ggml_tensor * op) { return op->op == GGML_OP_FLASH_ATTN_EXT; });
+    CHECK(indexmem_device_lacks(&no_flash.device, usual("random")) == "flash attention with heads of 128");
 }
 
 TEST(a_device_with_all_kernels_holds_the_cache) {
-    lacking_device dev(INDEXMEM_OP_ATTEND); // which only the CPU has
-    CHECK(indexmem_device_buft(&dev.device, needs_of("indexer")) == &dev.memory);
-    lacking_device none(-1);
-    CHECK(indexmem_device_buft(&none.device, needs_of("indexer")) == ggml_backend_cpu_buffer_type());
+    fake_device dev([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; }); // which only the CPU has
+    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == &dev.memory);
+    fake_device none([](const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; });
+    CHECK(indexmem_device_buft(&none.device, usual("indexer")) == ggml_backend_cpu_buffer_type());
+}
+
+// it says what the devices that it is made of say, and cannot split our op between them
+TEST(the_meta_device_never_does) {
+    fake_device dev([](const ggml_tensor *) { return false; });
+    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == &dev.memory);
+    dev.type = GGML_BACKEND_DEVICE_TYPE_META;
+    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == ggml_backend_cpu_buffer_type());
 }

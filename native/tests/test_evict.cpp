@@ -14,6 +14,7 @@ struct evict_case {
     int32_t n_used, n_fixed, n_evict; // of sequence 0; other sequences evict one entry less each
     int32_t keep_lo, window;
     int     ranks;                    // 0 distinct, 1 many ties, 2 all equal, 3 with NaN, inf and -0
+    int32_t n_plan = 0;               // entries that the plan holds, 0: 3 more than leave
 };
 
 static std::vector<float> make_ranks(std::mt19937 & rng, int kind, size_t n) {
@@ -37,7 +38,7 @@ static void run_evict(const evict_case & c, ggml_type type, int n_threads) {
     std::mt19937 rng(c.n_slots*131 + c.n_used*7 + c.n_evict + c.ranks);
 
     const int64_t n_embd = 64;
-    const int64_t n_evict_max = c.n_evict + 3;
+    const int64_t n_evict_max = c.n_plan ? c.n_plan : c.n_evict + 3;
 
     op_graph g;
     ggml_tensor * rank  = g.input(GGML_TYPE_F32, c.n_slots, c.n_head, c.n_seq);
@@ -103,7 +104,7 @@ static void run_evict(const evict_case & c, ggml_type type, int n_threads) {
         indexmem_reference_plan ref;
         if (n_evict > 0) {
             const std::vector<float> r(data_rank.begin() + row*c.n_slots, data_rank.begin() + row*c.n_slots + c.n_used);
-            ref = indexmem_reference_select(r, all_pos[row], n_evict, c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
+            ref = indexmem_reference_select(r, all_pos[row], std::min(n_evict, (int32_t) n_evict_max), c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
         }
 
         const int32_t * p = res_plan.data() + row*3*n_evict_max;
@@ -156,6 +157,90 @@ TEST(select_and_compact) {
             run_evict(c, type, 1 + (int) (c.n_evict % 3));
         }
     }
+}
+
+// By a mistake elsewhere only: never out of bounds, and the same on every device.
+TEST(fewer_may_leave_than_asked_for) {
+    const evict_case cases[] = {
+        { 256,  3,   1,     41,   40,   30,  30,    9,  0 },     // some may
+        { 256,  3,   1,     41,   40,   30,  30,    9,  3 },
+        { 256,  2,   2,     41,   40,   30,  40,    1,  0 },     // none may
+        { 256,  2,   1,    256,  100,   63,   4,   32,  1, 17 }, // the plan is too short
+        { 256,  2,   1,     41,   40,   30,  30,    9,  0, 4 },  // both
+        { 640,  1,   1,    640,    0,  639,   0,    1,  0, 1 },
+    };
+    for (const auto & c : cases) {
+        run_evict(c, GGML_TYPE_F16, 2);
+    }
+}
+
+TEST(large_caches) {
+    const evict_case cases[] = {
+        { 33000, 2, 1, 33000, 32488,     1, 4, 128, 0 },
+        { 33000, 2, 1, 33000, 32488,    32, 4, 128, 3, 33000 }, // with a ratio the plan is as long as the cache
+        { 33000, 2, 1, 33000, 32488,   512, 4, 128, 1 },
+        { 33000, 2, 1, 32999, 20000, 16000, 4, 128, 0 },
+    };
+    for (const auto & c : cases) {
+        run_evict(c, GGML_TYPE_Q4_0, 2);
+    }
+}
+
+// Positions from `pos0` on, with gaps between them, ranked by the policy `streaming`.
+static void run_oldest(int32_t pos0, int32_t n_evict) {
+    const int64_t n_slots = 33000, n_head = 2, n_fixed = 32000, n_keep = 4, n_window = 128;
+
+    op_graph g;
+    ggml_tensor * k    = g.input(GGML_TYPE_F16, 32, n_slots, n_head, 1);
+    ggml_tensor * pos  = g.input(GGML_TYPE_I32, n_slots, n_head, 1);
+    ggml_tensor * ctl  = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
+    ggml_tensor * rank = ggml_indexmem_rank(g.ctx, k, pos, ctl, nullptr, indexmem_policy_find("streaming"), 0, 0, 1.0f, 0.0f);
+    ggml_tensor * plan = ggml_indexmem_select(g.ctx, rank, pos, ctl, n_slots);
+    g.alloc();
+
+    std::mt19937 rng(n_evict);
+    std::vector<int32_t> past(n_fixed), data_pos(ggml_nelements(pos), -777);
+    for (int64_t i = 0; i < n_fixed; ++i) {
+        past[i] = pos0 + (int32_t) (i + i/3);
+    }
+    const int32_t tail = past.back() + 5;
+    std::vector<int32_t> data_ctl(INDEXMEM_CTL_SIZE, 0);
+    data_ctl[INDEXMEM_CTL_N_USED]   = n_slots;
+    data_ctl[INDEXMEM_CTL_N_EVICT]  = n_evict;
+    data_ctl[INDEXMEM_CTL_N_FIXED]  = n_fixed;
+    data_ctl[INDEXMEM_CTL_POS_TAIL] = tail;
+    data_ctl[INDEXMEM_CTL_KEEP_LO]  = past[n_keep];
+    data_ctl[INDEXMEM_CTL_KEEP_HI]  = tail + (int32_t) (n_slots - n_fixed - n_window);
+    data_ctl[INDEXMEM_CTL_POS_LAST] = tail + (int32_t) (n_slots - n_fixed) - 1;
+
+    const std::vector<int32_t> oldest(past.begin() + n_keep, past.begin() + n_keep + n_evict);
+    for (int64_t h = 0; h < n_head; ++h) {
+        std::shuffle(past.begin(), past.end(), rng);
+        std::copy(past.begin(), past.end(), data_pos.begin() + h*n_slots);
+    }
+    g.set(pos, data_pos);
+    g.set(ctl, data_ctl);
+    g.compute({ plan }, 2);
+
+    const auto found = g.get<int32_t>(plan);
+    for (int64_t h = 0; h < n_head; ++h) {
+        std::vector<int32_t> left;
+        for (int32_t i = 0; i < n_evict; ++i) {
+            const int32_t slot = found[3*h*n_slots + i];
+            left.push_back(slot >= 0 && slot < n_fixed ? data_pos[h*n_slots + slot] : -1);
+        }
+        std::sort(left.begin(), left.end());
+        CHECK_MSG(left == oldest, "positions from %d on, %d leave: others than the oldest", pos0, n_evict);
+        CHECK(found[3*h*n_slots + n_evict] == -1);
+    }
+}
+
+TEST(the_oldest_leave_first_at_any_position) {
+    run_oldest(0,                             512);
+    run_oldest((1 << 24) - 100,               1);
+    run_oldest((1 << 24) + 7,                 16000);
+    run_oldest((1 << 30) - 20,                32);
+    run_oldest(INT32_MAX - 100000,            513);
 }
 
 TEST(threads_agree_with_the_reference) {

@@ -51,8 +51,17 @@ static ranks plain_full(const entries & e) {
     return ranks(e.size(), 0.0);
 }
 
+// position 2^30 is the first normal number, and each position the float after that of the one before
 static ranks plain_streaming(const entries & e) {
-    return ranks(e.pos.begin(), e.pos.end());
+    const double zero = std::ldexp(1.0, 30), first = std::ldexp(1.0, -126), steps = std::ldexp(1.0, 23);
+    ranks res;
+    for (int32_t p : e.pos) {
+        const double distance = p >= zero ? p - zero : zero - 1 - p;
+        const double exponent = std::floor(distance/steps);
+        const double size     = std::ldexp(first*(1.0 + distance/steps - exponent), (int) exponent);
+        res.push_back(p >= zero ? size : -size);
+    }
+    return res;
 }
 
 static ranks plain_random(const entries & e) {

@@ -102,9 +102,8 @@ void centroid(const ggml_compute_params * params, ggml_tensor * dst) {
 
     for (int64_t ir = params->ith; ir < dst->ne[2]*dst->ne[3]; ir += params->nth) {
         const row_index row = row_at(ir, dst->ne[2]);
-        const int32_t * c = ctl_of(ctl, row.s);
-
-        const int64_t n_evict = c[INDEXMEM_CTL_N_EVICT];
+        const leaving_slots evicted(plan, ctl_of(ctl, row.s), row);
+        const int64_t n_evict = evicted.n;
         if (n_evict == 0) {
             continue;
         }
@@ -112,11 +111,10 @@ void centroid(const ggml_compute_params * params, ggml_tensor * dst) {
         float * n     = (float *) ((char *) count->data + row.h*count->nb[1] + row.s*count->nb[2]);
         auto mean = [&](int64_t r) { return (float *) (means + r*dst->nb[1]); };
 
-        const int32_t * evicted = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]);
         for (int64_t i = 0; i < n_evict; ++i) {
             float * e = entries + i*n_embd;
-            rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted[i], evicted[i] + 1, e);
-            rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted[i], evicted[i] + 1, e + n_embd_k);
+            rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted.slot[i], evicted.slot[i] + 1, e);
+            rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted.slot[i], evicted.slot[i] + 1, e + n_embd_k);
         }
 
         int64_t n_filled = 0; // entries that found an empty slot

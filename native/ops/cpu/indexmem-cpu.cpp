@@ -1,6 +1,27 @@
 #include "indexmem-cpu.h"
 
 #include "kernels.h"
+#include "simd.h"
+
+#include <cstring>
+#include <utility>
+
+void * ggml_indexmem_cpu_function(const char * name) {
+    const std::pair<const char *, void *> functions[] = {
+        { "ggml_indexmem_cpu_vectors",   (void *) ggml_indexmem_cpu_vectors   },
+        { "ggml_indexmem_cpu_work_size", (void *) ggml_indexmem_cpu_work_size },
+    };
+    for (const auto & [known, function] : functions) {
+        if (strcmp(name, known) == 0) {
+            return function;
+        }
+    }
+    return nullptr;
+}
+
+const char * ggml_indexmem_cpu_vectors() {
+    return indexmem_simd::NAME;
+}
 
 size_t ggml_indexmem_cpu_work_size(const ggml_tensor * op, int n_tasks) {
     switch (ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP)) {

@@ -13,6 +13,13 @@ struct ggml_compute_params;
 extern "C" {
 #endif
 
+// Those of these functions that other libraries get by name from ggml_backend_reg_get_proc_address(), else null: the CPU
+// backend may be a library that is loaded while the program runs.
+void * ggml_indexmem_cpu_function(const char * name);
+
+// The vectors that the kernels are compiled for (simd.h): "AVX-512", "AVX2", "NEON", or "none".
+const char * ggml_indexmem_cpu_vectors(void);
+
 // bytes of work buffer
 size_t ggml_indexmem_cpu_work_size(const struct ggml_tensor * op, int n_tasks);
 

@@ -46,6 +46,20 @@ inline int32_t pos_at(const int32_t * pos, const int32_t * ctl, int64_t slot) {
     return slot < n_fixed ? pos[slot] : ctl[INDEXMEM_CTL_POS_TAIL] + (int32_t) (slot - n_fixed);
 }
 
+// the slots that leave a KV head: fewer than n_evict if there were not so many
+struct leaving_slots {
+    const int32_t * slot;
+    int64_t         n;
+
+    leaving_slots(const ggml_tensor * plan, const int32_t * ctl, row_index row) :
+        slot((const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3])),
+        n(std::min<int64_t>(ctl[INDEXMEM_CTL_N_EVICT], plan->ne[0])) {
+        while (n > 0 && slot[n - 1] < 0) {
+            --n;
+        }
+    }
+};
+
 // ggml's own conversions of these two are compiled for the least of all CPUs; these loops vectorise for the present one
 inline void q8_0_to_f32(const block_q8_0 * src, float * dst, int64_t n) {
     for (int64_t ib = 0; ib < n/QK8_0; ++ib) {

@@ -1,11 +1,12 @@
 #pragma once
 
-// The vectors of matmul.cpp, for AVX-512 with VNNI and for AVX2: a row of weights in each lane. Without either there is no
-// INDEXMEM_MATMUL, and llama.cpp's own products remain.
+// The vectors of matmul.cpp, for AVX-512 with VNNI and for AVX2: a row of weights in each lane. Without either, and with
+// INDEXMEM_PLAIN, there is no INDEXMEM_MATMUL, and llama.cpp's own products remain.
 
 #include "kernels.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(INDEXMEM_PLAIN)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #    define INDEXMEM_MATMUL_VNNI
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define INDEXMEM_MATMUL_AVX2

@@ -3,6 +3,8 @@
 #include "matmul-simd.h"
 #include "repack.h"
 
+#include <vector>
+
 //
 // Products of Q4_0, Q4_1 and Q8_0 weights with rows of activations
 //
@@ -14,6 +16,7 @@
 //   - every output is summed in the order of its blocks, however the work is split: the number of threads and the other rows
 //     of the ubatch change no bit
 //   - integers of a block are added without rounding or saturation, as in the dot products
+//   - what is large is kept by each thread from product to product, not on its stack, which may be as small as 128 kB
 //
 
 #if defined(INDEXMEM_MATMUL)
@@ -25,7 +28,6 @@ using namespace indexmem_matmul;
 constexpr int     GROUPS = 8;       // of four values, in a block of 32: what a lane of 32 bits takes at once
 constexpr int     COLS   = 8;       // rows of activations that share what is loaded
 constexpr int64_t PANEL  = 32;      // blocks that are unpacked at a time: those of a tile stay in the first cache
-constexpr int64_t PANELS = 8;       // panels whose activations are prepared once, when they are few
 constexpr int     TILES  = 4;       // most tiles of a chunk, which share the scales of the activations
 
 // 16 bytes of every row from byte i0 of the quants of its block on, as four vectors of four bytes of every row
@@ -158,6 +160,10 @@ struct matmul_rows {
 
     matmul_rows(const typename F::act * data, int64_t n_cols, int64_t n_blocks) : data(data), n_cols(n_cols), n_blocks(n_blocks) {
         if (few()) {
+            const size_t n_panels = (n_blocks + PANEL - 1)/PANEL;
+            if (panels.size() < n_panels) {
+                panels.resize(n_panels);
+            }
             for (int64_t b0 = 0; b0 < n_blocks; b0 += PANEL) {
                 make(0, b0, panels[b0/PANEL]);
             }
@@ -174,7 +180,7 @@ struct matmul_rows {
     }
 
 private:
-    bool few() const { return n_cols <= COLS && n_blocks <= PANELS*PANEL; }
+    bool few() const { return n_cols <= COLS; } // their activations are prepared once, for all tiles
 
     void make(int64_t i0, int64_t b0, columns<F> & c) const {
         for (int64_t i = 0; i < std::min<int64_t>(COLS, n_cols - i0); ++i) {
@@ -196,7 +202,12 @@ private:
         }
     }
 
-    columns<F> panels[PANELS];
+    static std::vector<columns<F>> & panels_of_thread() {
+        static thread_local std::vector<columns<F>> panels;
+        return panels;
+    }
+
+    std::vector<columns<F>> & panels = panels_of_thread();
 };
 
 // 8 rows interleaved by 8 bytes, as llama.cpp lays Q4_0 weights out where its kernels for that are
@@ -278,7 +289,7 @@ void multiply_chunk(const ggml_tensor * w, const matmul_rows<F> & rows, float * 
     const size_t  n_fetch = ROWS*w->nb[1]/rows.n_blocks;
     const bool    brief   = rows.n_cols == 1; // then it unpacks longer than it multiplies
 
-    tile tiles[TILES];
+    static thread_local std::vector<tile> tiles(TILES);
     for (int64_t b0 = 0; b0 < rows.n_blocks; b0 += PANEL) {
         const int64_t n = std::min(PANEL, rows.n_blocks - b0);
 

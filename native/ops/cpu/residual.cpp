@@ -53,14 +53,14 @@ void residual(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int64_t ir = params->ith; ir < dst->ne[2]*dst->ne[3]; ir += params->nth) {
         const row_index row = row_at(ir, dst->ne[2]);
 
-        const int64_t n_evict = ctl_of(ctl, row.s)[INDEXMEM_CTL_N_EVICT];
+        const leaving_slots evicted(plan, ctl_of(ctl, row.s), row);
+        const int64_t n_evict = evicted.n;
         if (n_evict == 0) {
             continue;
         }
-        const int32_t * evicted = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]);
         for (int64_t i = 0; i < n_evict; ++i) {
-            rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted[i], evicted[i] + 1, key);
-            rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted[i], evicted[i] + 1, values + i*n_embd_v);
+            rows_to_f32(k, (const char *) k->data + row.h*k->nb[2] + row.s*k->nb[3], evicted.slot[i], evicted.slot[i] + 1, key);
+            rows_to_f32(v, (const char *) v->data + row.h*v->nb[2] + row.s*v->nb[3], evicted.slot[i], evicted.slot[i] + 1, values + i*n_embd_v);
             for (int64_t j = 0; j < n_feature; ++j) {
                 ggml_vec_dot_f32((int) n_embd_k, features + i*n_feature + j, 0, (float *) phi->data + j*n_embd_k, 0, key, 0, 1);
             }

@@ -15,14 +15,18 @@ static inline uint64_t select_key(float rank, int32_t pos) {
 
 static constexpr uint64_t STAYS = UINT64_MAX; // beyond the key of any rank
 
-// keys of slots [i0, i1), whose positions are pos_of_slot(i)
+// keys of slots [i0, i1), whose positions are pos_of_slot(i); returns how many of them may leave
 template <typename F>
-static void make_keys(uint64_t * keys, const float * rank, int64_t i0, int64_t i1, int32_t lo, int32_t hi, F pos_of_slot) {
+static int64_t make_keys(uint64_t * keys, const float * rank, int64_t i0, int64_t i1, int32_t lo, int32_t hi, F pos_of_slot) {
+    int64_t n = 0;
     for (int64_t i = i0; i < i1; ++i) {
         const int32_t  p   = pos_of_slot(i);
         const uint64_t key = select_key(rank[i], p);
-        keys[i] = p >= lo && p < hi ? key : STAYS;
+        const bool may_leave = p >= lo && p < hi;
+        keys[i] = may_leave ? key : STAYS;
+        n += may_leave;
     }
+    return n;
 }
 
 // The n-th lowest of the keys, of which at least n are below STAYS. Few of many leave: only keys below the n-th lowest so far are
@@ -74,12 +78,10 @@ void select(const ggml_compute_params * params, ggml_tensor * dst) {
         int32_t * move_src = move_dst + n_evict_max;
         std::fill(evicted, evicted + 3*n_evict_max, -1);
 
-        const int64_t n_evict = c[INDEXMEM_CTL_N_EVICT];
-        const int64_t n_used  = c[INDEXMEM_CTL_N_USED];
-        if (n_evict == 0) {
+        const int64_t n_used = std::min<int64_t>(c[INDEXMEM_CTL_N_USED], n_slots);
+        if (c[INDEXMEM_CTL_N_EVICT] == 0) {
             continue;
         }
-        GGML_ASSERT(n_evict <= n_evict_max && n_used <= n_slots);
 
         const float   * r = (const float *) ((const char *) rank->data + row.h*rank->nb[1] + row.s*rank->nb[2]);
         const int32_t * p = pos_of(pos, row);
@@ -88,9 +90,14 @@ void select(const ggml_compute_params * params, ggml_tensor * dst) {
         const int32_t hi = c[INDEXMEM_CTL_KEEP_HI];
         const int64_t n_fixed = std::min<int64_t>(c[INDEXMEM_CTL_N_FIXED], n_used);
         const int32_t tail    = c[INDEXMEM_CTL_POS_TAIL];
-        make_keys(keys, r, 0,       n_fixed, lo, hi, [&](int64_t i) { return p[i]; });
-        make_keys(keys, r, n_fixed, n_used,  lo, hi, [&](int64_t i) { return tail + (int32_t) (i - n_fixed); });
+        const int64_t n_may_leave =
+            make_keys(keys, r, 0,       n_fixed, lo, hi, [&](int64_t i) { return p[i]; }) +
+            make_keys(keys, r, n_fixed, n_used,  lo, hi, [&](int64_t i) { return tail + (int32_t) (i - n_fixed); });
 
+        const int64_t n_evict = std::min({ (int64_t) c[INDEXMEM_CTL_N_EVICT], n_evict_max, n_may_leave });
+        if (n_evict == 0) {
+            continue;
+        }
         const uint64_t cut = nth_lowest(keys, n_used, n_evict, work, n_slots);
 
         const int64_t n_left = n_used - n_evict;

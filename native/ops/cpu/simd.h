@@ -1,7 +1,10 @@
 #pragma once
 
-// The vectors of our kernels: fp32 lanes and the ways in which values of a cache become fp32, for AVX-512, AVX2 and NEON
-// (through ggml's own mapping where it has one), with a plain fallback of one lane.
+// The vectors of our kernels: fp32 lanes and the ways in which values of a cache become fp32, for AVX-512, AVX2 and NEON, with
+// a plain fallback of one lane. The types are those of the instructions, not ggml's GGML_F32_VEC: that one is SVE's where the
+// compiler has SVE, of a size that is not known before the program runs. NEON is there as well.
+//
+// INDEXMEM_PLAIN asks for the fallback whatever the CPU has (the tests do).
 
 #include "kernels.h"
 #include "simd-mappings.h"
@@ -13,35 +16,32 @@
 
 namespace indexmem_simd {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(INDEXMEM_PLAIN)
+#elif defined(__AVX512F__) && defined(__AVX512DQ__)
 #    define INDEXMEM_AVX512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define INDEXMEM_AVX2
-#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE)
+#elif defined(__ARM_NEON) && defined(__aarch64__)
 #    define INDEXMEM_NEON
-#endif
-
-#if defined(INDEXMEM_AVX512) || defined(INDEXMEM_AVX2) || defined(INDEXMEM_NEON)
-
-typedef GGML_F32_VEC vec;
-constexpr int64_t WIDTH = GGML_F32_EPR;
-
-inline vec  zero()                     { return GGML_F32_VEC_ZERO; }
-inline vec  set1(float x)              { return GGML_F32_VEC_SET1(x); }
-inline vec  load(const float * p)      { return GGML_F32_VEC_LOAD(p); }
-inline void store(float * p, vec x)    { GGML_F32_VEC_STORE(p, x); }
-inline vec  mul_add(vec acc, vec a, vec b) { return GGML_F32_VEC_FMA(acc, a, b); }
-inline vec  add(vec a, vec b)          { return GGML_F32_VEC_ADD(a, b); }
-inline vec  mul(vec a, vec b)          { return GGML_F32_VEC_MUL(a, b); }
-inline vec  exp(vec x)                 { return ggml_v_expf(x); }
-
 #endif
 
 #if defined(INDEXMEM_AVX512)
 
+typedef __m512 vec;
+constexpr const char * NAME  = "AVX-512";
+constexpr int64_t      WIDTH = 16;
+
 constexpr int TILE = 4; // rows that share what is loaded: their accumulators fit into the registers
 constexpr int MANY = 6; // the same where nothing is converted
 
+inline vec   zero()                        { return _mm512_setzero_ps(); }
+inline vec   set1(float x)                 { return _mm512_set1_ps(x); }
+inline vec   load(const float * p)         { return _mm512_loadu_ps(p); }
+inline void  store(float * p, vec x)       { _mm512_storeu_ps(p, x); }
+inline vec   mul_add(vec acc, vec a, vec b) { return _mm512_fmadd_ps(a, b, acc); }
+inline vec   add(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec   mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+inline vec   exp(vec x)        { return ggml_v_expf(x); }
 inline vec   div(vec a, vec b) { return _mm512_div_ps(a, b); }
 inline vec   max(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline float sum(vec x)        { return _mm512_reduce_add_ps(x); }
@@ -100,9 +100,21 @@ inline void transpose(const vec * x, float * dst, int64_t stride) {
 
 #elif defined(INDEXMEM_AVX2)
 
+typedef __m256 vec;
+constexpr const char * NAME  = "AVX2";
+constexpr int64_t      WIDTH = 8;
+
 constexpr int TILE = 2;
 constexpr int MANY = 3;
 
+inline vec   zero()                        { return _mm256_setzero_ps(); }
+inline vec   set1(float x)                 { return _mm256_set1_ps(x); }
+inline vec   load(const float * p)         { return _mm256_loadu_ps(p); }
+inline void  store(float * p, vec x)       { _mm256_storeu_ps(p, x); }
+inline vec   mul_add(vec acc, vec a, vec b) { return _mm256_fmadd_ps(a, b, acc); }
+inline vec   add(vec a, vec b) { return _mm256_add_ps(a, b); }
+inline vec   mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+inline vec   exp(vec x)        { return ggml_v_expf(x); }
 inline vec   div(vec a, vec b) { return _mm256_div_ps(a, b); }
 inline vec   max(vec a, vec b) { return _mm256_max_ps(a, b); }
 
@@ -156,9 +168,20 @@ inline void transpose(const vec * x, float * dst, int64_t stride) {
 
 #elif defined(INDEXMEM_NEON)
 
+typedef float32x4_t vec;
+constexpr const char * NAME  = "NEON";
+constexpr int64_t      WIDTH = 4;
+
 constexpr int TILE = 3;
 constexpr int MANY = 6;
 
+inline vec   zero()                        { return vdupq_n_f32(0.0f); }
+inline vec   set1(float x)                 { return vdupq_n_f32(x); }
+inline vec   load(const float * p)         { return vld1q_f32(p); }
+inline void  store(float * p, vec x)       { vst1q_f32(p, x); }
+inline vec   mul_add(vec acc, vec a, vec b) { return vfmaq_f32(acc, a, b); }
+inline vec   add(vec a, vec b) { return vaddq_f32(a, b); }
+inline vec   mul(vec a, vec b) { return vmulq_f32(a, b); }
 inline vec   div(vec a, vec b) { return vdivq_f32(a, b); }
 inline vec   max(vec a, vec b) { return vmaxq_f32(a, b); }
 inline float sum(vec x)        { return vaddvq_f32(x); }
@@ -166,6 +189,28 @@ inline float max_of(vec x)     { return vmaxvq_f32(x); }
 
 inline vec biased(vec x, vec bias) {
     return vbslq_f32(vceqq_f32(bias, set1(-INFINITY)), bias, vaddq_f32(x, bias));
+}
+
+// e^x = 2^n*e^r with |r| <= ln(2)/2: within an ulp, exactly 1 at 0, 0 and infinity beyond the range of floats, NaN at NaN. In
+// the place of ggml_v_expf(), which takes vectors of SVE where the compiler has SVE.
+inline vec exp(vec x) {
+    x = vmaxq_f32(vminq_f32(x, set1(90.0f)), set1(-110.0f)); // the results are infinity and 0 already
+
+    const vec n = vrndnq_f32(mul(x, set1(1.44269504f)));
+    const vec r = vfmsq_f32(vfmsq_f32(x, n, set1(0x1.62e4p-1f)), n, set1(0x1.7f7d1cp-20f)); // ln(2) in two parts
+
+    // the polynomial of Cephes' expf
+    vec p = set1(1.9875691500e-4f);
+    for (const float c : { 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f }) {
+        p = vfmaq_f32(set1(c), p, r);
+    }
+    p = add(vfmaq_f32(r, p, mul(r, r)), set1(1.0f));
+
+    // 2^n in two factors: n reaches beyond the exponents of normal numbers
+    const int32x4_t i    = vcvtq_s32_f32(n);
+    const int32x4_t half = vshrq_n_s32(i, 1);
+    const auto power = [](int32x4_t k) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23)); };
+    return mul(mul(p, power(half)), power(vsubq_s32(i, half)));
 }
 
 inline vec load_f16 (const void * p)    { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p))); }
@@ -204,9 +249,11 @@ inline void transpose(const vec * x, float * dst, int64_t stride) {
 #else
 
 typedef float vec;
-constexpr int64_t WIDTH = 1;
-constexpr int     TILE  = 4;
-constexpr int     MANY  = 4;
+constexpr const char * NAME  = "none";
+constexpr int64_t      WIDTH = 1;
+
+constexpr int TILE = 4;
+constexpr int MANY = 4;
 
 inline vec   zero()                     { return 0.0f; }
 inline vec   set1(float x)              { return x; }

@@ -17,7 +17,7 @@ struct centroid_args : op_view {
 
     __device__ int n_evict_max() const { return src[4].ne[0]; }
 
-    __device__ int n_evict(row_index row) const { return src[5].at<int32_t>(row.s)[INDEXMEM_CTL_N_EVICT]; }
+    __device__ int n_evict(row_index row) const { return n_leaving(src[4], src[5], row); }
 
     __device__ float * counts(row_index row) const { return src[1].at<float>(row.h, row.s); }
 

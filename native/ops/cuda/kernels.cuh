@@ -77,6 +77,16 @@ static __device__ inline int32_t pos_at(const int32_t * pos, const int32_t * ctl
     return slot < n_fixed ? pos[slot] : ctl[INDEXMEM_CTL_POS_TAIL] + (slot - n_fixed);
 }
 
+// entries that leave a KV head: fewer than n_evict if there were not so many
+static __device__ inline int n_leaving(const tensor & plan, const tensor & ctl, row_index row) {
+    const int32_t * evicted = plan.at<int32_t>(0, row.h, row.s);
+    int n = min(ctl.at<int32_t>(row.s)[INDEXMEM_CTL_N_EVICT], plan.ne[0]);
+    while (n > 0 && evicted[n - 1] < 0) {
+        --n;
+    }
+    return n;
+}
+
 //
 // values of any type that a cache may have
 //

@@ -19,7 +19,7 @@ struct leaving_args {
 static __global__ void leaving_kernel(const leaving_args a) {
     const row_index row = row_of_block(a.k.ne[2]);
     const int i = blockIdx.x*WARPS + threadIdx.x/WARP;
-    if (i >= a.ctl.at<int32_t>(row.s)[INDEXMEM_CTL_N_EVICT]) {
+    if (i >= n_leaving(a.plan, a.ctl, row)) {
         return;
     }
     const int32_t slot = a.plan.at<int32_t>(0, row.h, row.s)[i];

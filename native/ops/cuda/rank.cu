@@ -23,6 +23,15 @@ static policy policy_of(const ggml_tensor * op) {
 // what does not look at keys: full, streaming, random, indexer
 //
 
+// the numbers of native/policies/streaming.cpp
+static __device__ float streaming_rank(int32_t pos) {
+    const int32_t  from_middle = pos - (1 << 30);
+    const uint32_t bits = from_middle >= 0 ? 0x00800000u + (uint32_t) from_middle : 0x80800000u + (uint32_t) (-1 - from_middle);
+    float rank;
+    memcpy(&rank, &bits, sizeof(rank));
+    return rank;
+}
+
 // the numbers of native/policies/random.cpp
 static __device__ float random_rank(const op_view & op, row_index row, int32_t pos) {
     uint64_t seed;
@@ -60,7 +69,7 @@ static __global__ void rank_kernel(const op_view op) {
 
     float rank = 0.0f;
     switch (op.params[INDEXMEM_PARAM_POLICY]) {
-        case POLICY_streaming: rank = (float) pos;                                             break;
+        case POLICY_streaming: rank = streaming_rank(pos);                                     break;
         case POLICY_random:    rank = random_rank(op, row, pos);                               break;
         case POLICY_indexer:   rank = indexer_rank(op, row, i, pos, c[INDEXMEM_CTL_POS_LAST]); break;
     }

@@ -12,7 +12,7 @@ struct residual_args : op_view {
 
     using op_view::op_view;
 
-    __device__ int n_evict(row_index row) const { return src[5].at<int32_t>(row.s)[INDEXMEM_CTL_N_EVICT]; }
+    __device__ int n_evict(row_index row) const { return n_leaving(src[4], src[5], row); }
 
     __device__ const float * entry(int i) const {
         return entries + ((int64_t) blockIdx.y*src[4].ne[0] + i)*(src[2].ne[0] + src[3].ne[0]);

@@ -63,8 +63,8 @@ static __global__ void select_kernel(const op_view op) {
     }
     __syncthreads(); // another thread writes the plan to the same place
 
-    const int n_used  = c[INDEXMEM_CTL_N_USED];
-    const int n_evict = c[INDEXMEM_CTL_N_EVICT];
+    const int n_used  = min(c[INDEXMEM_CTL_N_USED], rank.ne[0]);
+    int       n_evict = min(c[INDEXMEM_CTL_N_EVICT], op.dst.ne[0]);
     if (n_evict == 0) {
         return;
     }
@@ -87,6 +87,13 @@ static __global__ void select_kernel(const op_view op) {
         const uint32_t count = tid < BINS ? bins[tid] : 0;
         uint32_t total;
         const uint32_t before = block_scan(count, warps, total);
+        if (shift == 56 && total < left) { // of all keys: fewer may leave
+            if (total == 0) {
+                return;
+            }
+            n_evict = (int) total;
+            left    = total;
+        }
         if (before < left && left <= before + count) { // one thread
             chosen  = (uint32_t) tid;
             skipped = before;

@@ -95,6 +95,15 @@ inline int pos_at(device const int * pos, device const indexmem_metal_ctl & c, i
     return slot < c.n_fixed ? pos[slot] : c.pos_tail + (slot - c.n_fixed);
 }
 
+// entries that leave a KV head: fewer than n_evict if there were not so many
+inline int n_leaving(device const int * evicted, device const indexmem_metal_ctl & c, int n_max) {
+    int n = min(c.n_evict, n_max);
+    while (n > 0 && evicted[n - 1] < 0) {
+        --n;
+    }
+    return n;
+}
+
 // of a simdgroup, every lane gets it: q . key, q in fp32
 inline float dot_key(device const float * q, device const char * k, int n_embd, uint lane) {
     float sum = 0.0f;

@@ -6,7 +6,8 @@
 // shared: [SIMD] numbers, [THREADS] entries; [n_evict_max] latent slot of each entry, [n_evict_max] rate of each
 INDEXMEM_KERNEL(centroid) {
     device const indexmem_metal_ctl & c = ctl_of(src5, args.src[5], tgpig.z);
-    const int n_evict = min(c.n_evict, args.src[4].ne[0]);
+    device const int * evicted = (device const int *) at2(src4, args.src[4], tgpig.y, tgpig.z);
+    const int n_evict = n_leaving(evicted, c, args.src[4].ne[0]);
     if (n_evict == 0) {
         return;
     }
@@ -18,7 +19,6 @@ INDEXMEM_KERNEL(centroid) {
     device       float * count   = (device float *) at1(src1, args.src[1], tgpig.y, tgpig.z);
     device       char  * keys    = at2(src2, args.src[2], tgpig.y, tgpig.z);
     device       char  * values  = at2(src3, args.src[3], tgpig.y, tgpig.z);
-    device const int   * evicted = (device const int *) at2(src4, args.src[4], tgpig.y, tgpig.z);
 
     threadgroup uint  * work    = (threadgroup uint  *) shared;
     threadgroup int   * fill    = (threadgroup int   *) (work + SIMD);
@@ -103,7 +103,8 @@ INDEXMEM_KERNEL(centroid) {
 // A few entries at a time: their features, then what they add to each element of the state. shared: [entries][n_feature]
 INDEXMEM_KERNEL(residual) {
     device const indexmem_metal_ctl & c = ctl_of(src5, args.src[5], tgpig.z);
-    const int n_evict = min(c.n_evict, args.src[4].ne[0]);
+    device const int * evicted = (device const int *) at2(src4, args.src[4], tgpig.y, tgpig.z);
+    const int n_evict = n_leaving(evicted, c, args.src[4].ne[0]);
 
     const int n_embd_k  = args.src[2].ne[0];
     const int n_embd_v  = args.src[3].ne[0];
@@ -112,7 +113,6 @@ INDEXMEM_KERNEL(residual) {
     device       char * state   = at2(dst,  args.dst,    tgpig.y, tgpig.z);
     device       char * keys    = at2(src2, args.src[2], tgpig.y, tgpig.z);
     device       char * values  = at2(src3, args.src[3], tgpig.y, tgpig.z);
-    device const int  * evicted = (device const int *) at2(src4, args.src[4], tgpig.y, tgpig.z);
 
     threadgroup float * features = (threadgroup float *) shared;
 

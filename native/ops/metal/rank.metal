@@ -6,6 +6,12 @@
 
 namespace indexmem {
 
+// a float for each position, in their order: see native/policies/streaming.cpp
+inline float ordered(int pos) {
+    const int from_middle = pos - (1 << 30);
+    return as_type<float>(from_middle >= 0 ? 0x00800000u + (uint) from_middle : 0x80800000u + (uint) (-1 - from_middle));
+}
+
 // the finaliser of SplitMix64, as a number in [0, 1)
 inline float hash01(ulong x) {
     x = (x ^ (x >> 30))*0xBF58476D1CE4E5B9ul;
@@ -29,7 +35,7 @@ inline float hash01(ulong x) {
     }
 
 INDEXMEM_RANK_OF_POSITION(full,      ((void) pos, 0.0f))
-INDEXMEM_RANK_OF_POSITION(streaming, (float) pos)
+INDEXMEM_RANK_OF_POSITION(streaming, ordered(pos))
 INDEXMEM_RANK_OF_POSITION(random,    hash01(args.seed + 0x9E3779B97F4A7C15ul*
         (1 + (ulong) (uint) pos + (((ulong) tgpig.y + ((ulong) args.il << 12)) << 32))))
 

@@ -49,7 +49,7 @@ INDEXMEM_KERNEL(select) {
 
     threadgroup select_shared * sh = (threadgroup select_shared *) shared;
 
-    const int n_evict = min(c.n_evict, n_max);
+    int n_evict = min(c.n_evict, n_max);
     int n_out  = 0;
     int n_from = 0;
 
@@ -61,7 +61,7 @@ INDEXMEM_KERNEL(select) {
         };
 
         if (tiitg == 0) {
-            sh->byte_found  = 0xFF; // if there are too few candidates, all of them leave
+            sh->byte_found  = 0; // stays so if none may leave
             sh->wanted_next = n_evict;
         }
         ulong cut    = 0;       // the bytes of the key that are known
@@ -80,6 +80,10 @@ INDEXMEM_KERNEL(select) {
             const uint n = atomic_load_explicit(&sh->count[tiitg], memory_order_relaxed);
             uint total;
             const uint before = group_scan(n, tiisg, sgitg, sh->work, total);
+            if (shift == 56 && total < wanted) { // of all keys: fewer may leave
+                n_evict = total;
+                wanted  = total;
+            }
             if (before < wanted && wanted <= before + n) {
                 sh->byte_found  = tiitg;
                 sh->wanted_next = wanted - before;

@@ -1,0 +1,144 @@
+#include "indexmem-layer-nodes.h"
+
+#include "indexmem-nodes.h"
+
+#include "llama-hparams.h"
+
+#include <algorithm>
+#include <optional>
+
+using kv_cache = llama_kv_cache_bounded;
+
+indexmem_layer_nodes::indexmem_layer_nodes(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l,
+        uint32_t s0, int64_t n_seq, int64_t n_tokens) :
+    ctx(ctx), kv(kv), l(l), s0(s0), n_seq(n_seq), n_tokens(n_tokens) {
+}
+
+ggml_tensor * indexmem_layer_nodes::entries(ggml_tensor * t) const {
+    return indexmem_view_seqs(ctx, t, kv.get_n_slots(), s0, n_seq, kv.get_n_front());
+}
+
+std::vector<ggml_tensor *> indexmem_layer_nodes::store(
+        ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * q_cur, ggml_tensor * slots, ggml_tensor * rings) const {
+    const auto last = [&](ggml_tensor * cur, int64_t n) { return indexmem_tokens_last(ctx, cur, n_tokens, n_seq, n); };
+
+    std::vector<ggml_tensor *> res = {
+        ggml_set_rows(ctx, entries(l.k), last(k_cur, n_tokens), slots),
+        ggml_set_rows(ctx, entries(l.v), last(v_cur, n_tokens), slots),
+    };
+    if (l.q) {
+        res.push_back(ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq), last(q_cur, rings->ne[0]), rings));
+    }
+    return res;
+}
+
+// heads of a sequence are neighbours in memory, so (head, sequence) is one dimension
+ggml_tensor * indexmem_layer_nodes::streams(ggml_tensor * t, int64_t n, int64_t i0) const {
+    return ggml_view_4d(ctx, t, t->ne[0], n, 1, t->ne[2]*n_seq, t->nb[1], t->nb[2], t->nb[2], i0*t->nb[1] + s0*t->nb[3]);
+}
+
+ggml_tensor * indexmem_layer_nodes::flash(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * count,
+        float scale, float softcap) const {
+    if (count) {
+        mask = ggml_indexmem_bias(ctx, mask, count);
+    }
+    ggml_tensor * res = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, softcap);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return res;
+}
+
+ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
+        indexmem_scoring * scoring) const {
+    if (scoring) {
+        return scoring->build_rank(ctx, kv, l, pos, ctl);
+    }
+    ggml_tensor * q = nullptr;
+    if (l.q) {
+        q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq);
+    } else if (kv.get_policy().n_queries > 0) {
+        q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row
+    }
+    return ggml_indexmem_rank(ctx, entries(l.k), pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
+}
+
+std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
+        indexmem_latent * latent, indexmem_scoring * scoring) const {
+    ggml_tensor * k   = entries(l.k);
+    ggml_tensor * v   = entries(l.v);
+    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, l.pos->ne[0], l.pos->ne[1], n_seq, l.pos->nb[1], l.pos->nb[2], s0*l.pos->nb[2]);
+
+    ggml_tensor * ranks = rank(pos, q_cur, ctl, scale, softcap, scoring);
+    ggml_tensor * plan  = ggml_indexmem_select(ctx, ranks, pos, ctl, kv.get_counts().evict_max((uint32_t) n_tokens));
+
+    std::vector<ggml_tensor *> res = { ranks, plan };
+    if (latent) {
+        const auto writes = latent->build_write(ctx, l, k, v, plan, ctl);
+        res.insert(res.end(), writes.begin(), writes.end());
+    }
+    res.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
+    res.push_back(ggml_indexmem_compact    (ctx, v,   plan, ctl));
+    res.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
+    if (scoring) {
+        res.push_back(scoring->build_compact(ctx, kv, l, plan, ctl));
+    }
+    return res;
+}
+
+std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const llama_hparams & hparams, const kv_cache & kv,
+        const kv_cache::layer & l, uint32_t n_seq, uint32_t n_tokens) {
+    const int64_t T  = n_tokens;
+    const int64_t S  = n_seq;
+    const int64_t H  = l.k->ne[2];
+    const int64_t Hq = hparams.n_head(l.il);
+
+    kv_cache::step st = {};
+    st.n_seq    = n_seq;
+    st.n_tokens = n_tokens;
+    st.n_kv   = l.k->ne[1]/indexmem_kv_counts::N_KV_PAD*indexmem_kv_counts::N_KV_PAD;
+    st.evict  = true;
+    st.recall = kv.get_memory()  != nullptr;
+    st.score  = kv.get_indexer() != nullptr;
+    st.n_old  = kv.get_n_wait();
+
+    const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1) {
+        return ggml_new_tensor_4d(ctx, type, ne0, ne1, ne2, ne3);
+    };
+    ggml_tensor * q_cur = input(GGML_TYPE_F32, l.k->ne[0], Hq, T*S);
+    ggml_tensor * k_cur = input(GGML_TYPE_F32, l.k->ne[0], H,  T*S);
+    ggml_tensor * v_cur = input(GGML_TYPE_F32, l.v->ne[0], H,  T*S);
+    ggml_tensor * slots = input(GGML_TYPE_I64, T, 1, S);
+    ggml_tensor * ctl   = input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, S);
+    ggml_tensor * rings = l.q ? input(GGML_TYPE_I64, std::min<int64_t>(T, kv.get_policy().n_queries), 1, S) : nullptr;
+
+    const float scale   = 1.0f;
+    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    const indexmem_layer_nodes nodes(ctx, kv, l, 0, S, T);
+
+    std::optional<indexmem_latent>  latent;
+    std::optional<indexmem_scoring> scoring;
+
+    auto res = nodes.store(k_cur, v_cur, q_cur, slots, rings);
+    const auto add = [&](const std::vector<ggml_tensor *> & more) { res.insert(res.end(), more.begin(), more.end()); };
+
+    if (st.score) {
+        scoring.emplace(ctx, kv, st, n_tokens);
+        add(scoring->build_store(ctx, kv, l, input(GGML_TYPE_F32, hparams.n_embd, T*S)));
+    }
+    ggml_tensor * count = nullptr;
+    if (st.recall) {
+        latent.emplace(kv, st);
+        count = latent->build_count(ctx, l);
+    }
+    ggml_tensor * q    = input(GGML_TYPE_F32, l.k->ne[0], T, Hq/H, H*S);
+    ggml_tensor * k    = nodes.streams(l.k, st.n_kv, 0);
+    ggml_tensor * v    = nodes.streams(l.v, st.n_kv, 0);
+    ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
+    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
+
+    ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
+        nodes.flash(q, k, v, count ? mask : each, count, scale, softcap);
+    add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
+    add(nodes.evict(q_cur, ctl, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
+    return res;
+}
