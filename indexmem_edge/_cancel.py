@@ -1,8 +1,8 @@
 """Stops a call from another thread, and takes the conversation back to where the call found it.
 
-A call is what an application asks of a `Llama`: one `prefill`, one completion, one stream of chunks from its creation to its
-end. What it calls in turn belongs to it. `Calls` knows which call is in progress, which is the one that `cancel` stops; `Call`
-holds what that call found, and, as soon as it does something that could not be taken back, a copy of the KV state.
+A call is what an application asks of a `Llama`: one `prefill`, one completion, one stream of chunks from its creation to
+its end. What it calls in turn belongs to it. `Calls` knows which call is in progress, which is the one that `cancel` stops;
+`Call` holds what that call found, and, as soon as it does something that could not be taken back, a copy of the KV state.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Call:
 
 
 class UnboundedCall(Call):
-    """In llama.cpp's own cache, from which every tail can be taken. What a prompt cuts off the cached text is not kept."""
+    """In llama.cpp's own cache: every tail can be taken out. Cached text that a prompt replaces is not kept."""
 
     def __init__(self, llm: Llama) -> None:
         super().__init__(llm)
@@ -70,7 +70,7 @@ class UnboundedCall(Call):
 
 
 class BoundedCall(Call):
-    """In a bounded cache: the tail is taken back where that is exact, and otherwise a copy of the state brought back."""
+    """In a bounded cache: the tail is taken out where that is exact, and otherwise a copy of the state brought back."""
 
     def __init__(self, llm: Llama, copy: Optional[StateCopy]) -> None:
         super().__init__(llm)
@@ -83,6 +83,8 @@ class BoundedCall(Call):
         self._reevaluations = cache.reevaluations
         self._low = self.n_tokens  # the history before it has not been touched
         self._cut: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # what it was from there on
+        if native.n_seen != self.n_tokens:
+            self.logits = None  # the history has been moved by hand: they belong to another token
         evicts = llm.kv_options.policy != "full"
         room = int(native.budget_now) - int(native.memory_slots) - int(native.n_kept) if evicts else _ANY
         self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted
@@ -175,8 +177,8 @@ def one_call(method: Method) -> Method:
 class Calls:
     """The calls of one `Llama`.
 
-    `cancel` may come from any thread, all else from one at a time. A cancel counts if it returned True: the call in progress
-    then raises `Cancelled`, sooner or later, and no other call does.
+    `cancel` may come from any thread, all else from one at a time. A cancel counts if it returned True: the call in
+    progress then raises `Cancelled`, sooner or later, and no other call does.
     """
 
     def __init__(self, llm: Llama, keep: bool) -> None:
@@ -185,7 +187,7 @@ class Calls:
         self._flag = ctypes.c_int32(0)  # the library reads it after every node
         self._lock = threading.RLock()  # reentrant, because signal handlers call cancel
         self._call: Optional[Call] = None
-        self.logits: Optional[KeptLogits] = None  # after the last token, if the library has others since a cancelled call
+        self.logits: Optional[KeptLogits] = None  # after the last token, if a cancelled call has overwritten them
         self._inside = False  # its code is running, or, between two items of a stream, the application's
 
     def attach(self) -> None:
@@ -225,7 +227,7 @@ class Calls:
         return result
 
     def stream(self, items: Iterator[Any], call: Optional[Call] = None) -> Generator[Any, Any, None]:
-        """Hands out `items` as one call, or as part of `call`. An iterator that another call has overtaken begins anew."""
+        """Hands out `items` as one call, or as the rest of `call`; after another call they go on as a new one."""
         advance = items.send if isinstance(items, Generator) else lambda _: next(items)
         sent = None
         try:

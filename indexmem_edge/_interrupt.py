@@ -19,7 +19,7 @@ class Cancellable(Protocol):
 
 @contextlib.contextmanager
 def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
-    """While this lasts, Ctrl-C cancels the call in progress, which then raises Cancelled. Without one: KeyboardInterrupt.
+    """While this lasts, Ctrl-C cancels the call in progress, which raises Cancelled. Without one: KeyboardInterrupt.
 
     For one call at a time. The interpreter writes each signal to a socket as it arrives, where a thread waits for it.
     """

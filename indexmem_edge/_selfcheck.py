@@ -1,7 +1,7 @@
 """Runs a model for a moment, without and with a budget: `python -m indexmem_edge._selfcheck MODEL`.
 
-A process of its own, because a library that was built for another CPU, or wrongly, dies without a word. So it says what comes
-next before it does it: one JSON object a line, {"part": ...}, and at the end {"done": ...} or {"error": ...}.
+A process of its own, because a library that was built for another CPU, or wrongly, dies without a word. So it says what
+comes next before it does it: one JSON object a line, {"part": ...}, and at the end {"done": ...} or {"error": ...}.
 `_trial` starts it and reads that.
 """
 

@@ -25,8 +25,8 @@ _WINDOWS = {
     0xC0000135: "a DLL is missing",
 }
 _ADVICE = (
-    "Build the library anew on this machine (`make clean && make`, or `pip install --force-reinstall --no-cache-dir .`), "
-    "with a newer compiler if that does not help; a library with several CPU variants takes the one named by "
+    "Build the library anew on this machine (`make clean && make`, or `pip install --force-reinstall "
+    "--no-cache-dir .`), with a newer compiler if that does not help; a library with several CPU variants takes the one named by "
     "INDEXMEM_CPU_VARIANT. If it stays, please report this line"
 )
 
@@ -74,7 +74,9 @@ def _judge(status: int, said: list[dict[str, Any]], errors: str, model: Path) ->
         return Outcome("ok", _happy(last["done"], model))
     if "error" in last:
         what = f"{_part(said)}: {last['error']}"
-        return Outcome("wrong", _unhappy(what, model)) if last.get("wrong") else Outcome("failed", f"{model.name}, {what}")
+        if last.get("wrong"):
+            return Outcome("wrong", _unhappy(what, model))
+        return Outcome("failed", f"{model.name}, {what}")
     words = death(status)
     if words is not None:
         reason = _last_line(errors) if "SIGABRT" in words or words == "abort" else ""

@@ -175,7 +175,7 @@ def doctor(
     model: Annotated[
         Optional[Path],
         typer.Option(
-            "-m", "--model", help="GGUF file to run, in place of the demo model; can it have a budget?", show_default=False
+            "-m", "--model", help="GGUF file to run, in place of the demo model.", show_default=False
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
