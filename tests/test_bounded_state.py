@@ -259,7 +259,7 @@ def test_damaged_headers(saved: tuple[Path, bytes]) -> None:
     path, state = saved
     n_header = N_HEADER
     states = [state[:i] + bytes([state[i] ^ 0xFF]) + state[i + 1 :] for i in range(8, n_header)]
-    for field_index in range(1, 6):  # n_seen, n_used, n_fixed, pin, n_scored: values that cannot be
+    for field_index in range(1, 7):  # n_seen, n_used, n_fixed, pin, n_scored, ring_from: values that cannot be
         at = n_header + 4 * field_index
         states += [state[:at] + struct.pack("<I", value) + state[at + 4 :] for value in (0xFFFFFFFF, 0x7FFFFFFF, 10**6)]
     refuses_and_keeps(path, states)
@@ -301,7 +301,7 @@ def test_a_copy_that_waits_is_saved_as_it_will_be(tiny: Tiny) -> None:
 
 def test_damaged_positions(saved: tuple[Path, bytes]) -> None:
     path, state = saved
-    at = N_HEADER + 36
+    at = N_HEADER + 40
     states = []
     for i in (0, 1, 17, 39):
         for value in (-1, 90, 2**31 - 1, 0):
