@@ -80,7 +80,7 @@ class Nodes:
 def condition(llm: Any) -> dict[str, Any]:
     """All that a person can find out about a conversation, but not what it cost."""
     stats = llm.kv_stats().to_dict()
-    for cost in ("evict_seconds", "cancel_bytes"):
+    for cost in ("evict_seconds", "cancel_bytes", "compute_bytes", "work_bytes"):
         del stats[cost]
     stats["fresh"] = llm.n_tokens > 0 and not llm._requires_eval
     found = {"tokens": llm._input_ids.tolist(), "stats": stats, "turn": copy.copy(llm._turn), "seed": llm._seed}
