@@ -301,7 +301,7 @@ def test_a_copy_that_waits_is_saved_as_it_will_be(tiny: Tiny) -> None:
 
 def test_damaged_positions(saved: tuple[Path, bytes]) -> None:
     path, state = saved
-    at = N_HEADER + 40
+    at = N_HEADER + 36
     states = []
     for i in (0, 1, 17, 39):
         for value in (-1, 90, 2**31 - 1, 0):

@@ -197,7 +197,7 @@ struct parts {
         counting_writer empty; // the header, the number of sequences and the head of one
         llama_get_memory(ctx)->state_write(empty, 2);
         table = 8 + empty.n_data;
-        head  = table - 40;
+        head  = table - 36;
         rows  = table + 4*sizeof(int32_t)*number(state, 3); // 2 layers with 2 heads
     }
 
