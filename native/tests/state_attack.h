@@ -91,7 +91,7 @@ private:
     }
 
     // the next steps of a program that has loaded the state
-    static void go_on(llama_context * ctx) {
+    void go_on(llama_context * ctx) {
         llama_memory_t mem = llama_get_memory(ctx);
 
         for (llama_seq_id s = 0; s < (llama_seq_id) STATE_N_SEQ; ++s) {
@@ -99,12 +99,13 @@ private:
             const bytes again = save(ctx, s);
             require(load(ctx, s, again) && save(ctx, s) == again, "a state that was accepted is not the same again");
         }
-        require(decode(ctx, 0, 1) && decode(ctx, 1, 1), "no token after a state that was accepted");
+        const auto goes_on = [&](llama_seq_id seq, int n) { return decode(ctx, seq, n) || lacks_queries(contexts.take_log()); };
+        require(goes_on(0, 1) && goes_on(1, 1), "no token after a state that was accepted");
         llama_memory_seq_rm(mem, 1, n_seen(ctx, 1) - 1, -1);
-        require(decode(ctx, 1, 25), "no text after a state that was accepted");
+        require(goes_on(1, 25), "no text after a state that was accepted");
         llama_memory_seq_cp(mem, 1, 0, -1, -1);
         const bytes copied = save(ctx, 0);
-        require(decode(ctx, 0, 9), "no text after a copy");
+        require(goes_on(0, 9), "no text after a copy");
         for (llama_seq_id s = 0; s < (llama_seq_id) STATE_N_SEQ; ++s) {
             check_sequence(ctx, s);
         }
