@@ -142,6 +142,11 @@ inline bool decode(llama_context * ctx, llama_seq_id seq, int n, uint32_t seed =
     return ok;
 }
 
+// A state may say that it lacks queries, as after text was taken back: what would rank by them is refused then.
+inline bool lacks_queries(const std::string & log) {
+    return log.find("cannot evict: queries") != std::string::npos;
+}
+
 // of a sequence, or (-1) of the context
 inline bytes save(llama_context * ctx, llama_seq_id seq) {
     bytes res(seq == -1 ? llama_state_get_size(ctx) : llama_state_seq_get_size(ctx, seq));
