@@ -19,7 +19,7 @@ if(CMAKE_SYSTEM_NAME STREQUAL Linux) # executor.h needs it
         add_executable(${test}_cuda native/tests/${test}.cpp)
         target_compile_features(${test}_cuda PRIVATE cxx_std_17)
         target_include_directories(${test}_cuda PRIVATE native/tests ${indexmem_includes})
-        target_link_libraries(${test}_cuda PRIVATE indexmem_cuda_shim ggml ggml-cpu ggml-base)
+        target_link_libraries(${test}_cuda PRIVATE indexmem_cuda_shim ggml ggml-base)
         add_dependencies(indexmem_tests ${test}_cuda)
         if(SKBUILD)
             set_target_properties(${test}_cuda PROPERTIES EXCLUDE_FROM_ALL ON)

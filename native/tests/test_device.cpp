@@ -11,6 +11,9 @@
 #include <cstring>
 
 static ggml_backend_dev_t cpu() {
+    if (ggml_backend_reg_count() == 0) {
+        ggml_backend_load_all();
+    }
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 

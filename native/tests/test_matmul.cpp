@@ -42,8 +42,13 @@ struct activations {
     std::vector<float> sums;
 
     activations(ggml_type type, const std::vector<float> & rows) : values(rows.size()), sums(rows.size()/QK8_1) {
-        std::vector<block_q8_1> blocks(sums.size());
-        ggml_get_type_traits_cpu(GGML_TYPE_Q8_1)->from_float(rows.data(), blocks.data(), (int64_t) rows.size());
+        op_graph g;
+        ggml_tensor * x       = g.input(GGML_TYPE_F32, (int64_t) rows.size());
+        ggml_tensor * rounded = ggml_cast(g.ctx, x, GGML_TYPE_Q8_1);
+        g.alloc();
+        g.set(x, rows);
+        g.compute({ rounded }, 1);
+        const auto blocks = g.get<block_q8_1>(rounded);
         for (size_t i = 0; i < rows.size(); ++i) {
             const auto & b = blocks[i/QK8_1];
             values[i] = ggml_fp16_to_fp32(b.data.data.d)*b.qs[i % QK8_1];
