@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -10,7 +11,9 @@ from typing import Any, Optional
 import numpy as np
 import numpy.typing as npt
 
-from . import _capi  # noqa: F401  (chooses the library)
+from . import _capi, _native  # _capi chooses the library
+
+from .errors import LibraryError
 
 import llama_cpp.llama_cpp as llama_lib
 
@@ -38,9 +41,22 @@ Tensor._fields_ = [
 _TYPES: dict[int, npt.DTypeLike] = {llama_lib.GGML_TYPE_F32: np.float32, llama_lib.GGML_TYPE_F16: np.float16}
 
 
+@functools.cache
+def _library_with(name: str) -> ctypes.CDLL:
+    """The library that has a function: libllama shows those of what it is linked with, but not everywhere."""
+    loaded: ctypes.CDLL = llama_lib._lib
+    if hasattr(loaded, name):
+        return loaded
+    for part in ("ggml-base", "ggml", "ggml-cpu", f"ggml-cpu-{_capi.cpu_variant()}"):
+        file = _native.library_file(name=part)
+        if file is not None and hasattr(other := ctypes.CDLL(str(file)), name):
+            return other
+    raise LibraryError(f"no library in {_native.library_dir()} has {name}: reinstall indexmem-edge")
+
+
 def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
-    """A function of ggml, typed."""
-    function = getattr(llama_lib._lib, name)
+    """A function of ggml or of its CPU backend, typed."""
+    function = getattr(_library_with(name), name)
     function.restype, function.argtypes = restype, list(argtypes)
     return function
 

@@ -155,8 +155,9 @@ def loaded_model(path: str, vocab_only: bool = False) -> Iterator[int]:
     params = llama.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     params.use_extra_bufts = False  # no copy of the weights in another order
-    llama.llama_backend_init()
     with collected_errors(False) as log:
+        llama.llama_backend_init()
+        _capi.require_cpu()
         model = llama.llama_model_load_from_file(path.encode(), params)
     if not model:
         raise ModelFileError(f"cannot load the model {path}: {reason(log) or 'llama.cpp gave no reason'}")
