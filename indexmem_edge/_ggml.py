@@ -27,7 +27,7 @@ def ggml_function(name: str, restype: Any, *argtypes: Any) -> Any:
 def _libraries() -> Iterator[Any]:
     """Linux and macOS look for a symbol in the libraries that one needs, too. Windows does not."""
     yield _capi.llama_lib._lib
-    for name in ("ggml", "ggml-base", "ggml-cpu"):
+    for name in ("ggml", "ggml-base", "ggml-cpu", f"ggml-cpu-{_capi.cpu_variant()}"):
         file = _native.library_file(name=name)
         if file is not None:
             yield ctypes.CDLL(str(file))

@@ -152,8 +152,9 @@ def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False) -> 
     params = llama.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
     params.use_extra_bufts = as_used
-    llama.llama_backend_init()
     with collected_errors(False) as log:
+        llama.llama_backend_init()
+        _capi.require_cpu()
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelFileError(f"cannot load the model {path}: {reason(log) or 'llama.cpp gave no reason'}")

@@ -36,9 +36,9 @@ def examine(model: Optional[Path] = None) -> list[Finding]:
     if usable:
         for name, part in (
             ("bounded cache", _bounded_cache),
+            ("CPU", _cpu),  # loads the variant for this one
             ("loaded files", _loaded_files),
             ("backends", _backends),
-            ("CPU", _cpu),
         ):
             findings += _guard(name, part)
     findings += _guard("demo model", lambda: [Finding("demo model", "ok", str(demo_model()))], status="note")
@@ -144,11 +144,16 @@ def _backends() -> list[Finding]:
 
 def _cpu() -> list[Finding]:
     from . import _capi
+    from ._logs import collected_errors
 
+    with collected_errors(False):
+        variant = _capi.cpu_variant()
+    built = {"native": "built for this machine", "generic": "built for any CPU of its kind"}
     info = _capi.llama_lib.llama_print_system_info().decode("utf-8", "replace")
     features = [part.strip() for part in info.replace("CPU : ", "").split("|") if part.strip().endswith("= 1")]
     names = " ".join(feature.split("=")[0].split(":")[-1].strip() for feature in features)
-    return [Finding("CPU", "ok", f"{os.cpu_count()} processors; {names or 'no vector features'}")]
+    how = built.get(variant, f"variant {variant}")
+    return [Finding("CPU", "ok", f"{os.cpu_count()} processors; {how}: {names or 'no vector features'}")]
 
 
 def _model(path: Path) -> list[Finding]:

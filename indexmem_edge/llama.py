@@ -67,6 +67,7 @@ class Llama(llama_cpp.Llama):
         SidecarError: the sidecar is damaged, or for another model.
         LatentMemoryError: there is no such memory, or not without trained weights.
         ModelFileError, ModelNotSupported, ContextError: the model cannot be loaded, or not with a budget.
+        LibraryError: there is no CPU backend for this machine, or not the one that INDEXMEM_CPU_VARIANT names.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Llama(llama_cpp.Llama):
             kwargs = bounded_keywords(kwargs)
         with collected_errors(kwargs.get("verbose", True)) as log:
             try:
+                _capi.require_cpu()
                 if options.bounded:
                     options.request().submit()
                 super().__init__(path, **kwargs)

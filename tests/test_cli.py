@@ -110,6 +110,11 @@ def test_no_library_is_one_line_and_the_doctor_still_speaks(tmp_path: Path, demo
 
 
 @needs_library
+def test_a_variant_that_is_not_there_is_one_line() -> None:
+    one_error(run("chat", INDEXMEM_CPU_VARIANT="nonsense"), "INDEXMEM_CPU_VARIANT", "'nonsense'")
+
+
+@needs_library
 def test_another_library_is_refused(tmp_path: Path) -> None:
     one_error(run("chat", LLAMA_CPP_LIB_PATH=str(tmp_path)), "LLAMA_CPP_LIB_PATH", "Unset")
 
@@ -136,6 +141,7 @@ def test_doctor_is_content(demo_model: Path) -> None:
     assert result.returncode == 0, result.stdout
     for word in ("0.3.36", "libllama", "CPU", "streaming", "fast_kvzip", "a bounded cache is possible"):
         assert word in result.stdout
+    assert "processors; built for" in result.stdout or "processors; variant" in result.stdout
 
 
 FLAGS = ("--kv-budget", "192", "--kv-window", "32", "-n", "4", "--temp", "0", "-t", "1")

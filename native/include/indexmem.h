@@ -93,6 +93,11 @@ struct indexmem_stats {
 INDEXMEM_API int          indexmem_api_version(void);
 INDEXMEM_API const char * indexmem_build_info (void); // "llama.cpp <commit>; ..." for humans
 
+// The CPU backend in use, loaded if it was not: the variant that was chosen for this CPU ("haswell", ...; INDEXMEM_CPU_VARIANT
+// names another), or how the only one of this build was compiled: "native", for the CPU that built it, or "generic".
+// NULL with an error if there is none, or another than INDEXMEM_CPU_VARIANT asks for.
+INDEXMEM_API const char * indexmem_cpu_variant(void);
+
 INDEXMEM_API struct indexmem_params indexmem_default_params(void);
 
 // Asks that the next context created by this thread be bounded; NULL withdraws. The request is used up by one creation, whether

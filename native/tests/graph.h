@@ -5,7 +5,7 @@
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
+#include "ggml-cpu.h" // types alone: the CPU backend may be a library that is loaded at run time
 #include "ggml-impl.h"
 #include "ggml.h"
 
@@ -20,10 +20,14 @@
 inline std::function<bool(ggml_tensor *)> op_elsewhere;
 
 inline ggml_backend_t op_backend() {
+    if (ggml_backend_reg_count() == 0) {
+        ggml_backend_load_all();
+    }
     const char * name = getenv("INDEXMEM_TEST_DEVICE");
-    ggml_backend_t res = name ? ggml_backend_init_by_name(name, nullptr) : ggml_backend_cpu_init();
+    ggml_backend_t res = name ? ggml_backend_init_by_name(name, nullptr) :
+        ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
     if (!res) {
-        fprintf(stderr, "there is no device %s\n", name);
+        fprintf(stderr, "there is no device %s\n", name ? name : "of the CPU");
         exit(EXIT_FAILURE);
     }
     return res;
@@ -33,6 +37,14 @@ inline ggml_backend_t op_backend() {
 inline int test_threads(int n_threads) {
     const char * all = getenv("INDEXMEM_TEST_THREADS");
     return all ? atoi(all) : n_threads;
+}
+
+inline void op_set_n_threads(ggml_backend_t backend, int n_threads) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    const auto set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set) {
+        set(backend, n_threads);
+    }
 }
 
 class op_graph {
@@ -79,9 +91,7 @@ public:
                 exit(EXIT_FAILURE);
             }
         }
-        if (ggml_backend_is_cpu(backend)) {
-            ggml_backend_cpu_set_n_threads(backend, test_threads(n_threads));
-        }
+        op_set_n_threads(backend, test_threads(n_threads));
         if (!op_elsewhere) {
             GGML_ASSERT(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS);
             return;

@@ -281,7 +281,7 @@ static void run_retention(const retention_case & c, int n_threads, std::vector<f
     for (int64_t t = 0; t < c.n_tokens; ++t) {
         auto y = norm(std::vector<double>(x.begin() + t*c.n_embd, x.begin() + (t + 1)*c.n_embd), wi, bi);
         if (c.n_mid) {
-            const ggml_type seen = ggml_get_type_traits_cpu(c.type)->vec_dot_type; // what the product takes
+            const ggml_type seen = c.type; // what the product takes: for these types, the same
             const auto rounded = from_type(seen, to_type(seen, std::vector<float>(y.begin(), y.end()), c.n_embd), c.n_embd);
             std::vector<double> z;
             for (int64_t i = 0; i < c.n_mid; ++i) {

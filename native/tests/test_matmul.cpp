@@ -52,8 +52,13 @@ struct activations {
     std::vector<float> sums;
 
     activations(ggml_type type, const std::vector<float> & rows) : values(rows.size()), sums(rows.size()/QK8_1) {
-        std::vector<block_q8_1> blocks(sums.size());
-        ggml_get_type_traits_cpu(GGML_TYPE_Q8_1)->from_float(rows.data(), blocks.data(), (int64_t) rows.size());
+        op_graph g;
+        ggml_tensor * x       = g.input(GGML_TYPE_F32, (int64_t) rows.size());
+        ggml_tensor * rounded = ggml_cast(g.ctx, x, GGML_TYPE_Q8_1);
+        g.alloc();
+        g.set(x, rows);
+        g.compute({ rounded }, 1);
+        const auto blocks = g.get<block_q8_1>(rounded);
         for (size_t i = 0; i < rows.size(); ++i) {
             const auto & b = blocks[i/QK8_1];
             values[i] = ggml_fp16_to_fp32(b.data.data.d)*b.qs[i % QK8_1];
@@ -262,9 +267,9 @@ static std::vector<float> multiply_repacked(const matmul_case & c, const std::ve
     ggml_context * ctx = ggml_init({ 2*ggml_tensor_overhead(), nullptr, true });
     ggml_tensor  * w   = ggml_new_tensor_2d(ctx, GGML_TYPE_Q4_0, c.n_in, c.n_out);
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, repacking_buffer_type());
-    ggml_backend_tensor_set(w, weights.data(), 0, weights.size());
     std::vector<float> found;
-    {
+    if (w->extra) { // without AVX2 these weights stay as they are: there is nothing to compare
+        ggml_backend_tensor_set(w, weights.data(), 0, weights.size());
         op_graph g;
         ggml_tensor * x   = g.input(GGML_TYPE_F32, c.n_in, c.n_cols, c.n_batch);
         ggml_tensor * res = ggml_mul_mat(g.ctx, w, x);

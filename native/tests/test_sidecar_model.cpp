@@ -18,6 +18,7 @@ static llama_model * make_model(bool fine_tuned, bool no_alloc = false) {
     });
 
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    llama_backend_init();
     auto params = llama_model_default_params();
     params.n_gpu_layers = 0;
     params.no_alloc     = no_alloc;
