@@ -36,7 +36,7 @@ def describe_cpu() -> str:
 
 
 def _linux() -> tuple[str, str]:
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
     fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = fields.get("model name") or " ".join(
         f"{key} {fields[key]}" for key in ("cpu implementer", "cpu part") if key in fields
