@@ -19,7 +19,8 @@ elseif(NOT INDEXMEM_HAVE_AVX512_FLAGS)
 else()
     set(amx_folder "${source}/llama.cpp/ggml/src/ggml-cpu")
     set(amx_shim "${PROJECT_SOURCE_DIR}/native/tests/shim/amx")
-    add_library(amx_shim OBJECT "${amx_folder}/amx/amx.cpp" "${amx_folder}/amx/mmq.cpp" "${amx_shim}/tiles.cpp" "${amx_shim}/elsewhere.cpp")
+    add_library(amx_shim OBJECT "${amx_folder}/amx/amx.cpp" "${amx_folder}/amx/mmq.cpp"
+                                "${amx_shim}/tiles.cpp" "${amx_shim}/elsewhere.cpp")
     target_compile_options(amx_shim PRIVATE -include "${amx_shim}/tiles.h" ${amx_flags} -w)
     set_target_properties(amx_shim PROPERTIES CXX_VISIBILITY_PRESET hidden) # the library may have the same functions
     target_compile_features(amx_shim PRIVATE cxx_std_17)

@@ -30,11 +30,9 @@ static ggml_backend_buffer_type_t amx_buffer_type() {
 
 static const test_needs needs([]() -> const char * {
 #if defined(INDEXMEM_SOFTWARE_TILES)
-    for (bool has : { __builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0, __builtin_cpu_supports("avx512dq") != 0,
-                      __builtin_cpu_supports("avx512vl") != 0, __builtin_cpu_supports("avx512vnni") != 0 }) {
-        if (!has) {
-            return "this CPU has no AVX-512 with VNNI, which the products are made of beside the tiles";
-        }
+    if (!__builtin_cpu_supports("avx512f")  || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vnni")) {
+        return "this CPU has no AVX-512 with VNNI, which the products are made of beside the tiles";
     }
 #endif
     return amx_buffer_type() ? nullptr : "this CPU has no AMX, or the build no products for it";

@@ -104,7 +104,8 @@ static void run_evict(const evict_case & c, ggml_type type, int n_threads) {
         indexmem_reference_plan ref;
         if (n_evict > 0) {
             const std::vector<float> r(data_rank.begin() + row*c.n_slots, data_rank.begin() + row*c.n_slots + c.n_used);
-            ref = indexmem_reference_select(r, all_pos[row], std::min(n_evict, (int32_t) n_evict_max), c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
+            const int32_t n_fits = std::min(n_evict, (int32_t) n_evict_max);
+            ref = indexmem_reference_select(r, all_pos[row], n_fits, c.keep_lo, data_ctl[INDEXMEM_CTL_KEEP_HI]);
         }
 
         const int32_t * p = res_plan.data() + row*3*n_evict_max;

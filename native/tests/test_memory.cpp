@@ -197,7 +197,8 @@ static void run_residual(const memory_case & c, ggml_type type) {
                 for (int64_t j = 0; j < n_feature; ++j) {
                     const double expected = reference[row].state[d][j];
                     const float  found    = state[(row*(c.n_embd_v + 1) + d)*n_feature + j];
-                    const double rounding = 1e-4*(1.0 + std::fabs(expected)) + 2e-7*n_evict; // terms of either sign are added up in fp32
+                    // terms of either sign are added up in fp32
+                    const double rounding = 1e-4*(1.0 + std::fabs(expected)) + 2e-7*n_evict;
                     CHECK_MSG(std::fabs(found - expected) < rounding, "row %d component %d feature %d is %g, expected %g",
                             (int) row, (int) d, (int) j, found, expected);
                 }
