@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from . import _capi
 from ._align import common_prefix
+from ._logs import quiet
 from ._parts import INDEXER_POLICY, sidecar_kinds
 from .errors import BudgetExhausted, ContextError, DecodeError
 from .options import CacheOptions
@@ -150,7 +151,8 @@ class BoundedCache:
         llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
         code = 0
         try:
-            code = llama_lib.llama_decode(llm.ctx, llm._batch.batch)
+            with quiet(llm.verbose):
+                code = llama_lib.llama_decode(llm.ctx, llm._batch.batch)
         finally:
             llm.n_tokens = min(self.length(), end)
             llm._requires_eval = llm.n_tokens != end

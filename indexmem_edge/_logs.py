@@ -1,4 +1,4 @@
-"""Collects what llama.cpp says while something is being created, to put its reason into our error."""
+"""What becomes of llama.cpp's log: collected, to put its reason into our error, or kept from the terminal."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ def collected_errors(verbose: bool) -> Iterator[list[str]]:
         yield lines
     finally:
         llama_lib.llama_log_set(base_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+@llama_lib.llama_log_callback
+def _drop(level: int, text: bytes, user_data: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Nothing reaches the terminal unless `verbose`: an exception says what failed, and that a call was cancelled.
+
+    llama-cpp-python's own filter takes llama.cpp's warnings for errors, and prints them whatever `verbose` is.
+    """
+    if not verbose:
+        llama_lib.llama_log_set(_drop, ctypes.c_void_p(0))
+    try:
+        yield
+    finally:
+        if not verbose:
+            llama_lib.llama_log_set(base_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def reason(lines: list[str]) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from . import _capi, _cache, _prompts, session
 from ._align import align
 from ._cancel import Calls, one_call
-from ._logs import collected_errors, reason
+from ._logs import collected_errors, quiet, reason
 from ._modelfile import check_model_file
 from .errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
 from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
@@ -184,7 +184,8 @@ class Llama(llama_cpp.Llama):
         for start in range(0, max(len(tokens), 1), self.n_batch):
             self._calls.check()
             try:
-                super().eval(tokens[start : start + self.n_batch])
+                with quiet(self.verbose):
+                    super().eval(tokens[start : start + self.n_batch])
             except RuntimeError:
                 self._calls.check()
                 raise

@@ -48,6 +48,15 @@ def test_a_stopped_call_gives_back_the_text_that_it_replaced(load: Load, kind: s
     test_whatever_is_stopped_anywhere_has_not_happened(load, kind, work, n_before)
 
 
+@each_kind
+def test_nothing_is_printed_by_a_call_that_is_stopped(load: Load, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    llm = load(kind)
+    capfd.readouterr()
+    with Nodes(llm, stop_after=3), pytest.raises(Cancelled):
+        prefill(llm)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_demo_model_with_its_indexer(demo_model: Path) -> None:
     """An answer that was cancelled and asked for again is the answer of a program that never cancelled."""
     from indexmem_edge.demo import demo_sidecar
