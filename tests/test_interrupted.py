@@ -152,16 +152,20 @@ def test_a_copy_of_a_whole_sequence_mends_a_broken_one(llama: tuple[Any, Any], t
         goes_on_alike(context, twin, tokens[80:])
 
 
-def test_only_the_sequences_that_evict_break(llama: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("full, other", [(0, 1), (1, 0)])
+def test_only_the_sequences_that_evict_break(llama: tuple[Any, Any], tmp_path: Path, full: int, other: int) -> None:
     tokens = tokens_of(llama[1], 300)
     with made(llama, tmp_path, "keydiff", n_seq=2) as context, made(llama, tmp_path, "keydiff", n_seq=2) as twin:
         for c in (context, twin):
-            c.feed(tokens[:96], N_UBATCH, 0)
-            c.feed(tokens[:50], N_UBATCH, 1)
+            c.feed(tokens[:96], N_UBATCH, full)
+            c.feed(tokens[:50], N_UBATCH, other)
+        both = dict(sorted({full: tokens[96:104], other: tokens[50:58]}.items()))  # in one ubatch
         with pytest.raises(Refused), context.aborting(70):
-            context.decode_many({0: tokens[96:104], 1: tokens[50:58]})
-        assert context.decode_at([5], [96]) < 0
-        np.testing.assert_array_equal(context.decode(tokens[50:60], 1), twin.decode(tokens[50:60], 1))
+            context.decode_many(both)
+        assert context.decode_at([5], [96], full) < 0
+        with pytest.raises(Refused, match="returned -2"):  # for good: another batch would not help
+            context.decode_many(both)
+        np.testing.assert_array_equal(context.decode(tokens[50:60], other), twin.decode(tokens[50:60], other))
 
 
 # ------------------------------------------------------------------------------- what cannot be done is said, every time

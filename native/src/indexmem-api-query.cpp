@@ -146,7 +146,7 @@ int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, 
         return -1;
     }
     if (seq->broken) {
-        indexmem_error_is(format("sequence %d is broken: evaluating it was interrupted while entries were evicted", seq_id));
+        indexmem_error_is(indexmem_kv_counts::broken_text(seq_id));
         return -1;
     }
     if (!pos) {

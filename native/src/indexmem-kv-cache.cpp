@@ -175,20 +175,18 @@ llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr &
         return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
+    bool broken = false; // one of the sequences: nothing that the caller changes about the batch helps
     std::vector<indexmem_kv_counts::tokens> tokens;
     for (const auto & ubatch : ubatches) {
         for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
             GGML_ASSERT(ubatch.seq_id_unq[s] == ubatch.seq_id_unq[0] + (llama_seq_id) s);
+            broken = broken || get_seq(ubatch.seq_id_unq[s])->broken;
         }
         tokens.push_back({ (uint32_t) ubatch.seq_id_unq[0], ubatch.n_seqs_unq, ubatch.n_tokens/ubatch.n_seqs_unq, ubatch.pos });
     }
     std::string error;
     auto steps = counts.prepare(tokens, error);
     if (steps.empty()) {
-        const auto is_broken = [&](const indexmem_kv_counts::tokens & t) {
-            return get_seq(t.s0)->broken;
-        };
-        const bool broken = std::any_of(tokens.begin(), tokens.end(), is_broken);
         return std::make_unique<llama_kv_cache_bounded_context>(this,
                 refuse(error, broken ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE));
     }

@@ -154,6 +154,10 @@ public:
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;
 
+    // what indexmem_work_bytes() found, and for how many threads: the shapes never change
+    mutable int    work_threads = 0;
+    mutable size_t work_bytes   = 0;
+
 private:
     const llama_model & model;
 

@@ -108,8 +108,7 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
         for (uint32_t i = 0; i < ub.n_seq; ++i) {
             seq_state & seq = state[ub.s0 + i];
             if (seq.broken) {
-                error = text("sequence %u is broken: evaluating it was interrupted while entries were evicted. Clear it, or load a state",
-                        ub.s0 + i);
+                error = broken_text(ub.s0 + i);
                 return {};
             }
             for (uint32_t t = 0; t < ub.n_tokens; ++t) {
@@ -233,6 +232,10 @@ void indexmem_kv_counts::abandon(const step & st) {
 // whole sequences
 //
 
+std::string indexmem_kv_counts::broken_text(uint32_t s) {
+    return text("sequence %u is broken: evaluating it was interrupted while entries were evicted. Clear it, or load a state", s);
+}
+
 void indexmem_kv_counts::reset(uint32_t s) {
     seqs[s]     = {};
     seqs[s].pin = lim.pin;
@@ -243,7 +246,7 @@ bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
 
     const uint64_t min = budget_min(lim.sinks, n, lim.window, geo.n_latent);
     if (seq.broken) {
-        error = text("sequence %u is broken: evaluating it was interrupted while entries were evicted. Clear it, or load a state", s);
+        error = broken_text(s);
         return false;
     }
     if (lim.budget < min) {

@@ -154,6 +154,9 @@ public:
     void reset   (uint32_t s); // empty, with the pin that was asked for
     void assign  (uint32_t s, const seq_state & state) { seqs[s] = state; }
 
+    // what everybody is told who asks more of a broken sequence than to be cleared or replaced
+    static std::string broken_text(uint32_t s);
+
     // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
     bool set_pin(uint32_t s, uint32_t n, std::string & error);
 

@@ -112,7 +112,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
     if (src.broken) {
-        LLAMA_LOG_ERROR("%s: sequence %d is broken: evaluating it was interrupted while entries were evicted; nothing copied\n", __func__, seq_id_src);
+        LLAMA_LOG_ERROR("%s: nothing copied: %s\n", __func__, indexmem_kv_counts::broken_text(seq_id_src).c_str());
         return;
     }
     seq_state dst = src;

@@ -1,6 +1,5 @@
 #include "indexmem-state.h"
 
-#include "llama-impl.h"
 #include "llama.h"
 
 #include <stdexcept>
@@ -85,8 +84,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
             continue;
         }
         if (seq.broken) {
-            throw std::runtime_error(format("bounded KV state: sequence %d is broken: evaluating it was interrupted while entries "
-                        "were evicted", s));
+            throw std::runtime_error("bounded KV state: " + indexmem_kv_counts::broken_text(s));
         }
         ids.push_back(s);
     }

@@ -37,6 +37,9 @@ size_t indexmem_work_bytes(const llama_context & ctx, const llama_kv_cache_bound
     const int      n_threads = std::max(cparams.n_threads, cparams.n_threads_batch);
     const uint32_t n_tokens  = std::min(cparams.n_ctx, cparams.n_ubatch);
 
+    if (kv.work_threads == n_threads) {
+        return kv.work_bytes;
+    }
     size_t res = 0;
     for (const auto & l : kv.get_layers()) {
         if (!ggml_backend_buffer_is_host(l.k->buffer)) {
@@ -50,5 +53,7 @@ size_t indexmem_work_bytes(const llama_context & ctx, const llama_kv_cache_bound
             }
         }
     }
+    kv.work_threads = n_threads;
+    kv.work_bytes   = res;
     return res;
 }

@@ -39,6 +39,19 @@ inline int test_threads(int n_threads) {
     return all ? atoi(all) : n_threads;
 }
 
+// one of the buffer types in which the CPU backend lays out weights in another way, or null if this CPU or build has none of the name
+inline ggml_backend_buffer_type_t op_extra_buffer_type(const char * name) {
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto get = (ggml_backend_dev_get_extra_bufts_t)
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
+        if (strcmp(ggml_backend_buft_name(*buft), name) == 0) {
+            return *buft;
+        }
+    }
+    return nullptr;
+}
+
 inline void op_set_n_threads(ggml_backend_t backend, int n_threads) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     const auto set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");

@@ -17,15 +17,7 @@
 #endif
 
 static ggml_backend_buffer_type_t amx_buffer_type() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto get = (ggml_backend_dev_get_extra_bufts_t)
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
-        if (strcmp(ggml_backend_buft_name(*buft), "AMX") == 0) {
-            return *buft;
-        }
-    }
-    return nullptr;
+    return op_extra_buffer_type("AMX");
 }
 
 static const test_needs needs([]() -> const char * {

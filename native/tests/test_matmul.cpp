@@ -239,15 +239,7 @@ TEST(small_stacks) {
 
 // where llama.cpp interleaves rows of weights, if it does on this machine
 static ggml_backend_buffer_type_t repacking_buffer_type() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    auto get = (ggml_backend_dev_get_extra_bufts_t)
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * buft = get ? get(dev) : nullptr; buft && *buft; ++buft) {
-        if (strcmp(ggml_backend_buft_name(*buft), "CPU_REPACK") == 0) {
-            return *buft;
-        }
-    }
-    return nullptr;
+    return op_extra_buffer_type("CPU_REPACK");
 }
 
 // whether it does with weights of that shape: without dot products of bytes, as on the first ARMv8, it does not
