@@ -88,9 +88,7 @@ def _remember(key: str) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # then it is tried again next time
         stamp = _stamp(key)
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        other = stamp.with_name(f"{stamp.name}.{os.getpid()}")
-        other.write_text(key + "\n", encoding="ascii")
-        os.replace(other, stamp)
+        stamp.write_text(key + "\n", encoding="ascii")  # half of it is not the key, so that it may be cut short
 
 
 @contextlib.contextmanager
