@@ -22,7 +22,8 @@ _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 4
+API_VERSION = 5
+SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
@@ -44,6 +45,7 @@ class Params(ctypes.Structure):
         ("sidecar", ctypes.c_char_p),
         ("memory", ctypes.c_char_p),
         ("memory_slots", ctypes.c_uint32),
+        ("span", ctypes.c_uint32),
     ]
 
 
@@ -76,6 +78,10 @@ class Stats(ctypes.Structure):
         ("broken", ctypes.c_uint32),
         ("compute_bytes", ctypes.c_uint64),
         ("work_bytes", ctypes.c_uint64),
+        ("n_rebases", ctypes.c_uint64),
+        ("next_position", ctypes.c_uint64),
+        ("rebase_us", ctypes.c_int64),
+        ("span", ctypes.c_uint32),
     ]
 
 
@@ -103,6 +109,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
+    "indexmem_get_rotary": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
+    "indexmem_span_reason": (ctypes.c_char_p, [_P]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
     "indexmem_set_cancel": (None, [_P, _I32_P]),
@@ -247,6 +255,7 @@ class Request:
     sidecar: Optional[str] = None
     memory: Optional[str] = None  # None, "": that of the sidecar, without one "off"
     memory_slots: int = 0  # 0: as in the sidecar, without one the default of the kind
+    span: int = SPAN_TRAINED  # 0: rotary positions grow without end
 
     def submit(self) -> None:
         """Asks that the next context created by this thread be bounded.
@@ -260,7 +269,7 @@ class Request:
         params.policy = self.policy.encode() if self.policy else None
         params.sidecar = os.fsencode(self.sidecar) if self.sidecar else None
         params.memory = self.memory.encode() if self.memory else None
-        params.memory_slots = self.memory_slots
+        params.memory_slots, params.span = self.memory_slots, self.span
         if not library().indexmem_next_context(ctypes.byref(params)):
             raise failure("the library refused the requested KV cache")
 

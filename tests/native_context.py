@@ -15,6 +15,7 @@ from indexmem_edge import _capi
 from indexmem_edge._capture import Capture  # noqa: F401  (tests take it from here)
 
 F32, F16, Q4_0, Q8_0 = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q4_0, llama_cpp.GGML_TYPE_Q8_0)
+BF16 = 30  # which llama_cpp does not name
 
 
 class Refused(Exception):
@@ -66,6 +67,7 @@ class Context:
         budget_ratio: float = 0.0,
         memory: Optional[str] = None,
         memory_slots: int = 0,
+        span: int = _capi.SPAN_TRAINED,
         capture: Optional[Capture] = None,
     ) -> None:
         self.model, self.n_seq, self.n_batch = model, n_seq, 512
@@ -82,7 +84,7 @@ class Context:
             params.cb_eval = capture.callback
         request = _capi.Request(
             budget, policy, sinks, window, pin, evict_step, seed, budget_ratio,
-            str(sidecar) if sidecar else None, memory, memory_slots,
+            str(sidecar) if sidecar else None, memory, memory_slots, span,
         )  # fmt: skip
         request.submit()
         self.ctx = llama_cpp.llama_init_from_model(model, params)
@@ -170,6 +172,26 @@ class Context:
             [_capi.positions(self.ctx, il, h, seq) for h in range(_capi.n_head_kv(self.ctx, il))]
             for il in range(n_layer)
         ]
+
+    def rotary(self, seq: int = 0) -> list[list[np.ndarray]]:
+        """Rotary positions of what is held, [layer][head], in order of the positions."""
+        get, n_layer = _capi.library(), llama_cpp.llama_model_n_layer(self.model)
+
+        def read(il: int, h: int) -> np.ndarray:
+            both = []
+            for table in (get.indexmem_get_positions, get.indexmem_get_rotary):
+                n = table(self.ctx, seq, il, h, None, 0)
+                slots = (ctypes.c_int32 * n)()
+                assert n >= 0 and table(self.ctx, seq, il, h, slots, n) == n
+                both.append(np.array(slots, np.int32))
+            positions, rotary = both
+            return rotary[np.argsort(positions)]
+
+        return [[read(il, h) for h in range(_capi.n_head_kv(self.ctx, il))] for il in range(n_layer)]
+
+    def span_reason(self) -> str:
+        """Why no span is in force, "" if one is or none was wanted."""
+        return (_capi.library().indexmem_span_reason(self.ctx) or b"").decode()
 
     def stats(self, seq: int = 0) -> _capi.Stats:
         return _capi.get_stats(self.ctx, seq)

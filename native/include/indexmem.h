@@ -42,7 +42,9 @@ extern "C" {
 struct llama_model;
 struct llama_context;
 
-#define INDEXMEM_API_VERSION 4
+#define INDEXMEM_API_VERSION 5
+
+#define INDEXMEM_SPAN_TRAINED UINT32_MAX
 
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
@@ -58,6 +60,8 @@ struct indexmem_params {
     const char * sidecar;     // file with a trained indexer or memory, see docs/sidecar.md; NULL = none
     const char * memory;      // kind out of indexmem_memory_name(), or "off"; NULL = that of the sidecar, without one "off"
     uint32_t     memory_slots; // of a memory that has slots, part of the budget; 0 = as in the sidecar, without one 64
+    uint32_t     span;        // rotary positions that are used: before they come up to it, entries get new ones. Default
+                              // INDEXMEM_SPAN_TRAINED: as many as the model was trained for, if that can be; 0 = they grow without end
 };
 
 // Counts of one sequence.
@@ -88,6 +92,10 @@ struct indexmem_stats {
                              // another one over it, or loading a state goes on from there
     uint64_t compute_bytes;  // compute buffers of the context, of all its graphs: what a ubatch takes, whatever the length
     uint64_t work_bytes;     // of the CPU, what an op of the cache takes at most; taken at the first eviction, if not before
+    uint64_t n_rebases;      // times that the entries of the sequence got new rotary positions
+    uint64_t next_position;  // rotary position of the next token; n_seen until the first of these
+    int64_t  rebase_us;      // wall time spent in these since creation, of all sequences
+    uint32_t span;           // in force; 0 = positions grow without end (indexmem_span_reason)
 };
 
 INDEXMEM_API int          indexmem_api_version(void);
@@ -151,6 +159,14 @@ INDEXMEM_API bool indexmem_get_stats(struct llama_context * ctx, int32_t seq_id,
 // `pos` may be NULL to ask for the number alone.
 INDEXMEM_API int32_t indexmem_get_positions(struct llama_context * ctx, int32_t seq_id, int32_t il, int32_t head,
                                             int32_t * pos, int32_t capacity);
+
+// The same for the rotary positions of these entries, by which their keys are rotated.
+INDEXMEM_API int32_t indexmem_get_rotary(struct llama_context * ctx, int32_t seq_id, int32_t il, int32_t head,
+                                         int32_t * pos, int32_t capacity);
+
+// Why no span is in force although the trained length was to be kept; "" if one is, or if none was wanted. Valid as long as the
+// context.
+INDEXMEM_API const char * indexmem_span_reason(const struct llama_context * ctx);
 
 // KV heads of layer `il` (0: the layer has no cache of its own), or -1 out of range.
 INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_t il);

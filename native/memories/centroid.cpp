@@ -43,6 +43,8 @@ public:
         return { { n_embd_k + n_embd_v, R }, { R, 1 } };
     }
 
+    int keyed_state() const override { return 0; }
+
     std::vector<ggml_tensor *> build_write(ggml_context * ctx, const indexmem_memory_view & m, const indexmem_memory_leaving & e) const override {
         ggml_tensor * means = ggml_indexmem_centroid(ctx, m.state[0], count_of(ctx, m), e.k, e.v, e.plan, e.ctl);
 

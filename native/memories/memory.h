@@ -75,6 +75,10 @@ public:
         GGML_UNUSED(weights); GGML_UNUSED(rotation); GGML_UNUSED(n);
     }
 
+    // The state whose rows begin with a key: keys can be turned to other positions. -1: there is none, and what has been
+    // taken up could not follow.
+    virtual int keyed_state() const { return -1; }
+
     virtual std::vector<indexmem_memory_shape> shapes(int64_t n_embd_k, int64_t n_embd_v) const = 0;
 
     // nodes to be computed in this order

@@ -126,12 +126,18 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
-    stats->compute_bytes = indexmem_compute_bytes(*ctx);
+    stats->compute_bytes = indexmem_compute_bytes(*ctx) + kv->size_rotator_bytes();
     stats->work_bytes    = indexmem_work_bytes(*ctx, *kv);
+    stats->n_rebases     = seq->n_rebases;
+    stats->next_position = seq->rotary_next();
+    stats->rebase_us     = kv->rebase_us;
+    stats->span          = kv->get_span();
     return true;
 }
 
-int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
+// get: of a sequence, layer and head
+template <typename F>
+static int32_t get_table(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity, F get) {
     indexmem_clear_error();
 
     const auto * kv = bounded_of(ctx);
@@ -158,9 +164,26 @@ int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, 
     }
     llama_synchronize(ctx);
 
-    const auto res = kv->get_positions(seq_id, *layer, head);
+    const auto res = get(*kv, *layer);
     std::copy(res.begin(), res.end(), pos);
     return (int32_t) res.size();
+}
+
+int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
+    return get_table(ctx, seq_id, il, head, pos, capacity, [&](const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) {
+        return kv.get_positions(seq_id, l, head);
+    });
+}
+
+int32_t indexmem_get_rotary(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
+    return get_table(ctx, seq_id, il, head, pos, capacity, [&](const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) {
+        return kv.get_rotary(seq_id, l, head);
+    });
+}
+
+const char * indexmem_span_reason(const llama_context * ctx) {
+    const auto * kv = bounded_of(ctx);
+    return kv ? kv->get_span_reason().c_str() : "";
 }
 
 int32_t indexmem_n_head_kv(const llama_context * ctx, int32_t il) {

@@ -11,6 +11,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -46,6 +47,7 @@ indexmem_params indexmem_default_params(void) {
     params.struct_size = sizeof(params);
     params.sinks       = 4;
     params.window      = 128;
+    params.span        = INDEXMEM_SPAN_TRAINED;
     return params;
 }
 
@@ -83,6 +85,8 @@ bool indexmem_next_context(const indexmem_params * params) {
     cfg.evict_step = params->evict_step;
     cfg.ratio      = params->budget_ratio;
     cfg.seed       = params->seed;
+    cfg.span       = params->span;
+    cfg.span_asked = params->span != 0 && params->span != INDEXMEM_SPAN_TRAINED;
 
     const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots };
     if (!req.policy.empty() && indexmem_policy_find(req.policy.c_str()) < 0) {
@@ -178,6 +182,59 @@ static void choose_parts(const request & req, const llama_model & model, bool of
     cfg.memory = memory;
 }
 
+// positions that the model knows, as it is scaled now; 0 if it does not say
+static uint32_t trained_length(const llama_model & model, const llama_cparams & cparams) {
+    const auto & hparams = model.hparams;
+
+    double res = hparams.n_ctx_train;
+    if (cparams.rope_freq_scale > 0.0f && hparams.rope_freq_scale_train > cparams.rope_freq_scale) {
+        res *= hparams.rope_freq_scale_train/cparams.rope_freq_scale;
+    }
+    // factors of the frequencies for short texts are used as long as the context is one
+    if (!model.layers.empty() && model.layers[0].rope_short && cparams.n_ctx_seq <= hparams.n_ctx_orig_yarn) {
+        res = std::min<double>(res, hparams.n_ctx_orig_yarn);
+    }
+    return (uint32_t) std::min<double>(res, INT32_MAX);
+}
+
+// why keys cannot get new positions, "" if they can as far as it is known before a graph is built
+static std::string span_refused(const llama_kv_cache_bounded::config & cfg, ggml_type type_k, uint32_t n_ubatch) {
+    if (cfg.span == 0) {
+        return "the model does not say what length it was trained for";
+    }
+    if (cfg.span > INT32_MAX) {
+        return format("a span of %u positions: at most %d", cfg.span, INT32_MAX);
+    }
+    if ((uint64_t) cfg.budget + n_ubatch > cfg.span) {
+        return format("a budget of %u and a ubatch of %u do not fit a span of %u positions", cfg.budget, n_ubatch, cfg.span);
+    }
+    if (ggml_is_quantized(type_k) && type_k != GGML_TYPE_Q8_0) {
+        return format("keys of type %s do not bear being turned again and again: use f16 or q8_0 for K", ggml_type_name(type_k));
+    }
+    if (cfg.memory && cfg.memory->keyed_state() < 0) {
+        return format("what the memory '%s' has taken up cannot follow keys that are turned", cfg.memory->kind());
+    }
+    return "";
+}
+
+// What was asked for, as long as it can be; the default gives way.
+static void choose_span(const llama_model & model, const llama_cparams & cparams, ggml_type type_k, llama_kv_cache_bounded::config & cfg) {
+    if (cfg.span == 0) {
+        return;
+    }
+    if (!cfg.span_asked) {
+        cfg.span = trained_length(model, cparams);
+    }
+    cfg.span_reason = span_refused(cfg, type_k, cparams.n_ubatch);
+    if (cfg.span_reason.empty()) {
+        return;
+    }
+    if (cfg.span_asked) {
+        indexmem_fail(INDEXMEM_ERROR_PARAMS, cfg.span_reason);
+    }
+    cfg.span = 0;
+}
+
 void indexmem_check_request(const llama_model & model) {
     if (!request_next) {
         return;
@@ -231,6 +288,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     } catch (const indexmem_sidecar_error & err) {
         indexmem_fail(INDEXMEM_ERROR_SIDECAR, err.what());
     }
+    choose_span(model, cparams, params.type_k, cfg);
     try {
         return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
                 cparams.n_seq_max, cparams.n_ubatch, cfg);

@@ -17,7 +17,7 @@
 llm_graph_input_attn_bounded::shape llm_graph_input_attn_bounded::shape_of(
         const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens) {
     const auto & st = mctx->get_step();
-    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.recall, st.score, st.n_old };
+    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.evict && st.rotary, st.recall, st.score, st.n_old };
 }
 
 llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
@@ -33,6 +33,9 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
     if (sh.evict) {
         ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+    }
+    if (sh.rotary) {
+        ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
     }
     if (kv.get_memory()) {
         latent.emplace(kv, mctx->get_step());
@@ -131,6 +134,12 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
             c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
         }
         ggml_backend_tensor_set(ctl, data_ctl.data(), 0, ggml_nbytes(ctl));
+        if (ctl_rotary) {
+            for (uint32_t s = 0; s < sh.n_seq; ++s) {
+                data_ctl[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_POS_TAIL] -= st.before[s].shift;
+            }
+            ggml_backend_tensor_set(ctl_rotary, data_ctl.data(), 0, ggml_nbytes(ctl_rotary));
+        }
     }
 
     if (self_k_rot) {
@@ -168,6 +177,8 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     if (!l) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d attends but has no bounded KV cache", il));
     }
+
+    mctx->learn_rotation(il, k_cur, self_k_rot);
 
     const int64_t T   = sh.n_tokens;
     const int64_t S   = sh.n_seq;
@@ -254,7 +265,7 @@ void llm_graph_input_attn_bounded::build_evict(
         const llama_kv_cache_bounded::layer & l,
         ggml_tensor * q_cur,
         float kq_scale) {
-    const auto list = nodes.evict(q_cur, ctl, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr);
+    const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr);
 
     for (ggml_tensor * t : list) {
         if (t->op == GGML_OP_INDEXMEM) {

@@ -50,13 +50,14 @@ private:
         uint32_t n_tokens; // per sequence
         uint32_t n_kv;
         bool     evict;
+        bool     rotary;
         bool     recall;
         bool     score;
         uint32_t n_old;
 
         bool operator==(const shape & other) const {
             return s0 == other.s0 && n_seq == other.n_seq && n_tokens == other.n_tokens && n_kv == other.n_kv &&
-                evict == other.evict && recall == other.recall && score == other.score && n_old == other.n_old;
+                evict == other.evict && rotary == other.rotary && recall == other.recall && score == other.score && n_old == other.n_old;
         }
     };
 
@@ -83,6 +84,7 @@ private:
     ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
     ggml_tensor * rings = nullptr; // I64 [n_last, 1, n_seq]             ring rows of the newest queries
     ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
+    ggml_tensor * ctl_rotary = nullptr; // the same for the table of rotary positions, null if it holds nothing
 
     std::optional<indexmem_latent> latent; // if there is a latent memory
 

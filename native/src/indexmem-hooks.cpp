@@ -17,6 +17,16 @@ uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
     return (uint32_t) kv->get_layers().size()*(48 + (kv->get_indexer() ? 80 : 0) + (kv->get_memory() ? 40 : 0));
 }
 
+uint32_t indexmem_rope_length(const llama_memory_i * memory, uint32_t n_ctx) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
+    return kv && kv->get_span() > 0 ? kv->get_span() : n_ctx;
+}
+
+const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx, const llama_ubatch & ubatch) {
+    const auto * bounded = indexmem_context(mctx);
+    return bounded ? bounded->get_rotary_ubatch(ubatch) : &ubatch;
+}
+
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
     if (!indexmem_context(graph.mctx)) {
         return;

@@ -20,6 +20,7 @@ struct llama_memory_context_i;
 struct llama_memory_i;
 struct llama_memory_params;
 struct llama_model;
+struct llama_ubatch;
 
 struct llm_graph_context;
 class  llm_graph_input_attn_kv;
@@ -37,6 +38,13 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made);
 
 // nodes and views that a bounded memory adds to a graph at most, 0 for others
 uint32_t indexmem_graph_nodes(const llama_memory_i * memory);
+
+// The positions up to which a bounded memory rotates keys, else n_ctx: what frequencies are chosen by.
+uint32_t indexmem_rope_length(const llama_memory_i * memory, uint32_t n_ctx);
+
+// The ubatch with the positions that its keys and queries are rotated by; the same one unless the memory is bounded. Valid
+// until the next call.
+const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx, const llama_ubatch & ubatch);
 
 // shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);

@@ -17,7 +17,7 @@
 
 std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
     std::vector<ggml_tensor *> res;
-    for (ggml_tensor * t : { k, v, pos, q, state, pending, queries }) {
+    for (ggml_tensor * t : { k, v, pos, rotary, q, state, pending, queries }) {
         if (t) {
             res.push_back(t);
         }
@@ -73,14 +73,14 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
                  uint32_t   n_seq_max,
                  uint32_t   n_ubatch,
              const config & cfg) :
-    model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max) {
+    model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
     const auto & hparams = model.hparams;
 
     if (ranks_by_indexer(cfg)) {
         indexer = cfg.sidecar->get_indexer();
     }
 
-    indexmem_buffers buffers(model, offload, 10u*hparams.n_layer_all);
+    indexmem_buffers buffers(model, offload, 11u*hparams.n_layer_all);
 
     // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
     int64_t head_k = -1;
@@ -131,6 +131,9 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
             get_policy().name, cfg.budget, get_n_slots(), cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+    if (cfg.span > 0) {
+        LLAMA_LOG_INFO("%s: rotary positions stay below %u\n", __func__, cfg.span);
+    }
     LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
             ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
             (int) rot_k, (int) rot_v);
@@ -203,6 +206,11 @@ llama_memory_context_ptr llama_kv_cache_bounded::init_update(llama_context * lct
     // What a program can change after the context was made. Every batch asks for updates before it is prepared.
     unusable = lctx->get_cparams().causal_attn ? "" :
         "a bounded KV cache needs causal attention, and it was switched off after the context was made: switch it on again";
+
+    if (!this->lctx) {
+        this->lctx = lctx;
+        reserve_rotator();
+    }
 
     // Copies move rows between sequences that no graph refers to by value: existing graphs stay valid, so this is never
     // reported as an update (which would reserve the worst-case graph again).

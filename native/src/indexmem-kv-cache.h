@@ -5,11 +5,13 @@
 
 #include "indexmem-kv-counts.h"
 #include "indexmem-ops.h"
+#include "indexmem-rotator.h"
 #include "indexmem-sidecar.h"
 
 #include "ggml-cpp.h"
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -36,6 +38,9 @@ public:
         uint64_t seed;
         int      policy; // index into policies.def
 
+        bool        span_asked;  // one that turns out to be impossible is refused; if it was not asked for, it is left out
+        std::string span_reason; // why there is none, "" if none was wanted
+
         std::shared_ptr<const indexmem_sidecar> sidecar; // null if nothing of one is used
         std::shared_ptr<const indexmem_memory>  memory;  // null = off
     };
@@ -49,6 +54,7 @@ public:
         ggml_tensor * k;   // [n_embd_head_k, n_front + n_slots, n_head_kv, n_seq_max]
         ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
+        ggml_tensor * rotary; // the same, what keys are rotated by: of sequences that have been rebased. Null without a span
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
 
         // of the indexer, null without one. The last n_wait rows of `state` and `queries` belong to no entry: writes for
@@ -60,6 +66,8 @@ public:
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
         bool attends; // by our op, and not by flash attention
+
+        std::optional<indexmem_rotation> rotation; // of keys; known as soon as a graph was built
 
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
@@ -136,16 +144,28 @@ public:
     // the stream that holds the data of a sequence now: another one's until pending copies have been made
     uint32_t get_stream(llama_seq_id seq_id) const;
 
-    // positions held by one head, in slot order
+    // positions held by one head, in slot order: indices, and what its keys are rotated by
     std::vector<int32_t> get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const;
+    std::vector<int32_t> get_rotary   (llama_seq_id seq_id, const layer & l, uint32_t head) const;
+
+    uint32_t            get_span()        const { return counts.get_limits().span; } // 0: none is in force
+    const std::string & get_span_reason() const { return span_reason; } // why not, "" if none was wanted
+
+    // What a graph does with the keys of a layer before they are stored. Throws if a span was asked for and they cannot be
+    // turned to other positions.
+    void learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard);
 
     size_t size_kv_bytes()      const;
     size_t size_meta_bytes()    const; // all but K and V
     size_t size_indexer_bytes() const; // the part of it that the indexer keeps
     size_t size_memory_bytes()  const; // the part of it that the latent memory keeps
+    size_t size_rotator_bytes() const { return rotator.size_bytes(); } // none of them: where keys are turned
 
     int64_t get_rot_k() const { return rot_k; } // size of the Hadamard rotation of keys and queries, 0 = none
     int64_t get_rot_v() const { return rot_v; }
+
+    // of a ubatch: the rebases that have to come first; false, with a message, if one fails. Then the sequence is broken
+    bool rebase(const step & st);
 
     // of a ubatch: it has been computed, or it was begun and has not
     void finish (const step & st) { counts.finish(st); }
@@ -153,6 +173,8 @@ public:
 
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;
+
+    int64_t rebase_us = 0; // spent in rebases
 
     // what indexmem_work_bytes() found, and for how many threads: the shapes never change
     mutable int    work_threads = 0;
@@ -166,6 +188,12 @@ private:
     const indexmem_indexer * indexer = nullptr;
 
     indexmem_kv_counts counts;
+
+    std::string span_reason;
+
+    llama_context * lctx = nullptr; // the one that this is the memory of, known from its first batch on
+
+    indexmem_rotator rotator;
 
     std::string unusable; // why nothing can be evaluated as the context is set up now, "" if it can
 
@@ -186,6 +214,12 @@ private:
     layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
 
     void reset(llama_seq_id seq_id);
+
+    std::vector<int32_t> get_table(ggml_tensor * t, int32_t tail, llama_seq_id seq_id, uint32_t head) const;
+
+    bool turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error);
+
+    void reserve_rotator();
 
     void apply_copies();
     void clear_memory(uint32_t stream);
@@ -222,6 +256,13 @@ public:
 
     const step & get_step() const { return steps[i_cur]; }
 
+    // the same with rotary positions; valid until the next call
+    const llama_ubatch * get_rotary_ubatch(const llama_ubatch & ubatch) const;
+
+    void learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) const {
+        kv->learn_rotation(il, k_cur, hadamard);
+    }
+
 private:
     llama_kv_cache_bounded * kv;
 
@@ -232,6 +273,9 @@ private:
 
     std::vector<step>         steps;
     std::vector<llama_ubatch> ubatches;
+
+    mutable llama_ubatch           rotary_ubatch;
+    mutable std::vector<llama_pos> rotary_pos;
 };
 
 // the bounded cache behind a memory context, or null

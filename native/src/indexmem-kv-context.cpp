@@ -14,6 +14,7 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     st.n_seq  = kv->get_n_seq_max();
     st.n_kv   = (kv->get_n_front() + kv->get_n_slots())/indexmem_kv_counts::N_KV_PAD*indexmem_kv_counts::N_KV_PAD;
     st.evict  = true;
+    st.rotary = kv->get_span() > 0;
     st.recall = kv->get_memory() != nullptr;
     st.score  = kv->get_indexer() != nullptr;
     st.n_old  = st.score ? kv->get_n_wait() : 0;
@@ -48,13 +49,30 @@ bool llama_kv_cache_bounded_context::next() {
 
 bool llama_kv_cache_bounded_context::apply() {
     GGML_ASSERT(!llama_memory_status_is_fail(status));
-    begun = !ubatches.empty();
-    return true;
+    if (ubatches.empty()) {
+        return true;
+    }
+    begun = kv->rebase(steps[i_cur]);
+    return begun;
 }
 
 const llama_ubatch & llama_kv_cache_bounded_context::get_ubatch() const {
     GGML_ASSERT(status == LLAMA_MEMORY_STATUS_SUCCESS);
     return ubatches[i_cur];
+}
+
+const llama_ubatch * llama_kv_cache_bounded_context::get_rotary_ubatch(const llama_ubatch & ubatch) const {
+    const step & st = steps[i_cur];
+    if (!st.rotary) {
+        return &ubatch;
+    }
+    rotary_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    for (uint32_t i = 0; i < st.n_seq*st.n_tokens; ++i) {
+        rotary_pos[i] -= st.before[i/st.n_tokens].shift;
+    }
+    rotary_ubatch     = ubatch;
+    rotary_ubatch.pos = rotary_pos.data();
+    return &rotary_ubatch;
 }
 
 const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {

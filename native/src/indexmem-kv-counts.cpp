@@ -1,5 +1,7 @@
 #include "indexmem-kv-counts.h"
 
+#include "indexmem-span.h"
+
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -119,6 +121,10 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
                     return {};
                 }
             }
+            if (lim.span > 0 && (int64_t) seq.rotary_next() + ub.n_tokens > lim.span) {
+                rebase(ub.n_tokens, seq);
+            }
+            st.rotary = st.rotary || seq.n_rebases > 0;
             st.before.push_back(seq);
             n_top = std::max(n_top, seq.n_used + ub.n_tokens);
             if (!advance(ub.s0 + i, ub.n_tokens, seq, st, error)) {
@@ -140,6 +146,12 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
     }
 
     return res;
+}
+
+void indexmem_kv_counts::rebase(uint32_t n_tokens, seq_state & seq) const {
+    seq.shift   = seq.n_seen - indexmem_span_end(lim.span, seq.n_used, n_tokens);
+    seq.n_fixed = seq.n_used; // what is held cannot be taken back
+    seq.n_rebases++;
 }
 
 bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const {

@@ -19,6 +19,8 @@
 //   - after every step n_used <= budget_of(seq)
 //   - with an indexer, entries at positions [n_scored, n_seen) are pending: their hidden states lie in a ring of n_wait rows.
 //     What is ranked has been scored, so pending entries are in slots from n_fixed on
+//   - an entry of index j was rotated for a position r of its own. Those of slots from n_fixed on have r = j - shift, and the next
+//     token has r = n_seen - shift; with a span, no r comes up to it (indexmem-span.h)
 //   - with a ring of queries, it holds those of positions [ring_from, n_seen) at least, as far as they have been written.
 //     Taking tokens back cannot lose queries that an eviction reads later, because that needs more tokens than there were;
 //     only a smaller budget (a shorter pin with a ratio, a state of another context) can, and is told
@@ -41,6 +43,7 @@ public:
         uint32_t pin;
         uint32_t evict_step; // 0 = from the room in the budget
         double   ratio;      // of the tokens seen, 0 = none
+        uint32_t span;       // rotary positions that are used, 0 = they grow without end
     };
 
     // what follows from it, from the size of ubatches, and from what ranks and remembers
@@ -68,10 +71,14 @@ public:
 
         uint64_t n_evictions = 0; // steps that evicted
 
+        int32_t  shift     = 0;
+        uint64_t n_rebases = 0; // times that all entries got new rotary positions
+
         bool broken = false;
 
         int32_t  pos_tail()  const { return n_seen - (int32_t) (n_used - n_fixed); }
         uint32_t n_pending() const { return (uint32_t) (n_seen - n_scored); }
+        int32_t  rotary_next() const { return n_seen - shift; }
 
         // forgets the entries from p0 >= pos_tail() on
         void truncate(int32_t p0) {
@@ -97,11 +104,12 @@ public:
         uint32_t n_tokens; // of each
         uint32_t n_kv;     // slots that attention looks at
         bool     evict;    // some sequence evicts
+        bool     rotary;   // some sequence has been rebased: the rotary positions of what it holds are kept in a table
         bool     recall;   // some sequence has evicted before, and the memory is read
         bool     score;    // the indexer scores what is pending and the new tokens; if not, the new tokens become pending
         uint32_t n_old;    // pending entries scored, the most of any sequence
 
-        std::vector<seq_state> before; // [n_seq]
+        std::vector<seq_state> before; // [n_seq] after the rebase that has to come first, if one has
         std::vector<seq_state> after;  // [n_seq]
     };
 
@@ -133,6 +141,9 @@ public:
     // entries that leave at once at most, after n_tokens more
     uint32_t evict_max(uint32_t n_tokens) const;
 
+    // Without a span rotary positions go on growing, also of sequences that have been rebased.
+    void drop_span() { lim.span = 0; }
+
     //
     // steps
     //
@@ -161,6 +172,9 @@ public:
     bool set_pin(uint32_t s, uint32_t n, std::string & error);
 
 private:
+    // new rotary positions for all that a sequence holds, so that n_tokens more stay inside the span
+    void rebase(uint32_t n_tokens, seq_state & seq) const;
+
     // one sequence of a step; false with an error
     bool advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const;
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 //
 // What a bounded cache does with whole sequences and their ends
@@ -32,18 +33,26 @@ uint32_t llama_kv_cache_bounded::get_stream(llama_seq_id seq_id) const {
     return stream;
 }
 
-std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+// of one head, in slot order; tail: that of slot n_fixed
+std::vector<int32_t> llama_kv_cache_bounded::get_table(ggml_tensor * t, int32_t tail, llama_seq_id seq_id, uint32_t head) const {
     const uint32_t stream = get_stream(seq_id);
     const auto   & seq    = *get_seq(seq_id);
 
-    std::vector<int32_t> pos(seq.n_used);
+    std::vector<int32_t> res(seq.n_used);
     if (seq.n_fixed > 0) {
-        ggml_backend_tensor_get(l.pos, pos.data(), head*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t));
+        ggml_backend_tensor_get(t, res.data(), head*t->nb[1] + stream*t->nb[2], seq.n_fixed*sizeof(int32_t));
     }
-    for (uint32_t i = seq.n_fixed; i < seq.n_used; ++i) {
-        pos[i] = seq.pos_tail() + (llama_pos) (i - seq.n_fixed);
-    }
-    return pos;
+    std::iota(res.begin() + seq.n_fixed, res.end(), tail);
+    return res;
+}
+
+std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+    return get_table(l.pos, get_seq(seq_id)->pos_tail(), seq_id, head);
+}
+
+std::vector<int32_t> llama_kv_cache_bounded::get_rotary(llama_seq_id seq_id, const layer & l, uint32_t head) const {
+    const auto & seq = *get_seq(seq_id);
+    return get_table(seq.n_rebases > 0 ? l.rotary : l.pos, seq.pos_tail() - seq.shift, seq_id, head);
 }
 
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {

@@ -61,11 +61,15 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     return ggml_indexmem_rank(ctx, entries(l.k), pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
 }
 
-std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
+std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml_tensor * ctl, ggml_tensor * ctl_rotary, float scale, float softcap,
         indexmem_latent * latent, indexmem_scoring * scoring) const {
     ggml_tensor * k   = entries(l.k);
     ggml_tensor * v   = entries(l.v);
-    ggml_tensor * pos = ggml_view_3d(ctx, l.pos, l.pos->ne[0], l.pos->ne[1], n_seq, l.pos->nb[1], l.pos->nb[2], s0*l.pos->nb[2]);
+
+    const auto table = [&](ggml_tensor * t) {
+        return ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n_seq, t->nb[1], t->nb[2], s0*t->nb[2]);
+    };
+    ggml_tensor * pos = table(l.pos);
 
     ggml_tensor * ranks = rank(pos, q_cur, ctl, scale, softcap, scoring);
     ggml_tensor * plan  = ggml_indexmem_select(ctx, ranks, pos, ctl, kv.get_counts().evict_max((uint32_t) n_tokens));
@@ -78,6 +82,9 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml
     res.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
     res.push_back(ggml_indexmem_compact    (ctx, v,   plan, ctl));
     res.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
+    if (ctl_rotary) {
+        res.push_back(ggml_indexmem_compact_pos(ctx, table(l.rotary), plan, ctl_rotary));
+    }
     if (scoring) {
         res.push_back(scoring->build_compact(ctx, kv, l, plan, ctl));
     }
@@ -139,6 +146,6 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
         nodes.flash(q, k, v, count ? mask : each, count, scale, softcap);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
-    add(nodes.evict(q_cur, ctl, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
+    add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
     return res;
 }

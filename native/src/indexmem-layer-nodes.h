@@ -32,8 +32,8 @@ public:
             float scale, float softcap) const;
 
     // The eviction, in the order in which it is computed: ranks, plan, what becomes of those that leave, who moves. Of q_cur the
-    // newest query of each sequence is read, by policies that keep no ring.
-    std::vector<ggml_tensor *> evict(ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
+    // newest query of each sequence is read, by policies that keep no ring. ctl_rotary: for the table of rotary positions, or null.
+    std::vector<ggml_tensor *> evict(ggml_tensor * q_cur, ggml_tensor * ctl, ggml_tensor * ctl_rotary, float scale, float softcap,
             indexmem_latent * latent, indexmem_scoring * scoring) const;
 
 private:

@@ -35,6 +35,10 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
+    if (cfg.span > 0) {
+        l.rotary = ggml_dup_tensor(ctx, l.pos);
+        ggml_format_name(l.rotary, "bounded_rotary_l%d", il);
+    }
     ggml_format_name(l.k,   "bounded_k_l%d",   il);
     ggml_format_name(l.v,   "bounded_v_l%d",   il);
     ggml_format_name(l.pos, "bounded_pos_l%d", il);

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1, int64_t ne3 = 1);
+ggml_tensor * indexmem_new_input(ggml_context * ctx, const char * name, ggml_type type, int64_t ne0, int64_t ne1 = 1, int64_t ne2 = 1, int64_t ne3 = 1);
 
 // n slots or rows, from i0 on, of the sequences [s0, s0 + n_seq) of a cache tensor
 ggml_tensor * indexmem_view_seqs(ggml_context * ctx, ggml_tensor * t, int64_t n, uint32_t s0, int64_t n_seq, int64_t i0 = 0);

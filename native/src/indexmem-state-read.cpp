@@ -52,15 +52,15 @@ private:
     llama_io_read_i & io;
 };
 
-// in the order of put_header()
-void check_header(reader & in, const kv_cache & kv) {
+// in the order of put_header(); returns the version
+uint32_t check_header(reader & in, const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
     in.expect(INDEXMEM_STATE_MAGIC, "magic");
     const uint32_t version = in.get<uint32_t>();
-    if (version != INDEXMEM_STATE_VERSION) {
-        throw std::runtime_error(format("bounded KV state: has format %u, this version of indexmem-edge reads format %u: evaluate "
-                    "the text again", version, INDEXMEM_STATE_VERSION));
+    if (version < INDEXMEM_STATE_VERSION_OLDEST || version > INDEXMEM_STATE_VERSION) {
+        throw std::runtime_error(format("bounded KV state: has format %u, this version of indexmem-edge reads formats %u to %u: "
+                    "evaluate the text again", version, INDEXMEM_STATE_VERSION_OLDEST, INDEXMEM_STATE_VERSION));
     }
     in.expect_name(kv.get_policy().name, "policy");
     in.expect_name(indexmem_state_name(kv.get_memory()), "memory");
@@ -82,6 +82,7 @@ void check_header(reader & in, const kv_cache & kv) {
         in.expect(l.k->type,  "type of K",          l.il);
         in.expect(l.v->type,  "type of V",          l.il);
     }
+    return version;
 }
 
 // what a context may hold of a sequence, whatever its positions
@@ -100,11 +101,21 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
     ok = ok && cfg.budget >= indexmem_kv_counts::budget_min(cfg.sinks, seq.pin, cfg.window, kv.get_n_latent());
     // at least one entry leaves at an eviction, and what is protected stays
     ok = ok && seq.n_evictions <= n_seen - seq.n_used;
-    ok = ok && (evicted ? seq.n_fixed >= std::max(cfg.sinks, seq.pin) + cfg.window : seq.n_used == n_seen && seq.n_fixed == 0);
+    ok = ok && (evicted ? seq.n_fixed >= std::max(cfg.sinks, seq.pin) + cfg.window : seq.n_used == n_seen);
+    ok = ok && (evicted || seq.n_rebases > 0 || seq.n_fixed == 0);
     ok = ok && (seq.n_used > 0 || n_seen == 0);
     if (!ok) {
         throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted "
                     "%llu times)", n_seen, seq.n_used, seq.n_fixed, seq.pin, (unsigned long long) seq.n_evictions));
+    }
+
+    // entries have distinct positions below that of the next token, and only a rebase makes them smaller
+    if (seq.shift < 0 || seq.rotary_next() < (int32_t) seq.n_used || (seq.n_rebases == 0 && seq.shift != 0) || seq.n_rebases > n_seen) {
+        throw std::runtime_error(format("bounded KV state: impossible rotary positions (%u seen, %u held, next %d, renewed %llu times)",
+                    n_seen, seq.n_used, seq.rotary_next(), (unsigned long long) seq.n_rebases));
+    }
+    if (seq.n_rebases > 0 && cfg.span == 0) {
+        throw std::runtime_error("bounded KV state: its positions were renewed to stay inside a span: use a context that has a span, too");
     }
 
     if (seq.ring_from < 0 || seq.ring_from > (kv.get_n_ring() > 0 ? seq.n_seen : 0)) {
@@ -112,7 +123,8 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
     }
 
     // entries that wait are the newest, not moved since they were appended, and their hidden states fit the ring
-    if (!kv.get_indexer() ? seq.n_scored != 0 : seq.n_scored > seq.n_seen || seq.n_scored < seq.pos_tail()) {
+    const int32_t n_moved = seq.n_rebases > 0 ? 0 : seq.n_fixed; // a rebase fixes positions and moves nothing
+    if (!kv.get_indexer() ? seq.n_scored != 0 : seq.n_scored > seq.n_seen || seq.n_scored < seq.n_seen - (int32_t) seq.n_used + n_moved) {
         throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)",
                     seq.n_scored, n_seen));
     }
@@ -123,7 +135,7 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
 }
 
 // in the order of put_head(); the id is checked by the caller
-llama_seq_id get_head(reader & in, const kv_cache & kv, kv_cache::seq_state & seq) {
+llama_seq_id get_head(reader & in, const kv_cache & kv, uint32_t version, kv_cache::seq_state & seq) {
     const uint32_t id = in.get<uint32_t>();
     seq.n_seen      = in.get<uint32_t>();
     seq.n_used      = in.get<uint32_t>();
@@ -132,6 +144,10 @@ llama_seq_id get_head(reader & in, const kv_cache & kv, kv_cache::seq_state & se
     seq.n_scored    = in.get<uint32_t>();
     seq.ring_from   = in.get<uint32_t>();
     seq.n_evictions = in.get<uint64_t>();
+    if (version > 6) {
+        seq.shift     = in.get<uint32_t>();
+        seq.n_rebases = in.get<uint64_t>();
+    }
     check_head(kv, seq);
     return (llama_seq_id) id;
 }
@@ -156,6 +172,24 @@ void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq, uint
     }
 }
 
+// The rotary positions of one head: in the order of the others, below those of the tail, and so are those of the window.
+void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> & rotary, const kv_cache::seq_state & seq, uint32_t window) {
+    std::vector<std::pair<int32_t, int32_t>> both;
+    for (size_t i = 0; i < pos.size(); ++i) {
+        both.push_back({ pos[i], rotary[i] });
+    }
+    std::sort(both.begin(), both.end());
+
+    bool ok = both.front().second >= 0 && both.back().second < seq.pos_tail() - seq.shift;
+    for (size_t i = 0; i < both.size(); ++i) {
+        ok = ok && (i == 0 || both[i - 1].second < both[i].second);
+        ok = ok && (both[i].first < seq.n_seen - (int64_t) window || both[i].second == both[i].first - seq.shift);
+    }
+    if (!ok) {
+        throw std::runtime_error("bounded KV state: the table of rotary positions is damaged");
+    }
+}
+
 // bytes that wait for all of a state to be read
 struct held_piece {
     indexmem_state_piece piece;
@@ -170,13 +204,24 @@ held_piece hold(llama_io_read_i & io, const indexmem_state_piece & piece) {
     return res;
 }
 
-held_piece hold_table(
-        llama_io_read_i & io, const indexmem_state_piece & piece, const kv_cache::config & cfg, const kv_cache::seq_state & seq) {
-    held_piece res = hold(io, piece);
-    std::vector<int32_t> pos(seq.n_fixed);
-    memcpy(pos.data(), res.data.data(), res.data.size());
-    check_table(std::move(pos), seq, std::max(cfg.sinks, seq.pin), cfg.window);
-    return res;
+// of one layer
+void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream,
+        std::vector<held_piece> & held) {
+    const auto & cfg = kv.get_config();
+
+    std::vector<std::vector<int32_t>> tables;
+    for (const auto & piece : indexmem_state_table(l, seq, stream)) {
+        held.push_back(hold(io, piece));
+        tables.emplace_back(seq.n_fixed);
+        memcpy(tables.back().data(), held.back().data.data(), held.back().data.size());
+    }
+    const size_t n_head = l.pos->ne[1];
+    for (size_t h = 0; h < std::min(tables.size(), n_head); ++h) {
+        check_table(tables[h], seq, std::max(cfg.sinks, seq.pin), cfg.window);
+        if (tables.size() > n_head) {
+            check_rotary(tables[h], tables[n_head + h], seq, cfg.window);
+        }
+    }
 }
 
 // The last part of a file is a state: llama.cpp refuses what follows it too late, when the cache has changed.
@@ -200,7 +245,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
     }
 
     reader in(io);
-    check_header(in, *this);
+    const uint32_t version = check_header(in, *this);
 
     const uint32_t n_seq = in.get<uint32_t>();
     if (n_seq > get_n_seq_max() || (seq_id != -1 && n_seq != 1)) {
@@ -217,7 +262,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
 
     for (uint32_t i = 0; i < n_seq; ++i) {
         seq_state seq;
-        llama_seq_id id = get_head(in, *this, seq);
+        llama_seq_id id = get_head(in, *this, version, seq);
         if (seq_id != -1) {
             id = seq_id;
         } else if (!get_seq(id)) {
@@ -228,9 +273,7 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
         loaded.push_back({ id, seq });
 
         for (const auto & l : layers) {
-            for (const auto & piece : indexmem_state_table(l, seq, id)) {
-                held.push_back(hold_table(io, piece, cfg, seq));
-            }
+            hold_table(io, *this, l, seq, id, held);
         }
         for (const auto & l : layers) {
             for (const auto & piece : indexmem_state_rows(*this, l, seq, id)) {

@@ -49,6 +49,8 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
     put<uint32_t>(io, seq.n_scored);
     put<uint32_t>(io, seq.ring_from);
     put<uint64_t>(io, seq.n_evictions);
+    put<uint32_t>(io, seq.shift);
+    put<uint64_t>(io, seq.n_rebases);
 }
 
 // A state that is asked to stay on the device (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) holds its bytes all the same: llama.cpp's

@@ -10,8 +10,10 @@ std::string indexmem_state_name(const indexmem_memory * memory) {
 
 std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
     std::vector<indexmem_state_piece> res;
-    for (int64_t h = 0; h < l.pos->ne[1] && seq.n_fixed > 0; ++h) {
-        res.push_back({ l.pos, h*l.pos->nb[1] + stream*l.pos->nb[2], seq.n_fixed*sizeof(int32_t) });
+    for (ggml_tensor * t : { l.pos, seq.n_rebases > 0 ? l.rotary : nullptr }) {
+        for (int64_t h = 0; t && h < t->ne[1] && seq.n_fixed > 0; ++h) {
+            res.push_back({ t, h*t->nb[1] + stream*t->nb[2], seq.n_fixed*sizeof(int32_t) });
+        }
     }
     return res;
 }

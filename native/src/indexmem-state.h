@@ -12,9 +12,10 @@
 //
 //   header     magic, version, policy, memory, geometry; number of sequences
 //   sequences  one after the other:
-//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions
-//     table    positions of the entries that have been through an eviction: [n_fixed] of every KV head of every layer. Those
-//              of the other entries follow from the head
+//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions, shift, n_rebases
+//     table    positions of the entries that have been through an eviction or a rebase: [n_fixed] of every KV head of every
+//              layer; once there was a rebase, those that their keys are rotated by as well, after the others of the layer. Of
+//              the other entries they follow from the head
 //     rows     of every layer: K, V, the ring of queries if the policy keeps one; of an indexer its state, the hidden
 //              states that wait to be scored, the ring of queries if it keeps one; of a latent memory, once something has
 //              been evicted, its state and the rows of its slots in K and V
@@ -23,11 +24,13 @@
 //   - the size follows from the heads: what only counts bytes reads no tensor and changes nothing
 //   - a number out of a state is checked against what this context can hold before it is used for anything
 //   - a state that is refused leaves the cache as it was
+//   - format 6, of states that know of no rebase, is read as well: the head ends before `shift`
 //   - slots keep their order, so what has been appended since the last eviction can still be taken back after reading
 //
 
 constexpr uint32_t INDEXMEM_STATE_MAGIC   = 0x564B4D49; // "IMKV"
-constexpr uint32_t INDEXMEM_STATE_VERSION = 6;
+constexpr uint32_t INDEXMEM_STATE_VERSION = 7;
+constexpr uint32_t INDEXMEM_STATE_VERSION_OLDEST = 6;
 
 // neighbouring bytes of a tensor
 struct indexmem_state_piece {
@@ -36,7 +39,8 @@ struct indexmem_state_piece {
     size_t        size;
 };
 
-// What of a layer belongs to the state of a sequence, in its order. The sequence lies in this stream.
+// What of a layer belongs to the state of a sequence, in its order: the table (of each head its positions, then, if there was a
+// rebase, of each head its rotary ones) and the rows. The sequence lies in this stream.
 std::vector<indexmem_state_piece> indexmem_state_table(
         const llama_kv_cache_bounded::layer     & l,
         const llama_kv_cache_bounded::seq_state & seq, uint32_t stream);

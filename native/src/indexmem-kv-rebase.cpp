@@ -1,0 +1,124 @@
+#include "indexmem-kv-cache.h"
+
+#include "indexmem-error.h"
+#include "indexmem-span.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <numeric>
+
+//
+// New rotary positions for what a bounded cache holds (indexmem-span.h)
+//
+
+void llama_kv_cache_bounded::learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) {
+    layer & l = layers[map_layer_ids.at(il)];
+    if (get_span() == 0 || l.rotation) {
+        return;
+    }
+    indexmem_rotation rotation;
+    std::string error;
+    if (indexmem_rotation_of(k_cur, hadamard, rotation, error)) {
+        l.rotation = std::move(rotation);
+        return;
+    }
+    error = format("keys of layer %d cannot get new positions: %s", il, error.c_str());
+    if (cfg.span_asked) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, error);
+    }
+    LLAMA_LOG_WARN("%s: rotary positions grow without end: %s\n", __func__, error.c_str());
+    span_reason = error;
+    counts.drop_span();
+}
+
+void llama_kv_cache_bounded::reserve_rotator() {
+    for (const auto & l : layers) {
+        if (get_span() > 0 && l.rotation && l.rotation->rotates) {
+            rotator.reserve(*lctx, l.k, l.k->ne[0], *l.rotation, rot_k);
+        }
+    }
+}
+
+// what the layer holds of sequence s, to positions below `end`
+bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error) {
+    const int64_t  n_used      = from.n_used;
+    const int32_t  newest      = end - from.rotary_next(); // how far the newest tokens move, and with them what has no position
+    const uint32_t n_protected = std::min(counts.n_protected(from), from.n_used);
+
+    const bool remembers = cfg.memory && from.n_evictions > 0;
+
+    indexmem_turn keys;
+    std::vector<int32_t> order(n_used), sorted(n_used), rotary(n_used);
+    for (int64_t h = 0; h < l.k->ne[2]; ++h) {
+        const auto pos    = get_positions(s, l, h);
+        const auto before = get_rotary   (s, l, h);
+
+        std::iota(order.begin(), order.end(), 0);
+        std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return pos[a] < pos[b]; });
+        for (int64_t i = 0; i < n_used; ++i) {
+            sorted[i] = before[order[i]];
+        }
+        sorted = indexmem_span_rebase(sorted, n_protected, cfg.window, end);
+        for (int64_t i = 0; i < n_used; ++i) {
+            rotary[order[i]] = sorted[i];
+        }
+
+        const int64_t row = (s*l.k->ne[2] + h)*l.k->ne[1];
+        for (int64_t i = 0; remembers && i < get_n_latent(); ++i) {
+            keys.add(row + i, newest);
+        }
+        for (int64_t i = 0; i < n_used; ++i) {
+            keys.add(row + get_n_front() + i, rotary[i] - before[i]);
+        }
+        const size_t offset = h*l.pos->nb[1] + s*l.pos->nb[2];
+        ggml_backend_tensor_set(l.pos,    pos.data(),    offset, n_used*sizeof(int32_t));
+        ggml_backend_tensor_set(l.rotary, rotary.data(), offset, n_used*sizeof(int32_t));
+    }
+
+    // all rows of a tensor of the sequence
+    const auto whole = [&](const ggml_tensor * t) {
+        const int64_t n = t->ne[1]*t->ne[2];
+        indexmem_turn res;
+        for (int64_t i = s*n; i < (s + 1)*n; ++i) {
+            res.add(i, newest);
+        }
+        return res;
+    };
+    const auto turn = [&](ggml_tensor * t, const indexmem_turn & what) {
+        return rotator.turn(*lctx, t, l.k->ne[0], *l.rotation, rot_k, what, error);
+    };
+    return turn(l.k, keys) && (!l.q || turn(l.q, whole(l.q))) &&
+        (!remembers || turn(l.memory[cfg.memory->keyed_state()], whole(l.memory[cfg.memory->keyed_state()])));
+}
+
+bool llama_kv_cache_bounded::rebase(const step & st) {
+    const int64_t t_start = ggml_time_us();
+
+    std::string error;
+    bool any = false;
+    for (uint32_t i = 0; i < st.n_seq; ++i) {
+        const uint32_t  s    = st.s0 + i;
+        const seq_state from = *get_seq(s);
+        if (from.n_rebases == st.before[i].n_rebases) {
+            continue;
+        }
+        if (!any) {
+            llama_synchronize(lctx); // the ubatch before may still be running
+            any = true;
+        }
+        seq_state to = st.before[i];
+        for (layer & l : layers) {
+            to.broken = to.broken || !turn_layer(s, l, from, to.rotary_next(), error);
+        }
+        counts.assign(s, to);
+        if (to.broken) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
+            indexmem_error_is(error);
+            return false;
+        }
+    }
+    rebase_us += any ? ggml_time_us() - t_start : 0;
+    return true;
+}
