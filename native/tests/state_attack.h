@@ -65,7 +65,7 @@ public:
                 for (int how : { 0, (int) ATTACK_PADDED, (int) ATTACK_WHOLE, (int) ATTACK_FILE }) {
                     bytes state = save(ctx, how & ATTACK_WHOLE ? -1 : 0);
                     if (how & ATTACK_PADDED) {
-                        state.resize(std::min<size_t>(state.size(), 640)); // header and positions
+                        state.resize(std::min<size_t>(state.size(), 1024)); // header and positions
                     }
                     state.insert(state.begin(), (uint8_t) (how | kind));
                     res.push_back(state);

@@ -27,14 +27,15 @@ struct state_kind {
     const char * residual; // memory in that sidecar
     ggml_type    cache;
     double       ratio;
+    uint32_t     span;     // 32: full when so many tokens have been seen as in test_state.cpp
 };
 
 inline const state_kind STATE_KINDS[] = {
-    { "plain",      "streaming", "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0 },
-    { "ring",       "snapkv",    "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0 },
-    { "centroid",   "keydiff",   "centroid", nullptr,     "none",     GGML_TYPE_F32,  0.0 },
-    { "retention",  "indexer",   nullptr,    "retention", "none",     GGML_TYPE_F16,  0.5 },
-    { "pairwise",   "indexer",   nullptr,    "pairwise",  "residual", GGML_TYPE_BF16, 0.0 },
+    { "plain",      "streaming", "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 0 },
+    { "ring",       "snapkv",    "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 32 },
+    { "centroid",   "keydiff",   "centroid", nullptr,     "none",     GGML_TYPE_F32,  0.0, 32 },
+    { "retention",  "indexer",   nullptr,    "retention", "none",     GGML_TYPE_F16,  0.5, 32 },
+    { "pairwise",   "indexer",   nullptr,    "pairwise",  "residual", GGML_TYPE_BF16, 0.0, INDEXMEM_SPAN_TRAINED },
 };
 inline constexpr int N_STATE_KINDS = sizeof(STATE_KINDS)/sizeof(STATE_KINDS[0]);
 
@@ -78,6 +79,7 @@ public:
             request.memory       = kind.memory;
             request.memory_slots = kind.memory && kind.memory == std::string("centroid") ? 3 : 0;
             request.budget_ratio = kind.ratio;
+            request.span         = kind.span;
             request.sidecar      = kind.indexer ? sidecar.c_str() : nullptr;
             contexts.push_back(make(request, kind.cache));
             remove(sidecar.c_str());
@@ -199,10 +201,25 @@ inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
             (int64_t) stats.n_seen != n_seen(ctx, seq)) {
         throw std::runtime_error("impossible counts");
     }
+    if (stats.next_position > stats.n_seen || (stats.n_rebases == 0 && stats.next_position != stats.n_seen)) {
+        throw std::runtime_error("impossible positions");
+    }
     for (int il = 0; il < 2; ++il) {
         for (int h = 0; h < indexmem_n_head_kv(ctx, il); ++h) {
             std::vector<int32_t> pos(stats.n_kept);
+            std::vector<int32_t> rotary(stats.n_kept);
             indexmem_get_positions(ctx, seq, il, h, pos.data(), (int32_t) pos.size());
+            indexmem_get_rotary(ctx, seq, il, h, rotary.data(), (int32_t) rotary.size());
+            for (size_t i = 0; i < pos.size(); ++i) {
+                for (size_t j = 0; j < i; ++j) {
+                    if ((pos[i] < pos[j]) != (rotary[i] < rotary[j])) {
+                        throw std::runtime_error("rotary positions are in another order");
+                    }
+                }
+                if (rotary[i] < 0 || rotary[i] >= (int64_t) stats.next_position || (stats.n_rebases == 0 && rotary[i] != pos[i])) {
+                    throw std::runtime_error("an impossible rotary position");
+                }
+            }
             std::sort(pos.begin(), pos.end());
             if (std::adjacent_find(pos.begin(), pos.end()) != pos.end()) {
                 throw std::runtime_error("a position is there twice");

@@ -27,7 +27,7 @@ static bytes read_file(const std::string & path) {
     return bytes(std::istreambuf_iterator<char>(file), {});
 }
 
-// something evicted in sequence 0, and tokens that wait to be scored; nothing evicted in 1; nothing at all in 2
+// something evicted in sequence 0, rebased if there is a span, and tokens that wait to be scored; nothing evicted in 1; nothing at all in 2
 static llama_context * filled(int kind) {
     llama_context * ctx = contexts().get(kind);
     llama_memory_clear(llama_get_memory(ctx), true);
@@ -197,9 +197,11 @@ struct parts {
         counting_writer empty; // the header, the number of sequences and the head of one
         llama_get_memory(ctx)->state_write(empty, 2);
         table = 8 + empty.n_data;
-        head  = table - 36;
-        rows  = table + 4*sizeof(int32_t)*number(state, 3); // 2 layers with 2 heads
+        head  = table - 48;
+        rows  = table + (rebased(state) ? 2 : 1)*4*sizeof(int32_t)*number(state, 3); // 2 layers with 2 heads
     }
+
+    bool rebased(const bytes & state) const { return number(state, 10) > 0; }
 
     // i: as in put_head()
     uint32_t number(const bytes & state, size_t i) const {
@@ -275,8 +277,14 @@ TEST(far_ahead) {
             };
             move(at.head + 4,  1); // n_seen
             move(at.head + 20, 1); // n_scored
+            const size_t n_table = 2*sizeof(int32_t)*at.number(state, 3); // of a layer
             for (size_t i = at.table; i < at.rows; i += 4) {
-                move(i, n_seen - STATE_WINDOW);
+                if (!at.rebased(state) || (i - at.table)/n_table % 2 == 0) { // not the rotary positions
+                    move(i, n_seen - STATE_WINDOW);
+                }
+            }
+            if (at.rebased(state)) {
+                move(at.head + 36, 0); // the shift
             }
             if (n_ahead > 1u << 30) {
                 CHECK(!load(ctx, 0, other));
