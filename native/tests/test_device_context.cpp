@@ -197,23 +197,48 @@ static std::vector<float> decode(llama_context * ctx, int n, uint32_t seed) {
     return logits;
 }
 
+static uint64_t n_rebases(llama_context * ctx) {
+    indexmem_stats stats = {};
+    stats.struct_size = sizeof(stats);
+    CHECK(indexmem_get_stats(ctx, 0, &stats));
+    return stats.n_rebases;
+}
+
+// the same text, with the cache there and here
+static void compare_logits(fixture & f, const indexmem_params & request, ggml_type type) {
+    llama_context * there = f.context(request, 1, type);
+    llama_context * here  = f.context(request, 1, type, false);
+    CHECK(on_device(f, there) && !on_device(f, here));
+    const auto a = decode(there, 260, 1), b = decode(here, 260, 1);
+    float worst = 0.0f;
+    for (size_t i = 0; i < a.size(); ++i) {
+        worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
+    }
+    CHECK_MSG(worst < 0.01f, "logits differ by %g", worst);
+    CHECK(n_rebases(there) == n_rebases(here));
+    CHECK((n_rebases(there) > 0) == (request.span < 260));
+    llama_free(there);
+    llama_free(here);
+}
+
 TEST(a_device_computes_what_the_host_does) {
     fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
     write_sidecar("pairwise", "residual");
     for (const auto & request : { request_of("snapkv"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
-        llama_context * there = f.context(request, 1, GGML_TYPE_F32); // flash attention sums in half precision otherwise
-        llama_context * here  = f.context(request, 1, GGML_TYPE_F32, false);
-        CHECK(on_device(f, there) && !on_device(f, here));
-        const auto a = decode(there, 260, 1), b = decode(here, 260, 1);
-        float worst = 0.0f;
-        for (size_t i = 0; i < a.size(); ++i) {
-            worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
-        }
-        CHECK_MSG(worst < 0.01f, "logits differ by %g", worst);
-        llama_free(there);
-        llama_free(here);
+        compare_logits(f, request, GGML_TYPE_F32); // flash attention sums in half precision otherwise
     }
     remove(SIDECAR);
+}
+
+// where they lie, or on the host if the device cannot
+TEST(a_device_turns_keys_as_the_host_does) {
+    for (ggml_op lacking : { GGML_OP_COUNT, GGML_OP_ROPE, GGML_OP_GET_ROWS }) {
+        fixture f([lacking](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND || op->op == lacking; });
+        for (auto request : { request_of("snapkv"), request_of("streaming", "centroid") }) {
+            request.span = 160;
+            compare_logits(f, request, GGML_TYPE_F32);
+        }
+    }
 }
 
 // as Metal's kernels have: numbers that a group of threads has to hold in its 32 KiB
