@@ -52,6 +52,10 @@ class Llama(llama_cpp.Llama):
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
         kv_evict_step: entries evicted at once during generation; 0: chosen from the budget.
         kv_seed: for policies that draw numbers.
+        kv_span: number of positions that are used, however long the text gets: before new tokens would pass it, the keys
+            that are kept are rotated to smaller ones, in their order. It takes at least kv_budget + n_ubatch. None: the
+            length that the model was trained for, where its keys can be rotated; `kv_stats()` says if not. 0: positions
+            grow with the text.
         kv_cancel: copy the KV state before a call evicts, so that `cancel` can bring it back. That takes as much memory as
             the state, from the first such call on. False: after a cancel the history is evaluated again instead.
 
@@ -82,6 +86,7 @@ class Llama(llama_cpp.Llama):
         kv_pin: Union[int, str] = 0,
         kv_evict_step: int = 0,
         kv_seed: int = 0,
+        kv_span: Optional[int] = None,
         kv_cancel: bool = True,
         indexmem: Optional[PathLike] = None,
         memory: Optional[str] = None,
@@ -90,7 +95,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         options = CacheOptions.checked(
             kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem, memory,
-            memory_slots,
+            memory_slots, kv_span,
         )  # fmt: skip
         path = check_model_file(model_path)
         self.kv_options = options
