@@ -94,7 +94,7 @@ class BoundedCache:
         if length < llm.n_tokens:
             llm.n_tokens = length
         elif not self._rewind(llm.n_tokens):
-            self.lose(len(history), "the conversation was cut where entries had already been evicted")
+            self.lose(len(history), "the conversation was cut where entries had already been evicted, or got new positions")
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
@@ -109,7 +109,7 @@ class BoundedCache:
             self.lose(
                 keep,
                 f"the prompt departs from the cached text at token {same:,} of {known:,}, "
-                "from where entries had already been evicted",
+                "from where entries had already been evicted, or got new positions",
             )
         elif keep == length:
             llm.n_tokens = keep
@@ -174,15 +174,15 @@ class BoundedCache:
             )
         return DecodeError(f"evaluating {n:,} tokens after {seen:,} failed with code {code}" + (said and f": {said}"))
 
-    def snapshot(self) -> dict[int, list[npt.NDArray[np.int32]]]:
-        """Positions held, per layer and KV head."""
-        ctx = self._llm.ctx
+    def snapshot(self, rotary: bool) -> dict[int, list[npt.NDArray[np.int32]]]:
+        """Positions held, per layer and KV head: in the text, or those that keys are rotated by."""
+        ctx, read = self._llm.ctx, _capi.rotary if rotary else _capi.positions
         heads = {layer: _capi.n_head_kv(ctx, layer) for layer in range(llama_lib.llama_model_n_layer(self._llm.model))}
-        return {layer: [_capi.positions(ctx, layer, h) for h in range(n)] for layer, n in heads.items() if n > 0}
+        return {layer: [read(ctx, layer, h) for h in range(n)] for layer, n in heads.items() if n > 0}
 
     def stats(self) -> KVStats:
         """Counts of the sequence."""
-        native = _capi.get_stats(self._llm.ctx)
+        native, reason = _capi.get_stats(self._llm.ctx), _capi.span_reason(self._llm.ctx)
         return KVStats(
             policy=self._options.policy,
             budget=native.budget,
@@ -212,13 +212,17 @@ class BoundedCache:
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,
             work_bytes=native.work_bytes,
-            **_common(self._llm, native.n_seen),
+            span=native.span,
+            span_reason=reason,
+            rebases=native.n_rebases,
+            rebase_seconds=native.rebase_us / 1e6,
+            **_common(self._llm, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
         )
 
 
-def _common(llm: Llama, seen: int) -> dict[str, Any]:
+def _common(llm: Llama, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
     trained = llm._model.n_ctx_train()
-    warning = trained_length_warning(seen, trained)
+    warning = None if span else trained_length_warning(position, trained, why_no_span)
     turn = llm._turn
     evaluated = max(turn.evaluated, 0)
     return {
@@ -227,6 +231,7 @@ def _common(llm: Llama, seen: int) -> dict[str, Any]:
         "turn_generated": max(seen - turn.prompt, 0),
         "n_ctx": llm._n_ctx,
         "n_ctx_train": trained,
+        "next_position": position,
         "warnings": (warning,) if warning else (),
     }
 
@@ -242,7 +247,7 @@ def unbounded_stats(llm: Llama) -> KVStats:
         evicted=0,
         kv_bytes=_unbounded_bytes(llm),
         slots=llm._n_ctx,
-        **_common(llm, n),
+        **_common(llm, n, n, 0, "only a cache with a kv_budget renews them"),
     )
 
 

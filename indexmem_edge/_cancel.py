@@ -87,7 +87,9 @@ class BoundedCall(Call):
             self.logits = None  # the history has been moved by hand: they belong to another token
         evicts = llm.kv_options.policy != "full"
         room = int(native.budget_now) - int(native.memory_slots) - int(native.n_kept) if evicts else _ANY
-        self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted
+        if native.span:
+            room = min(room, int(native.span) - int(native.next_position))
+        self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted and no position renewed
 
     def before_growth(self, llm: Llama, n: int) -> None:
         """`n` tokens are about to be evaluated: the last moment for a copy, if they cannot be taken out again."""

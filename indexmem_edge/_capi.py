@@ -316,14 +316,31 @@ def n_head_kv(ctx: int, layer: int) -> int:
     return int(library().indexmem_n_head_kv(ctx, layer))
 
 
-def positions(ctx: int, layer: int, head: int, seq_id: int = 0) -> npt.NDArray[np.int32]:
-    """Positions that one KV head of one layer holds, ascending."""
-    get = library().indexmem_get_positions
+def _of_entries(what: str, ctx: int, layer: int, head: int, seq_id: int) -> npt.NDArray[np.int32]:
+    """A number of each entry that one KV head of one layer holds, in the order of slots."""
+    get = getattr(library(), f"indexmem_get_{what}")
     n = get(ctx, seq_id, layer, head, None, 0)
     if n < 0:
-        raise LibraryError(f"no positions for layer {layer}, head {head}: {last_error()}")
+        raise LibraryError(f"no {what} for layer {layer}, head {head}: {last_error()}")
     found = np.empty(n, dtype=np.int32)
     if n > 0 and get(ctx, seq_id, layer, head, found.ctypes.data_as(_I32_P), n) != n:
-        raise LibraryError(f"positions of layer {layer}, head {head} changed while they were read")
+        raise LibraryError(f"{what} of layer {layer}, head {head} changed while they were read")
+    return found
+
+
+def positions(ctx: int, layer: int, head: int, seq_id: int = 0) -> npt.NDArray[np.int32]:
+    """Positions in the text that one KV head of one layer holds, ascending."""
+    found = _of_entries("positions", ctx, layer, head, seq_id)
     found.sort()
     return found
+
+
+def rotary(ctx: int, layer: int, head: int, seq_id: int = 0) -> npt.NDArray[np.int32]:
+    """Positions by which the keys of the same entries are rotated, in the same order."""
+    order = np.argsort(_of_entries("positions", ctx, layer, head, seq_id))
+    return _of_entries("rotary", ctx, layer, head, seq_id)[order]
+
+
+def span_reason(ctx: int) -> str:
+    """Why rotary positions grow with the text although they were to stay below the trained length, or ""."""
+    return _text(library().indexmem_span_reason(ctx))

@@ -27,6 +27,7 @@ import llama_cpp.llama_cpp as llama_lib
 TEXT = b"The sun rises in the east and sets in the west. The capital of France is Paris, and the capital of Italy is"
 N_PROMPT, N_ANSWER, N_UBATCH = 40, 4, 64  # the prompt at most
 SINKS, WINDOW, BUDGET = 4, 16, 48
+SPAN = BUDGET + N_UBATCH  # the smallest
 SMALL = 1 << 30  # bytes of a model that one thread runs in a moment, even where other programs want all processors
 CLOSE = 0.02  # two answers are as good if their logits differ by less than this share of all that logits span
 
@@ -61,7 +62,7 @@ class _Text:
 
 
 @contextlib.contextmanager
-def _context(model: int, budget: int) -> Iterator[_Text]:
+def _context(model: int, budget: int, span: int = _capi.SPAN_TRAINED) -> Iterator[_Text]:
     small = llama_lib.llama_model_size(model) < SMALL
     params = llama_lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 512, N_UBATCH, N_UBATCH
@@ -71,7 +72,7 @@ def _context(model: int, budget: int) -> Iterator[_Text]:
     with collected_errors(False) as log:
         try:
             if budget:
-                _capi.Request(budget, None, SINKS, WINDOW, 0, 0, 0).submit()
+                _capi.Request(budget, None, SINKS, WINDOW, 0, 0, 0, span=span).submit()
             context = llama_lib.llama_init_from_model(model, params)
             if not context:
                 raise ContextError(_capi.last_error() or reason(log) or "there is no context: is there enough memory?")
@@ -123,9 +124,24 @@ def run(path: str) -> dict[str, Any]:
             while (stats := _capi.get_stats(text.context)).n_seen <= BUDGET + N_ANSWER:
                 text.go_on(prompt)
                 text.answer(prompt[-1:])
+            positions = {"span": stats.span, "span_reason": _capi.span_reason(text.context)}
         if stats.n_evicted == 0 or stats.n_kept > BUDGET:
             raise DecodeError(f"{stats.n_kept} entries are left of {stats.n_seen} with a budget of {BUDGET}")
-        return {"tokens": len(prompt) + N_ANSWER + int(stats.n_seen), "evicted": int(stats.n_evicted)}
+        done = {"tokens": len(prompt) + N_ANSWER + int(stats.n_seen), "evicted": int(stats.n_evicted), **positions}
+        if stats.span > 0:
+            _say(part="renewing positions")
+            done["tokens"] += _renew(model, prompt)
+        return done
+
+
+def _renew(model: int, prompt: list[int]) -> int:
+    """Goes on until positions have been renewed; returns how many tokens that took."""
+    with _context(model, BUDGET, SPAN) as text:
+        while (stats := _capi.get_stats(text.context)).n_rebases == 0:
+            text.go_on(prompt)
+        if stats.next_position > SPAN:
+            raise DecodeError(f"position {stats.next_position} comes next with a span of {SPAN}")
+        return int(stats.n_seen)
 
 
 def _say(**what: Any) -> None:

@@ -96,7 +96,10 @@ def death(status: int) -> Optional[str]:
 def _happy(done: dict[str, Any], model: Path) -> str:
     if done.get("unsupported"):
         return f"{model.name} decodes; it cannot have a budget: {done['unsupported']}"
-    return f"{model.name} decodes {done['tokens']} tokens, the same without and with a budget, evicts {done['evicted']}"
+    text = f"{model.name} decodes {done['tokens']} tokens, the same without and with a budget, evicts {done['evicted']}"
+    if done["span"]:
+        return f"{text}, renews positions; with a budget they stay below {done['span']:,}"
+    return f"{text}; positions grow with the text, because {done['span_reason']}"
 
 
 def _unhappy(what: str, model: Path) -> str:

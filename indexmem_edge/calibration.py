@@ -134,8 +134,8 @@ def calibrate_memory(
     source = files.open_source(name, indexmem, fingerprint)
     _check_memory(memory, source.checkpoint)
     ranks = source.checkpoint.kind != "none" and kv_policy in (None, INDEXER_POLICY)
-    options = CacheOptions.checked(
-        kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, None, indexmem if ranks else None, MEMORY_OFF
+    options = CacheOptions.checked(  # with the positions of the text: what is kept is compared with the whole of it
+        kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, None, indexmem if ranks else None, MEMORY_OFF, span=0
     )
     exact = _exact(options, slots if memory == "centroid" else 0)
     contents = [read_text(text) for text in names]

@@ -39,7 +39,7 @@ class Chat:
         self._terminal = Terminal(options.as_json)
         self._messages: list[Message] = []
         self._document = ""  # read, but not asked about yet: the beginning of the next message
-        self._told_evicted = False
+        self._told_evicted = self._told_renewed = False
         self._told: set[str] = set()
         self._reevaluated = 0
         self._failed = False
@@ -151,7 +151,13 @@ class Chat:
             self._terminal.note(
                 f"{reached}: from now on the policy `{stats.policy}` drops entries"
                 + (f", and the memory `{stats.memory}` takes them up. " if stats.remembers else ". ")
-                +                 f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
+                + f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
+            )
+        if stats.rebases > 0 and not self._told_renewed:
+            self._told_renewed = True
+            self._terminal.note(
+                f"the text has passed position {stats.span:,}: what is kept gets new positions, in its order but closer "
+                "together, so that all stay below that. /stats counts how often"
             )
         if stats.reevaluated > self._reevaluated:
             n = stats.reevaluated - self._reevaluated
@@ -169,7 +175,7 @@ class Chat:
         system = self._options.system
         self._messages = [{"role": "system", "content": system}] if system is not None else []
         self._document = ""
-        self._told_evicted = False
+        self._told_evicted = self._told_renewed = False
         self._told.clear()
 
     def _stats(self, _: str) -> None:

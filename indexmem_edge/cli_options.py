@@ -145,6 +145,17 @@ class RunOptions:
             _CACHE, "--kv-pin", help="Tokens of a prefix that is never evicted; `auto`: the system prompt of a chat."
         ),
     ] = PIN_AUTO
+    kv_span: Annotated[
+        Optional[int],
+        _option(
+            _CACHE,
+            "--kv-span",
+            min=0,
+            show_default="the length the model was trained for",
+            help="Positions that are used: what is kept gets new ones before the text passes them. At least the budget "
+            "and --ubatch-size. 0: positions grow with the text.",
+        ),
+    ] = None
     cache_type_k: Annotated[
         str, _option(_CACHE, "-ctk", "--cache-type-k", help="Type of the cached keys: f32, f16, q8_0, q4_0.")
     ] = "f16"
@@ -198,6 +209,7 @@ class RunOptions:
             kv_sinks=self.kv_sinks,
             kv_window=self.kv_window,
             kv_pin=_pin(self.kv_pin),
+            kv_span=self.kv_span,
             indexmem=self.indexmem or self._own_sidecar(),
             memory=self.memory,
             memory_slots=self.memory_slots,

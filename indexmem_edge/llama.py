@@ -12,9 +12,10 @@ import numpy.typing as npt
 from . import _capi, _cache, _prompts, session
 from ._align import align
 from ._cancel import Calls, one_call
-from ._logs import collected_errors, quiet, reason
+from ._creation import explain
+from ._logs import collected_errors, quiet
 from ._modelfile import check_model_file
-from .errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
+from .errors import BudgetError
 from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
 from .stats import KVStats
 
@@ -52,6 +53,10 @@ class Llama(llama_cpp.Llama):
         kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
         kv_evict_step: entries evicted at once during generation; 0: chosen from the budget.
         kv_seed: for policies that draw numbers.
+        kv_span: number of positions that are used, however long the text gets: before new tokens would pass it, the keys
+            that are kept are rotated to smaller ones, in their order. It takes at least kv_budget + n_ubatch. None: the
+            length that the model was trained for, where its keys can be rotated; `kv_stats()` says if not. 0: positions
+            grow with the text.
         kv_cancel: copy the KV state before a call evicts, so that `cancel` can bring it back. That takes as much memory as
             the state, from the first such call on. False: after a cancel the history is evaluated again instead.
 
@@ -82,6 +87,7 @@ class Llama(llama_cpp.Llama):
         kv_pin: Union[int, str] = 0,
         kv_evict_step: int = 0,
         kv_seed: int = 0,
+        kv_span: Optional[int] = None,
         kv_cancel: bool = True,
         indexmem: Optional[PathLike] = None,
         memory: Optional[str] = None,
@@ -90,7 +96,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         options = CacheOptions.checked(
             kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem, memory,
-            memory_slots,
+            memory_slots, kv_span,
         )  # fmt: skip
         path = check_model_file(model_path)
         self.kv_options = options
@@ -108,7 +114,7 @@ class Llama(llama_cpp.Llama):
                     options.request().submit()
                 super().__init__(path, **kwargs)
             except (ValueError, RuntimeError, MemoryError) as error:
-                explained = self._explain(error, path, log)
+                explained = explain(self, error, path, log)
                 self.close()
                 if explained is None:
                     raise
@@ -132,30 +138,6 @@ class Llama(llama_cpp.Llama):
             # The base class now sizes its batch by n_ctx sequence ids per token, of which it uses one. The context
             # has its own copy of the parameters, and __init__ puts the true value back.
             self.context_params.n_ctx = 1
-
-    def _explain(self, error: Exception, path: str, log: list[str]) -> Optional[IndexMemError]:
-        """The error to raise in place of one of the base class's constructor; None to let that one through."""
-        if isinstance(error, IndexMemError):
-            return None
-        bounded = self.kv_options.bounded
-        said, kind = (_capi.last_error(), _capi.last_error_kind()) if bounded else ("", _capi.ERROR_NONE)
-        model = getattr(self, "_model", None)
-        if model is None:
-            if str(error).startswith("Failed to load model"):
-                why = reason(log) or "llama.cpp gave no reason"
-                return ModelFileError(f"cannot load the model {path}: {why}. Is the file complete?")
-            return None
-        if "_ctx" in self.__dict__ or not str(error).startswith("Failed to create llama_context"):
-            return None
-        unsupported = _capi.model_unsupported_reason(model.model) if bounded else None
-        if unsupported is not None:
-            return ModelNotSupported(f"{path} cannot have a bounded KV cache: {unsupported}. Load it without kv_budget")
-        if kind == _capi.ERROR_SIDECAR:
-            return SidecarError(said)
-        if kind == _capi.ERROR_PARAMS:
-            return BudgetError(said)
-        why = (said if kind == _capi.ERROR_MODEL else "") or reason(log) or said or "is there enough memory?"
-        return ContextError(f"cannot create a context for {path}: {why}")
 
     # evaluation and generation
 
@@ -330,9 +312,14 @@ class Llama(llama_cpp.Llama):
         """What the cache has seen, kept, dropped and evaluated again, and what it costs."""
         return self._cache.stats() if self._cache is not None else _cache.unbounded_stats(self)
 
-    def kv_snapshot(self) -> dict[int, list[npt.NDArray[np.int32]]]:
-        """Positions held now: for each layer with a cache, one ascending array per KV head."""
-        return self._bounded("kv_snapshot").snapshot()
+    def kv_snapshot(self, rotary: bool = False) -> dict[int, list[npt.NDArray[np.int32]]]:
+        """Positions in the text that are held now: for each layer with a cache, one ascending array per KV head.
+
+        Args:
+            rotary: instead, for the same entries in the same order, the positions that their keys are rotated by. They
+                are equal until positions are renewed (`kv_stats().rebases`), and stay below `kv_stats().span`.
+        """
+        return self._bounded("kv_snapshot").snapshot(rotary)
 
     def set_pin(self, n: int) -> None:
         """Pins the first `n` tokens. Possible until something has been evicted; later only to make the pin shorter.

@@ -68,6 +68,7 @@ class CacheOptions:
     sidecar: Optional[str] = None
     memory: str = MEMORY_OFF
     memory_slots: int = 0  # 0: none, or as the sidecar says
+    span: Optional[int] = None  # positions that are used; None: as many as the model was trained for, 0: they grow
 
     @classmethod
     def checked(
@@ -83,6 +84,7 @@ class CacheOptions:
         sidecar: Union[str, os.PathLike[str], None] = None,
         memory: Optional[str] = None,
         memory_slots: Optional[int] = None,
+        span: Optional[int] = None,
     ) -> CacheOptions:
         """Validates what does not depend on the model.
 
@@ -97,6 +99,7 @@ class CacheOptions:
             asked = {
                 "a sidecar (indexmem)": sidecar is not None, "kv_budget_ratio": budget_ratio is not None,
                 "a latent memory (memory)": memory not in (None, MEMORY_OFF), "memory_slots": memory_slots is not None,
+                "kv_span": span not in (None, 0),
             }  # fmt: skip
             for name, given in asked.items():
                 if given:
@@ -124,6 +127,7 @@ class CacheOptions:
             sidecar=path,
             memory=kind,
             memory_slots=slots,
+            span=None if span is None else _count("kv_span", span),
         )
         options.require_room(options.fixed_pin, "kv_pin")
         known = _capi.policies()
@@ -159,7 +163,7 @@ class CacheOptions:
 
     def request(self) -> Request:
         """The same, as the native library takes it."""
-        from ._capi import Request
+        from ._capi import SPAN_TRAINED, Request
 
         return Request(
             self.budget,
@@ -173,6 +177,7 @@ class CacheOptions:
             self.sidecar,
             self.memory,
             self.memory_slots,
+            SPAN_TRAINED if self.span is None else self.span,
         )
 
     def keywords(self) -> dict[str, Any]:
@@ -183,11 +188,12 @@ class CacheOptions:
         return {**own, **{f"kv_{name}": value for name, value in values.items()}}
 
     def fixed_for_state(self) -> dict[str, Any]:
-        """What must be equal to continue a KV state: all but the ratio, and the sidecar, which goes by content.
+        """What must be equal to continue a KV state: all but the ratio, the span, and the sidecar, which goes by content.
 
-        The number of memory slots is the cache's to say.
+        The number of memory slots is the cache's to say, and whether it needs a span the state's.
         """
-        return {k: v for k, v in self.keywords().items() if k not in ("indexmem", "kv_budget_ratio", "memory_slots")}
+        free = ("indexmem", "kv_budget_ratio", "kv_span", "memory_slots")
+        return {name: value for name, value in self.keywords().items() if name not in free}
 
 
 def bounded_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:

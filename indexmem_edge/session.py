@@ -35,6 +35,7 @@ _CONTEXT_FIELDS = (
 
 
 _SIDECAR_NAME = "sidecar file"  # for people: what counts is the hash
+_REBASES = "rebases"  # times that positions were renewed; missing: saved before they were
 
 
 def identity(llm: Llama) -> dict[str, Any]:
@@ -81,13 +82,18 @@ def _set_native_state(llm: Llama, state: bytes, n_tokens: int) -> bool:
     return bool(read == len(state) and llama_lib.llama_memory_seq_pos_max(memory, 0) + 1 == n_tokens)
 
 
+def _rebases(llm: Llama) -> int:
+    return int(_capi.get_stats(llm.ctx).n_rebases) if llm._cache is not None else 0
+
+
 def save(llm: Llama, path: Union[str, os.PathLike[str]], extra: Any = None) -> int:
     """See `Llama.save_session`."""
     if llm._cache is not None:
         llm._cache.settle()
     tokens = np.array(llm._input_ids, dtype=np.int32)
     state = native_state(llm) if len(tokens) else b""
-    header = {**identity(llm), _SIDECAR_NAME: os.path.basename(llm.kv_options.sidecar or "")}
+    sidecar = os.path.basename(llm.kv_options.sidecar or "")
+    header = {**identity(llm), _SIDECAR_NAME: sidecar, _REBASES: _rebases(llm)}
     return _sessionfile.write(path, _sessionfile.SessionData(header, tokens, extra, state))
 
 
@@ -143,11 +149,22 @@ def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> Non
             f"{name} was saved with {key} = {_shown(found)}, this one has {_shown(value)}: "
             f"open the model with the options it was saved with"
         )
+    if data.header.get(_REBASES):
+        _require_span(llm, name)
     n = len(data.tokens)
     if n and not (0 <= int(data.tokens.min()) and int(data.tokens.max()) < llm._n_vocab):
         raise SessionError(f"{name} is damaged: it has token ids outside the vocabulary of {llm._n_vocab}")
     if n >= llm._n_ctx:
         raise SessionError(f"{name} holds {n:,} tokens and n_ctx is {llm._n_ctx:,}: give Llama a larger n_ctx")
+
+
+def _require_span(llm: Llama, name: str) -> None:
+    """Positions that have been renewed can only go on being renewed: the text has outgrown them."""
+    if llm._cache is None or _capi.get_stats(llm.ctx).span > 0:
+        return
+    why = _capi.span_reason(llm.ctx)
+    mend = f"this one has none, because {why}" if why else "leave --kv-span 0 (kv_span=0 in Python) out"
+    raise SessionError(f"{name} was saved after its positions had been renewed, and needs a span to go on: {mend}")
 
 
 def _sidecar(identity: Any, file: Any) -> str:

@@ -41,6 +41,11 @@ class KVStats:
     evict_step: int = 0
     evict_seconds: float = 0.0  # time in ranking, selection and compaction
     evictions: int = 0  # micro-batches that evicted
+    span: int = 0  # positions that are used; 0: they grow with the text
+    span_reason: str = ""  # why they do, although they were to stay below the trained length
+    next_position: int = 0  # of the next token
+    rebases: int = 0  # times that what is kept got new positions, because the span was used up
+    rebase_seconds: float = 0.0  # time that this took
     n_ctx: int = 0  # largest logical length
     n_ctx_train: int = 0  # length the model was trained for
     warnings: tuple[str, ...] = field(default=())
@@ -59,6 +64,8 @@ class KVStats:
         parts = [f"{self.tokens_seen:,} tokens seen", f"{self.kept:,} kept", f"{self.evicted:,} evicted"]
         if self.kv_bytes is not None:
             parts.append(f"KV {format_bytes(self.kv_bytes)}")
+        if self.rebases:
+            parts.append(f"positions renewed {_times(self.rebases)}")
         return " · ".join(parts)
 
     def __str__(self) -> str:
@@ -82,6 +89,7 @@ class KVStats:
         if self.budget:
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
             work = f"{format_bytes(self.compute_bytes)} of compute buffers, {format_bytes(self.work_bytes)} for the cache's ops"
+            rows.append(("positions", _positions(self)))
             rows.append(("work memory", work))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
         if self.cancel_bytes:
@@ -99,6 +107,17 @@ def _budget(stats: KVStats) -> str:
         return ""
     now = f", {stats.budget_now:,} at this length" if stats.budget_now < stats.budget else ""
     return f", budget {stats.budget:,} entries per KV head{now}"
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n:,} times"
+
+
+def _positions(stats: KVStats) -> str:
+    if not stats.span:
+        return "grow with the text" + (stats.span_reason and f", because {stats.span_reason}")
+    renewed = f"renewed {_times(stats.rebases)} in {stats.rebase_seconds:.3f} s" if stats.rebases else "not renewed yet"
+    return f"below {stats.span:,}, the next is {stats.next_position:,}; {renewed}"
 
 
 def _memory(stats: KVStats) -> str:
@@ -125,11 +144,11 @@ def format_bytes(n: int) -> str:
     return f"{size:.2f} GiB"
 
 
-def trained_length_warning(tokens: int, n_ctx_train: int) -> Optional[str]:
-    """The warning for positions that the model has never been trained on, if there are any."""
-    if n_ctx_train <= 0 or tokens <= n_ctx_train:
+def trained_length_warning(position: int, n_ctx_train: int, why: str) -> Optional[str]:
+    """The warning for positions that the model has never been trained on, if there are any, and why they are used."""
+    if n_ctx_train <= 0 or position <= n_ctx_train:
         return None
     return (
-        f"position {tokens:,} is beyond the {n_ctx_train:,} tokens that this model was trained for: "
-        "its answers may get worse, whatever the cache keeps"
+        f"position {position:,} is beyond the {n_ctx_train:,} tokens that this model was trained for: its answers may get "
+        f"worse, whatever the cache keeps. Positions grow with the text because {why}"
     )

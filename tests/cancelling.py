@@ -16,6 +16,7 @@ import indexmem_edge
 import llama_cpp  # isort: skip
 
 BUDGET, WINDOW, BATCH = 96, 33, 48
+SPAN = BUDGET + BATCH // 2 + 40
 TOKENS = [3 + (7 * i * i + 5 * i) % 250 for i in range(900)]
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the sea? " * 12}]
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "snapkv": {"kv_policy": "snapkv"},  # keeps a ring of queries
     "ratio": {"kv_policy": "tova", "kv_budget_ratio": 0.5},
     "centroid": {"memory": "centroid", "memory_slots": 16},
+    "span": {"kv_policy": "snapkv", "kv_span": SPAN},  # positions are renewed
+    "span-centroid": {"memory": "centroid", "memory_slots": 16, "kv_span": SPAN},
     "full": {"kv_policy": "full", "kv_budget": 1000},
     "retention-mlp": {"indexmem": "retention-mlp"},  # tokens wait to be scored
     "pairwise-mean": {"indexmem": "pairwise-mean"},  # and a ring of queries
@@ -80,14 +83,17 @@ class Nodes:
 def condition(llm: Any) -> dict[str, Any]:
     """All that a person can find out about a conversation, but not what it cost."""
     stats = llm.kv_stats().to_dict()
-    for cost in ("evict_seconds", "cancel_bytes", "compute_bytes", "work_bytes"):
+    for cost in ("evict_seconds", "rebase_seconds", "cancel_bytes", "compute_bytes", "work_bytes"):
         del stats[cost]
     stats["fresh"] = llm.n_tokens > 0 and not llm._requires_eval
     found = {"tokens": llm._input_ids.tolist(), "stats": stats, "turn": copy.copy(llm._turn), "seed": llm._seed}
     if llm._cache is not None:
-        heads = {layer: [head.tolist() for head in heads] for layer, heads in llm.kv_snapshot().items()}
-        found |= {"positions": heads, "wanted": llm._cache.wanted_pin, "native": llm._cache.length()}
+        found |= {"positions": [held(llm, False), held(llm, True)], "wanted": llm._cache.wanted_pin, "native": llm._cache.length()}
     return found
+
+
+def held(llm: Any, rotary: bool) -> dict[int, list[list[int]]]:
+    return {layer: [head.tolist() for head in heads] for layer, heads in llm.kv_snapshot(rotary=rotary).items()}
 
 
 def logits(llm: Any) -> np.ndarray:
