@@ -41,6 +41,7 @@ class Chat:
         self._document = ""  # read, but not asked about yet: the beginning of the next message
         self._told_evicted = self._told_renewed = False
         self._told: set[str] = set()
+        self._rebases = 0  # of a loaded conversation, before it was loaded
         self._reevaluated = 0
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -153,10 +154,10 @@ class Chat:
                 + (f", and the memory `{stats.memory}` takes them up. " if stats.remembers else ". ")
                 + f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
             )
-        if stats.rebases > 0 and not self._told_renewed:
+        if stats.rebases > self._rebases and not self._told_renewed:
             self._told_renewed = True
             self._terminal.note(
-                f"the text has passed position {stats.span:,}: what is kept gets new positions, in its order but closer "
+                f"position {stats.span:,} has been reached: what is kept gets new positions, in its order but closer "
                 "together, so that all stay below that. /stats counts how often"
             )
         if stats.reevaluated > self._reevaluated:
@@ -177,6 +178,7 @@ class Chat:
         self._document = ""
         self._told_evicted = self._told_renewed = False
         self._told.clear()
+        self._rebases = 0
 
     def _stats(self, _: str) -> None:
         stats = self._llm.kv_stats()
@@ -200,6 +202,7 @@ class Chat:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
         self._llm.load_session(path)
         self._start_over()
+        self._rebases = self._llm.kv_stats().rebases
         self._messages, self._document = messages, str(extra.get("document") or "")
         self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(messages)} messages")
         if messages and messages[-1]["role"] == "assistant":

@@ -51,9 +51,20 @@ def identity(llm: Llama) -> dict[str, Any]:
             **llm.kv_options.fixed_for_state(),
             "memory_slots": _capi.get_stats(llm.ctx).memory_slots if llm._cache is not None else 0,
             **{name: getattr(params, name) for name in _CONTEXT_FIELDS},
+            "rope_factors": _rope_factors(llm),
         }
         llm.__dict__["_session_identity"] = known
     return known
+
+
+def _rope_factors(llm: Llama) -> Optional[str]:
+    """Which of two tables of rotary factors keys are rotated with, in models that have one for short and one for long texts."""
+    of = f"{llm.metadata.get('general.architecture')}.rope.scaling."
+    original = int(llm.metadata.get(of + "original_context_length", 0))
+    if original == 0 or llm.metadata.get(of + "type") in ("none", "linear", "yarn"):
+        return None
+    span = _capi.get_stats(llm.ctx).span if llm._cache is not None else 0
+    return "short" if (span or llm._n_ctx) <= original else "long"
 
 
 def sidecar_hash(llm: Llama) -> str:
@@ -141,8 +152,8 @@ def _require_match(llm: Llama, name: str, data: _sessionfile.SessionData) -> Non
                 f"{_sidecar(value, os.path.basename(llm.kv_options.sidecar or ''))}: "
                 + ("name that one with --indexmem FILE (indexmem= in Python)" if found else "leave the sidecar out")
             )
-        if found is None and (key, value) in (("memory", "off"), ("memory_slots", 0)):
-            continue  # saved before there were memories
+        if found is None and (key == "rope_factors" or (key, value) in (("memory", "off"), ("memory_slots", 0))):
+            continue  # saved before that was written down
         if key == "model":
             raise SessionError(f"{name} was saved with another model file than {llm.model_path}: load it with that one")
         raise SessionError(

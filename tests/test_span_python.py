@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -255,19 +256,47 @@ def held_after(llm: Any) -> dict[int, list[list[int]]]:
     return held(llm, False)
 
 
+def as_before(state: bytes, seen: int, kept: int) -> bytes:
+    """The state of a sequence that has never been renewed, in the format that had no numbers for that."""
+    version = state.index(b"IMKV") + 4
+    numbers = state.index(struct.pack("<III", 0, seen, kept)) + 7 * 4 + 8  # behind those of the sequence
+    assert state[version : version + 4] == struct.pack("<I", 7) and state[numbers : numbers + 12] == bytes(12)
+    return state[:version] + struct.pack("<I", 6) + state[version + 4 : numbers] + state[numbers + 12 :]
+
+
 def test_a_file_from_before_there_were_spans_is_accepted(model: Path, tmp_path: Path) -> None:
-    """Its header knows nothing of them. The native side reads the older format of states."""
     llm = load(model)
     llm.eval(TOKENS[:200])
     llm.save_session(tmp_path / "new")
     data = read(tmp_path / "new")
-    header = {name: value for name, value in data.header.items() if name != "rebases"}
-    assert len(header) == len(data.header) - 1 and "kv_span" not in header
-    write(tmp_path / "old", SessionData(header, data.tokens, data.extra, data.state))
+    header = {name: value for name, value in data.header.items() if name not in ("rebases", "rope_factors")}
+    assert len(header) == len(data.header) - 2 and "kv_span" not in header
+    state = as_before(data.state, 200, llm.kv_stats().kept)
+    write(tmp_path / "old", SessionData(header, data.tokens, data.extra, state))
     for options in ({}, {"kv_span": 0}, {"kv_span": SMALLEST}):
         other = load(model, **options)
         other.load_session(tmp_path / "old")
         assert held(other, False) == held(llm, False)
+        other.eval(TOKENS[200:600])
+        assert other.kv_stats().tokens_seen == 600 and (other.kv_stats().rebases > 0) == (options != {"kv_span": 0})
+
+
+def test_keys_of_short_and_of_long_texts_are_kept_apart(tiny: Tiny, tmp_path: Path) -> None:
+    """Where a model has two tables of rotary factors, the length that is kept to decides between them."""
+    original = ("rope.scaling.original_context_length", 200)
+    path = tiny("phi3", n_ctx_train=400, metadata=(original,))[0]
+    long, short = load(path), load(path, kv_span=200)
+    for llm, other, words in ((long, short, "rope_factors = 'long', this one has 'short'"), (short, long, "= 'short'")):
+        llm.eval(TOKENS[:100])
+        llm.save_session(tmp_path / "s")
+        with pytest.raises(SessionError, match=words):
+            other.load_session(tmp_path / "s")
+        llm.load_session(tmp_path / "s")
+    yarn = tiny("llama", n_ctx_train=400, metadata=(original, ("rope.scaling.type", "yarn"), ("rope.scaling.factor", 2.0)))[0]
+    llm = load(yarn)
+    llm.eval(TOKENS[:100])
+    llm.save_session(tmp_path / "s")
+    load(yarn, kv_span=200).load_session(tmp_path / "s")
 
 
 # cancelling
@@ -318,10 +347,20 @@ def test_the_chat_says_once_that_positions_are_renewed_and_counts(tmp_path: Path
     (tmp_path / "book.txt").write_text("The lighthouse keeper counted the ships. " * 60)
     lines = f"/read {tmp_path}/book.txt\nWho?\nWho else?\n/stats\n/reset\n/stats\n"
     result = run("chat", *FLAGS, "--kv-span", "300", stdin=lines)
-    assert result.returncode == 0 and result.stderr.count("the text has passed position 300") == 1, result.stderr
+    assert result.returncode == 0 and result.stderr.count("position 300 has been reached") == 1, result.stderr
     first, second = result.stdout.split("policy ")[1:]
     assert "positions     below 300, the next is " in first and "; renewed " in first
     assert "positions     below 300, the next is 0; not renewed yet" in second
+
+
+def test_a_loaded_chat_says_what_happens_after_it(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "book.txt").write_text("The lighthouse keeper counted the ships. " * 60)
+    run("chat", *FLAGS, "--kv-span", "300", stdin=f"/read {tmp_path}/book.txt\nWho?\n/save {tmp_path}/s\n")
+    lines = f"/load {tmp_path}/s\nWho?\n/stats\n"
+    result = run("chat", *FLAGS, stdin=lines)
+    assert "has been reached" not in result.stderr and "; renewed " in result.stdout and result.returncode == 0
+    result = run("chat", *FLAGS, "--kv-span", "0", stdin=f"/load {tmp_path}/s\n")
+    one_error(result, "needs a span to go on: leave --kv-span 0")
 
 
 def test_doctor_and_inspect_say_what_holds(tiny: Tiny, model: Path) -> None:
