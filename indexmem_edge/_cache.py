@@ -94,7 +94,8 @@ class BoundedCache:
         if length < llm.n_tokens:
             llm.n_tokens = length
         elif not self._rewind(llm.n_tokens):
-            self.lose(len(history), "the conversation was cut where entries had already been evicted, or got new positions")
+            why = "the conversation was cut where entries had already been evicted, or got new positions"
+            self.lose(len(history), why)
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:

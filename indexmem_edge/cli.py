@@ -182,7 +182,8 @@ def doctor(
 ) -> None:
     """Say which library, backends and models are in use, what is wrong, and how to mend it.
 
-    A few tokens are decoded in another process, without and with a budget, so that a crash is reported, too.
+    A few tokens are decoded in another process, without and with a budget, until entries have been evicted and positions
+    renewed, so that a crash is reported, too.
 
     The exit status is 1 if something is wrong.
     """

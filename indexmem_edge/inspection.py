@@ -288,7 +288,8 @@ def _model_tables(facts: Facts) -> list[Any]:
     if facts["bounded"]:
         about.append(("bounded cache", "possible"))
         if facts["trained_length"] > 0:
-            about.append(("positions", f"below {facts['trained_length']:,} with a budget, where `indexmem doctor -m` says so"))
+            below = f"below {facts['trained_length']:,} with a budget"
+            about.append(("positions", f"{below}, if its keys can get new ones: `indexmem doctor -m` tries it"))
         about.append(("KV memory", f"{format_bytes(facts['kv_bytes_per_1024'])} per 1024 slots, f16"))
     else:
         about.append(("bounded cache", f"not possible: {facts['why_not']}"))

@@ -58,7 +58,7 @@ def identity(llm: Llama) -> dict[str, Any]:
 
 
 def _rope_factors(llm: Llama) -> Optional[str]:
-    """Which of two tables of rotary factors keys are rotated with, in models that have one for short and one for long texts."""
+    """Which rotary factors keys are rotated with, in models that have some for short and others for long texts."""
     of = f"{llm.metadata.get('general.architecture')}.rope.scaling."
     original = int(llm.metadata.get(of + "original_context_length", 0))
     if original == 0 or llm.metadata.get(of + "type") in ("none", "linear", "yarn"):
