@@ -206,13 +206,14 @@ static std::string span_refused(const llama_kv_cache_bounded::config & cfg, ggml
         return format("a span of %u positions: at most %d", cfg.span, INT32_MAX);
     }
     if ((uint64_t) cfg.budget + n_ubatch > cfg.span) {
-        return format("a budget of %u and a ubatch of %u do not fit a span of %u positions", cfg.budget, n_ubatch, cfg.span);
+        return format("a budget of %u and a ubatch of %u do not fit a span of %u positions: lower one of them, or use a larger span",
+                cfg.budget, n_ubatch, cfg.span);
     }
     if (ggml_is_quantized(type_k) && type_k != GGML_TYPE_Q8_0) {
         return format("keys of type %s do not bear being turned again and again: use f16 or q8_0 for K", ggml_type_name(type_k));
     }
     if (cfg.memory && cfg.memory->keyed_state() < 0) {
-        return format("what the memory '%s' has taken up cannot follow keys that are turned", cfg.memory->kind());
+        return format("what the memory '%s' has taken up cannot follow keys that are turned: use another memory, or a span of 0", cfg.memory->kind());
     }
     return "";
 }

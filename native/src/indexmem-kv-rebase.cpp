@@ -26,7 +26,7 @@ void llama_kv_cache_bounded::learn_rotation(int32_t il, const ggml_tensor * k_cu
     }
     error = format("keys of layer %d cannot get new positions: %s", il, error.c_str());
     if (cfg.span_asked) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, error);
+        indexmem_fail(INDEXMEM_ERROR_MODEL, error + ": use a span of 0");
     }
     LLAMA_LOG_WARN("%s: rotary positions grow without end: %s\n", __func__, error.c_str());
     span_reason = error;
