@@ -120,7 +120,7 @@ class ShiftingSystem(System):
 def counts(system: System) -> Row:
     """What a run leaves beside its figures: bytes, and how often positions were renewed."""
     stats, found = system.stats(), system.byte_counts()
-    renewed = system.shifts if isinstance(system, ShiftingSystem) else stats.get("rebases", 0)
+    renewed = system.shifts if isinstance(system, ShiftingSystem) else stats["rebases"]
     return {
         **found,
         "cells": stats.get("slots", getattr(system, "cells", None)),

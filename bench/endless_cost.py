@@ -1,7 +1,7 @@
 """What renewing positions costs: the same policy with a span and without, taking turns on the same text.
 
-Ubatches and tokens in which positions are renewed are told apart. Such a one costs what it takes beyond the median of the
-others, and that is shared by all tokens from one renewal to the next: a ratio of whole runs would drown in the machine's noise.
+Steps (ubatches or tokens) in which positions are renewed are told apart. What such a one takes beyond the same step of the other
+side is shared by all tokens from one renewal to the next: a ratio of whole runs would drown in the machine's noise.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from .runner import BenchError, Model, Setup, System
 from .stats import pair_interval, pair_ratio
 from .text import TokenStream
 
-DECODED = 32  # tokens of a turn of decode; positions are renewed in the middle of it
-CYCLES = 4  # renewals that are seen in prefill, and as many in decode
+DECODED = 16  # tokens of a turn of decode; positions are renewed in the middle of it
+CYCLES = 3  # renewals that are seen in prefill, and as many in decode
 HOW = (
     "cost: a context with the span and one without read the same text in alternating steps (ubatches; tokens around every other "
     "renewal); ratio: median of the pairwise ratios of their seconds where nothing is renewed, with a 95 % interval; share: what "
-    "a step with a renewal takes beyond the median of the others, per token from one renewal to the next"
+    "a step with a renewal takes beyond the same step without the span (at least what the library's clock says), as a share of all "
+    "tokens from one renewal to the next"
 )
 
 
@@ -37,16 +38,18 @@ class Steps:
     def plain(self, seconds: list[float]) -> list[float]:
         return [s for s, renewed in zip(seconds, self.renewed) if not renewed]
 
-    def figures(self, name: str, between: float) -> Row:
+    def figures(self, name: str, between: float, least: float) -> Row:
+        """`between` tokens lie from one renewal to the next; `least`: seconds that one takes by the library's own clock."""
         mine, base = self.plain(self.mine), self.plain(self.base)
-        usual = statistics.median(mine)
-        extra = max(statistics.median(s for s, renewed in zip(self.mine, self.renewed) if renewed) - usual, 0.0)
+        usual = statistics.median(a - b for a, b in zip(mine, base))
+        more = [a - b - usual for a, b, renewed in zip(self.mine, self.base, self.renewed) if renewed]
+        extra, token = max(statistics.median(more), least), statistics.median(mine) / self.tokens
         return {
-            f"{name}_tps": self.tokens / usual,
+            f"{name}_tps": 1 / token,
             f"{name}_ratio": pair_ratio(mine, base),
             f"{name}_interval": pair_interval(mine, base),
-            f"{name}_rebase_ms": extra * 1e3,
-            f"{name}_share": extra / (between * usual / self.tokens),
+            f"{name}_extra_ms": extra * 1e3,
+            f"{name}_share": extra / (between * token),
         }
 
 
@@ -112,14 +115,16 @@ def cost(model: Model, setup: Setup, corpus: list[int], advance: Callable[[float
             pair.read(pair.left() + setup.ubatch)
             advance((done + 1) / CYCLES)
         between = statistics.median(b - a for a, b in zip(pair.renewed_at, pair.renewed_at[1:]))
+        clock = mine.stats()["rebase_us"] / 1e6 / pair.rebases()
         slowest = {"slowest_ms": max(pair.decode.mine) * 1e3, "slowest_without_ms": max(pair.decode.base) * 1e3}
         return {
             "tokens_seen": mine.seen,
-            "rebases": len(pair.renewed_at),
+            "rebases": pair.rebases(),
+            "rebase_ms": clock * 1e3,
             "span_in_force": span,
             "tokens_between": between,
-            **pair.prefill.figures("prefill", between),
-            **pair.decode.figures("decode", between),
+            **pair.prefill.figures("prefill", between, clock),
+            **pair.decode.figures("decode", between, clock),
             **slowest,
             **mine.byte_counts(),
         }

@@ -12,7 +12,7 @@ from .report import Report, Row, series, show
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, cells
 COST = (
     "budget", "policy", "span", "span_in_force", "tokens_between", "prefill_ratio", "prefill_share", "decode_ratio",
-    "decode_share", "decode_rebase_ms", "slowest_ms", "slowest_without_ms",
+    "decode_share", "rebase_ms", "slowest_ms", "slowest_without_ms",
 )  # fmt: skip
 MOST_COLUMNS = 16  # windows beside each other; with more, every second is shown, every third, ...
 

@@ -161,10 +161,10 @@ class System:
         params.no_perf = True
         if setup.budget:
             sidecar = str(setup.sidecar) if setup.sidecar else None
-            more = {"span": setup.span} if "span" in _capi.Request.__dataclass_fields__ else {}
+            span = _capi.SPAN_TRAINED if setup.span is None else setup.span
             _capi.Request(
                 setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar,
-                setup.memory, setup.memory_slots, **more,
+                setup.memory, setup.memory_slots, span,
             ).submit()  # fmt: skip
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
@@ -289,9 +289,10 @@ class System:
                 "kept": stats.n_kept,
                 "evicted": stats.n_evicted,
                 "evict_us": stats.evict_us,
-                "rebases": getattr(stats, "n_rebases", 0),
-                "next_position": getattr(stats, "next_position", 0),
-                "span": getattr(stats, "span", 0),
+                "rebases": stats.n_rebases,
+                "rebase_us": stats.rebase_us,
+                "next_position": stats.next_position,
+                "span": stats.span,
             }
         return {
             "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
