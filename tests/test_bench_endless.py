@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.stats import wilson
 from indexmem_edge.bench.text import builtin_text
 
-BASE = Setup(threads=1, ubatch=32, cache_type="f32", window=32)
+BASE = Setup(threads=1, ubatch=32, cache_type="f32", window=32, flash=False)  # exact enough to compare
 
 
 @pytest.fixture
@@ -41,26 +42,27 @@ def test_a_shift_keeps_sinks_and_the_newer_half_and_moves_it_up(tiny: Any) -> No
         assert (system.used, system.shifts, system.seen) == (256 - 126 + 44, 1, 300)
         assert system.stats()["kept"] == system.used and system.stats()["evicted"] == 126
         shifted = system.logits
-    with System(model, Setup(n_ctx=256, threads=1, ubatch=32, cache_type="f32")) as fresh:
+    with System(model, replace(BASE, n_ctx=256)) as fresh:
         fresh.feed(text[:4] + text[130:], last_logits=True)
-        np.testing.assert_allclose(shifted, fresh.logits, atol=2e-3)
+        np.testing.assert_allclose(shifted, fresh.logits, atol=1e-4)
     model.close()
 
 
 @pytest.mark.parametrize("arm", [EndlessArm("shift"), EndlessArm("streaming", 0), EndlessArm("keydiff", 512)])
 def test_a_question_does_not_disturb_the_reading(model: Model, arm: EndlessArm) -> None:
-    text = model.tokens(builtin_text(8000))[:1500]
+    base = BASE if arm.policy == "shift" else replace(BASE, flash=True)
+    text = model.tokens(builtin_text(4000))[:900]
     fact = endless_facts.facts(1, "x")[0]
     found = []
     for asked in (False, True):
-        with open_system(model, BASE, arm, Sidecars(), 256) as system:
-            system.feed(text[:1200])
+        with open_system(model, base, arm, Sidecars(), 256) as system:
+            system.feed(text[:700])
             if asked:
                 answer = endless_facts._answer(system, fact)
-                assert answer["nll"] > 0 and system.seen == 1200
-            system.feed(text[1200:], last_logits=True)
+                assert answer["nll"] > 0 and system.seen == 700
+            system.feed(text[700:], last_logits=True)
             found.append(system.logits)
-    assert np.array_equal(*found)
+    np.testing.assert_allclose(*found, atol=1e-4)  # a state is put back into other cells: sums run in another order
 
 
 def test_a_shift_that_has_no_room_says_so(model: Model) -> None:
@@ -85,18 +87,17 @@ def test_no_two_facts_are_about_a_person_and_no_question_has_the_answer() -> Non
     found = endless_facts.facts(300, "seed")
     assert found == endless_facts.facts(300, "seed") != endless_facts.facts(300, "other")
     assert found[:20] == endless_facts.facts(20, "seed")
-    assert len({fact.question for fact in found}) == len({fact.telling for fact in found}) == 300
-    for fact in found:
+    who = [_person(fact.question) for fact in found]
+    assert len(set(who)) == 300 and None not in who
+    for fact, name in zip(found, who):
+        assert _person(fact.telling) == name
         assert endless_facts.has(fact.telling, fact.value) and not endless_facts.has(fact.question, fact.value)
-        who = fact.question.partition("Answer:")[0]
-        assert sum(all(word in who for word in name.split()) for name in _persons(found)) == 1
 
 
-def _persons(found: list[endless_facts.Fact]) -> set[str]:
-    first, last = endless_facts._FIRST, endless_facts._LAST
-    return {
-        f"{a} {b}" for fact in found for a in first for b in last if f"{a} {b}" in fact.telling and f"{a} {b}" in fact.question
-    }
+def _person(text: str) -> str | None:
+    words = text.replace(",", " ").replace(".", " ").replace("?", " ").split()
+    pairs = zip(words, words[1:])
+    return next((f"{a} {b}" for a, b in pairs if a in endless_facts._FIRST and b in endless_facts._LAST), None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_the_template_gives_a_conversation_turn_by_turn(model: Model) -> None:
 
 def test_wilson_is_honest_at_the_ends() -> None:
     share, low, high = wilson(0, 10)
-    assert share == low == 0 and high == pytest.approx(0.2775, abs=1e-3)
+    assert share == 0 and (low, high) == pytest.approx((0, 0.2775), abs=1e-3)
     share, low, high = wilson(8, 10)
     assert share == 0.8 and (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-3)
 
