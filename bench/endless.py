@@ -30,10 +30,10 @@ FINE = 1024  # tokens of a point of the fine curve
 HOW = (
     "nll: book text, 128 tokens at a time, mean over windows (--per); delta: minus the shift's on the same tokens; facts: "
     "sentences of our own, told once between sentences of the text, asked from a copy of the state that is put back; found: a "
-    "greedy answer has the value (95 % interval by Wilson); nll of the value, teacher-forced (95 % by bootstrap over facts); talk: "
-    "the scripted answers, teacher-forced, which stay in the history; shift: the stock f16 cache with as many cells as the budget, "
-    "read an eighth of that at a time: when it is full, the sinks stay, the older half of the rest is removed and the "
-    "remainder moves up"
+    "greedy answer has the value (95 % interval by Wilson); nll of the value, teacher-forced (95 % by bootstrap over facts); "
+    "talk: the scripted answers, teacher-forced, which stay in the history; shift: the stock f16 cache with as many cells as "
+    "the budget, read an eighth of that at a time: when it is full, the sinks stay, the older half of the rest is removed and "
+    "the remainder moves up"
 )
 
 
@@ -77,7 +77,8 @@ class Plan:
         """What a part reads and asks: rows of other settings are not taken for these."""
         if part == FACTS:
             asked = ",".join(map(str, self.distances))
-            return f"{self.tokens} every {self.fact_every} from {self.fact_first} asked {asked}"
+            about = endless_facts.identity()
+            return f"{self.tokens} facts {about} every {self.fact_every} from {self.fact_first} asked {asked}"
         return {NLL: str(self.tokens), TALK: f"{self.turns} x {self.turn_tokens}", COST: ""}[part]
 
     def reads(self) -> int:

@@ -19,10 +19,10 @@ from .text import TokenStream
 DECODED = 16  # tokens of a turn of decode; positions are renewed in the middle of it
 CYCLES = 3  # renewals that are seen in prefill, and as many in decode
 HOW = (
-    "cost: a context with the span and one without read the same text in alternating steps (ubatches; tokens around every other "
-    "renewal); ratio: median of the pairwise ratios of their seconds where nothing is renewed, with a 95 % interval; share: what "
-    "a step with a renewal takes beyond the same step without the span (at least what the library's clock says), as a share of all "
-    "tokens from one renewal to the next"
+    "cost: a context with the span and one without read the same text in alternating steps (ubatches; tokens around every "
+    "other renewal); ratio: median of the pairwise ratios of their seconds where nothing is renewed, with a 95 % interval; "
+    "share: what a step with a renewal takes beyond the same step without the span (at least what the library's clock says), "
+    "as a share of all tokens from one renewal to the next"
 )
 
 

@@ -6,6 +6,7 @@ a book. The question is asked after so many more tokens, from a copy of the stat
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ Verona Zurich""".split()
 _HORSES = """Bandit Blizzard Bramble Brigadier Buttercup Captain Chestnut Cinnamon Comet Corporal Daisy Domino Duchess Ginger Goblin
 Hercules Juniper Jupiter Lightning Magpie Merlin Midnight Nutmeg Orion Pepper Phantom Pilgrim Primrose Saffron Sergeant
 Snowball Sorrel Sparrow Sultan Tempest Thistle Trooper Vulcan Whisper Zephyr""".split()
-_TRADES = """apothecary baker barber beekeeper blacksmith bookbinder brewer butcher carpenter chandler clockmaker cobbler cooper
-dentist draper engraver fiddler fisherman furrier gardener glazier goldsmith grocer hatter innkeeper jeweller locksmith mason
+_TRADES = """baker barber beekeeper blacksmith bookbinder brewer butcher carpenter chandler clockmaker cobbler cooper
+dentist draper fiddler fisherman furrier gardener glazier goldsmith grocer hatter jeweller locksmith mason
 miller notary plumber potter printer saddler sculptor shepherd tailor tanner thatcher weaver""".split()
 _MONTHS = """January February March April May June July August September October November December""".split()
 _PASSWORDS = """autumn cannon clover coffee dagger ember feather flint garnet goblet granite hemlock honey ivy jasmine kestrel
@@ -58,6 +59,7 @@ def _one_of(words: Sequence[str]) -> Draw:
 class Kind:
     """Wordings of one kind of fact; {who} is the person, {what} the value."""
 
+    name: str
     draw: Draw
     tellings: tuple[str, ...]
     asking: str
@@ -66,6 +68,7 @@ class Kind:
 
 KINDS = (
     Kind(
+        "debt",
         _number(1000, 99999),
         (
             "{who} still owed the bank {what} dollars.",
@@ -76,6 +79,7 @@ KINDS = (
         "{who} owed the bank",
     ),
     Kind(
+        "cabin",
         _number(100, 999),
         (
             "On the steamer {who} slept in cabin {what}.",
@@ -86,16 +90,18 @@ KINDS = (
         "On the steamer {who} slept in cabin",
     ),
     Kind(
-        lambda rng: f"{rng.randint(1, 28)} {rng.choice(_MONTHS)}",
+        "birthday",
+        lambda rng: f"{rng.randint(4, 20)}th of {rng.choice(_MONTHS)}",
         (
-            "{who} was born on {what}.",
-            "The birthday of {who} fell on {what}.",
-            "Every year on {what} there was a cake for the birthday of {who}.",
+            "{who} was born on the {what}.",
+            "The birthday of {who} fell on the {what}.",
+            "Every year on the {what} there was a cake for the birthday of {who}.",
         ),
         "On which day was {who} born?",
-        "{who} was born on",
+        "{who} was born on the",
     ),
     Kind(
+        "town",
         _one_of(_TOWNS),
         (
             "{who} had grown up in {what}.",
@@ -106,6 +112,7 @@ KINDS = (
         "{who} grew up in",
     ),
     Kind(
+        "horse",
         _one_of(_HORSES),
         (
             "The horse of {who} was called {what}.",
@@ -116,9 +123,10 @@ KINDS = (
         "The horse of {who} was called",
     ),
     Kind(
+        "trade",
         _one_of(_TRADES),
         (
-            "{who} made a living as {what}.",
+            "{who} made a living as a {what}.",
             "By trade {who} was a {what}.",
             "{who} had learned to be a {what}, and worked as one.",
         ),
@@ -126,6 +134,7 @@ KINDS = (
         "By trade {who} was a",
     ),
     Kind(
+        "password",
         lambda rng: " ".join(rng.sample(_PASSWORDS, 2)),
         (
             "The sentry let {who} pass at the words {what}.",
@@ -140,6 +149,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Fact:
+    kind: str
     telling: str
     question: str  # and the answer up to the value
     value: str
@@ -157,8 +167,14 @@ def facts(n: int, seed: str) -> list[Fact]:
         kind = rng.choice(KINDS)
         words = {"who": name, "what": kind.draw(rng)}
         question = f"\n\nQuestion: {kind.asking}\nAnswer: {kind.answer}"
-        out.append(Fact(rng.choice(kind.tellings).format(**words), question.format(**words), words["what"]))
+        telling = rng.choice(kind.tellings)
+        out.append(Fact(kind.name, telling.format(**words), question.format(**words), words["what"]))
     return out
+
+
+def identity() -> str:
+    """Another one when words or wordings have changed: answers to other questions cannot be compared."""
+    return hashlib.sha256(repr(facts(200, "identity")).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -205,7 +221,8 @@ def run_facts(system: System, told: Story, advance: Callable[[int], None]) -> Ro
     for ask in told.asks:
         if ask.after > system.seen:
             times += system.feed(told.tokens[system.seen : ask.after])
-        answers.append({**_answer(system, told.facts[ask.fact]), "fact": ask.fact, "distance": ask.distance})
+        fact = told.facts[ask.fact]
+        answers.append({"fact": ask.fact, "kind": fact.kind, "distance": ask.distance, **_answer(system, fact)})
         advance(ask.after)
     return {"answers": answers, "prefill_tps": tps(times), **counts(system)}
 

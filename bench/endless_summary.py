@@ -32,6 +32,7 @@ def fill(report: Report, logged: Iterable[Row], per: int, fine: int) -> None:
     made = {
         "fine": nll_rows(parts.get("nll", {}), fine, fine),
         "facts": fact_rows(parts.get("facts", {})),
+        "fact_kinds": kind_rows(parts.get("facts", {})),
         "answers": answers(parts.get("facts", {})),
         "talk": talk_rows(parts.get("talk", {})),
         "cost": [row for runs in parts.get("cost", {}).values() for row in runs.values()],
@@ -105,6 +106,21 @@ def fact_rows(runs: Runs) -> list[Row]:
             near = [found[s, NEAR, fact]["found"] for s, _, fact in here if (s, NEAR, fact) in found]
             row["found_near"] = statistics.fmean(near) if near else None
             out.append(row | _against("nll", [a["nll"] - rival[key]["nll"] for key, a in here.items() if key in rival]))
+    return out
+
+
+def kind_rows(runs: Runs) -> list[Row]:
+    """One row per arm and kind of fact, all distances together."""
+    out = []
+    for arm, mine in runs.items():
+        kinds: dict[str, list[bool]] = {}
+        for run in mine.values():
+            for answer in run["answers"]:
+                kinds.setdefault(answer["kind"], []).append(answer["found"])
+        for kind, found in sorted(kinds.items()):
+            share, low, high = wilson(sum(found), len(found))
+            row = {"budget": arm[0], "policy": arm[1], "span": arm[2], "kind": kind, "n": len(found)}
+            out.append({**row, "found": share, "found_low": low, "found_high": high})
     return out
 
 

@@ -23,11 +23,13 @@ def tables(report: Report) -> list[Table]:
     machine = f"{meta['model']}, {meta['threads']} threads, {meta['cpu']}"
     out = []
     if report.rows:
-        title = f"endless: NLL of book text per {meta['per']} tokens, up to so many tokens seen; {machine}"
+        title = f"endless: NLL of book text, windows of {meta['per']} up to so many tokens; {machine}"
         out.append(_wide(title, report.rows, "tokens_seen", _tokens, lambda row: show("nll", row["nll"])))
     if facts := extra.get("facts"):
         title = f"facts found, after so many tokens since they were told (likelihood per token, nats); {machine}"
         out.append(_wide(title, facts, "distance", _tokens, _found))
+        kinds = extra["fact_kinds"]
+        out.append(_wide("facts found by kind, at all distances together", kinds, "kind", str, _share))
     if talk := extra.get("talk"):
         title = f"NLL of scripted answers, up to so many turns (of those from earlier pieces); {machine}"
         out.append(_wide(title, talk, "turns", str, _talked))
@@ -52,9 +54,12 @@ def _tokens(n: int) -> str:
     return f"{n // 1024}K" if n % 1024 == 0 else str(n)
 
 
+def _share(row: Row) -> str:
+    return f"{round(row['found'] * row['n'])}/{row['n']}"
+
+
 def _found(row: Row) -> str:
-    n = round(row["found"] * row["n"])
-    return f"{row['found']:.2f} [{row['found_low']:.2f}, {row['found_high']:.2f}] {n}/{row['n']} ({row['nll']:.2f})"
+    return f"{row['found']:.2f} [{row['found_low']:.2f}, {row['found_high']:.2f}] {_share(row)} ({row['nll']:.2f})"
 
 
 def _talked(row: Row) -> str:

@@ -196,13 +196,14 @@ def logged() -> list[dict[str, Any]]:
         common = {"budget": 64, "policy": policy, "span": span, "sample": 0, "rebases": 0, "prefill_tps": 1.0}
         out.append({**common, "part": "nll", "nll": [3.0, 3.1, 3.2 + worse, 3.3 + worse]})
         answers = [
-            {"fact": i, "distance": d, "nll": 1.0 + worse, "found": policy != "shift" and (d == 8192 or i < 2), "text": ""}
+            {"fact": i, "kind": "town" if i else "debt", "distance": d, "nll": 1.0 + worse, "text": ""}
+            | {"found": policy != "shift" and (d == 8192 or i < 2)}
             for i in range(3)
             for d in (8192, 65536)
         ]
         out.append({**common, "part": "facts", "answers": answers})
         turns = [
-            {"turn": i, "kind": "back" if i % 4 == 0 else "copy", "back": 8, "nll": 1.0 + worse + (i % 4 == 0), "tokens_seen": i}
+            {"turn": i, "kind": "copy" if i % 4 else "back", "nll": 1.0 + worse + (i % 4 == 0), "tokens_seen": i}
             for i in range(1, 17)
         ]
         out.append({**common, "part": "talk", "turns": turns})
@@ -240,9 +241,10 @@ def test_tables_have_an_arm_a_line_and_the_plot_a_panel_a_part() -> None:
     report = report_of(logged())
     tables = endless_table.tables(report)
     assert [columns for _, columns, _ in tables] == [
-        ["arm", "2K", "4K"], ["arm", "8K", "64K"], ["arm", *map(str, range(2, 17, 2))],
+        ["arm", "2K", "4K"], ["arm", "8K", "64K"], ["arm", "debt", "town"], ["arm", *map(str, range(2, 17, 2))],
     ]  # fmt: skip
     assert tables[1][2][1][:1] == ["indexer 64, span trained"] and tables[1][2][1][2].startswith("0.67 [0.21, 0.94] 2/3 (0.90)")
+    assert [cells[1:] for cells in tables[2][2]] == [["0/2", "0/4"], ["2/2", "3/4"], ["2/2", "3/4"]]
     figures = pytest.importorskip("matplotlib.figure")
     figure = figures.Figure()
     endless_table.plot(figure, report)
@@ -263,7 +265,8 @@ def test_impossible_plans_say_why() -> None:
 
 
 def test_it_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_path: Path) -> None:
-    words = ["endless", "-m", tiny("llama", n_ctx_train=1024)[0], "--budgets", 128, "-t", 1, "-ub", 64, "--out", tmp_path, "--json"]
+    words = ["endless", "-m", tiny("llama", n_ctx_train=1024)[0], "--budgets", 128, "-t", 1, "-ub", 64]
+    words += ["--out", tmp_path, "--json"]
     words += ["--tokens", 4096, "--per", 2048, "--distances", "256,1024", "--fact-every", 500, "--turns", 8, "--turn-tokens", 400]
     invoke(*words, "--arms", "streaming,shift", "--parts", "nll,facts")
     log = tmp_path / "endless.rows.jsonl"
