@@ -85,6 +85,8 @@ def endless(
         print_table(title, columns, cells)
     for verdict in report.verdicts:
         console().print(str(verdict), highlight=False)
+    for reason in report.meta["without_span"]:
+        print(f"span trained: none is in force, {reason}")
     if repeated := report.meta["text_repeated"]:
         print(repeated)
     print("wrote " + ", ".join(str(path) for path in files))

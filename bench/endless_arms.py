@@ -127,4 +127,5 @@ def counts(system: System) -> Row:
         "tokens_seen": system.seen,
         "rebases": renewed,
         "span_in_force": stats.get("span", 0),
+        "span_reason": system.span_reason(),
     }

@@ -20,7 +20,7 @@ Arm = tuple[int, str, str]  # budget, policy, span
 Runs = dict[Arm, dict[int, Row]]  # by arm and sample
 
 
-def fill(report: Report, logged: Iterable[Row], per: int, fine: int) -> None:
+def fill(report: Report, logged: Sequence[Row], per: int, fine: int) -> None:
     """Makes rows, extras and verdicts of a report from the units that are done."""
     parts: dict[str, Runs] = {}
     for row in logged:
@@ -38,6 +38,7 @@ def fill(report: Report, logged: Iterable[Row], per: int, fine: int) -> None:
         "cost": [row for runs in parts.get("cost", {}).values() for row in runs.values()],
     }
     report.extra = {name: rows for name, rows in made.items() if rows}
+    report.meta["without_span"] = sorted({row["span_reason"] for row in logged if row.get("span_reason")})
     report.verdicts = verdicts(report, report.meta.get("trained_length") or 0)
 
 

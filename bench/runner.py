@@ -314,6 +314,10 @@ class System:
         """Entries that leave at once during decode."""
         return int(_capi.get_stats(self.ctx).evict_step) if self.setup.budget else 0
 
+    def span_reason(self) -> str:
+        """Why there is no span although the trained length was to be one; "" otherwise."""
+        return (_capi.library().indexmem_span_reason(self.ctx) or b"").decode() if self.setup.budget else ""
+
     def close(self) -> None:
         if self.ctx:
             llama_cpp.llama_batch_free(self.batch)

@@ -286,3 +286,12 @@ def test_it_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_pat
     assert cost["rebases"] >= 6 and cost["span_in_force"] == 1024 and 0 < cost["decode_share"] and cost["slowest_ms"] > 0
     invoke(*words, "--arms", "streaming,shift", "--parts", "nll", "--seed", 1)
     assert len(log.read_text().splitlines()) == 10 + 3  # rows of another seed are not taken for these
+
+
+def test_a_model_that_cannot_have_a_span_says_why(tiny: Any, tmp_path: Path) -> None:
+    words = ["endless", "-m", tiny("llama", n_ctx_train=128)[0], "--budgets", 128, "-t", 1, "-ub", 64, "--out", tmp_path]
+    said = invoke(*words, "--parts", "nll", "--tokens", 1024, "--per", 1024, "--arms", "streaming", "--kv-span", "trained").output
+    data = json.loads((tmp_path / "endless.json").read_text())
+    (reason,) = data["meta"]["without_span"]
+    assert "128" in reason and f"none is in force, {reason}"[:40] in said
+    assert data["rows"][0]["span_in_force"] == 0 == data["rows"][0]["rebases"]
