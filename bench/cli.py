@@ -40,6 +40,7 @@ from .cli_options import (
     session,
     setup_of,
 )
+from .cli_endless import endless
 from .cli_quality import quality
 from .cli_speed import speed
 
@@ -104,6 +105,7 @@ def memory(
 
 app.command()(speed)
 app.command()(quality)
+app.command()(endless)
 
 
 @app.command()

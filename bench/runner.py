@@ -67,6 +67,7 @@ class Setup:
     memory: str = "off"
     memory_slots: int = 0  # 0: as the sidecar says, or the default
     offload: bool = True  # the cache of a layer that is on a GPU lies there, too
+    span: int | None = None  # rotary positions that are used; None: the trained length, 0: they grow without end
 
     @property
     def label(self) -> str:
@@ -93,8 +94,9 @@ class Model:
                 raise BenchError(f"cannot load {path.name}: {_logs.reason(lines) or error}") from None
         self.n_vocab = self.raw.n_vocab()
 
-    def tokens(self, text: str, bos: bool = False) -> list[int]:
-        return list(self.raw.tokenize(text.encode(), add_bos=bos and self.raw.add_bos_token(), special=False))
+    def tokens(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """`special`: words such as <|im_end|> are the tokens that they stand for."""
+        return list(self.raw.tokenize(text.encode(), add_bos=bos and self.raw.add_bos_token(), special=special))
 
     def text(self, tokens: Sequence[int]) -> str:
         return str(self.raw.detokenize(list(tokens)), errors="replace")
@@ -114,6 +116,9 @@ class Model:
 
     def is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.raw.vocab, token))
+
+    def trained_length(self) -> int:
+        return int(llama_cpp.llama_model_n_ctx_train(self.raw.model))
 
     def kv_bytes(self, n_tokens: int, cache_type: str) -> int:
         """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
@@ -156,9 +161,10 @@ class System:
         params.no_perf = True
         if setup.budget:
             sidecar = str(setup.sidecar) if setup.sidecar else None
+            span = _capi.SPAN_TRAINED if setup.span is None else setup.span
             _capi.Request(
                 setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar,
-                setup.memory, setup.memory_slots,
+                setup.memory, setup.memory_slots, span,
             ).submit()  # fmt: skip
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
@@ -174,11 +180,15 @@ class System:
         for i in range(setup.ubatch):
             self.batch.seq_id[i][0] = 0
 
+    def _room_for(self, n: int) -> int:
+        """The position of the next token; what has to leave for `n` of them, leaves."""
+        return self.seen
+
     def _ubatch(self, tokens: Sequence[int], want: str) -> float:
-        n = len(tokens)
+        n, first = len(tokens), self._room_for(len(tokens))
         self.batch.n_tokens = n
         self._token[:n] = tokens
-        self._pos[:n] = range(self.seen, self.seen + n)
+        self._pos[:n] = range(first, first + n)
         self._want[:n] = want == "all"
         self._want[n - 1] = want != "none"
         start = time.perf_counter()
@@ -279,6 +289,10 @@ class System:
                 "kept": stats.n_kept,
                 "evicted": stats.n_evicted,
                 "evict_us": stats.evict_us,
+                "rebases": stats.n_rebases,
+                "rebase_us": stats.rebase_us,
+                "next_position": stats.next_position,
+                "span": stats.span,
             }
         return {
             "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
@@ -299,6 +313,10 @@ class System:
     def evict_step(self) -> int:
         """Entries that leave at once during decode."""
         return int(_capi.get_stats(self.ctx).evict_step) if self.setup.budget else 0
+
+    def span_reason(self) -> str:
+        """Why there is no span although the trained length was to be one; "" otherwise."""
+        return (_capi.library().indexmem_span_reason(self.ctx) or b"").decode() if self.setup.budget else ""
 
     def close(self) -> None:
         if self.ctx:

@@ -52,3 +52,12 @@ def standard_error(groups: Sequence[Sequence[float]]) -> float:
     if not groups or min(map(len, groups)) < 2:
         return float("nan")
     return sum(statistics.variance(group) / len(group) for group in groups) ** 0.5 / len(groups)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float, float]:
+    """A share with its 95 % interval by Wilson, which is honest with few values and at 0 and 1."""
+    if not n:
+        return float("nan"), float("nan"), float("nan")
+    z, share = 1.96, hits / n
+    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return share, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
