@@ -22,14 +22,14 @@ def endless(
         help="Text file with prose, such as a book; can be given several times. Default: sentences made up on the spot.",
         show_default=False,
     ),
-    parts: str = typer.Option("nll,facts,talk,cost", help="nll, facts, talk, cost."),
+    parts: str = typer.Option("nll,facts,talk,cost", help="nll, facts, talk, cost, far (the end of a text against its beginning)."),
     arms: str = typer.Option(ARMS, help="Policies, and `shift`: the stock cache that drops half of itself when it is full."),
     kv_span: str = typer.Option(
         "trained,0", "--kv-span", help="Spans that every policy runs with: trained (the default length), 0 (none), numbers."
     ),
     indexmem: Optional[list[Path]] = INDEXMEMS,
     budgets: str = typer.Option("1024", help="Entries that each KV head keeps; cells of the stock cache."),
-    tokens: int = typer.Option(262144, help="Tokens that the parts nll and facts read."),
+    tokens: int = typer.Option(262144, help="Tokens that the parts nll, facts and far read."),
     per: int = typer.Option(16384, help="Tokens of a window of nll. The curve of every 1024 is in the JSON file, too."),
     distances: str = typer.Option("256,8192,16384,32768,65536", help="Tokens after which a fact is asked for."),
     fact_every: int = typer.Option(2500, min=100, help="Tokens from one fact to the next; the first is at 2000."),

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from indexmem_edge._parts import MEMORY_OFF
 
-from . import endless_cost, endless_facts, endless_summary, endless_talk
+from . import endless_cost, endless_facts, endless_far, endless_summary, endless_talk
 from .arms import Sidecars
 from .endless_arms import SHIFT, EndlessArm, counts, open_system, setup_of
 from .endless_text import Books
@@ -25,7 +25,7 @@ from .quality import Log
 from .report import Report, Row
 from .runner import BenchError, Model, Setup, System, library
 
-NLL, FACTS, TALK, COST = PARTS = ("nll", "facts", "talk", "cost")
+NLL, FACTS, TALK, COST, FAR = PARTS = ("nll", "facts", "talk", "cost", "far")
 FINE = 1024  # tokens of a point of the fine curve
 HOW = (
     "nll: book text, 128 tokens at a time, mean over windows (--per); delta: minus the shift's on the same tokens; facts: "
@@ -64,6 +64,8 @@ class Plan:
             not self.distances or min(self.distances) < 1 or self.tokens < self.fact_first + min(self.distances) + 100
         ):
             raise BenchError(f"in {self.tokens} tokens no fact can be asked for: choose more, or smaller distances")
+        if FAR in self.parts and self.tokens < endless_far.LEAST:
+            raise BenchError(f"the part {FAR} reads at least {endless_far.LEAST} tokens, --tokens is {self.tokens}")
 
     def jobs(self) -> Iterator[Job]:
         for sample in range(self.samples):
@@ -79,7 +81,7 @@ class Plan:
             asked = ",".join(map(str, self.distances))
             about = endless_facts.identity()
             return f"{self.tokens} facts {about} every {self.fact_every} from {self.fact_first} asked {asked}"
-        return {NLL: str(self.tokens), TALK: f"{self.turns} x {self.turn_tokens}", COST: ""}[part]
+        return {NLL: str(self.tokens), FAR: str(self.tokens), TALK: f"{self.turns} x {self.turn_tokens}", COST: ""}[part]
 
     def reads(self) -> int:
         """The longest text that is read at a time."""
@@ -121,13 +123,18 @@ class Runner:
         start = time.monotonic()
         if job.part == COST:
             found = self._cost(job, advance)
+        elif job.part == FAR:
+            found = endless_far.run_far(lambda: self._open(job), self.books.passage(job.sample, plan.tokens), advance)
         else:
-            with open_system(self.model, plan.base, job.arm, plan.sidecars, job.budget) as system:
+            with self._open(job) as system:
                 found = {NLL: self._nll, FACTS: self._facts, TALK: self._talk}[job.part](job, system, advance)
         return {
             "part": job.part, "budget": job.budget, "span": job.arm.span_name, "sample": job.sample,
             "seconds": time.monotonic() - start, "rss_bytes": rss_bytes(), **found,
         }  # fmt: skip
+
+    def _open(self, job: Job) -> System:
+        return open_system(self.model, self.plan.base, job.arm, self.plan.sidecars, job.budget)
 
     def _nll(self, job: Job, system: System, advance: Callable[[float], None]) -> Row:
         return run_nll(system, self.books.passage(job.sample, self.plan.tokens), advance)
@@ -200,7 +207,7 @@ def run_endless(
             model.path.name,
             library(),
             base.threads,
-            how=f"{HOW}; {endless_cost.HOW}",
+            how=f"{HOW}; {endless_cost.HOW}; {endless_far.HOW}",
             settings=settings,
             sinks=base.sinks,
             window=f"min({base.window}, budget / 4)",

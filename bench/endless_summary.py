@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from . import endless_far
 from .endless_arms import SHIFT, TRAINED
 from .endless_talk import BACK
 from .report import Report, Row, Verdict
@@ -35,6 +36,7 @@ def fill(report: Report, logged: Sequence[Row], per: int, fine: int) -> None:
         "fact_kinds": kind_rows(parts.get("facts", {})),
         "answers": answers(parts.get("facts", {})),
         "talk": talk_rows(parts.get("talk", {})),
+        "far": far_rows(parts.get("far", {})),
         "cost": [row for runs in parts.get("cost", {}).values() for row in runs.values()],
     }
     report.extra = {name: rows for name, rows in made.items() if rows}
@@ -145,6 +147,21 @@ def talk_rows(runs: Runs) -> list[Row]:
     return out
 
 
+def far_rows(runs: Runs) -> list[Row]:
+    """One row per arm: the same passages near the beginning and at the end of a long text."""
+    out = []
+    for arm, mine in runs.items():
+        row = _named(arm, mine.values())
+        for name in ("near", "far"):
+            row[name] = statistics.fmean(value for run in mine.values() for value in run[name])
+        row["tokens_seen"] = max(run["tokens_seen"] for run in mine.values())
+        row["rebases"] = max(run["rebases"] for run in mine.values())
+        row["finite"] = all(run["finite"] for run in mine.values())
+        row["grown"] = any(run["grown"] for run in mine.values())
+        out.append(row | _against("far", [a - b for run in mine.values() for a, b in zip(run["far"], run["near"])]))
+    return out
+
+
 def _is_not_back(turn: Row) -> bool:
     return turn["kind"] != BACK
 
@@ -172,6 +189,12 @@ def verdicts(report: Report, trained: int) -> list[Verdict]:
             name = f"NLL of scripted answers minus that of the shift, {label(arm)}: the last {rows[-1]['n']} turns"
             low, high = rows[-1]["nll_low"], rows[-1]["nll_high"]
             out.append(Verdict(f"{name} ({low:.3f} to {high:.3f})", rows[-1]["nll_delta"]))
+    for arm, rows in by_arm(report.extra.get("far", [])):
+        row = rows[0]
+        bytes_ = "more bytes" if row["grown"] else "the same bytes"
+        name = f"NLL after {row['tokens_seen']} tokens minus near the beginning, {bytes_}, {label(arm)}"
+        worth = row["far_delta"] if row["finite"] and not row["grown"] else float("inf")
+        out.append(Verdict(name, worth, _goal(arm, endless_far.GOAL), at_most=True))
     for arm, rows in by_arm(report.extra.get("cost", [])):
         for what in ("prefill", "decode"):
             name = f"share of {what} that renewing positions takes, {label(arm)}"

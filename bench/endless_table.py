@@ -14,6 +14,7 @@ COST = (
     "budget", "policy", "span", "span_in_force", "tokens_between", "prefill_ratio", "prefill_share", "decode_ratio",
     "decode_share", "rebase_ms", "slowest_ms", "slowest_without_ms",
 )  # fmt: skip
+FAR = ("budget", "policy", "span", "tokens_seen", "rebases", "near", "far", "far_delta", "far_low", "far_high", "kv_bytes")
 MOST_COLUMNS = 16  # windows beside each other; with more, every second is shown, every third, ...
 
 
@@ -33,6 +34,9 @@ def tables(report: Report) -> list[Table]:
     if talk := extra.get("talk"):
         title = f"NLL of scripted answers, up to so many turns (of those from earlier pieces); {machine}"
         out.append(_wide(title, talk, "turns", str, _talked))
+    if far := extra.get("far"):
+        cells = [[show(name, row.get(name)) for name in FAR] for row in far]
+        out.append((f"NLL of the same passages near the beginning and at the end; {machine}", [n.replace("_", " ") for n in FAR], cells))
     if cost := extra.get("cost"):
         cells = [[show(name, row.get(name)) for name in COST] for row in cost]
         out.append((f"cost of renewing positions; {machine}", [name.replace("_", " ") for name in COST], cells))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bench_data import invoke
 
-from indexmem_edge.bench import endless, endless_facts, endless_summary, endless_table, endless_talk
+from indexmem_edge.bench import endless, endless_facts, endless_far, endless_summary, endless_table, endless_talk
 from indexmem_edge.bench.arms import Sidecars
 from indexmem_edge.bench.endless_arms import EndlessArm, ShiftingSystem, arms_of, open_system, setup_of, spans_of
 from indexmem_edge.bench.endless_text import Books
@@ -259,6 +259,7 @@ def test_impossible_plans_say_why() -> None:
         ({"budgets": (8,)}, "budgets of 64 or more"),
         ({"per": 1500}, "a multiple of it"),
         ({"parts": ("facts",), "tokens": 4096, "distances": (8192,)}, "no fact can be asked for"),
+        ({"parts": ("far",), "tokens": 4096}, "reads at least 20480 tokens"),
     ):
         with pytest.raises(BenchError, match=match):
             endless.Plan(**{**usual, **changes})
@@ -286,6 +287,25 @@ def test_it_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_pat
     assert cost["rebases"] >= 6 and cost["span_in_force"] == 1024 and 0 < cost["decode_share"] and cost["slowest_ms"] > 0
     invoke(*words, "--arms", "streaming,shift", "--parts", "nll", "--seed", 1)
     assert len(log.read_text().splitlines()) == 10 + 3  # rows of another seed are not taken for these
+
+
+def test_the_end_of_a_text_is_scored_beside_its_beginning(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endless_far, "PASSAGE", 256)
+    monkeypatch.setattr(endless_far, "LEAST", 1280)
+    words = ["endless", "-m", tiny("llama", n_ctx_train=512)[0], "--budgets", 128, "-t", 1, "-ub", 64, "--out", tmp_path]
+    words += ["--parts", "far", "--arms", "streaming", "--kv-span", "trained", "--per", 1024, "--json", "--tokens"]
+    invoke(*words, 1280)
+    invoke(*words, 4096)
+    runs = [json.loads(line) for line in (tmp_path / "endless.rows.jsonl").read_text().splitlines()]
+    assert runs[0]["far"][0] == pytest.approx(runs[0]["near"][0], abs=1e-3)  # the same tokens in both
+    assert runs[1]["rebases"] > 5 and runs[1]["finite"] and not runs[1]["grown"] and len(runs[1]["near"]) == 4
+    data = json.loads((tmp_path / "endless.json").read_text())
+    (row,) = data["far"]
+    assert row["far_delta"] == pytest.approx(np.mean(runs[1]["far"]) - np.mean(runs[1]["near"]))
+    (verdict,) = [verdict for verdict in data["verdicts"] if "near the beginning" in verdict["name"]]
+    assert verdict["value"] == pytest.approx(row["far_delta"]) and "the same bytes" in verdict["name"]
 
 
 def test_a_model_that_cannot_have_a_span_says_why(tiny: Any, tmp_path: Path) -> None:
