@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
+from cache_types import CacheType, rounding
 from indexers import Indexer, softplus, write_sidecar
-from numpy.typing import DTypeLike
 from reference import attend
+from rotary import Rotary
 
 
 class CentroidMemory:
     """IndexMem++: slots that hold running means of keys and of values. A slot is read like an entry of the cache whose
     logit has log(gate * count) added."""
 
-    def __init__(self, n_slots: int, n_embd_k: int, n_embd_v: int, gate: float = 1.0, dtype: DTypeLike = None) -> None:
+    def __init__(self, n_slots: int, n_embd_k: int, n_embd_v: int, gate: float = 1.0, dtype: CacheType = None) -> None:
         """dtype: what the slots are rounded to when they are read, as the cache is; the means themselves are exact."""
         self.keys, self.values = np.zeros((n_slots, n_embd_k)), np.zeros((n_slots, n_embd_v))
         self.counts = np.zeros(n_slots)
-        self.gate, self.dtype = gate, np.dtype(dtype or np.float64)
+        self.gate, self.round = gate, rounding(dtype)
         self.gap = math.inf  # smallest margin, relative, by which a slot was nearer than the others
 
     def write(self, keys: np.ndarray, values: np.ndarray) -> None:
@@ -51,6 +52,10 @@ class CentroidMemory:
             self.keys[r] += (k - self.keys[r]) / self.counts[r]
             self.values[r] += (v - self.values[r]) / self.counts[r]
 
+    def rotate(self, rotary: Rotary, by: int) -> None:
+        """A mean of rotated keys has no position of its own: all move as the newest entries do."""
+        self.keys = rotary.rotate(self.keys, np.full(len(self.keys), by))
+
     def _nearest(self, key: np.ndarray) -> int:
         distances = ((self.keys - key) ** 2).sum(axis=-1)
         best = int(np.argmin(distances))  # the first of equals
@@ -62,7 +67,7 @@ class CentroidMemory:
     def slots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keys [n, Dk], values [n, Dv] and biases [n] of the slots that hold something, as attention reads them."""
         held = self.counts > 0
-        keys, values = (a[held].astype(self.dtype).astype(a.dtype) for a in (self.keys, self.values))
+        keys, values = (self.round(a[held]) for a in (self.keys, self.values))
         return keys, values, np.log(self.gate * self.counts[held])
 
     def read(self, q: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +111,9 @@ class ResidualMemory:
         f = q @ self.phi.T
         return f @ self.matrix / np.maximum(f * f @ self.normaliser, self.eps)[..., None]
 
+    def rotate(self, rotary: Rotary, by: int) -> None:
+        raise ValueError("what is linear in features of rotated keys cannot be rotated: such a memory goes without a span")
+
     def attend(
         self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray, scale: float
     ) -> np.ndarray:
@@ -124,9 +132,11 @@ class Centroid:
     enabled: list[bool]  # [L]
     gate: list[float]  # [L]
 
-    def head(self, il: int, head_dim: int, dtype: DTypeLike = None) -> Optional[CentroidMemory]:
+    def head(self, il: int, head_dim: int, dtype: CacheType = None, value_dim: int = 0) -> Optional[CentroidMemory]:
         """An empty one for a cache of this type."""
-        return CentroidMemory(self.n_slots, head_dim, head_dim, self.gate[il], dtype) if self.enabled[il] else None
+        if not self.enabled[il]:
+            return None
+        return CentroidMemory(self.n_slots, head_dim, value_dim or head_dim, self.gate[il], dtype)
 
     def sidecar(self) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
         """Keys, and tensors of each layer."""
@@ -147,12 +157,12 @@ class Residual:
 
     n_slots = 0  # takes nothing from the budget
 
-    def head(self, il: int, head_dim: int, dtype: DTypeLike = None) -> Optional[ResidualMemory]:
+    def head(self, il: int, head_dim: int, dtype: CacheType = None, value_dim: int = 0) -> Optional[ResidualMemory]:
         """An empty one, which is fp32 for every type of cache."""
         if not self.enabled[il]:
             return None
         return ResidualMemory(
-            self.phi[il], head_dim, sigmoid(self.gate_logit[il]), float(softplus(self.eta_raw[il])),
+            self.phi[il], value_dim or head_dim, sigmoid(self.gate_logit[il]), float(softplus(self.eta_raw[il])),
             sigmoid(self.decay_logit[il]), self.eps,
         )  # fmt: skip
 

@@ -68,6 +68,7 @@ class Context:
         memory: Optional[str] = None,
         memory_slots: int = 0,
         span: int = _capi.SPAN_TRAINED,
+        rope: Optional[tuple[int, float]] = None,  # kind of scaling and scale of the frequencies, other than the model's
         capture: Optional[Capture] = None,
     ) -> None:
         self.model, self.n_seq, self.n_batch = model, n_seq, 512
@@ -76,6 +77,8 @@ class Context:
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, self.n_batch, n_ubatch, n_seq
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
+        if rope:
+            params.rope_scaling_type, params.rope_freq_scale = rope
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -175,23 +178,14 @@ class Context:
 
     def rotary(self, seq: int = 0) -> list[list[np.ndarray]]:
         """Rotary positions of what is held, [layer][head], in order of the positions."""
-        get, n_layer = _capi.library(), llama_cpp.llama_model_n_layer(self.model)
-
-        def read(il: int, h: int) -> np.ndarray:
-            both = []
-            for table in (get.indexmem_get_positions, get.indexmem_get_rotary):
-                n = table(self.ctx, seq, il, h, None, 0)
-                slots = (ctypes.c_int32 * n)()
-                assert n >= 0 and table(self.ctx, seq, il, h, slots, n) == n
-                both.append(np.array(slots, np.int32))
-            positions, rotary = both
-            return rotary[np.argsort(positions)]
-
-        return [[read(il, h) for h in range(_capi.n_head_kv(self.ctx, il))] for il in range(n_layer)]
+        n_layer = llama_cpp.llama_model_n_layer(self.model)
+        return [
+            [_capi.rotary(self.ctx, il, h, seq) for h in range(_capi.n_head_kv(self.ctx, il))] for il in range(n_layer)
+        ]
 
     def span_reason(self) -> str:
         """Why no span is in force, "" if one is or none was wanted."""
-        return (_capi.library().indexmem_span_reason(self.ctx) or b"").decode()
+        return _capi.span_reason(self.ctx)
 
     def stats(self, seq: int = 0) -> _capi.Stats:
         return _capi.get_stats(self.ctx, seq)

@@ -30,8 +30,8 @@ operations = st.lists(_operation, min_size=1, max_size=10)
 def follow(c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: int, n_vocab: int) -> None:
     """What is kept follows the reference of each sequence after every operation, and the logits after every ubatch.
 
-    `new` is the reference of an empty sequence. A ubatch that is aborted has not happened; if it was to evict, the sequence
-    is cleared, as it has to be.
+    `new` is the reference of an empty sequence. A ubatch that is aborted has not happened, but for the rebase before it; if it
+    was to evict, the sequence is cleared, as it has to be.
     """
     rng = np.random.default_rng(0)
     references = [copy.deepcopy(new) for _ in range(N_SEQ)]
@@ -62,6 +62,7 @@ def follow(c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: i
                 with c.aborting(b):
                     c.decode(tokens, a)
             except Refused:
+                references[a].make_room(len(tokens))
                 if c.stats(a).broken:
                     assert c.seq_rm(a, 0)
                     references[a] = copy.deepcopy(new)
@@ -82,3 +83,5 @@ def follow(c: Context, new: BoundedReference, todo: list[Operation], n_ubatch: i
         for s, reference in enumerate(references):
             assert c.n_seen(s) == reference.n_seen
             np.testing.assert_equal(c.positions(s), reference.kept)
+            np.testing.assert_equal(c.rotary(s), reference.rotary)
+            assert c.stats(s).n_rebases == reference.n_rebases

@@ -3,7 +3,8 @@
 After each ubatch of T tokens a head that holds more than `budget` entries evicts its lowest-ranked candidates. See
 `RANKS` for the ranks, and `indexers.py` for those of the policy `indexer`. The decoder below never forgets a key;
 evicted positions are merely made invisible. With a memory (`memories.py`) what leaves a head is written to it, and read
-from the next ubatch on; its slots, if it has any, are paid from the budget.
+from the next ubatch on; its slots, if it has any, are paid from the budget. With a span (`spans.py`) rotary positions are
+renewed before a ubatch that would go past it.
 
 Rounding can swap two entries whose ranks are nearly equal, after which nothing downstream is comparable. Every
 eviction therefore reports its `gap`, and `adopt` continues from the choice that another implementation made.
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 import numpy as np
+from cache_types import CacheType
 from indexers import Indexer
 from memories import HeadMemory, Memory
 from numpy.typing import DTypeLike
 from reference import Decoder, causal, softmax
+from spans import end_of_rebased, rebased
 from tiny_models import TinyConfig
 
 MASK64 = (1 << 64) - 1
@@ -139,8 +142,10 @@ class BoundedReference:
         budget_ratio: float = 0.0,
         indexer: Indexer | None = None,
         memory: Memory | None = None,
+        span: int = 0,
         dtype: DTypeLike = np.float64,
-        cache_dtype: DTypeLike | None = None,
+        cache_dtype: CacheType = None,
+        n_ctx: int = 0,
     ) -> None:
         if policy not in POLICIES and (policy != "indexer" or indexer is None):
             raise ValueError(f"no policy {policy!r}, or no indexer for it")
@@ -150,11 +155,12 @@ class BoundedReference:
         self.config, self.policy, self.seed = config, policy, seed
         self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
         self.evict_step, self.budget_ratio, self.indexer = evict_step, budget_ratio, indexer
-        self.memory = memory
-        self.decoder = RememberingDecoder(config, dtype, cache_dtype)
+        self.memory, self.span = memory, span
+        self.decoder = RememberingDecoder(config, dtype, cache_dtype, n_ctx)
         self._forget()
         self.n_ubatches = 0
-        self.n_before = 0  # tokens seen at the last eviction
+        self.n_before = 0  # tokens seen at the last eviction or rebase
+        self.n_rebases = 0
         self.evictions: list[Eviction] = []
         self.slots: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
         self._ranks: dict[tuple[int, int], dict[int, float]] = {}  # of the candidates of the last ubatch
@@ -193,6 +199,16 @@ class BoundedReference:
     def n_seen(self) -> int:
         return self.decoder.n_tokens
 
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the next token, if there is no rebase before it."""
+        return self.n_seen - self.decoder.shift
+
+    @property
+    def rotary(self) -> list[list[np.ndarray]]:
+        """Rotary positions of what is kept, in order of index."""
+        return [[self.decoder.rotary[il][head, h] for h, head in enumerate(layer)] for il, layer in enumerate(self.kept)]
+
     def heads(self) -> Iterator[tuple[int, int]]:
         return ((il, h) for il in range(self.config.n_layer) for h in range(self.config.n_head_kv))
 
@@ -201,6 +217,7 @@ class BoundedReference:
         n_past, n_new = self.n_seen, len(tokens)
         if self.policy == "full" and n_past + n_new > self.budget - self.n_latent:
             raise Full
+        self.make_room(n_new)
         visible = [[causal(n_past, n_new) for _ in layer] for layer in self.slots]
         for il, h in self.heads():
             evicted = np.setdiff1d(np.arange(n_past), self.slots[il][h])
@@ -215,12 +232,30 @@ class BoundedReference:
         self.n_ubatches += 1
         return logits
 
+    def make_room(self, n_new: int) -> bool:
+        """The rebase before a ubatch of n_new tokens, if it wants one."""
+        if not self.span or self.next_position + n_new <= self.span:
+            return False
+        end = end_of_rebased(len(self.slots[0][0]), n_new, self.span)
+        by = end - self.next_position
+        for il, h in self.heads():
+            index = np.array(self.kept[il][h], int)
+            at = rebased(index, self.decoder.rotary[il][index, h], self.protected, self.window, end)
+            self.decoder.renew(il, h, index, at)
+            memory, rotary = self.decoder.memories[il][h], self.decoder.rotaries[il]
+            if memory and rotary:
+                memory.rotate(rotary, by)
+        self.decoder.move_end(end)
+        self.n_before = self.n_seen
+        self.n_rebases += 1
+        return True
+
     def feed_all(self, tokens: Sequence[int], n_ubatch: int) -> np.ndarray:
         """Feeds ubatches of up to n_ubatch tokens; returns logits [T, V]."""
         return np.concatenate([self.feed(tokens[i : i + n_ubatch]) for i in range(0, len(tokens), n_ubatch)])
 
     def truncate(self, n: int) -> bool:
-        """Takes back all but the first n tokens; not beyond the last eviction, because what left is gone."""
+        """Takes back all but the first n tokens; not beyond the last eviction or rebase, which is for good."""
         if n > 0 and n < self.n_before:
             return False
         self.decoder.truncate(n)
@@ -228,13 +263,14 @@ class BoundedReference:
         self.n_before = min(self.n_before, n)
         if n == 0:
             self._forget()
+            self.n_rebases = 0
         return True
 
     def _forget(self) -> None:
         """Empty memories."""
         c, dtype = self.config, self.decoder.cache_dtype
         self.decoder.memories = [
-            [self.memory.head(il, c.head_dim, dtype) if self.memory else None for _ in range(c.n_head_kv)]
+            [self.memory.head(il, c.head_dim, dtype, c.value_dim) if self.memory else None for _ in range(c.n_head_kv)]
             for il in range(c.n_layer)
         ]
 

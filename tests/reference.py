@@ -4,7 +4,7 @@ Letters in shapes: T tokens of one call, N tokens so far (those T included), L l
 G = Hq / H, D head size, E embedding size, V vocabulary.
 
 Conventions that are llama.cpp's rather than the papers':
-- rotary angles: p * s^i in float32 by repeated multiplication with s = base^(-2/D); pairs (2i, 2i+1) or (i, i + D/2)
+- rotary angles: see `rotary.py`
 - Gemma's norms multiply by the stored weight (the file has 1 + w); its GELU is a table over float16 on the CPU
 - fused matrices hold the rows of q, k, v and of gate, up in this order
 - Granite divides the logits by its logit scale
@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from cache_types import CacheType, rounding
 from numpy.typing import DTypeLike
+from rotary import Rotary
 from tiny_models import TinyConfig
 
 Visibility = Sequence[Sequence[np.ndarray]]  # [L][H] of bool [T, N]: may query row i read the key at position j
@@ -24,19 +26,6 @@ Visibility = Sequence[Sequence[np.ndarray]]  # [L][H] of bool [T, N]: may query 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """[..., n] -> [..., n]"""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
-
-
-def rope(x: np.ndarray, positions: np.ndarray, base: float, neox: bool) -> np.ndarray:
-    """Rotates x [T, heads, D] by positions [T]."""
-    half = x.shape[-1] // 2
-    steps = np.full((len(positions), half), np.float32(base) ** np.float32(-1 / half), np.float32)
-    steps[:, 0] = positions
-    angle = np.multiply.accumulate(steps, axis=1).astype(x.dtype)[:, None, :]  # [T, 1, D/2]
-    first, second = (np.s_[..., :half], np.s_[..., half:]) if neox else (np.s_[..., 0::2], np.s_[..., 1::2])
-    cos, sin, out = np.cos(angle), np.sin(angle), np.empty_like(x)
-    out[first] = x[first] * cos - x[second] * sin
-    out[second] = x[first] * sin + x[second] * cos
-    return out
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -73,27 +62,36 @@ def causal(n_past: int, n_tokens: int) -> np.ndarray:
 class Decoder:
     """One sequence, appended to ubatch by ubatch.
 
-    Keys and values are computed once, from hidden states that saw what was visible at that time, and never again.
+    Keys and values are computed once, from hidden states that saw what was visible at that time, and never again. Rotary
+    positions of keys can be renewed, as a cache does it: from the rounded key, by the difference.
     """
 
     keys: list[np.ndarray]  # [L] of [N, H, D], after the rotation and the rounding of the cache
+    rotary: list[np.ndarray]  # [L] of int [N, H], what they are rotated by
     values: list[np.ndarray]  # [L] of [N, H, D]
     queries: list[np.ndarray]  # [L] of [N, Hq, D], after the rotation, before the scale
     hidden: list[np.ndarray]  # [L] of [N, E], what the attention of the layer reads
 
-    def __init__(self, config: TinyConfig, dtype: DTypeLike = np.float64, cache_dtype: DTypeLike | None = None) -> None:
+    def __init__(
+        self, config: TinyConfig, dtype: DTypeLike = np.float64, cache_dtype: CacheType = None, n_ctx: int = 0
+    ) -> None:
         c = self.config = config
-        self.dtype, self.cache_dtype = np.dtype(dtype), np.dtype(cache_dtype or dtype)
+        self.dtype, self.cache_dtype, self.round = np.dtype(dtype), cache_dtype, rounding(cache_dtype)
         self.weights = {name: a.astype(dtype) for name, a in c.weights.items()}
+        self.rotaries = [Rotary.of(c, il, n_ctx) for il in range(c.n_layer)]
         self.n_tokens = 0
-        self.keys, self.values = ([np.zeros((0, c.n_head_kv, c.head_dim), dtype)] * c.n_layer for _ in range(2))
+        self.shift = 0  # index of the next token minus its rotary position
+        self.rotary = [np.zeros((0, c.n_head_kv), int)] * c.n_layer
+        self.keys, self.values = (
+            [np.zeros((0, c.n_head_kv, dim), dtype)] * c.n_layer for dim in (c.head_dim, c.value_dim)
+        )  # fmt: skip
         self.queries = [np.zeros((0, c.n_head, c.head_dim), dtype)] * c.n_layer
         self.hidden = [np.zeros((0, c.n_embd), dtype)] * c.n_layer
 
     def append(self, tokens: Sequence[int], visible: Visibility | None = None) -> np.ndarray:
         """Evaluates one ubatch; returns logits [T, V]. By default everything earlier is visible."""
         c, w = self.config, self.weights
-        positions = np.arange(self.n_tokens, self.n_tokens + len(tokens))
+        positions = np.arange(self.n_tokens, self.n_tokens + len(tokens)) - self.shift
         if visible is None:
             visible = [[causal(self.n_tokens, len(tokens))] * c.n_head_kv] * c.n_layer
 
@@ -109,13 +107,34 @@ class Decoder:
 
     def truncate(self, n: int) -> None:
         """Takes back all but the first n tokens."""
-        for tokens in (self.keys, self.values, self.queries, self.hidden):
+        for tokens in (self.keys, self.values, self.queries, self.hidden, self.rotary):
             tokens[:] = [a[:n] for a in tokens]
         self.n_tokens = n
+        if n == 0:
+            self.shift = 0
 
-    def _attention(self, il: int, x: np.ndarray, positions: np.ndarray, visible: Sequence[np.ndarray]) -> np.ndarray:
-        """x [T, E], visible [H] of [T, N] -> [T, E]"""
+    def renew(self, il: int, h: int, index: np.ndarray, rotary: np.ndarray) -> None:
+        """Gives keys of one KV head other rotary positions. Those that have them already are not touched."""
+        by = rotary - self.rotary[il][index, h]
+        moved = index[by != 0]
+        if self.rotaries[il] and len(moved):
+            keys = self.rotaries[il].rotate(self.keys[il][moved, h], by[by != 0])
+            self.keys[il][moved, h] = self.round(keys)
+        self.rotary[il][index, h] = rotary
+
+    def move_end(self, end: int) -> None:
+        """The next token gets the rotary position `end`; queries so far come to lie before it."""
+        by = end - (self.n_tokens - self.shift)
+        for il, rotary in enumerate(self.rotaries):
+            if rotary:
+                self.queries[il] = rotary.rotate(self.queries[il], np.full(self.n_tokens, by))
+        self.shift -= by
+
+    def project(self, il: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x [T, E] -> queries [T, Hq, D], keys [T, H, D] and values [T, H, Dv], without positions."""
         c, w, p = self.config, self.weights, f"blk.{il}."
+        if c.arch == "minicpm3":
+            return self._project_minicpm3(p, x)
         n_q, n_kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
         if c.fused:
             q, k, v = np.split(x @ w[p + "attn_qkv.weight"].T, [n_q, n_q + n_kv], axis=-1)
@@ -124,13 +143,32 @@ class Decoder:
         q, k, v = (a.reshape(len(x), -1, c.head_dim) for a in (q, k, v))
         if c.qk_norm:
             q, k = (rms_norm(a, w[f"{p}attn_{name}_norm.weight"], c.eps) for a, name in ((q, "q"), (k, "k")))
-        if c.has_rope(il):
-            q, k = (rope(a, positions, c.rope_base, c.rope_neox) for a in (q, k))
-        k, v = (a.astype(self.cache_dtype).astype(self.dtype) for a in (k, v))
-        for all_tokens, new in ((self.keys, k), (self.values, v), (self.queries, q), (self.hidden, x)):
+        return q, k, v
+
+    def _project_minicpm3(self, p: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        c, w = self.config, self.weights
+        small = rms_norm(x @ w[p + "attn_q_a.weight"].T, w[p + "attn_q_a_norm.weight"], c.eps)
+        q = (small @ w[p + "attn_q_b.weight"].T).reshape(len(x), c.n_head, c.head_dim)
+        small, shared = np.split(x @ w[p + "attn_kv_a_mqa.weight"].T, [-c.n_rot], axis=-1)
+        small = rms_norm(small, w[p + "attn_kv_a_norm.weight"], c.eps)
+        k, v = np.split((small @ w[p + "attn_kv_b.weight"].T).reshape(len(x), c.n_head, -1), 2, axis=-1)
+        return q, np.concatenate((k, np.repeat(shared[:, None], c.n_head, axis=1)), axis=-1), v
+
+    def _attention(self, il: int, x: np.ndarray, positions: np.ndarray, visible: Sequence[np.ndarray]) -> np.ndarray:
+        """x [T, E], visible [H] of [T, N] -> [T, E]"""
+        c, w, p = self.config, self.weights, f"blk.{il}."
+        q, k, v = self.project(il, x)
+        rotary = self.rotaries[il]
+        if rotary:
+            q, k = (rotary.apply(a, positions) for a in (q, k))
+        k, v = self.round(k), self.round(v)
+        at = np.repeat(positions[:, None], c.n_head_kv, axis=1)
+        for all_tokens, new in (
+            (self.keys, k), (self.values, v), (self.queries, q), (self.hidden, x), (self.rotary, at)
+        ):  # fmt: skip
             all_tokens[il] = np.concatenate((all_tokens[il], new))
 
-        out = np.empty_like(q)
+        out = np.empty((*q.shape[:2], c.value_dim), self.dtype)
         for h in range(c.n_head_kv):
             heads = np.s_[:, h * c.group : (h + 1) * c.group]
             out[heads] = self.attend(il, h, q[heads], visible[h])
@@ -153,7 +191,8 @@ def forward(
     tokens: Sequence[int],
     visible: Visibility | None = None,
     dtype: DTypeLike = np.float64,
-    cache_dtype: DTypeLike | None = None,
+    cache_dtype: CacheType = None,
+    n_ctx: int = 0,
 ) -> np.ndarray:
     """Logits [N, V] of all positions, evaluated at once; visible is [L][H] of [N, N]."""
-    return Decoder(config, dtype, cache_dtype).append(tokens, visible)
+    return Decoder(config, dtype, cache_dtype, n_ctx).append(tokens, visible)

@@ -13,6 +13,7 @@ import pytest
 from conftest import Tiny
 from policies import POLICIES, BoundedReference, Full, hash_rank
 from reference import Decoder, causal, forward
+from rotary import ROTARY_KINDS
 from tiny_models import BOS, REFUSED, SUPPORTED, TinyConfig
 
 F32, F16 = 0, 1
@@ -68,6 +69,16 @@ def test_prefill_and_decode(tiny: Tiny, arch: str, overrides: dict[str, Any]) ->
     with stock(path) as model:
         for piece in pieces:
             assert_close(decoder.append(piece), feed(model, piece), config)
+
+
+@pytest.mark.parametrize("kind", ROTARY_KINDS)
+def test_kinds_of_rotary_embeddings(tiny: Tiny, kind: str) -> None:
+    arch, overrides = ROTARY_KINDS[kind]
+    path, config = tiny(arch, **overrides)
+    tokens = text(config, 120)
+    with stock(path) as model:
+        theirs = np.concatenate([feed(model, tokens[i : i + 60]) for i in (0, 60)])
+    assert_close(forward(config, tokens, n_ctx=256), theirs, config)
 
 
 @pytest.mark.parametrize("arch", SUPPORTED)
