@@ -168,7 +168,7 @@ def test_answers_of_the_script_follow_from_what_was_read(model: Model, tmp_path:
             assert f"{asked.split(chr(34))[1]} {turn.answer}" in shown[i]
         else:
             assert turn.answer in shown[i] and turn.answer.startswith(asked.split('"')[1])
-    with pytest.raises(BenchError, match="too few sentences for 400 turns"):
+    with pytest.raises(BenchError, match="too few sentences of 6 to 60 words for 400 turns"):
         (tmp_path / "short.txt").write_text("No end of this")
         endless_talk.script(Books(model, [tmp_path / "short.txt"]), 400, 300, 0, 0)
 
