@@ -184,7 +184,8 @@ def test_the_template_gives_a_conversation_turn_by_turn(model: Model) -> None:
 
 def test_wilson_is_honest_at_the_ends() -> None:
     share, low, high = wilson(0, 10)
-    assert share == 0 and (low, high) == pytest.approx((0, 0.2775), abs=1e-3)
+    assert share == low == 0 and high == pytest.approx(0.2775, abs=1e-3)
+    assert wilson(10, 10)[2] == 1
     share, low, high = wilson(8, 10)
     assert share == 0.8 and (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-3)
 
