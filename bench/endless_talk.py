@@ -52,7 +52,10 @@ def script(books: Books, turns: int, turn_tokens: int, seed: int, sample: int) -
         piece: list[str] = []
         while len(good(piece)) < 2 or len(model.tokens(" ".join(piece))) < turn_tokens - QUESTION:
             if not left:
-                raise BenchError(f"{', '.join(books.names)}: too few sentences for {turns} turns of {turn_tokens} tokens")
+                raise BenchError(
+                    f"{', '.join(books.names)}: too few sentences of {SHORTEST} to {LONGEST} words for {turns} turns of {turn_tokens} "
+                    "tokens: add another book with --text, or choose fewer --turns"
+                )
             piece.append(left.pop())
         kind = KINDS[number % len(KINDS)]
         if kind == BACK and number < NEAR:

@@ -60,4 +60,5 @@ def wilson(hits: int, n: int) -> tuple[float, float, float]:
         return float("nan"), float("nan"), float("nan")
     z, share = 1.96, hits / n
     middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return share, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return share, max(low, 0.0), min(high, 1.0)
