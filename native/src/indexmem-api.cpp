@@ -187,8 +187,10 @@ static uint32_t trained_length(const llama_model & model, const llama_cparams & 
     const auto & hparams = model.hparams;
 
     double res = hparams.n_ctx_train;
-    if (cparams.rope_freq_scale > 0.0f && hparams.rope_freq_scale_train > cparams.rope_freq_scale) {
-        res *= hparams.rope_freq_scale_train/cparams.rope_freq_scale;
+    if (cparams.rope_freq_scale > 0.0f && cparams.rope_freq_scale != hparams.rope_freq_scale_train) {
+        // of YaRN, llama.cpp itself writes this into n_ctx_train when it has made the first such context
+        res = cparams.rope_scaling_type == LLAMA_ROPE_SCALING_TYPE_YARN ? cparams.n_ctx_orig_yarn/(double) cparams.rope_freq_scale :
+            res*std::max(1.0f, hparams.rope_freq_scale_train/cparams.rope_freq_scale);
     }
     // factors of the frequencies for short texts are used as long as the context is one
     if (!model.layers.empty() && model.layers[0].rope_short && cparams.n_ctx_seq <= hparams.n_ctx_orig_yarn) {
