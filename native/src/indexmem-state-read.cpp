@@ -114,7 +114,7 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
         throw std::runtime_error(format("bounded KV state: impossible rotary positions (%u seen, %u held, next %d, renewed %llu times)",
                     n_seen, seq.n_used, seq.rotary_next(), (unsigned long long) seq.n_rebases));
     }
-    if (seq.n_rebases > 0 && cfg.span == 0) {
+    if (seq.n_rebases > 0 && kv.get_span() == 0) {
         throw std::runtime_error("bounded KV state: its positions were renewed to stay inside a span: use a context that has a span, too");
     }
 
