@@ -3,7 +3,7 @@
     full cache      tokens of the context x K and V of a token in f16: shares are shares of that
     bounded cache   entries of the budget x a slot + what does not grow with them + weights of the sidecar
 
-A slot is K, V, a position, and the state that an indexer keeps of an entry. What does not grow with every entry: rows that
+A slot is K, V, a position (two where there is a span), and the state that an indexer keeps of an entry. What does not grow with every entry: rows that
 wait to be scored (a few more with a larger budget), the queries that snapkv or an indexer keeps, slots and state of a latent
 memory.
 
@@ -20,6 +20,8 @@ from .arms import Arm, Sidecars, bounded_setup, setup_for
 from .runner import F16, UNBOUNDED, BenchError, Model, Setup, System
 
 UNITS = ("bytes", "entries")
+FAR = 1 << 30  # a span
+_ENOUGH = 8192  # entries
 LEAST_ENTRIES = 16  # fewer exact entries are no cache to compare
 HOW = {
     "bytes": "budgets are shares of the bytes that the full f16 cache takes for exactly the tokens of the context; K and V of the "
@@ -55,6 +57,7 @@ class Budgets:
         self.model, self.base, self.sidecars, self.unit = model, base, sidecars, unit
         self._slots: dict[tuple[object, ...], int] = {}
         self._fixed: dict[tuple[object, ...], int] = {}
+        self._spans: dict[tuple[object, ...], int] = {}
 
     def setup(self, arm: Arm, context_tokens: int, more_tokens: int) -> Setup:
         """The largest budget within the share of the arm.
@@ -87,12 +90,13 @@ class Budgets:
 
     def _largest(self, setup: Setup, limit: int) -> int:
         """The largest budget within the limit, by bisection: what is fixed grows a little with the budget."""
-        slots, slot = setup.memory_slots, self._slot(setup)
+        slots = setup.memory_slots
 
         def fits(budget: int) -> bool:
             return self.cost(replace(setup, budget=budget)).used(budget - slots) <= limit
 
         low = _least(setup)  # of which a context can be made
+        slot = self.cost(replace(setup, budget=low)).slot
         if not fits(low):
             return slots + max((limit - self.cost(replace(setup, budget=low)).fixed) // slot, 0)  # too few
         high = slots + max(limit // slot, low) + 1
@@ -103,11 +107,20 @@ class Budgets:
 
     def cost(self, setup: Setup) -> Cost:
         """What the library allocates for this budget, taken apart. Making a context is a matter of milliseconds."""
+        setup = self._with_or_without_span(setup)
         key = (*_kind(setup), setup.budget)
         if key not in self._fixed:
             slots, whole = self._sizes(replace(setup, ubatch=32, window=1))
             self._fixed[key] = whole - self._slot(setup) * slots
         return Cost(self._slot(setup), self._fixed[key])
+
+    def _with_or_without_span(self, setup: Setup) -> Setup:
+        """The same with a span that every budget fits, if one is in force; if not, without: what is measured has other budgets."""
+        key = (*_kind(setup), setup.budget, setup.ubatch)
+        if setup.span not in (0, FAR) and key not in self._spans:
+            with System(self.model, replace(setup, window=1)) as system:
+                self._spans[key] = FAR if system.stats()["span"] else 0
+        return replace(setup, span=self._spans.get(key, setup.span))
 
     def _slot(self, setup: Setup) -> int:
         """By two contexts that differ by 256 slots, and are so large that no more tokens wait to be scored in the larger one."""
@@ -140,11 +153,10 @@ class Budgets:
         }
 
 
-_ENOUGH = 8192
 
 
 def _kind(setup: Setup) -> tuple[object, ...]:
-    return setup.policy, setup.memory, setup.memory_slots, setup.cache_type, setup.sidecar
+    return setup.policy, setup.memory, setup.memory_slots, setup.cache_type, setup.sidecar, setup.span
 
 
 def _least(setup: Setup) -> int:

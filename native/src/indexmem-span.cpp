@@ -1,17 +1,11 @@
 #include "indexmem-span.h"
 
 #include <algorithm>
-#include <cstdlib>
 
-// Share of the span that entries may take after a rebase: room for distances that are true, against how often one is needed.
-static double span_keep() {
-    static const double keep = getenv("INDEXMEM_SPAN_KEEP") ? atof(getenv("INDEXMEM_SPAN_KEEP")) : 0.5;
-    return keep;
-}
-
+// Half of the span may be taken by entries after a rebase: room for distances that are true, and half of it for new tokens. On
+// books that gives the likelihood of a denser rule or a little more, and facts are found as often.
 int32_t indexmem_span_end(uint32_t span, uint32_t n_used, uint32_t n_tokens) {
-    const int64_t keep = std::min((int64_t) (span_keep()*span), (int64_t) span - n_tokens);
-    return (int32_t) std::max<int64_t>(n_used, keep);
+    return (int32_t) std::max<uint32_t>(n_used, std::min(span/2, span - n_tokens));
 }
 
 std::vector<int32_t> indexmem_span_rebase(const std::vector<int32_t> & rotary, uint32_t n_protected, uint32_t n_window, int32_t end) {
