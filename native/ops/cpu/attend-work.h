@@ -72,7 +72,7 @@ struct attend_work {
         char * base = (char *) data;
         size_t used = 0;
         const auto take = [&](auto *& p, int64_t n) {
-            p = (std::remove_reference_t<decltype(p)>) (base + used);
+            p = (std::remove_reference_t<decltype(p)>) (base ? base + used : nullptr); // without data, only sizes are asked for
             used += align_up(n*sizeof(*p));
         };
         take(stats, sh.n_parts());
