@@ -111,8 +111,8 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
 
     // entries have distinct positions below that of the next token, and only a rebase makes them smaller
     if (seq.shift < 0 || seq.rotary_next() < (int32_t) seq.n_used || (seq.n_rebases == 0 && seq.shift != 0) || seq.n_rebases > n_seen) {
-        throw std::runtime_error(format("bounded KV state: impossible rotary positions (%u seen, %u held, next %d, renewed %llu times)",
-                    n_seen, seq.n_used, seq.rotary_next(), (unsigned long long) seq.n_rebases));
+        throw std::runtime_error(format("bounded KV state: impossible rotary positions (%u seen, %u held, next %lld, renewed %llu times)",
+                    n_seen, seq.n_used, (long long) seq.n_seen - seq.shift, (unsigned long long) seq.n_rebases));
     }
     if (seq.n_rebases > 0 && kv.get_span() == 0) {
         throw std::runtime_error("bounded KV state: its positions were renewed to stay inside a span: use a context that has a span, too");
