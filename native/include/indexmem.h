@@ -88,7 +88,7 @@ struct indexmem_stats {
     uint32_t memory_slots;   // slots of the latent memory, of the budget; 0 without one or if its kind has none
     uint32_t memory_layers;  // layers that have a latent memory
     char     memory[16];     // kind of the latent memory, or "off"
-    uint32_t broken;         // 1: evaluating the sequence was interrupted while entries were evicted. Nothing but clearing it, copying
+    uint32_t broken;         // 1: evaluating the sequence was interrupted while entries moved. Nothing but clearing it, copying
                              // another one over it, or loading a state goes on from there
     uint64_t compute_bytes;  // compute buffers of the context, of all its graphs: what a ubatch takes, whatever the length
     uint64_t work_bytes;     // of the CPU, what an op of the cache takes at most; taken at the first eviction, if not before

@@ -186,9 +186,10 @@ static void choose_parts(const request & req, const llama_model & model, bool of
 static uint32_t trained_length(const llama_model & model, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 
-    double res = hparams.n_ctx_train;
+    // as the file says: of YaRN, llama.cpp writes the length of the first such context into n_ctx_train, for all that follow
+    const auto said = model.gguf_kv.find(format("%s.context_length", llm_arch_name(model.arch)));
+    double res = said == model.gguf_kv.end() ? hparams.n_ctx_train : atof(said->second.c_str());
     if (cparams.rope_freq_scale > 0.0f && cparams.rope_freq_scale != hparams.rope_freq_scale_train) {
-        // of YaRN, llama.cpp itself writes this into n_ctx_train when it has made the first such context
         res = cparams.rope_scaling_type == LLAMA_ROPE_SCALING_TYPE_YARN ? cparams.n_ctx_orig_yarn/(double) cparams.rope_freq_scale :
             res*std::max(1.0f, hparams.rope_freq_scale_train/cparams.rope_freq_scale);
     }
@@ -200,7 +201,10 @@ static uint32_t trained_length(const llama_model & model, const llama_cparams & 
 }
 
 // why keys cannot get new positions, "" if they can as far as it is known before a graph is built
-static std::string span_refused(const llama_kv_cache_bounded::config & cfg, ggml_type type_k, uint32_t n_ubatch) {
+static std::string span_refused(const llama_model & model, const llama_kv_cache_bounded::config & cfg, ggml_type type_k, uint32_t n_ubatch) {
+    if (model.pos_embd) {
+        return "positions of the model are learned and added to its tokens, keys are not rotated by them: use a span of 0";
+    }
     if (cfg.span == 0) {
         return "the model does not say what length it was trained for";
     }
@@ -228,7 +232,7 @@ static void choose_span(const llama_model & model, const llama_cparams & cparams
     if (!cfg.span_asked) {
         cfg.span = trained_length(model, cparams);
     }
-    cfg.span_reason = span_refused(cfg, type_k, cparams.n_ubatch);
+    cfg.span_reason = span_refused(model, cfg, type_k, cparams.n_ubatch);
     if (cfg.span_reason.empty()) {
         return;
     }

@@ -15,10 +15,10 @@
 //   - a step counts when it has been computed (finish), not before. One that was not (abandon) leaves a sequence as it was, or,
 //     where entries may have moved already, broken: nothing but clearing or replacing it is possible then
 //   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in a table on the device; slot
-//     n_fixed + i, appended since the last eviction, holds position n_seen - (n_used - n_fixed) + i
+//     n_fixed + i, appended since the last eviction or rebase, holds position n_seen - (n_used - n_fixed) + i
 //   - after every step n_used <= budget_of(seq)
 //   - with an indexer, entries at positions [n_scored, n_seen) are pending: their hidden states lie in a ring of n_wait rows.
-//     What is ranked has been scored, so pending entries are in slots from n_fixed on
+//     What is ranked has been scored, so pending entries are the last ones, in order
 //   - an entry of index j was rotated for a position r of its own. Those of slots from n_fixed on have r = j - shift, and the next
 //     token has r = n_seen - shift; with a span, no r comes up to it (indexmem-span.h)
 //   - with a ring of queries, it holds those of positions [ring_from, n_seen) at least, as far as they have been written.

@@ -109,8 +109,13 @@ bool llama_kv_cache_bounded::rebase(const step & st) {
             any = true;
         }
         seq_state to = st.before[i];
-        for (layer & l : layers) {
-            to.broken = to.broken || !turn_layer(s, l, from, to.rotary_next(), error);
+        try {
+            for (layer & l : layers) {
+                to.broken = to.broken || !turn_layer(s, l, from, to.rotary_next(), error);
+            }
+        } catch (const std::exception & err) { // no memory
+            to.broken = true;
+            error     = err.what();
         }
         counts.assign(s, to);
         if (to.broken) {

@@ -134,7 +134,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
         }
     }
     if (p0 > 0) {
-        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted; nothing copied\n", __func__);
+        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted and got no new positions; nothing copied\n", __func__);
         return;
     }
 

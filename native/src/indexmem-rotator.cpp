@@ -119,6 +119,7 @@ bool indexmem_rotator::turn_some(ggml_backend_t backend, bool staged, ggml_tenso
     turning g(t, n, rotation, rot, n_rows, staged);
 
     if (!ggml_gallocr_alloc_graph(allocator_for(backend), g.gf)) {
+        allocators.erase(ggml_backend_get_default_buffer_type(backend)); // it would take what it could not get for there
         error = format("no memory of %s to turn %d keys", ggml_backend_name(backend), (int) n_rows);
         return false;
     }
@@ -188,7 +189,9 @@ void indexmem_rotator::reserve(llama_context & lctx, ggml_tensor * t, int64_t n,
     bool staged;
     if (ggml_backend_t backend = backend_for(lctx, t, n, rotation, rot, staged)) {
         const int64_t n_rows = std::min<int64_t>(N_ROWS, ggml_nrows(t));
-        ggml_gallocr_reserve(allocator_for(backend), turning(t, n, rotation, rot, n_rows, staged).gf);
+        if (!ggml_gallocr_reserve(allocator_for(backend), turning(t, n, rotation, rot, n_rows, staged).gf)) {
+            allocators.erase(ggml_backend_get_default_buffer_type(backend)); // tried again when it is needed
+        }
     }
 }
 

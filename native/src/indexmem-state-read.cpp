@@ -172,8 +172,9 @@ void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq, uint
     }
 }
 
-// The rotary positions of one head: in the order of the others, below those of the tail, and so are those of the window.
-void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> & rotary, const kv_cache::seq_state & seq, uint32_t window) {
+// The rotary positions of one head: in the order of the others, below those of the tail; the prefix has its own, the window neighbours.
+void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> & rotary, const kv_cache::seq_state & seq,
+        uint32_t n_prefix, uint32_t window) {
     std::vector<std::pair<int32_t, int32_t>> both;
     for (size_t i = 0; i < pos.size(); ++i) {
         both.push_back({ pos[i], rotary[i] });
@@ -183,6 +184,7 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
     bool ok = both.front().second >= 0 && both.back().second < seq.pos_tail() - seq.shift;
     for (size_t i = 0; i < both.size(); ++i) {
         ok = ok && (i == 0 || both[i - 1].second < both[i].second);
+        ok = ok && (both[i].first >= (int64_t) n_prefix || both[i].second == both[i].first);
         ok = ok && (both[i].first < seq.n_seen - (int64_t) window || both[i].second == both[i].first - seq.shift);
     }
     if (!ok) {
@@ -219,7 +221,7 @@ void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer
     for (size_t h = 0; h < std::min(tables.size(), n_head); ++h) {
         check_table(tables[h], seq, std::max(cfg.sinks, seq.pin), cfg.window);
         if (tables.size() > n_head) {
-            check_rotary(tables[h], tables[n_head + h], seq, cfg.window);
+            check_rotary(tables[h], tables[n_head + h], seq, std::max(cfg.sinks, seq.pin), cfg.window);
         }
     }
 }
