@@ -316,7 +316,7 @@ class System:
 
     def span_reason(self) -> str:
         """Why there is no span although the trained length was to be one; "" otherwise."""
-        return (_capi.library().indexmem_span_reason(self.ctx) or b"").decode() if self.setup.budget else ""
+        return _capi.span_reason(self.ctx) if self.setup.budget else ""
 
     def close(self) -> None:
         if self.ctx:

@@ -94,21 +94,18 @@ bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state &
 }
 
 bool llama_kv_cache_bounded::rebase(const step & st) {
-    const int64_t t_start = ggml_time_us();
-
-    std::string error;
-    bool any = false;
     for (uint32_t i = 0; i < st.n_seq; ++i) {
-        const uint32_t  s    = st.s0 + i;
-        const seq_state from = *get_seq(s);
-        if (from.n_rebases == st.before[i].n_rebases) {
+        const uint32_t s = st.s0 + i;
+        if (get_seq(s)->n_rebases == st.before[i].n_rebases) {
             continue;
         }
-        if (!any) {
-            llama_synchronize(lctx); // the ubatch before may still be running
-            any = true;
-        }
-        seq_state to = st.before[i];
+        llama_synchronize(lctx); // the ubatch before may still be running
+
+        const int64_t   t_start = ggml_time_us();
+        const seq_state from    = *get_seq(s);
+
+        seq_state   to = st.before[i];
+        std::string error;
         try {
             for (layer & l : layers) {
                 to.broken = to.broken || !turn_layer(s, l, from, to.rotary_next(), error);
@@ -123,7 +120,7 @@ bool llama_kv_cache_bounded::rebase(const step & st) {
             indexmem_error_is(error);
             return false;
         }
+        rebase_us += ggml_time_us() - t_start;
     }
-    rebase_us += any ? ggml_time_us() - t_start : 0;
     return true;
 }

@@ -127,10 +127,11 @@ bool indexmem_rotator::turn_some(ggml_backend_t backend, bool staged, ggml_tenso
     std::vector<int32_t> read (rows, rows + n_rows);
     std::vector<int64_t> write(rows, rows + n_rows);
     std::vector<uint8_t> bytes;
+
+    const size_t row_size = ggml_row_size(t->type, n);
     if (staged) {
         std::iota(read .begin(), read .end(), 0);
         std::iota(write.begin(), write.end(), 0);
-        const size_t row_size = ggml_row_size(t->type, n);
         bytes.resize(n_rows*row_size);
         for_each_stretch(rows, n_rows, [&](int64_t i, int64_t n_next) {
             ggml_backend_tensor_get_2d(t, bytes.data() + i*row_size, rows[i]*t->nb[1], row_size, n_next, t->nb[1], row_size);
@@ -153,7 +154,6 @@ bool indexmem_rotator::turn_some(ggml_backend_t backend, bool staged, ggml_tenso
         return false;
     }
     if (staged) {
-        const size_t row_size = ggml_row_size(t->type, n);
         ggml_backend_tensor_get(g.store, bytes.data(), 0, bytes.size());
         for_each_stretch(rows, n_rows, [&](int64_t i, int64_t n_next) {
             ggml_backend_tensor_set_2d(t, bytes.data() + i*row_size, rows[i]*t->nb[1], row_size, n_next, t->nb[1], row_size);
