@@ -279,7 +279,7 @@ def test_the_report_is_complete_with_and_without_matplotlib(
 
 
 def test_the_tables_have_a_row_per_layer_and_bold_where_the_indexer_is_best(found: Recall) -> None:
-    best = Recall({**found.shares, INDEXER: found.shares[ORACLE]}, found.protected, found.samples, SINKS, WINDOW)
+    best = replace(found, shares={**found.shares, INDEXER: found.shares[ORACLE]})
     for recall, bold in ((found, False), (best, True)):
         console = Console(width=80, record=True, force_terminal=True, highlight=False, file=io.StringIO())
         recall_report.show(recall, console)

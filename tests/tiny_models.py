@@ -3,7 +3,7 @@
 `SUPPORTED` are architectures with plain attention, which `reference.Decoder` evaluates as well. `REFUSED` are real,
 loadable models that need something else than a plain KV cache: a sliding window, a recurrent state, both kinds of
 layers, latent attention, ALiBi, a soft cap or an encoder. `UNROTATABLE` have a plain cache of keys whose rotation is not
-the last thing that happens to them, so that their positions cannot be renewed.
+the last thing that happens to them, so that their positions cannot be renewed. `TRAINED` are more models that training reads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from tiny_config import Draw, TinyConfig, decoder, minicpm3
 from tiny_refused import REFUSED, UNROTATABLE, Writer
+from tiny_trained import TRAINED
 
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # tokens 3..258 are the bytes 0..255
@@ -69,7 +70,7 @@ def _build(arch: str) -> tuple[Writer, dict[str, Any]]:
         return decoder, SUPPORTED[arch]
     if arch in UNLIKE:
         return minicpm3, UNLIKE[arch]
-    return (REFUSED | UNROTATABLE)[arch]
+    return (REFUSED | UNROTATABLE | TRAINED)[arch]
 
 
 def make_config(arch: str, **overrides: Any) -> TinyConfig:
@@ -78,7 +79,7 @@ def make_config(arch: str, **overrides: Any) -> TinyConfig:
     c = replace(TinyConfig(arch), **(defaults | overrides))
     if arch in SQUARE:  # follows from the heads, whatever was asked for
         c = replace(c, n_embd=c.n_head * c.head_dim)
-    if arch in ("gemma", "gemma2"):
+    if arch in ("gemma", "gemma2", "gemma3"):
         c = replace(c, embedding_scale=float(np.sqrt(np.float32(c.n_embd))))
     if c.n_vocab < FIRST_FILLER or c.n_head % c.n_head_kv:
         raise ValueError(f"{arch}: n_vocab >= {FIRST_FILLER} and n_head divisible by n_head_kv are required")

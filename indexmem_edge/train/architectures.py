@@ -1,17 +1,24 @@
-"""Which models training knows, and which tensors their files must and may have."""
+"""Which models training knows, why not the others, and which tensors their files must and may have.
+
+PyTorch is not needed here: `trainable` is for whoever asks before a training.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..convert.text import quote, some
 from ..errors import ModelFileError, ModelNotSupported
-from .decoder import Config
+
+if TYPE_CHECKING:
+    from .decoder import Config
 
 Shape = tuple[int, ...]
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = (f"rope_{name}.weight" for name in ("freqs", "factors_long", "factors_short"))
+LONGROPE = "longrope"
 
 
 @dataclass(frozen=True)
@@ -20,19 +27,72 @@ class Architecture:
 
     interleaved: bool  # the order of rotated pairs in its GGUF files
     rope_factors: bool = False  # its files may have divisors of rotary frequencies
+    long_factors: bool = False  # always two sets of them, for short and long contexts; else only with the scaling `longrope`
+    partly_rotated: bool = False  # heads may be rotated in their first dimensions alone
+    unrotated_every: int = 0  # every so many-th layer is not rotated
     needed: frozenset[str] = frozenset()  # in every layer, besides what all of them have
     optional: frozenset[str] = frozenset()  # in a layer
     output_bias: bool = False
+    fused_gate: bool = False  # the gate is the first half of `ffn_up`
+    gelu: bool = False
+    scaled_embedding: bool = False  # by the root of its length
+    window_every: int = 0  # of so many layers, all but the last have a sliding window, unless the file says otherwise
+    reads: frozenset[str] = frozenset()  # keys that mean nothing to the others, or what these do not compute
 
 
 _QKV_BIAS = frozenset(f"attn_{x}.bias" for x in "qkv")
 _OTHER_BIAS = frozenset(f"{x}.bias" for x in ("attn_output", "ffn_gate", "ffn_up", "ffn_down"))
+_HEAD_NORMS = frozenset({"attn_q_norm.weight", "attn_k_norm.weight"})
+_POST_NORMS = frozenset({"post_attention_norm.weight", "post_ffw_norm.weight"})
+_MULTIPLIERS = frozenset({"embedding_scale", "residual_scale", "attention.scale", "logit_scale"})
 ARCHITECTURES = {  # what llama.cpp loads and computes with
     "llama": Architecture(True, rope_factors=True, optional=_QKV_BIAS | _OTHER_BIAS),
     "qwen2": Architecture(False, optional=_QKV_BIAS, output_bias=True),
-    "qwen3": Architecture(False, needed=frozenset({"attn_q_norm.weight", "attn_k_norm.weight"}), optional=_QKV_BIAS),
-}
-KNOWN = "llama, qwen2 and qwen3 models with dense layers, full attention and plain softmax"
+    "qwen3": Architecture(False, needed=_HEAD_NORMS, optional=_QKV_BIAS),
+    "qwen3moe": Architecture(False, needed=_HEAD_NORMS, optional=_QKV_BIAS, reads=frozenset({"expert_count"})),
+    "phi3": Architecture(  # llama.cpp does not use the window that its files name
+        False, rope_factors=True, long_factors=True, partly_rotated=True, optional=_QKV_BIAS, fused_gate=True,
+        reads=frozenset({"attention.sliding_window"}),
+    ),
+    "smollm3": Architecture(True, unrotated_every=4, optional=_QKV_BIAS),
+    "granite": Architecture(True, rope_factors=True, optional=_QKV_BIAS | _OTHER_BIAS, reads=_MULTIPLIERS),
+    "gemma": Architecture(False, partly_rotated=True, optional=_QKV_BIAS, gelu=True, scaled_embedding=True),
+    "gemma3": Architecture(
+        False, partly_rotated=True, needed=_HEAD_NORMS | _POST_NORMS, optional=_QKV_BIAS, gelu=True, scaled_embedding=True,
+        window_every=6, reads=frozenset({"attention.sliding_window", "final_logit_softcapping"}),
+    ),
+}  # fmt: skip
+KNOWN = ", ".join(sorted(ARCHITECTURES))
+
+_GRAPH = f"its graph is not among those that training computes ({KNOWN})"
+_REASONS = {  # why nothing can be trained for an architecture, where more can be said than that
+    "it has recurrent layers beside its attention, which training does not compute":
+        "bailingmoe3 falcon-h1 granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h nemotron_h_moe "
+        "plamo2 qwen35 qwen35moe qwen3next",
+    "it is recurrent: there are no keys and values to choose from": "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
+    "its latent attention (MLA) caches one vector for all heads, and an indexer ranks for each KV head":
+        "deepseek2 deepseek2-ocr mistral4",
+    "its attention has sinks, logits beside those of keys, which training does not compute": "gpt-oss granite_swa mimo2",
+    "its positions have several dimensions (M-RoPE), of which training knows one":
+        "hunyuan_vl paddleocr qwen2vl qwen3tts qwen3vl qwen3vlmoe",
+    "some of its layers read the keys and values of others, which training does not compute": "gemma3n gemma4",
+    "its attention logits have a soft cap, which training does not compute": "gemma2 grok",
+    "its layers attend in chunks, which training does not compute": "llama4",
+    "it has sparse attention with an indexer of its own":
+        "deepseek32 deepseek4 dots3note glm-dsa glm5-next hy_v4 minimax-m3 qwen4exp",
+    "its attention is biased by distance (ALiBi), and no budget can bound that": "bloom jais mpt refact",
+    "it is an encoder or a diffusion model, without a cache to bound":
+        "bert dream eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llada llada-moe llama-embed modern-bert neo-bert "
+        "nomic-bert nomic-bert-moe rnd1 t5 t5encoder wavtokenizer-dec",
+    "it is a draft head that works with the cache of another model": "dflash eagle3 gemma4-assistant",
+}  # fmt: skip
+_UNTRAINABLE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+WITHOUT_TRAINING = "policies such as --kv-policy keydiff need no training"
+
+
+def trainable(name: str) -> str:
+    """Why nothing can be trained for an architecture, by its name in GGUF files; "" if training knows it."""
+    return "" if name in ARCHITECTURES else _UNTRAINABLE.get(name, _GRAPH)
 
 
 def architecture(where: str, name: str) -> Architecture:
@@ -40,59 +100,88 @@ def architecture(where: str, name: str) -> Architecture:
     Raises:
         ModelNotSupported: training does not know it.
     """
-    if name not in ARCHITECTURES:
-        raise ModelNotSupported(f"{where} has the architecture {quote(name)}: training supports {KNOWN}")
+    if reason := trainable(name):
+        raise ModelNotSupported(f"{where} has the architecture {quote(name)}: {reason}; {WITHOUT_TRAINING}")
     return ARCHITECTURES[name]
 
 
 def unsupported(where: str, feature: str) -> ModelNotSupported:
-    return ModelNotSupported(f"{where} has {feature}: training supports {KNOWN}")
+    return ModelNotSupported(f"{where} has {feature}, which training does not compute in this architecture; {WITHOUT_TRAINING}")
 
 
 def check_config(where: str, c: Config) -> None:
     """
     Raises:
         ModelFileError: numbers that contradict each other.
-        ModelNotSupported: a head is not rotated as a whole, which llama.cpp does not run in these architectures.
+        ModelNotSupported: a head is not rotated as a whole where llama.cpp does not run that.
     """
     if c.n_head % c.n_head_kv:
         raise ModelFileError(f"{where} is damaged: {c.n_head} query heads cannot share {c.n_head_kv} KV heads")
-    if c.head_dim % 2:
-        raise ModelFileError(f"{where} is damaged: heads of {c.head_dim} dimensions cannot be rotated in pairs")
-    if c.rope.base <= 1:
-        raise ModelFileError(f"{where} is damaged: the base of its rotary frequencies is {c.rope.base}")
-    if c.rope.n_dim != c.head_dim:
-        raise unsupported(
-            where, f"{c.rope.n_dim} rotated dimensions of {c.head_dim}, and llama.cpp runs {c.architecture} only with all"
-        )  # fmt: skip
+    if c.head_dim % 2 or c.rope.n_dim % 2:
+        raise ModelFileError(
+            f"{where} is damaged: heads of {c.head_dim} dimensions, {c.rope.n_dim} rotated, cannot be rotated in pairs"
+        )
+    for rope in (c.rope, c.window_rope):
+        if rope is not None and rope.base <= 1:
+            raise ModelFileError(f"{where} is damaged: the base of its rotary frequencies is {rope.base}")
+    if c.rope.n_dim > c.head_dim:
+        raise ModelFileError(f"{where} is damaged: {c.rope.n_dim} rotated dimensions of {c.head_dim}")
+    if c.rope.n_dim < c.head_dim and not ARCHITECTURES[c.architecture].partly_rotated:
+        raise unsupported(where, f"{c.rope.n_dim} rotated dimensions of {c.head_dim}")
+    if c.n_expert_used > c.n_expert:
+        raise ModelFileError(f"{where} is damaged: {c.n_expert_used} of {c.n_expert} experts for each token")
+
+
+def factor_names(name: str, scaling: str) -> tuple[str, ...]:
+    """The tensors with divisors of rotary frequencies that llama.cpp reads in an architecture, by the kind of scaling."""
+    arch = ARCHITECTURES[name]
+    if not arch.rope_factors:
+        return ()
+    return (LONG_FACTORS, SHORT_FACTORS) if arch.long_factors or scaling == LONGROPE else (ROPE_FACTORS,)
 
 
 def shapes(c: Config) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Tensors that a model must and may have, by name, in PyTorch's order of dimensions [out, in]."""
     arch = ARCHITECTURES[c.architecture]
     d, q, kv = c.n_embd, c.n_head * c.head_dim, c.n_head_kv * c.head_dim
-    matrices = {
-        "attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q),
-        "ffn_gate": (c.n_ff, d), "ffn_up": (c.n_ff, d), "ffn_down": (d, c.n_ff),
-    }  # fmt: skip
+    matrices: dict[str, Shape] = {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q)}
+    dense: dict[str, Shape] = {"ffn_gate": (c.n_ff, d), "ffn_up": (c.n_ff, d), "ffn_down": (d, c.n_ff)}
+    if c.n_expert:
+        matrices |= {f"{name}_exps": (c.n_expert, *shape) for name, shape in dense.items()}
+        matrices["ffn_gate_inp"] = (c.n_expert, d)
+    else:
+        matrices |= dense
     layer: dict[str, Shape] = {f"{name}.weight": shape for name, shape in matrices.items()}
     layer |= {"attn_norm.weight": (d,), "ffn_norm.weight": (d,)}
-    layer |= {name: (c.head_dim,) for name in arch.needed}
+    layer |= {name: (c.head_dim,) if name in _HEAD_NORMS else (d,) for name in arch.needed}
     extra: dict[str, Shape] = {name: matrices[name.removesuffix(".bias")][:1] for name in arch.optional}
     must: dict[str, Shape] = {"token_embd.weight": (c.n_vocab, d), "output_norm.weight": (d,)}
     may: dict[str, Shape] = {"output.weight": (c.n_vocab, d)}
     if arch.output_bias:
         may["output.bias"] = (c.n_vocab,)
-    if arch.rope_factors:
-        may[ROPE_FACTORS] = (c.head_dim // 2,)
     for il in range(c.n_layer):
         must |= {f"blk.{il}.{name}": shape for name, shape in layer.items()}
         may |= {f"blk.{il}.{name}": shape for name, shape in extra.items()}
     return must, may
 
 
-def check_tensors(where: str, c: Config, found: Mapping[str, Shape]) -> None:
+def fused_parts(c: Config, name: str) -> dict[str, int]:
+    """What a fused tensor holds, in its order: the rows of each tensor. {} if it is none."""
+    layer, _, kind = name.rpartition("attn_qkv.")
+    if kind in ("weight", "bias"):
+        q, kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
+        return {f"{layer}attn_{x}.{kind}": n for x, n in (("q", q), ("k", kv), ("v", kv))}
+    layer, _, kind = name.rpartition("ffn_up.")
+    if kind == "weight" and ARCHITECTURES[c.architecture].fused_gate:
+        return {f"{layer}ffn_gate.weight": c.n_ff, f"{layer}ffn_up.weight": c.n_ff}
+    return {}
+
+
+def check_tensors(where: str, c: Config, found: Mapping[str, Shape], factors: Iterable[str] = ()) -> None:
     """Compares the tensors of a file, by their GGUF names, with what its architecture computes with.
+
+    Args:
+        factors: those that may hold divisors of rotary frequencies.
 
     Raises:
         ModelFileError: some are missing, or of another shape.
@@ -101,13 +190,15 @@ def check_tensors(where: str, c: Config, found: Mapping[str, Shape]) -> None:
     if c.n_layer > len(found):  # said before a list of them is made
         raise ModelFileError(f"{where} is damaged: {c.n_layer} layers and only {len(found)} tensors")
     must, may = shapes(c)
-    if missing := [name for name in must if name not in found]:
-        fused = [name for name in found if name.endswith("attn_qkv.weight")]
-        hint = f"; it has {quote(fused[0])} instead, which training does not split" if fused else ""
-        raise ModelFileError(f"{where} lacks the tensors {some(missing)} of a {c.architecture} model{hint}")
-    if surplus := [name for name in found if name not in must and name not in may]:
-        raise unsupported(where, f"the tensors {some(surplus)}, which training would leave out")
-    for name, shape in found.items():
+    may |= dict.fromkeys(factors, (c.rope.n_dim // 2,))
+    whole = _split(where, c, found)
+    if missing := [name for name in must if name not in whole]:
+        raise ModelFileError(f"{where} lacks the tensors {some(missing)} of a {c.architecture} model")
+    if surplus := [name for name in whole if name not in must and name not in may]:
+        raise ModelNotSupported(
+            f"{where} has the tensors {some(surplus)}, which training would leave out; {WITHOUT_TRAINING}"
+        )
+    for name, shape in whole.items():
         expected = must.get(name) or may[name]
         if shape != expected:
             raise ModelFileError(
@@ -115,13 +206,30 @@ def check_tensors(where: str, c: Config, found: Mapping[str, Shape]) -> None:
             )
 
 
-def check_factors(where: str, values: Iterable[float]) -> tuple[float, ...]:
-    """The content of rope_freqs.weight.
+def _split(where: str, c: Config, found: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The tensors as they are when those that are fused have been taken apart."""
+    whole: dict[str, Shape] = {}
+    for name, shape in found.items():
+        parts = fused_parts(c, name)
+        if parts and shape[:1] != (sum(parts.values()),):
+            raise ModelFileError(
+                f"{where} is damaged: tensor {quote(name)} is {list(shape)} (output, input), expected "
+                f"{sum(parts.values())} rows: {', '.join(f'{n} of {part}' for part, n in parts.items())}"
+            )
+        for part, n in (parts or {name: shape[0] if shape else 0}).items():
+            if part in whole or (part != name and part in found):
+                raise ModelFileError(f"{where} is damaged: it has {quote(part)} twice, once in {quote(name)}")
+            whole[part] = (n, *shape[1:]) if parts else shape
+    return whole
+
+
+def check_factors(where: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """The content of a tensor with divisors of rotary frequencies.
 
     Raises:
         ModelFileError: some are not positive.
     """
     factors = tuple(values)
     if not all(0 < v < math.inf for v in factors):
-        raise ModelFileError(f"{where} is damaged: {ROPE_FACTORS} must have positive numbers only")
+        raise ModelFileError(f"{where} is damaged: {name} must have positive numbers only")
     return factors

@@ -1,12 +1,13 @@
-"""The llama family of decoders in PyTorch: llama, qwen2, qwen3; frozen weights, and a hook where attention is computed.
+"""Decoders in PyTorch, as llama.cpp computes them: frozen weights, and a hook where attention is computed.
 
+What sets architectures apart is in the configuration and in which weights there are (`architectures`), not here.
 Shapes: B sequences of T tokens, d = hidden size, Hq query heads, H KV heads, D = head size. Queries and keys are as the
-native library caches them: after the norms of qwen3 and after RoPE, in the order of dimensions of the GGUF file.
+native library caches them: after their norms and after RoPE, in the order of dimensions of the GGUF file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional
 
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import feedforward
+from .attention import Attend, Heads, causal
 from .rope import Rope
 
 Weights = Mapping[str, Tensor]
@@ -22,7 +25,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Config:
-    """What decides the computation, whichever file it was read from."""
+    """What decides the computation, whichever file it was read from. Defaults are those of a plain decoder."""
 
     architecture: str
     n_layer: int
@@ -30,11 +33,23 @@ class Config:
     n_head: int
     n_head_kv: int
     head_dim: int
-    n_ff: int
+    n_ff: int  # of an expert where there are several
     n_vocab: int
     norm_eps: float
     context_length: int
     rope: Rope
+    window: int = 0  # tokens that the attention of a window layer reads at most
+    windowed: tuple[int, ...] = ()  # the layers that have one
+    window_rope: Optional[Rope] = None  # theirs; None: as in all layers
+    unrotated: tuple[int, ...] = ()  # layers whose queries and keys know no position
+    n_expert: int = 0
+    n_expert_used: int = 0  # by each token
+    gelu: bool = False  # instead of SiLU
+    attention_scale: float = 0.0  # of q.k before the softmax; 0: 1 / sqrt(D)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    logit_scale: float = 1.0  # logits are divided by it
+    logit_softcap: float = 0.0  # c tanh(logits / c); 0: none
 
     @property
     def group(self) -> int:
@@ -43,38 +58,38 @@ class Config:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.attention_scale or self.head_dim**-0.5
 
+    @property
+    def bounded(self) -> tuple[int, ...]:
+        """Layers with full attention. A budget bounds their caches alone, so they alone have indexers and memories."""
+        return tuple(il for il in range(self.n_layer) if il not in self.windowed)
 
-@dataclass(frozen=True)
-class Heads:
-    """Operands of one layer's attention."""
-
-    layer: int
-    hidden: Tensor  # [B, T, d], what the attention reads, and so does an indexer
-    q: Tensor  # [B, Hq, T, D]
-    k: Tensor  # [B, H, T, D]
-    v: Tensor  # [B, H, T, D]
-
-
-Attend = Callable[[Heads], Tensor]  # -> [B, Hq, T, D]
-
-
-def causal(heads: Heads) -> Tensor:
-    """Ordinary attention."""
-    return F.scaled_dot_product_attention(heads.q, heads.k, heads.v, is_causal=True, enable_gqa=True)
+    def rope_of(self, il: int) -> Optional[Rope]:
+        """The rotation of a layer, None if it has none."""
+        if il in self.unrotated:
+            return None
+        return self.window_rope if self.window_rope is not None and il in self.windowed else self.rope
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a weight is kept in where computation is in `dtype`. Norms are small and lose by rounding: at least float32."""
-    return torch.promote_types(dtype, torch.float32) if name.endswith("norm.weight") else dtype
+    """What a weight is kept in where computation is in `dtype`. Norms and routers are small and lose by rounding: at least
+    float32.
+    """
+    exact = name.endswith(("norm.weight", "ffn_gate_inp.weight"))
+    return torch.promote_types(dtype, torch.float32) if exact else dtype
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """Between -cap and cap; a cap of 0 is none."""
+    return cap * (logits / cap).tanh() if cap else logits
 
 
 class Decoder:
     """Weights by their GGUF names, `blk.0.attn_q.weight` and so on; nothing here is trained.
 
-    All have the dtype of the computation, norms at least float32. What a file may lack (biases, an output matrix, the
-    norms of queries and keys) is used if it is there.
+    All have the dtype of the computation, norms and routers at least float32. What a file may lack (biases, an output
+    matrix, the norms of queries and keys, those behind attention and feed-forward) is used if it is there.
     """
 
     def __init__(self, config: Config, weights: Weights) -> None:
@@ -95,7 +110,7 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] integers -> [B, T, d]"""
-        return F.embedding(tokens, self.weights["token_embd.weight"])
+        return F.embedding(tokens, self.weights["token_embd.weight"]) * self.config.embedding_scale
 
     def heads(self, il: int, x: Tensor, positions: Tensor) -> Heads:
         """The operands of layer `il` at the residual stream x [B, T, d] and absolute positions [T]."""
@@ -106,23 +121,26 @@ class Decoder:
         v = self._linear(f"blk.{il}.attn_v", hidden).unflatten(-1, (c.n_head_kv, c.head_dim))
         if f"blk.{il}.attn_q_norm.weight" in self.weights:
             q, k = self._norm(f"blk.{il}.attn_q_norm", q), self._norm(f"blk.{il}.attn_k_norm", k)
-        cos, sin = c.rope.table(positions)
-        q, k = (c.rope.rotate(t.transpose(1, 2), cos, sin) for t in (q, k))
-        return Heads(il, hidden, q, k, v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if (rope := c.rope_of(il)) is not None:
+            cos, sin = rope.table(positions)
+            q, k = (rope.rotate(t, cos, sin) for t in (q, k))
+        return Heads(il, hidden, q, k, v, c.scale, c.window if il in c.windowed else 0)
 
     def finish(self, il: int, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of layer `il`: output projection of [B, Hq, T, D], residual, feed-forward."""
-        x = x + self._linear(f"blk.{il}.attn_output", attended.transpose(1, 2).flatten(2).to(x.dtype))
-        h = self._norm(f"blk.{il}.ffn_norm", x)
-        gate, up = self._linear(f"blk.{il}.ffn_gate", h), self._linear(f"blk.{il}.ffn_up", h)
-        return x + self._linear(f"blk.{il}.ffn_down", F.silu(gate) * up)
+        scale = self.config.residual_scale
+        said = self._linear(f"blk.{il}.attn_output", attended.transpose(1, 2).flatten(2).to(x.dtype))
+        x = x + scale * self._norm_if_there(f"blk.{il}.post_attention_norm", said)
+        said = self._feed_forward(il, self._norm(f"blk.{il}.ffn_norm", x))
+        return x + scale * self._norm_if_there(f"blk.{il}.post_ffw_norm", said)
 
     def layer(self, il: int, x: Tensor, positions: Tensor, attend: Attend = causal) -> Tensor:
         return self.finish(il, x, attend(self.heads(il, x, positions)))
 
     def final(self, x: Tensor) -> Tensor:
         """[B, T, d] after the last layer -> what the output matrix is applied to."""
-        return self._norm("output_norm", x)
+        return self._norm("output_norm", x) / self.config.logit_scale
 
     @property
     def output(self) -> tuple[Tensor, Optional[Tensor]]:
@@ -132,7 +150,7 @@ class Decoder:
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., d] after `final` -> [..., n_vocab]"""
-        return F.linear(h, *self.output)
+        return soft_capped(F.linear(h, *self.output), self.config.logit_softcap)
 
     def __call__(self, tokens: Tensor, attend: Attend = causal, first: int = 0, recompute: bool = False) -> Tensor:
         """Hidden states [B, T, d] after the last norm of tokens [B, T] at positions first, first + 1, ...
@@ -147,6 +165,19 @@ class Decoder:
             else:
                 x = self.layer(il, x, positions, attend)
         return self.final(x)
+
+    def _feed_forward(self, il: int, h: Tensor) -> Tensor:
+        c, w, activation = self.config, self.weights, feedforward.gelu if self.config.gelu else feedforward.silu
+        if c.n_expert:
+            router, gate, up, down = (
+                w[f"blk.{il}.ffn_{part}.weight"] for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")
+            )
+            return feedforward.experts(h, router, c.n_expert_used, gate, up, down, activation)
+        gate, up = self._linear(f"blk.{il}.ffn_gate", h), self._linear(f"blk.{il}.ffn_up", h)
+        return self._linear(f"blk.{il}.ffn_down", activation(gate) * up)
+
+    def _norm_if_there(self, name: str, x: Tensor) -> Tensor:
+        return self._norm(name, x) if f"{name}.weight" in self.weights else x
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight = self.weights[f"{name}.weight"]

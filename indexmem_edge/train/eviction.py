@@ -78,14 +78,14 @@ def evictions(
         held = entries[stays].view(n_head_kv, -1)
 
 
-def attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+def attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
     """What a block's queries read of a bounded cache: q [Hq, T, D] and k, v [H, T, D] of the text -> [Hq, n, D]."""
     rows = slice(block.start, block.end)
     n, n_held = block.end - block.start, block.held.shape[1]
     kept_k, kept_v = (torch.cat((pick(a, block.held), a[:, rows]), dim=1) for a in (k, v))
     visible = torch.ones(n, n_held + n, dtype=torch.bool, device=q.device).tril(n_held)
     return torch.nn.functional.scaled_dot_product_attention(
-        q[None, :, rows], kept_k[None], kept_v[None], attn_mask=visible, enable_gqa=True
+        q[None, :, rows], kept_k[None], kept_v[None], attn_mask=visible, scale=scale, enable_gqa=True
     )[0]
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from ..convert.text import quote, show
-from ..errors import ModelFileError
-from .architectures import ARCHITECTURES, architecture, check_config, unsupported
+from ..errors import ModelFileError, ModelNotSupported
+from .architectures import ARCHITECTURES, check_config, unsupported
 from .decoder import Config
 from .rope import Rope, make_rope
 
-_ARCHITECTURES = {"mistral": "llama"}  # GGUF has another name for it
+FOLDERS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model types, and what GGUF calls them
 
 
 def read_config(where: str, raw: Mapping[str, Any], n_vocab: int) -> Config:
@@ -25,8 +25,12 @@ def read_config(where: str, raw: Mapping[str, Any], n_vocab: int) -> Config:
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise ModelFileError(f"{where}: config.json has no model_type: is it a language model?")
-    arch = _ARCHITECTURES.get(kind, kind)
-    architecture(where, arch)
+    if kind not in FOLDERS:
+        raise ModelNotSupported(
+            f"{where} has the architecture {quote(kind)}: folders are read of {', '.join(FOLDERS)} alone; name the GGUF file of "
+            "this model"
+        )
+    arch = FOLDERS[kind]
     _refuse_features(where, raw)
     n_head, n_embd = read.count("num_attention_heads"), read.count("hidden_size")
     head_dim = read.count("head_dim", n_embd // n_head)

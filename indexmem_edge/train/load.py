@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import torch
 
@@ -14,12 +14,18 @@ from .safetensors_weights import load_safetensors
 
 
 def load_decoder(
-    path: Union[str, os.PathLike[str]], dtype: torch.dtype = torch.bfloat16, device: Union[str, torch.device] = "cpu"
+    path: Union[str, os.PathLike[str]],
+    dtype: torch.dtype = torch.bfloat16,
+    device: Union[str, torch.device] = "cpu",
+    n_ctx: Optional[int] = None,
 ) -> Decoder:
     """A GGUF file, or a folder with config.json and safetensors files. Numbers are those of the same model either way.
+
+    Args:
+        n_ctx: as of `load_gguf`; models in folders rotate alike in all contexts.
 
     Raises:
         ModelFileError: it is neither, or damaged.
         ModelNotSupported: it is fine, but nothing that training knows.
     """
-    return (load_safetensors if Path(path).is_dir() else load_gguf)(path, dtype, device)
+    return load_safetensors(path, dtype, device) if Path(path).is_dir() else load_gguf(path, dtype, device, n_ctx)

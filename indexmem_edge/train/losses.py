@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .decoder import soft_capped
+
 ROWS = 256
 
 
@@ -16,31 +18,39 @@ Block = Callable[[Tensor, Tensor], Tensor]  # log probabilities of student and t
 
 
 def reverse_kl(
-    student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None = None, rows: int = ROWS, bias: Tensor | None = None
-) -> Tensor:
+    student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None = None, rows: int = ROWS,
+    bias: Tensor | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Mean over positions of `sum_v p_s (log p_s - log p_t)`, float32 (method section 7.3).
 
-    student and teacher [N, d] are hidden states after the last norm, head [n_vocab, d] and bias [n_vocab] the
-    output matrix of both, weight [N] of each position. Blocks of `rows` positions are computed, and computed again for the gradient.
+    student and teacher [N, d] are hidden states after the last norm, head [n_vocab, d], bias [n_vocab] and `softcap` what
+    makes logits of both, weight [N] of each position. Blocks of `rows` positions are computed, and computed again for the
+    gradient.
     """
-    return _mean(lambda s, t: (s.exp() * (s - t)).sum(-1), student, teacher, head, weight, rows, bias)
+    return _mean(lambda s, t: (s.exp() * (s - t)).sum(-1), student, teacher, head, weight, rows, bias, softcap)
 
 
 def both_kl(
-    student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None = None, rows: int = ROWS, bias: Tensor | None = None
-) -> Tensor:
+    student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None = None, rows: int = ROWS,
+    bias: Tensor | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The mean of reverse and forward divergence, `sum_v (p_s - p_t) (log p_s - log p_t) / 2`; arguments as of `reverse_kl`.
 
     The reverse one punishes what the student makes up, the forward one what it has forgotten.
     """
-    return _mean(lambda s, t: ((s.exp() - t.exp()) * (s - t)).sum(-1) / 2, student, teacher, head, weight, rows, bias)
+
+    def both(s: Tensor, t: Tensor) -> Tensor:
+        return ((s.exp() - t.exp()) * (s - t)).sum(-1) / 2
+
+    return _mean(both, student, teacher, head, weight, rows, bias, softcap)
 
 
 def _mean(
-    of: Block, student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None, rows: int, bias: Tensor | None
-) -> Tensor:
+    of: Block, student: Tensor, teacher: Tensor, head: Tensor, weight: Tensor | None, rows: int, bias: Tensor | None,
+    softcap: float,
+) -> Tensor:  # fmt: skip
     def block(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        s, t = (F.linear(h, head, bias).float().log_softmax(-1) for h in (student, teacher))
+        s, t = (soft_capped(F.linear(h, head, bias).float(), softcap).log_softmax(-1) for h in (student, teacher))
         return (of(s, t) * weight).sum()
 
     weight = torch.ones(len(student), device=student.device) if weight is None else weight

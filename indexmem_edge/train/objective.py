@@ -22,15 +22,25 @@ Progress = Callable[[int, int, str], None]  # done, of how many, of what
 
 
 class Objective(ABC):
-    """Trains `modules`, one per layer of `decoder`, on the device that the decoder is on.
+    """Trains `modules`, one for each bounded layer of `decoder`, on the device that the decoder is on.
 
-    `sinks` and `window` are the tokens that are never evicted, in training as later in use.
+    `sinks` and `window` are the tokens that are never evicted, in training as later in use. Layers with a window of their
+    own are computed as they are.
     """
 
     name: ClassVar[str]
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that the modules are for."""
+        return self.decoder.config.bounded
+
+    def module_of(self, layer: int) -> Optional[nn.Module]:
+        """The module of a layer, None if nothing is ever evicted there."""
+        return self.modules[self.layers.index(layer)] if layer in self.layers else None
 
     @property
     def device(self) -> torch.device:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .decoder import Decoder, Heads, causal
+from .attention import Heads, causal
+from .decoder import Decoder
 from .sample import Sample
 
 
 @torch.no_grad()  # also as a generator it leaves the caller's gradients on between two layers
 def operands(decoder: Decoder, sample: Sample, dtype: torch.dtype | None = None) -> Iterator[tuple[Heads, Tensor]]:
-    """The operands of each layer's attention, and its output with every token kept, [1, Hq, T, D].
+    """The operands of the attention of each bounded layer, and its output with every token kept, [1, Hq, T, D].
 
     `dtype`: of queries, keys, values and output, and what the output is computed in; else that of the model. Nothing of a
     layer is held once the next one is asked for.
@@ -27,5 +28,6 @@ def operands(decoder: Decoder, sample: Sample, dtype: torch.dtype | None = None)
         if dtype is not None:
             heads = replace(heads, q=heads.q.to(dtype), k=heads.k.to(dtype), v=heads.v.to(dtype))
         attended = causal(heads)
-        yield heads, attended
+        if il in decoder.config.bounded:
+            yield heads, attended
         x = decoder.finish(il, x, attended)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, IndexMemError
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
-from .decoder import Decoder, Heads, causal
+from .attention import Heads, causal
+from .decoder import Decoder
 from .future import future_mass, kept_mask
 from .objective import Progress
 from .policies import POLICIES, Context, Policy, streaming
@@ -47,7 +48,7 @@ class Measured:
 class Recall:
     """`shares[policy][budget]` are float32 [samples, layers, H] in 0..1, `indexer` first and `oracle` last.
 
-    The oracle ranks by the mass itself, so no choice beside the protected entries keeps more; it knows what comes.
+    Layers are those that a budget bounds, `layers` are their numbers. The oracle ranks by the mass itself, so no choice beside the protected entries keeps more; it knows what comes.
     `protected[budget]` is what the protected entries would keep alone: what every policy has without choosing.
     """
 
@@ -56,6 +57,7 @@ class Recall:
     samples: tuple[Measured, ...]
     sinks: int
     window: int  # at most; of a small budget it is a quarter
+    layers: tuple[int, ...]
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -79,6 +81,7 @@ class Recall:
         return {
             "sinks": self.sinks,
             "window": self.window,
+            "layers": list(self.layers),
             "budgets": list(self.budgets),
             "samples": [vars(sample) for sample in self.samples],
             "relative": {policy: _rounded(self.relative(policy)) for policy in self.shares},
@@ -114,7 +117,7 @@ def measure(
     """Recall of the indexer, of `policies` and of the oracle.
 
     Args:
-        modules: the indexer, one module per layer, on the device of the decoder.
+        modules: the indexer, one module per bounded layer, on the device of the decoder.
         budgets: shares of the context that are kept, protected entries included.
         sinks, window: first and most recent tokens of the context that always stay. Of a small budget the window is a
             quarter at most, as in the benchmarks.
@@ -130,14 +133,14 @@ def measure(
     for sample in samples:
         for budget in budgets:
             _room(context_length(sample), budget, sinks, window)
-    n_layer = decoder.config.n_layer
+    layers = decoder.config.bounded
     names = (INDEXER, *policies, ORACLE, _PROTECTED)
     found: dict[str, dict[float, list[Array]]] = {name: {b: [] for b in budgets} for name in names}
     done = 0
 
     def look(context: Context, mass: Tensor) -> None:
         nonlocal done
-        rank = {INDEXER: _indexer(modules[context.layer]), **policies, ORACLE: lambda _: mass, _PROTECTED: streaming}
+        rank = {INDEXER: _indexer(modules[layers.index(context.layer)]), **policies, ORACLE: lambda _: mass, _PROTECTED: streaming}
         for name, policy in rank.items():
             scores = policy(context).float().expand(mass.shape)
             scores = scores.masked_fill(scores.isnan(), -torch.inf)  # below everything, as in the cache
@@ -149,14 +152,14 @@ def measure(
                 found[name][budget].append(share.cpu().numpy())
         done += 1
         if progress is not None:
-            progress(done, n_layer * len(samples), "recall")
+            progress(done, len(layers) * len(samples), "recall")
 
     for sample in samples:
         _each_layer(decoder, sample, look)
-    shape = len(samples), n_layer, decoder.config.n_head_kv
+    shape = len(samples), len(layers), decoder.config.n_head_kv
     shares = {name: {b: np.stack(rows).reshape(shape) for b, rows in by.items()} for name, by in found.items()}
     protected = shares.pop(_PROTECTED)
-    return Recall(shares, protected, tuple(map(_measured, samples)), sinks, window)
+    return Recall(shares, protected, tuple(map(_measured, samples)), sinks, window, layers)
 
 
 def held_out_recall(
@@ -184,12 +187,13 @@ def kept_share(mass: Tensor, kept: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _each_layer(decoder: Decoder, sample: Sample, look: Callable[[Context, Tensor], None]) -> None:
-    """Reads a sample and shows each layer's context, with the mass [H, n] that it receives from what follows."""
-    n, scale = context_length(sample), decoder.config.scale
+    """Reads a sample and shows the context of each bounded layer, with the mass [H, n] that it receives from what follows."""
+    n = context_length(sample)
 
     def attend(heads: Heads) -> Tensor:
-        q, k = heads.q[0], heads.k[0]
-        look(Context(heads.layer, heads.hidden[0, :n], q[:, :n], k[:, :n], scale), future_mass(q, k, scale, n))
+        if heads.layer in decoder.config.bounded:
+            q, k, scale = heads.q[0], heads.k[0], heads.scale
+            look(Context(heads.layer, heads.hidden[0, :n], q[:, :n], k[:, :n], scale), future_mass(q, k, scale, n))
         return causal(heads)
 
     decoder(torch.tensor(sample.tokens, device=decoder.device)[None], attend)

@@ -56,7 +56,7 @@ def show(recall: Recall, console: Optional[Console] = None) -> None:
     for budget in recall.budgets:
         table = _table(recall, f"Attention mass kept with {_percent(budget)} of the context", "layer")
         layers = np.stack([recall.by_layer(policy, budget) for policy in recall.shares], axis=1)  # [layers, policies]
-        for il, shares in enumerate(layers):
+        for il, shares in zip(recall.layers, layers):
             table.add_row(str(il), *_cells(recall, shares))
         table.add_section()
         table.add_row("mean", *_cells(recall, layers.mean(0)))
@@ -116,11 +116,11 @@ def draw(path: Path, recall: Recall) -> bool:
     panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
     for axis, budget in zip(panels, recall.budgets):
         floor = recall.protected[budget].mean((0, 2))
-        axis.fill_between(range(len(floor)), floor, color="0.92", label="protected entries alone", linewidth=0)
+        axis.fill_between(recall.layers, floor, color="0.92", label="protected entries alone", linewidth=0)
         for policy, style in _styles(recall).items():
-            axis.plot(recall.by_layer(policy, budget), label=policy, **style)
+            axis.plot(recall.layers, recall.by_layer(policy, budget), label=policy, **style)
         axis.set(title=f"{_percent(budget)} of the context", xlabel="layer", ylim=(0, 1))
-        axis.set_xlim(0, max(len(floor) - 1, 1))
+        axis.set_xlim(recall.layers[0], max(recall.layers[-1], recall.layers[0] + 1))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     panels[0].set_ylabel("attention mass kept")

@@ -35,12 +35,12 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rope:
-    """`interleaved`: pairs are neighbours (llama in GGUF); else halves apart (qwen2, qwen3, and llama elsewhere)."""
+    """`interleaved`: pairs are neighbours (llama in GGUF); else halves apart (most others, and llama elsewhere)."""
 
     base: float
     n_dim: int  # dimensions of a head that are rotated, the first ones
     interleaved: bool
-    factors: Optional[tuple[float, ...]] = None  # divisors of the n_dim/2 frequencies (llama 3)
+    factors: Optional[tuple[float, ...]] = None  # divisors of the n_dim/2 frequencies (Llama 3, LongRoPE)
     scale: float = 1.0  # factor of positions: 1/4 where a model was stretched four times ("linear", "yarn")
     yarn: Optional[Yarn] = None
     magnitude: float = 1.0  # of what is rotated: cosines and sines are multiplied by it
@@ -86,10 +86,10 @@ def make_rope(
     *, base: float, n_dim: int, interleaved: bool, factors: Optional[tuple[float, ...]] = None, kind: str = "linear",
     factor: float = 0.0, n_ctx_orig: int = 0, attn_factor: float = 1.0,
 ) -> Rope:  # fmt: skip
-    """What llama.cpp makes of the metadata `rope.scaling.*` in the three architectures (`llama_context`, `rope_yarn`).
+    """What llama.cpp makes of the metadata `rope.scaling.*` in these architectures (`llama_context`, `rope_yarn`).
 
-    They read neither `yarn_beta_fast` nor any other key of that kind, so the defaults hold. `kind` is `none`, `linear`
-    or `yarn`; a `factor` of 0 stands for none.
+    They read neither `yarn_beta_fast` nor any other key of that kind, so the defaults hold. `kind` is `none`, `linear`,
+    `yarn` or `longrope`, which scales like `linear` and brings factors; a `factor` of 0 stands for none.
     """
     scale = 1.0 if kind == "none" or factor == 0 else 1 / factor
     yarn, magnitude = None, attn_factor

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoder import Heads
+from ..attention import Heads, causal
 from ..gated import Pins, gated_attention
 from ..losses import reverse_kl
 from ..objective import Objective
@@ -58,15 +58,18 @@ class GatedKL(Objective):
         where, weight = self._positions(sample, rng)
         where, weight = where.to(self.device), weight.to(self.device)
         head, bias = self.decoder.output
-        return reverse_kl(student[where], teacher[where], head, weight, bias=bias)
+        softcap = self.decoder.config.logit_softcap
+        return reverse_kl(student[where], teacher[where], head, weight, bias=bias, softcap=softcap)
 
     def _attend(self, heads: Heads) -> Tensor:
-        module, c = self.modules[heads.layer], self.decoder.config
+        module = self.module_of(heads.layer)
+        if module is None:
+            return causal(heads)
         positions = torch.arange(heads.hidden.shape[1], device=self.device)
         e, rate = module.intercept(heads.hidden[0], positions)
         pins = Pins(self.sinks, self.window, self.mass)
         age_scale = module.constants.get("age_scale", 1.0)
-        return gated_attention(heads.q[0], heads.k[0], heads.v[0], e, rate, module.gate_scale, c.scale, age_scale, pins)[None]
+        return gated_attention(heads.q[0], heads.k[0], heads.v[0], e, rate, module.gate_scale, heads.scale, age_scale, pins)[None]
 
     def _positions(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Positions whose outputs are compared, and their weights; only those that have a history."""

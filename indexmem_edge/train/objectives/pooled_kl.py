@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import TrainingError
-from ..decoder import Decoder, Heads
+from ..attention import Heads
+from ..decoder import Decoder
 from ..objective import Objective
 from ..operands import operands
 from ..pairwise import Pairwise
@@ -131,7 +132,7 @@ class PooledKL(Objective):
         """Maximum over all heads of what queries `rows` give keys `seen`: float32 [n, m], nothing masked."""
         k, n = heads.k[0], rows.stop - rows.start
         q = heads.q[0].unflatten(0, (len(k), -1))[:, :, rows].flatten(1, 2)  # [H, G*n, D]: one product per KV head
-        scale = self.decoder.config.scale
+        scale = heads.scale
         if self.teacher == "logits":
             return ((q @ k[:, seen].mT).amax(0).float() * scale).unflatten(0, (-1, n)).amax(0)
         logits = ((q @ k[:, : rows.stop].mT).float() * scale).unflatten(1, (-1, n))

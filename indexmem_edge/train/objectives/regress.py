@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..decoder import Decoder, Heads, causal
+from ..attention import Heads, causal
+from ..decoder import Decoder
 from ..future import future_attention
 from ..objective import Objective, Progress
 from ..sample import Sample
@@ -60,9 +61,10 @@ class Regress(Objective):
         hidden, targets = [], []
 
         def attend(heads: Heads) -> Tensor:
-            best, _ = future_attention(heads.q[0], heads.k[0], self.decoder.config.scale, self.window)
-            hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
-            targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
+            if heads.layer in self.layers:
+                best, _ = future_attention(heads.q[0], heads.k[0], heads.scale, self.window)
+                hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
+                targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
             return causal(heads)
 
         self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], attend)
@@ -72,11 +74,11 @@ class Regress(Objective):
         rng = np.random.default_rng((seed, step))
         parts = [load_file(self.shards[i]) for i in rng.integers(0, len(self.shards), max(len(samples), 1))]
         losses = []
-        for il, module in enumerate(self.modules):
+        for i, module in enumerate(self.modules):
             loss = torch.zeros((), device=self.device)
             for part in parts:
-                hidden, positions = part["hidden"][il].to(self.device), part["positions"].to(self.device)
-                target = (part["target"][il].float() - self.mean[il]).to(self.device)
+                hidden, positions = part["hidden"][i].to(self.device), part["positions"].to(self.device)
+                target = (part["target"][i].float() - self.mean[i]).to(self.device)
                 ranks = module.ranks(hidden, positions, int(positions[-1]))
                 loss = loss + F.smooth_l1_loss(ranks, target)
             (loss / len(parts) / len(self.modules)).backward()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ..decoder import Decoder, Heads
+from ..attention import Heads
+from ..decoder import Decoder
 from ..eviction import Schedule, attend_block, evictions, pick
 from ..objective import Objective
 from ..operands import operands
@@ -54,7 +55,7 @@ class Errors:
 
 
 class ResidualMSE(Objective):
-    """`scorers`: the trained indexers, one per layer; `schedule`: how much they evict, and how often.
+    """`scorers`: the trained indexers, one per bounded layer; `schedule`: how much they evict, and how often.
 
     Raises:
         TrainingError: the modules are no residual memories, or there is no scorer for each of them.
@@ -86,9 +87,9 @@ class ResidualMSE(Objective):
         layers, total = [Errors() for _ in self.modules], 0.0
         share = 1 / (len(samples) * len(layers))
         for sample in samples:
-            for il, (heads, full) in enumerate(self._operands(sample)):
-                loss, errors = self.layer_loss(il, heads, full)
-                layers[il].add(errors)
+            for i, (heads, full) in enumerate(self._operands(sample)):
+                loss, errors = self.layer_loss(i, heads, full)
+                layers[i].add(errors)
                 if loss is not None:
                     (loss * share).backward()
                     total += loss.item() * share
@@ -98,16 +99,16 @@ class ResidualMSE(Objective):
             "error": sum(a for a, _ in relative) / len(layers),
             "error_without": sum(b for _, b in relative) / len(layers),
             "hurts": float(sum(a > b for a, b in relative)),
-            **{f"change.{il}": a / b - 1 if b else 0.0 for il, (a, b) in enumerate(relative)},
+            **{f"change.{il}": a / b - 1 if b else 0.0 for il, (a, b) in zip(self.layers, relative)},
         }
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> list[Errors]:
-        """Errors of each layer on samples that nothing is learned from."""
+        """Errors of each bounded layer on samples that nothing is learned from."""
         layers = [Errors() for _ in self.modules]
         for sample in samples:
-            for il, (heads, full) in enumerate(self._operands(sample)):
-                layers[il].add(self.layer_loss(il, heads, full)[1])
+            for i, (heads, full) in enumerate(self._operands(sample)):
+                layers[i].add(self.layer_loss(i, heads, full)[1])
         return layers
 
     def _operands(self, sample: Sample) -> Iterator[tuple[Heads, Tensor]]:
@@ -116,9 +117,9 @@ class ResidualMSE(Objective):
         assert isinstance(memory, Residual)
         return operands(self.decoder, sample, memory.dtype)
 
-    def layer_loss(self, il: int, heads: Heads, full: Tensor) -> tuple[Tensor | None, Errors]:
-        """Loss and errors of one layer and one sequence; no loss if nothing leaves before its last block."""
-        memory, scorer = self.modules[il], self.scorers[il]
+    def layer_loss(self, i: int, heads: Heads, full: Tensor) -> tuple[Tensor | None, Errors]:
+        """Loss and errors of the i-th bounded layer and one sequence; no loss if nothing leaves before its last block."""
+        memory, scorer = self.modules[i], self.scorers[i]
         assert isinstance(memory, Residual)
         hidden, q, k, v, full = heads.hidden[0], heads.q[0], heads.k[0], heads.v[0], full[0]
         total = len(hidden)
@@ -132,7 +133,7 @@ class ResidualMSE(Objective):
         for block in evictions(ranks, len(k), total, self.schedule, self.sinks, self.window, hidden.device):
             if block.lost:
                 rows = slice(block.start, block.end)
-                kept = attend_block(q, k, v, block)
+                kept = attend_block(q, k, v, block, heads.scale)
                 squares.append((memory(state, q[:, rows], kept) - full[:, rows]).square().sum())
                 errors.add(Errors(0.0, _sum_squares(kept - full[:, rows]), _sum_squares(full[:, rows])))
                 n_rows += block.end - block.start

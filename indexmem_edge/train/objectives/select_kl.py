@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoder import Heads, causal
+from ..attention import Heads, attention, causal
 from ..eviction import Schedule
 from ..losses import both_kl
 from ..objective import Objective
@@ -52,27 +52,32 @@ class SelectKL(Objective):
         context: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def read(heads: Heads) -> Tensor:
-            context.append((heads.hidden[0, :n], heads.k[0, :, :n], heads.v[0, :, :n]))
+            start = max(n - heads.window, 0) if heads.window else 0
+            context.append((heads.hidden[0, :n], heads.k[0, :, start:n], heads.v[0, :, start:n]))
             return causal(heads)
 
         with torch.no_grad():
             teacher = self.decoder(tokens[None], read)[0, n:]
 
         def attend(heads: Heads) -> Tensor:
-            module, (hidden, k, v) = self.modules[heads.layer], context[heads.layer]
+            module, (hidden, k, v) = self.module_of(heads.layer), context[heads.layer]
+            if module is None:
+                before = (t.expand(len(ratios), -1, -1, -1) for t in (k, v))
+                k, v = (torch.cat(parts, dim=2) for parts in zip(before, (heads.k, heads.v)))
+                return attention(heads.q, k, v, heads.scale, heads.window)
             ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
             rows = []
             for b, ratio in enumerate(ratios):
                 budget = Schedule(ratio).limit(n, self.sinks, self.window)
                 factors = choose(ranks, budget, self.sinks, self.window)
                 own = heads.k[b], heads.v[b]
-                rows.append(selected_attention(heads.q[b], k, v, factors, *own, self.decoder.config.scale))
+                rows.append(selected_attention(heads.q[b], k, v, factors, *own, heads.scale))
             return torch.stack(rows)
 
         students = self.decoder(tokens[None, n:].expand(len(ratios), -1), attend, first=n)
         weight = torch.from_numpy(sample.weight[n : n + ROWS]).to(self.device)
-        head, bias = self.decoder.output
-        losses = torch.stack([both_kl(student, teacher, head, weight, bias=bias) for student in students])
+        (head, bias), softcap = self.decoder.output, self.decoder.config.logit_softcap
+        losses = torch.stack([both_kl(student, teacher, head, weight, bias=bias, softcap=softcap) for student in students])
         return (MUCH * (losses / MUCH).log1p()).mean()
 
     def _context(self, sample: Sample) -> int:

@@ -1,0 +1,41 @@
+"""Tensors and metadata of tiny models that training reads beside the plain ones: with window layers, with experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tiny_config import Draw, TinyConfig, Weights, decoder
+from tiny_refused import Writer
+
+EXPERTS, EXPERTS_USED, EXPERT_FF = 6, 2, 48
+
+
+def _gemma3(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
+    """Norms behind attention and feed-forward; all but every sixth layer have a window, unless `metadata` say otherwise."""
+    meta, w = decoder(c, draw)
+    for il in range(c.n_layer):
+        w |= {f"blk.{il}.post_{x}_norm.weight": draw.norm(c.n_embd) for x in ("attention", "ffw")}
+    return meta, w
+
+
+def _qwen3moe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
+    """Experts that differ, and a router that prefers some of them."""
+    meta, w = decoder(c, draw)
+    for il in range(c.n_layer):
+        for name in ("gate", "up", "down"):
+            del w[f"blk.{il}.ffn_{name}.weight"]
+        n_out, n_in = (EXPERT_FF, c.n_embd), (c.n_embd, EXPERT_FF)
+        for name, shape in (("gate", n_out), ("up", n_out), ("down", n_in)):
+            w[f"blk.{il}.ffn_{name}_exps.weight"] = np.stack([draw.matrix(*shape) for _ in range(EXPERTS)])
+        w[f"blk.{il}.ffn_gate_inp.weight"] = draw.matrix(EXPERTS, c.n_embd, 2.0)
+    experts = {"expert_count": EXPERTS, "expert_used_count": EXPERTS_USED, "expert_feed_forward_length": EXPERT_FF}
+    return experts | meta, w
+
+
+TRAINED: dict[str, tuple[Writer, dict[str, Any]]] = {
+    "gemma3": (_gemma3, {
+        "n_layer": 6, "rope_neox": True, "rope_base": 1e6, "qk_norm": True, "gelu": True, "tied": True, "sliding_window": 24,
+    }),
+    "qwen3moe": (_qwen3moe, {"rope_neox": True, "qk_norm": True}),
+}  # fmt: skip
