@@ -10,7 +10,8 @@ under `indexmem`:
      "name": "...", "defaults": {"budget": 2048, ...}, "scores": {...},
      "provenance": {"tool": "...", "source_format": "indexmem-edge", "source_files": [], "source_sha256": [], ...}}
 
-`schema`, `kind`, `constants`, `memory`, `geometry` and `provenance` must be there; other keys are ignored.
+`schema`, `kind`, `constants`, `memory`, `geometry` and `provenance` must be there; other keys are ignored. A checkpoint for
+some layers of its model has schema 2 and their numbers, `"layers": [5, 11]`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import numpy as np
 from . import safefile
 from .atomic import replacing
 from .errors import ConvertError
-from .model import UNKNOWN, Checkpoint, Geometry, Provenance, layers_from
+from .model import UNKNOWN, Checkpoint, Geometry, Provenance, check_only, layers_from
 from .safefile import SafeFile
 from .text import check_text, show
+from .writer import SCHEMA_ALL, SCHEMA_SOME
 
 METADATA_KEY = "indexmem"
-SCHEMA = 1
 _MAX_JSON = 16 << 20
 
 
@@ -63,11 +64,12 @@ def describe(c: Checkpoint) -> dict[str, Any]:
     """Everything of a checkpoint but its tensors, as plain JSON values."""
     base = {"architecture": c.architecture, "name": c.base_model, "norms_fnv1a64": c.fingerprint}
     return {
-        "schema": SCHEMA,
+        "schema": SCHEMA_ALL if c.only is None else SCHEMA_SOME,
         "kind": c.kind,
         "constants": dict(c.constants),
         "memory": {"kind": c.memory, "constants": dict(c.memory_constants)},
         "geometry": c.geometry.to_dict(),
+        **({} if c.only is None else {"layers": list(c.only)}),
         "base_model": {key: value for key, value in base.items() if value is not None},
         **({"name": c.name} if c.name else {}),
         "defaults": dict(c.defaults),
@@ -93,11 +95,13 @@ def from_safefile(file: SafeFile) -> Checkpoint:
         if key not in numbers:
             raise ConvertError(f"geometry: {key!r} is missing")
     geometry = Geometry(**numbers)
+    only = check_only(d.get("layers"), geometry.validated().block_count)
     return Checkpoint(
         geometry=geometry,
         kind=_need(d, "kind"),
         constants=_dict(d, "constants"),
-        layers=layers_from({name: tensor.read() for name, tensor in file.tensors.items()}, geometry),
+        layers=layers_from({name: tensor.read() for name, tensor in file.tensors.items()}, geometry, only),
+        only=only,
         provenance=_provenance(_dict(d, "provenance")),
         memory=_need(memory, "kind"),
         memory_constants=_dict(memory, "constants"),
@@ -123,8 +127,12 @@ def _metadata(file: SafeFile) -> dict[str, Any]:
     if not isinstance(d, dict):
         raise ConvertError("its metadata are not a JSON object")
     schema = _need(d, "schema")
-    if type(schema) is not int or schema != SCHEMA:
-        raise ConvertError(f"it has schema {show(schema)}, this program reads {SCHEMA}: use a newer indexmem-edge")
+    if type(schema) is not int or schema not in (SCHEMA_ALL, SCHEMA_SOME):
+        raise ConvertError(
+            f"it has schema {show(schema)}, this program reads up to {SCHEMA_SOME}: use a newer indexmem-edge"
+        )
+    if ("layers" in d) != (schema == SCHEMA_SOME):
+        raise ConvertError(f"it has schema {schema} and {'' if 'layers' in d else 'no '}layers")
     return d
 
 

@@ -95,7 +95,9 @@ class Checkpoint:
     """Weights and constants of an indexer, a memory, or both, for one base model.
 
     `layers[i]` maps the names of docs/sidecar.md, without `blk.<layer>.indexmem.`, to float32 arrays in PyTorch order
-    (`[out, in]`); names of indexers and memories never collide. `constants` are the keys of the kind without
+    (`[out, in]`); names of indexers and memories never collide. `only` are the layers that have them, in models where
+    some have caches that no budget bounds, such as those with a sliding window; the others are empty. None: all.
+    `constants` are the keys of the kind without
     `indexmem.<kind>.`. `source_names` are what the source calls a tensor, for messages.
     """
 
@@ -112,6 +114,7 @@ class Checkpoint:
     fingerprint: Optional[str] = None
     defaults: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    only: Optional[tuple[int, ...]] = None
     source_names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -119,8 +122,13 @@ class Checkpoint:
         """The entries of the tables: indexer, memory."""
         return find(INDEXERS, "indexer", self.kind), find(MEMORIES, "memory", self.memory)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers that have an indexer, a memory, or both."""
+        return tuple(range(self.geometry.block_count)) if self.only is None else self.only
+
     def shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Tensors of every layer: name -> (shape in PyTorch order, whether it is a matrix)."""
+        """Tensors of each of those layers: name -> (shape in PyTorch order, whether it is a matrix)."""
         sizes = {"d": self.geometry.embedding_length, "H": self.geometry.head_count_kv}
         indexer, memory = self.kinds
         return {**indexer.shapes(sizes, self.constants), **memory.shapes(sizes, self.memory_constants)}
@@ -128,7 +136,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, Array]:
         """All tensors by their names in files, `blk.<layer>.indexmem.<name>`, in a fixed order."""
         names = self.shapes()
-        return {f"blk.{i}.indexmem.{name}": layer[name] for i, layer in enumerate(self.layers) for name in names}
+        return {f"blk.{i}.indexmem.{name}": self.layers[i][name] for i in self.numbers for name in names}
 
     def validated(self, texts: bool = True) -> Checkpoint:
         """Checks everything against the table of docs/sidecar.md and returns it with constants as files hold them.
@@ -152,6 +160,7 @@ class Checkpoint:
             provenance=self.provenance.validated() if texts else self.provenance,
             defaults={k: check_u32(f"defaults.{k}", v) for k, v in self.defaults.items()},
             scores={k: check_f32(f"scores.{k}", v) for k, v in self.scores.items()},
+            only=check_only(self.only, geometry.block_count),
         )
         for key in checked.defaults:
             if key not in DEFAULTS:
@@ -176,10 +185,13 @@ class Checkpoint:
             raise ConvertError(f"the memory is for heads of {head_dim}, the base model has heads of {known}")
 
     def _check_layers(self) -> None:
-        shapes = self.shapes()
+        shapes, numbers = self.shapes(), self.numbers
         if len(self.layers) != self.geometry.block_count:
             raise ConvertError(f"expected {self.geometry.block_count} layers, found {len(self.layers)}")
         for i, layer in enumerate(self.layers):
+            if i not in numbers:
+                self._check_absent(i, layer)
+                continue
             for name, (shape, _) in shapes.items():
                 if name not in layer:
                     raise ConvertError(f"layer {i}: {self._called(name)} is missing")
@@ -193,6 +205,13 @@ class Checkpoint:
             extra = [name for name in layer if name not in shapes]
             if extra:
                 raise ConvertError(f"layer {i}: {some(extra)} does not belong to {self.kind} with memory {self.memory}")
+
+    def _check_absent(self, i: int, layer: Layer) -> None:
+        if layer:
+            raise ConvertError(f"layer {i}: {some(layer)} does not belong there, {_listed(self.numbers)}")
+        enabled = self.memory_constants.get("enabled")
+        if enabled is not None and enabled[i]:
+            raise ConvertError(f"layer {i}: {self.memory}.enabled must be false there, {_listed(self.numbers)}")
 
     def _called(self, name: str) -> str:
         alias = self.source_names.get(name)
@@ -210,22 +229,52 @@ class Checkpoint:
         ]
 
 
-def layers_from(tensors: Mapping[str, Array], geometry: Geometry) -> list[Layer]:
+def check_only(only: Any, n_layer: int) -> Optional[tuple[int, ...]]:
+    """Numbers of layers as `Checkpoint.only` has them: None if they are all layers.
+
+    Raises:
+        ConvertError: there are none, they do not ascend, or the model has no such layer.
+    """
+    if only is None:
+        return None
+    if not isinstance(only, (list, tuple)) or not only:
+        found = "none" if isinstance(only, (list, tuple)) else show(only)
+        raise ConvertError(f"layers must be a list of one number or more, found {found}")
+    numbers = tuple(check_u32("the number of a layer", i, 0, n_layer - 1) for i in only)
+    if any(a >= b for a, b in zip(numbers, numbers[1:])):
+        raise ConvertError("the numbers of layers must ascend, each of them once")
+    return None if len(numbers) == n_layer else numbers
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return f"the file is for the layers {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}"
+
+
+def layers_from(
+    tensors: Mapping[str, Array], geometry: Geometry, only: Optional[tuple[int, ...]] = None
+) -> list[Layer]:
     """Sorts tensors named `blk.<layer>.indexmem.<name>` into layers. Without any there are empty ones: some memories
     have no tensors.
 
+    Args:
+        only: as of `Checkpoint`.
+
     Raises:
-        ConvertError: another name, or layers that are not contiguous from 0.
+        ConvertError: another name, or layers that are not those of `only`; without it, not contiguous from 0.
     """
-    if not tensors:
-        return [{} for _ in range(geometry.validated().block_count)]
+    n_layer = geometry.validated().block_count
     found: dict[int, Layer] = {}
     for key, array in tensors.items():
         match = _TENSOR.fullmatch(key)
         if match is None:
             raise ConvertError(f"unexpected tensor {quote(key)}: expected names like blk.0.indexmem.<name>")
         found.setdefault(int(match.group(1)), {})[match.group(2)] = array
-    return contiguous(found)
+    if only is None and found:
+        return contiguous(found)
+    only = only or ()
+    if other := [i for i in found if i not in only]:
+        raise ConvertError(f"layer {other[0]} has tensors, {_listed(only)}")
+    return [found.get(i, {}) for i in range(n_layer)]
 
 
 def contiguous(found: Mapping[int, Layer]) -> list[Layer]:

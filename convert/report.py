@@ -61,7 +61,8 @@ def print_summary(console: Console, checkpoint: Checkpoint, written: Written, ou
 def _facts(c: Checkpoint) -> list[tuple[str, str]]:
     p, g = c.provenance, c.geometry
     base = [_plain(c.base_model)] if c.base_model else []
-    base += [c.architecture, f"{g.block_count} layers", f"width {g.embedding_length}", f"{g.head_count_kv} KV heads"]
+    layers = f"{g.block_count} layers" + ("" if c.only is None else f" (the file is for {', '.join(map(str, c.only))})")
+    base += [c.architecture, layers, f"width {g.embedding_length}", f"{g.head_count_kv} KV heads"]
     files = [f"{_plain(name)} (SHA-256 {digest[:16]}...)" for name, digest in zip(p.source_files, p.source_sha256)]
     facts = [("indexer", _kind(c.kind, c.constants)), ("memory", _kind(c.memory, c.memory_constants))]
     facts += [("base model", ", ".join(base)), ("fingerprint", c.fingerprint or "none")]

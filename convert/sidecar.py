@@ -11,10 +11,10 @@ import numpy as np
 
 from .errors import ConvertError
 from .gguffile import F16, F32, TYPE_NAMES, GGUFFile, TensorInfo
-from .model import Array, Checkpoint, Geometry, Provenance, layers_from
+from .model import Array, Checkpoint, Geometry, Provenance, check_only, layers_from
 from .spec import INDEXERS, MEMORIES, Kind, find
 from .text import quote, show
-from .writer import GEOMETRY_KEYS, SCHEMA_VERSION
+from .writer import GEOMETRY_KEYS, LAYERS_KEY, SCHEMA_ALL, SCHEMA_SOME
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def _read(file: GGUFFile) -> Sidecar:
         if need(key, "string") != expected:
             raise ConvertError(f"{key} is {quote(file.metadata[key].value)}, expected {expected!r}")
     schema = need("indexmem.schema_version", "u32")
-    if schema != SCHEMA_VERSION:
-        raise ConvertError(f"it has schema {schema}, this program reads {SCHEMA_VERSION}: use a newer indexmem-edge")
+    if schema not in (SCHEMA_ALL, SCHEMA_SOME):
+        raise ConvertError(f"it has schema {schema}, this program reads up to {SCHEMA_SOME}: use a newer indexmem-edge")
     if need("indexmem.indexer.input", "string") != "attention_input":
         raise ConvertError(f"indexmem.indexer.input is {show(file.metadata['indexmem.indexer.input'].value)}")
     geometry = Geometry(**{
         name: file.get(key, "u32") if name in ("head_count", "key_length") else need(key, "u32")
         for name, key in GEOMETRY_KEYS.items()
     })  # fmt: skip
+    only = check_only(_layers(file, schema), geometry.validated().block_count)
     indexer = find(INDEXERS, "indexer", need("indexmem.indexer.kind", "string"))
     memory = find(MEMORIES, "memory", need("indexmem.memory.kind", "string"))
     file.check_packed()
@@ -77,7 +78,8 @@ def _read(file: GGUFFile) -> Sidecar:
         geometry=geometry,
         kind=indexer.name,
         constants=_constants(file, indexer),
-        layers=layers_from(arrays, geometry),
+        layers=layers_from(arrays, geometry, only),
+        only=only,
         memory=memory.name,
         memory_constants=_constants(file, memory),
         architecture=need("general.architecture", "string"),
@@ -100,6 +102,14 @@ def _read(file: GGUFFile) -> Sidecar:
     return Sidecar({k: v.value for k, v in file.metadata.items()}, checkpoint.tensors(), types, checkpoint)
 
 
+def _layers(file: GGUFFile, schema: int) -> Any:
+    """The layers that the file is for, None if these are all: schema 1 has no list of them, and schema 2 must have one."""
+    found = file.get(LAYERS_KEY, "i32 array")
+    if (found is not None) != (schema == SCHEMA_SOME):
+        raise ConvertError(f"it has schema {schema} and {'' if found is not None else 'no '}{LAYERS_KEY}")
+    return None if found is None else [int(i) for i in found]
+
+
 def _constants(file: GGUFFile, kind: Kind) -> dict[str, Any]:
     found = {c.name: file.get(f"indexmem.{kind.name}.{c.name}", c.type) for c in kind.constants}
     return {name: value for name, value in found.items() if value is not None}
@@ -112,7 +122,7 @@ def _group(file: GGUFFile, prefix: str, kind: str, only: Optional[tuple[str, ...
 
 def _check_types(file: GGUFFile, checkpoint: Checkpoint) -> None:
     for name, (_, matrix) in checkpoint.shapes().items():
-        for i in range(len(checkpoint.layers)):
+        for i in checkpoint.numbers:
             info = file.tensors[f"blk.{i}.indexmem.{name}"]
             if not matrix and info.type != F32:
                 raise ConvertError(f"tensor {quote(info.name)} is {TYPE_NAMES[info.type]}, expected F32")

@@ -16,7 +16,8 @@ from .errors import ConvertError
 from .model import Array, Checkpoint
 from .spec import BOOL, BOOLS, F32, F32S, STRING, U32, Kind
 
-SCHEMA_VERSION = 1
+SCHEMA_ALL, SCHEMA_SOME = 1, 2  # for all layers of a model, and for those that it lists
+LAYERS_KEY = "indexmem.layers"
 OUTTYPES = ("f32", "f16", "q8_0")
 _TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in OUTTYPES}
 _F32, _F16, _Q8_0 = (_TYPES[name] for name in OUTTYPES)
@@ -89,9 +90,11 @@ def _put_metadata(writer: gguf.GGUFWriter, c: Checkpoint) -> None:
         writer.add_uint32("general.base_model.count", 1)
         writer.add_string("general.base_model.0.name", c.base_model)
     writer.add_string("adapter.type", "indexmem")
-    writer.add_uint32("indexmem.schema_version", SCHEMA_VERSION)
+    writer.add_uint32("indexmem.schema_version", SCHEMA_ALL if c.only is None else SCHEMA_SOME)
     for name, value in c.geometry.to_dict().items():
         writer.add_uint32(GEOMETRY_KEYS[name], value)
+    if c.only is not None:
+        writer.add_array(LAYERS_KEY, list(c.only))
     if c.fingerprint:
         writer.add_string("indexmem.base_model.norms_fnv1a64", c.fingerprint)
     indexer, memory = c.kinds
@@ -138,19 +141,19 @@ def _put_tensors(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, outtype: str, progress: Optional[Progress]
 ) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     shapes = checkpoint.shapes()
-    done, total = 0, len(shapes) * len(checkpoint.layers)
+    done, total = 0, len(shapes) * len(checkpoint.numbers)
     types = {name: _type(outtype, shape, matrix) for name, (shape, matrix) in shapes.items()}
     sizes = dict.fromkeys(shapes, 0)
-    for i, layer in enumerate(checkpoint.layers):
+    for i in checkpoint.numbers:
         for name in shapes:
-            data = _pack(f"layer {i}: {name}", layer[name], types[name])
+            data = _pack(f"layer {i}: {name}", checkpoint.layers[i][name], types[name])
             writer.add_tensor(f"blk.{i}.indexmem.{name}", data, raw_dtype=types[name])
             sizes[name] += data.nbytes
             done += 1
             if progress is not None:
                 progress(done, total)
     rows = tuple(
-        Row(name, len(checkpoint.layers), shape[::-1], types[name].name, sizes[name])
+        Row(name, len(checkpoint.numbers), shape[::-1], types[name].name, sizes[name])
         for name, (shape, _) in shapes.items()
     )
     wanted = _TYPES[outtype]

@@ -55,7 +55,7 @@ def open_source(model: str, sidecar: Optional[PathLike], fingerprint: bool) -> S
 
 def _lossless(checkpoint: Checkpoint, types: Mapping[str, str]) -> str:
     matrices = [name for name, (_, matrix) in checkpoint.shapes().items() if matrix]
-    found = {types[f"blk.{i}.indexmem.{name}"] for i in range(len(checkpoint.layers)) for name in matrices}
+    found = {types[f"blk.{i}.indexmem.{name}"] for i in checkpoint.numbers for name in matrices}
     return found.pop().lower() if len(found) == 1 else "f32"
 
 

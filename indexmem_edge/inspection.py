@@ -104,6 +104,7 @@ def _sidecar_facts(name: str, model: Optional[str]) -> Facts:
             "architecture": meta.get("general.architecture"),
             "name": meta.get("general.base_model.0.name"),
             "layers": meta.get("indexmem.block_count"),
+            "covered": meta.get("indexmem.layers"),
             "embedding_length": meta.get("indexmem.embedding_length"),
             "heads": meta.get("indexmem.attention.head_count"),
             "kv_heads": meta.get("indexmem.attention.head_count_kv"),
@@ -259,6 +260,8 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
         ("", _geometry(base, base["kv_heads"], base["head_size"])),
         ("fingerprint", base["fingerprint"]),
     ]
+    if base["covered"] is not None:
+        about.insert(3, ("layers covered", f"{len(base['covered'])} of {base['layers']}: {', '.join(map(str, base['covered']))}"))
     if facts["fits"] is not None:
         about.append(("fits", f"{facts['fits']['file']} (fingerprint {facts['fits']['fingerprint']})"))
     about += [(f"indexer {name}", value) for name, value in indexer.items()]

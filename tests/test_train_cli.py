@@ -120,7 +120,7 @@ def test_errors_are_one_line(folder: Path, tiny: Tiny, monkeypatch: pytest.Monke
         ((*good[:2], "--text", folder / "none", *good[4:]), ("there is no text at",)),
         (("-m", folder / "books/book-0.txt", *good[2:]), ("not a GGUF model",)),
         (("-m", folder / "damaged.gguf", *good[2:]), ("damaged.gguf",)),
-        (("-m", tiny("gemma")[0], *good[2:]), ("architecture 'gemma'", "llama, qwen2 and qwen3")),
+        (("-m", tiny("gemma2")[0], *good[2:]), ("architecture 'gemma2'", "soft cap", "--kv-policy keydiff")),
         ((*good, "--length", "4096"), ("the text is too short", "2,900 tokens", "4,096")),
         ((*good, "--objective", "magic"), ("unknown objective 'magic'", "follow")),
         ((*good[:4], "--out", folder / "no/such/m.gguf"), ("folder does not exist",)),

@@ -358,7 +358,8 @@ def test_what_cannot_be_trained(model: Path, tiny: Tiny, tmp_path: Path) -> None
     options = small_options(model, tmp_path, **FOLLOW)
     for more, kind, words in (
         ({"objective": ("follow", "magic")}, TrainingError, "unknown objective 'magic': expected one of follow"),
-        ({"model": tiny("gemma")[0]}, ModelNotSupported, "architecture 'gemma'.*llama, qwen2 and qwen3"),
+        ({"model": tiny("gemma2")[0]}, ModelNotSupported, "architecture 'gemma2': its attention logits have a soft cap"),
+        ({"model": tiny("jamba")[0]}, ModelNotSupported, "architecture 'jamba': it has recurrent layers"),
         ({"lengths": (4000,)}, TrainingError, "the text is too short: it has 2,900 tokens"),
         ({"out": tmp_path / "no/such/out.gguf"}, ConvertError, "folder does not exist"),
         ({"texts": (tmp_path / "books/book-0.txt",), "out": tmp_path / "books/book-0.txt"}, TrainingError, "is to be read"),

@@ -29,6 +29,7 @@ def to_checkpoint(
     texts: Sequence[str],
     step: int,
     source: Path,
+    bounded: Optional[Sequence[int]] = None,
     enabled: Optional[Sequence[bool]] = None,
     scores: Mapping[str, float] | None = None,
 ) -> Checkpoint:
@@ -38,39 +39,60 @@ def to_checkpoint(
         texts: names of the books.
         step: of all objectives together.
         source: the training checkpoint that the weights are of; its hash becomes the provenance.
-        enabled: layers that use a residual memory; None: all.
+        bounded: the layers that the modules are for; None: all.
+        enabled: which of these use a residual memory; None: all.
 
     Raises:
         TrainingError: the modules are not what docs/sidecar.md says of their kind.
     """
-    n_layer = base.geometry.block_count
+    numbers = range(base.geometry.block_count) if bounded is None else bounded
+    spread = _Spread(numbers, base.geometry.block_count)
     indexer = find(INDEXERS, "indexer", options.kind)
     constants, layers = _contents(indexer, parts.indexer)
     memory, memory_constants = "none", dict[str, Any]()
     if options.memory == "centroid":  # no weights; `indexmem calibrate-memory --indexmem` measures better gates
-        memory, memory_constants = "centroid", {"slot_count": options.memory_slots, "gate": [1.0] * n_layer}
+        memory, memory_constants = "centroid", {"slot_count": options.memory_slots, "gate": [1.0] * len(numbers)}
     elif parts.memory is not None:
         memory = "residual"
         memory_constants, more = _contents(find(MEMORIES, "memory", memory), parts.memory)
         layers = [{**a, **b} for a, b in zip(layers, more)]
     if memory != "none":
-        memory_constants["enabled"] = list(enabled) if enabled is not None else [True] * n_layer
+        memory_constants["enabled"] = list(enabled) if enabled is not None else [True] * len(numbers)
     return Checkpoint(
         geometry=base.geometry,
         kind=options.kind,
-        constants=constants,
-        layers=layers,
+        constants=spread.constants(constants),
+        layers=spread.over(layers, {}),
+        only=None if bounded is None else tuple(bounded),
         provenance=Provenance(
             "indexmem-edge", (source.name,), (file_sha256(source),), trained_on=_trained_on(texts, options), step=step
         ),
         memory=memory,
-        memory_constants=memory_constants,
+        memory_constants=spread.constants(memory_constants),
         architecture=base.architecture,
         base_model=base.name,
         fingerprint=base.fingerprint,
         defaults={"sinks": options.sinks, "window": options.window},
         scores=dict(scores or {}),
     )
+
+
+class _Spread:
+    """From values of the layers that have modules to values of all layers, as a sidecar has them."""
+
+    def __init__(self, numbers: Sequence[int], n_layer: int) -> None:
+        self.numbers, self.n_layer = numbers, n_layer
+
+    def over(self, values: Sequence[Any], other: Any) -> list[Any]:
+        found = dict(zip(self.numbers, values))
+        return [found.get(il, other) for il in range(self.n_layer)]
+
+    def constants(self, constants: Mapping[str, Any]) -> dict[str, Any]:
+        """Lists have a value for each layer; those of layers without modules are not read, and flags are false there."""
+        return {
+            name: self.over(value, False if isinstance(value[0], bool) else 1.0) if isinstance(value, list) else value
+            for name, value in constants.items()
+        }
 
 
 def _contents(kind: Kind, modules: Iterable[nn.Module]) -> tuple[dict[str, Any], list[Layer]]:

@@ -15,7 +15,7 @@ from .scorers import SCORERS
 
 
 def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Config] = None) -> nn.ModuleList:
-    """The indexer of a sidecar, one module per layer, float32 on the CPU. A memory beside it is left out.
+    """The indexer of a sidecar, one module per layer that it is for, float32 on the CPU. A memory beside it is left out.
 
     Args:
         config: the decoder that it is for; the shapes are compared.
@@ -37,11 +37,17 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Co
                 f"{os.fspath(path)} is for another model: layers, hidden size and KV heads are {_show(found)}, "
                 f"the model has {_show(expected)}"
             )
+        if checkpoint.numbers != config.bounded:
+            raise SidecarError(
+                f"{os.fspath(path)} is for the layers {_show(checkpoint.numbers)}, a budget bounds {_show(config.bounded)} of "
+                "this model"
+            )
     modules = nn.ModuleList()
     gates = checkpoint.constants.get("gate_scale") or [1.0] * g.block_count  # of training alone, so it may be missing
-    for layer, gate in zip(checkpoint.layers, gates):
+    for il in checkpoint.numbers:
         module = SCORERS[checkpoint.kind](g.embedding_length, g.head_count_kv, checkpoint.constants)
-        weights = {"gate_scale": torch.tensor([gate]), **{name: torch.tensor(array) for name, array in layer.items()}}
+        arrays = {name: torch.tensor(array) for name, array in checkpoint.layers[il].items()}
+        weights = {"gate_scale": torch.tensor([gates[il]]), **arrays}
         module.load_state_dict({name: weights[name] for name in module.state_dict()})
         modules.append(module)
     return modules

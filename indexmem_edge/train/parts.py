@@ -1,4 +1,4 @@
-"""What is trained: an indexer per layer, and a residual memory per layer where there is to be one."""
+"""What is trained: an indexer for each layer that a budget bounds, and a residual memory where there is to be one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scorers import SCORERS
 
 @dataclass(frozen=True)
 class Parts:
-    """Modules of all layers, on the device of the decoder, float32."""
+    """Modules of all bounded layers, on the device of the decoder, float32."""
 
     indexer: nn.ModuleList
     memory: Optional[nn.ModuleList] = None
@@ -44,14 +44,16 @@ def build_parts(config: Config, options: TrainOptions, device: torch.device) -> 
     """Modules to train: those of the sidecar `options.start`, or untrained ones, the same for the same seed.
 
     Raises:
-        TrainingError: the kind is unknown, or the sidecar's is another.
+        TrainingError: the kind is unknown, or the sidecar's is another; or no layer would ever lose an entry.
         ConvertError: the sidecar cannot be read.
         SidecarError: it is for another model, or holds no indexer that is trained here.
     """
     if options.kind not in SCORERS:
         raise TrainingError(f"--kind {options.kind!r}: expected one of {', '.join(SCORERS)}")
+    layers = config.bounded
+    if not layers:
+        raise TrainingError("every layer of this model has a sliding window, so a budget bounds nothing and nothing is trained")
     torch.manual_seed(options.seed)
-    layers = range(config.n_layer)
     if options.start is not None:
         indexer = modules_from_sidecar(options.start, config)
         found = indexer[0].kind

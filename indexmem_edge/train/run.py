@@ -24,9 +24,10 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from .._modelfile import fingerprint
+from .._modelfile import check_model_file, fingerprint
 from ..convert.atomic import check_target, replacing
 from ..convert.basemodel import BaseModel, read_base_model
+from ..convert.gguffile import GGUFFile
 from ..convert.sources import file_sha256
 from ..convert.writer import write_sidecar
 from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
@@ -135,8 +136,8 @@ def train(
     if unknown := [name for name in options.objective if name not in tools.objectives]:
         raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
     processes = open_processes(options.device)
+    _check_architecture(options.model)  # before minutes are spent on reading
     base = read_base_model(options.model, options.fingerprint)
-    architecture(os.fspath(options.model), base.architecture)  # before minutes are spent on reading
     files = find_books(options.texts)
     if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
         raise TrainingError(f"{options.out} is to be read as well: name another file to write")
@@ -181,6 +182,14 @@ def train(
         if not processes.main:
             return None
         return _write(options, base, parts, position, [book.name for book in books], loop, tools, force, watcher)
+
+
+def _check_architecture(model: Path) -> None:
+    name = check_model_file(model)
+    with GGUFFile(name) as file:
+        found = file.get("general.architecture", "string")
+    if found is not None:  # without it, what is read next says what is wrong
+        architecture(name, found)
 
 
 def _run(options: TrainOptions) -> Path:
@@ -230,6 +239,7 @@ def _write(
     """The report and the sidecar."""
     run = _run(options)
     enabled, scores = _measured(position, "untrained" if options.start is None else "start")
+    bounded = loop.decoder.config.bounded
     checkpoint = to_checkpoint(
         parts,
         base,
@@ -237,6 +247,7 @@ def _write(
         texts=texts,
         step=sum(stage["done"] for stage in position.stages),
         source=run / CHECKPOINT,
+        bounded=bounded,
         enabled=enabled,
         scores=scores,
     )
@@ -256,12 +267,14 @@ def _write(
         tokens=position.tokens,
         seconds=position.seconds,
         reports=tuple(map(os.fspath, [*reports, run / METRICS])),
-        notes=tuple(_notes(options, base, position, enabled, written.fallbacks)),
+        notes=tuple(_notes(options, base, position, bounded, enabled, written.fallbacks)),
     )
 
 
 def _measured(position: Position, before: str) -> tuple[Optional[list[bool]], dict[str, float]]:
-    """Layers that use a residual memory, None if all do, and the scores of the sidecar; `before`: what training began with."""
+    """Which bounded layers use a residual memory, None if all do, and the scores of the sidecar; `before`: what training
+    began with.
+    """
     enabled, scores = None, dict[str, float]()
     for name, value in ((f"held_out_recall.{before}", position.first_recall), ("held_out_recall", position.recall)):
         if value is not None:
@@ -279,16 +292,22 @@ def _notes(
     options: TrainOptions,
     base: BaseModel,
     position: Position,
+    bounded: Sequence[int],
     enabled: Optional[Sequence[bool]],
     fallbacks: Sequence[str],
 ) -> list[str]:
     """What should not pass unnoticed."""
     notes = []
+    if len(bounded) < base.geometry.block_count:
+        notes.append(
+            f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {', '.join(map(str, bounded))}: the others "
+            "have a sliding window, which no budget bounds"
+        )
     first, best = position.first_recall, position.recall
     if first is not None and best is not None and best <= first:
         notes.append("training did not raise the recall on held-out text: the sidecar has the weights it began with")
     if enabled is not None and not all(enabled):
-        off = ", ".join(str(i) for i, on in enumerate(enabled) if not on)
+        off = ", ".join(str(il) for il, on in zip(bounded, enabled) if not on)
         notes.append(f"the memory is off in layer {off}: there held-out text is read better without")
     if options.memory == "centroid":
         notes.append(
