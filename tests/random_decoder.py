@@ -12,8 +12,10 @@ from indexmem_edge.train.rope import Rope
 from indexmem_edge.train.sample import Sample
 
 
-def random_decoder(n_layer: int = 2, seed: int = 0, sharpness: float = 2.0) -> Decoder:
-    """Four query heads of two KV heads. `sharpness` multiplies queries and keys: attention must not be uniform."""
+def random_decoder(n_layer: int = 2, seed: int = 0, sharpness: float = 2.0, **more: Any) -> Decoder:
+    """Four query heads of two KV heads. `sharpness` multiplies queries and keys: attention must not be uniform. `more` is
+    what sets its configuration apart.
+    """
     d, n_head, n_head_kv, dim, n_ff, n_vocab = 32, 4, 2, 8, 48, 60
     draw = torch.Generator().manual_seed(seed)
 
@@ -32,7 +34,7 @@ def random_decoder(n_layer: int = 2, seed: int = 0, sharpness: float = 2.0) -> D
             }.items()
         }  # fmt: skip
     rope = Rope(10000.0, dim, interleaved=True)
-    return Decoder(Config("llama", n_layer, d, n_head, n_head_kv, dim, n_ff, n_vocab, 1e-5, 512, rope), weights)
+    return Decoder(Config("llama", n_layer, d, n_head, n_head_kv, dim, n_ff, n_vocab, 1e-5, 512, rope, **more), weights)
 
 
 def random_sample(n_tokens: int, seed: int = 0) -> Sample:
@@ -41,7 +43,7 @@ def random_sample(n_tokens: int, seed: int = 0) -> Sample:
 
 
 def modules_of(kind: Any, decoder: Decoder, **more: object) -> torch.nn.ModuleList:
-    """Untrained indexers of a decoder's layers, with a hidden layer of 8; the same ones every time."""
+    """Untrained indexers of a decoder's bounded layers, with a hidden layer of 8; the same ones every time."""
     torch.manual_seed(1)
     c = decoder.config
-    return torch.nn.ModuleList([kind(c.n_embd, c.n_head_kv, kind.defaults(8, **more)) for _ in range(c.n_layer)])
+    return torch.nn.ModuleList([kind(c.n_embd, c.n_head_kv, kind.defaults(8, **more)) for _ in c.bounded])

@@ -43,6 +43,11 @@ def train(path: Path, folder: Path, *more: Any) -> Path:
         ("llama", ("--objective", "regress,gated-kl,select-kl", "--steps", "12,4,2", "--decay"), ("retention", "none")),
         ("qwen3", ("--kind", "kvzap", "--steps", 4, "--memory", "centroid", "--memory-slots", 8), ("kvzap", "centroid")),
         ("qwen2", ("--kind", "pairwise", "--memory", "residual", "--steps", 3, "--lr", "1e-3,5e-2"), ("pairwise", "residual")),
+        ("granite", ("--memory", "residual", "--steps", 3, "--lr", "1e-3,5e-2"), ("retention", "residual")),
+        ("phi3", ("--steps", 3), ("retention", "none")),
+        ("qwen3moe", ("--objective", "regress,select-kl", "--steps", "3,1"), ("retention", "none")),
+        ("smollm3", ("--kind", "kvzap", "--steps", 3), ("kvzap", "none")),
+        ("gemma", ("--objective", "gated-kl", "--steps", 2), ("retention", "none")),
     ],
 )  # fmt: skip
 def test_what_was_trained_runs(tiny: Tiny, tmp_path: Path, arch: str, options: Any, kinds: tuple[str, str]) -> None:

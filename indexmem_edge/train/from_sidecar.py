@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
@@ -18,7 +19,7 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Co
     """The indexer of a sidecar, one module per layer that it is for, float32 on the CPU. A memory beside it is left out.
 
     Args:
-        config: the decoder that it is for; the shapes are compared.
+        config: the decoder that it is for; the shapes are compared, and modules are those of its bounded layers.
 
     Raises:
         ConvertError: the sidecar cannot be read.
@@ -37,14 +38,14 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Co
                 f"{os.fspath(path)} is for another model: layers, hidden size and KV heads are {_show(found)}, "
                 f"the model has {_show(expected)}"
             )
-        if checkpoint.numbers != config.bounded:
+        if absent := [il for il in config.bounded if il not in checkpoint.numbers]:
             raise SidecarError(
-                f"{os.fspath(path)} is for the layers {_show(checkpoint.numbers)}, a budget bounds {_show(config.bounded)} of "
-                "this model"
+                f"{os.fspath(path)} is for the layers {_show(checkpoint.numbers)}, and a budget bounds the layers "
+                f"{_show(absent)} of this model, too"
             )
     modules = nn.ModuleList()
     gates = checkpoint.constants.get("gate_scale") or [1.0] * g.block_count  # of training alone, so it may be missing
-    for il in checkpoint.numbers:
+    for il in checkpoint.numbers if config is None else config.bounded:
         module = SCORERS[checkpoint.kind](g.embedding_length, g.head_count_kv, checkpoint.constants)
         arrays = {name: torch.tensor(array) for name, array in checkpoint.layers[il].items()}
         weights = {"gate_scale": torch.tensor([gates[il]]), **arrays}
@@ -53,5 +54,5 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Co
     return modules
 
 
-def _show(sizes: tuple[int, ...]) -> str:
+def _show(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))
