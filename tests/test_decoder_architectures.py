@@ -20,7 +20,8 @@ from indexmem_edge.train.attention import BLOCK, Heads, attention, causal  # noq
 from indexmem_edge.train.decoder import Decoder  # noqa: E402
 from indexmem_edge.train.gguf_weights import load_gguf  # noqa: E402
 
-NEW = ("gemma", "gemma3", "granite", "phi3", "qwen3moe", "smollm3")
+NEW = ("gemma", "gemma3", "granite", "phi3", "qwen2vl", "qwen3moe", "qwen3vl", "qwen3vlmoe", "smollm3")
+SECTIONS = "rope.dimension_sections"
 PATTERN = "attention.sliding_window_pattern"
 LONG = {"long_factors": True, "rope_magnitude": 1.2}
 FEATURES: list[tuple[str, dict[str, Any]]] = [
@@ -46,9 +47,22 @@ FEATURES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_dim": 48, **LONG}),
     ("phi3", {"n_ctx_orig": 64, **LONG}),
     ("qwen3moe", {"tied": True, "qkv_bias": True}),
+    *((arch, {"metadata": ((SECTIONS, [12, 10, 10, 0]),)}) for arch in ("qwen2vl", "qwen3vl")),  # all turn
+    ("qwen3vl", {"metadata": ((SECTIONS, [12, 4, 8, 2]),)}),
+    ("qwen2vl", {"metadata": ((SECTIONS, [8, 4, 4, 3]), *YARN)}),
     ("smollm3", {"n_layer": 9, "tied": True}),
 ]  # fmt: skip
 NAMES = [f"{arch}-{'-'.join(overrides) or 'plain'}-{i}" for i, (arch, overrides) in enumerate(FEATURES)]
+
+
+def hashable(overrides: dict[str, Any]) -> dict[str, Any]:
+    """As keys of the cache of models, in which metadata are lists at times."""
+    return {key: _Items(value) if isinstance(value, tuple) else value for key, value in overrides.items()}
+
+
+class _Items(tuple):  # type: ignore[type-arg]
+    def __hash__(self) -> int:
+        return hash(repr(tuple(self)))
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +92,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, arch: str) -> None:
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(("arch", "overrides"), FEATURES, ids=NAMES)
 def test_logits_are_those_of_the_library(tiny: Tiny, arch: str, overrides: dict[str, Any]) -> None:
-    path, _ = tiny(arch, **{key: tuple_of(value) for key, value in overrides.items()})
+    path, _ = tiny(arch, **hashable(overrides))
     tokens = text(300)
     assert_close(our_logits(load_gguf(path, torch.float32), tokens), library_logits(path, tokens), arch)
 
@@ -103,6 +117,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("granite", {"metadata": (("embedding_scale", 1.0),)}),
     ("granite", {"metadata": (("logit_scale", 1.0),)}),
     ("qwen3moe", {"metadata": (("expert_used_count", 3),)}),
+    ("qwen2vl", {"metadata": ((SECTIONS, [12, 10, 10, 0]),)}),
+    ("qwen3vl", {"metadata": ((SECTIONS, [12, 4, 8, 2]),)}),
 ]
 
 
@@ -110,18 +126,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 def test_what_was_compared_matters(tiny: Tiny, arch: str, overrides: dict[str, Any]) -> None:
     """The bound above would notice if a feature was left out."""
     tokens = text(300)
-    plain, other = (our_logits(load_gguf(tiny(arch, **o)[0], torch.float32), tokens) for o in ({}, overrides))
+    plain, other = (our_logits(load_gguf(tiny(arch, **hashable(o))[0], torch.float32), tokens) for o in ({}, overrides))
     assert np.abs(plain - other).max() > 0.05
-
-
-def tuple_of(value: Any) -> Any:
-    """A key of the cache of models cannot hold lists, and metadata must be lists."""
-    return _Items(value) if isinstance(value, tuple) else value
-
-
-class _Items(tuple):  # type: ignore[type-arg]
-    def __hash__(self) -> int:
-        return hash(repr(tuple(self)))
 
 
 @pytest.mark.usefixtures("table")

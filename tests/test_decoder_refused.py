@@ -121,6 +121,9 @@ DAMAGED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"phi3.rope.dimension_count": 66}, "66 rotated dimensions of 64"),
     ("phi3", {"phi3.rope.dimension_count": 47}, "47 rotated, cannot be rotated in pairs"),
     ("phi3", {"phi3.feed_forward_length": 95}, r"'blk.0.ffn_up.weight' is \[192, 384\] .* expected 190 rows: 95 of"),
+    ("qwen3vl", {"qwen3vl.rope.dimension_sections": None}, "has no qwen3vl.rope.dimension_sections"),
+    ("qwen3vl", {"qwen3vl.rope.dimension_sections": [0, 0, 0, 0]}, r"dimension_sections is \[0, 0, 0, 0\]"),
+    ("qwen3vl", {"qwen3vl.rope.dimension_sections": [70, -9, 3, 0]}, r"dimension_sections is \[70, -9, 3, 0\]"),
     ("gemma3", {"gemma3.rope.freq_base_swa": 0.5}, "base of its rotary frequencies is 0.5"),
     ("gemma3", {"gemma3.final_logit_softcapping": float("nan")}, "final_logit_softcapping is nan"),
 ]

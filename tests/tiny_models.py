@@ -44,7 +44,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
         "residual_scale": 1.4 / 2**0.5, "logit_scale": 0.25,
     },
 }  # fmt: skip
-SQUARE = {"qwen2", "phi3", "chatglm"}  # llama.cpp declares their attention output matrix [n_embd, n_embd]
+SQUARE = {"qwen2", "qwen2vl", "phi3", "chatglm"}  # llama.cpp declares their attention output matrix [n_embd, n_embd]
 
 
 def _vocabulary(n_vocab: int) -> tuple[list[str], list[int]]:

@@ -1,4 +1,6 @@
-"""Tensors and metadata of tiny models that training reads beside the plain ones: with window layers, with experts."""
+"""Tensors and metadata of tiny models that training reads beside the plain ones: with window layers, with experts, with
+positions of several dimensions.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,13 @@ def _gemma3(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
     for il in range(c.n_layer):
         w |= {f"blk.{il}.post_{x}_norm.weight": draw.norm(c.n_embd) for x in ("attention", "ffw")}
     return meta, w
+
+
+def _qwen_vl(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
+    """Positions of four dimensions, the last of them without text."""
+    experts = c.arch.endswith("moe")
+    meta, w = (_qwen3moe if experts else decoder)(c, draw)
+    return {"rope.dimension_sections": [11, 9, 10, 2], "n_deepstack_layers": 2} | meta, w
 
 
 def _qwen3moe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
@@ -38,4 +47,7 @@ TRAINED: dict[str, tuple[Writer, dict[str, Any]]] = {
         "n_layer": 6, "rope_neox": True, "rope_base": 1e6, "qk_norm": True, "gelu": True, "tied": True, "sliding_window": 24,
     }),
     "qwen3moe": (_qwen3moe, {"rope_neox": True, "qk_norm": True}),
+    "qwen2vl": (_qwen_vl, {"rope_neox": True, "qkv_bias": True}),
+    "qwen3vl": (_qwen_vl, {"rope_neox": True, "qk_norm": True}),
+    "qwen3vlmoe": (_qwen_vl, {"rope_neox": True, "qk_norm": True}),
 }  # fmt: skip

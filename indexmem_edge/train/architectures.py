@@ -36,6 +36,7 @@ class Architecture:
     fused_gate: bool = False  # the gate is the first half of `ffn_up`
     gelu: bool = False
     scaled_embedding: bool = False  # by the root of its length
+    sections: str = ""  # how pairs are shared out among the dimensions of a position (M-RoPE): in "runs", or in "turns"
     window_every: int = 0  # of so many layers, all but the last have a sliding window, unless the file says otherwise
     reads: frozenset[str] = frozenset()  # keys that mean nothing to the others, or what these do not compute
 
@@ -50,6 +51,11 @@ ARCHITECTURES = {  # what llama.cpp loads and computes with
     "qwen2": Architecture(False, optional=_QKV_BIAS, output_bias=True),
     "qwen3": Architecture(False, needed=_HEAD_NORMS, optional=_QKV_BIAS),
     "qwen3moe": Architecture(False, needed=_HEAD_NORMS, optional=_QKV_BIAS, reads=frozenset({"expert_count"})),
+    "qwen2vl": Architecture(False, optional=_QKV_BIAS, output_bias=True, sections="runs"),
+    "qwen3vl": Architecture(False, needed=_HEAD_NORMS, optional=_QKV_BIAS, sections="turns"),
+    "qwen3vlmoe": Architecture(
+        False, needed=_HEAD_NORMS, optional=_QKV_BIAS, sections="turns", reads=frozenset({"expert_count"})
+    ),
     "phi3": Architecture(  # llama.cpp does not use the window that its files name
         False, rope_factors=True, long_factors=True, partly_rotated=True, optional=_QKV_BIAS, fused_gate=True,
         reads=frozenset({"attention.sliding_window"}),
@@ -73,8 +79,8 @@ _REASONS = {  # why nothing can be trained for an architecture, where more can b
     "its latent attention (MLA) caches one vector for all heads, and an indexer ranks for each KV head":
         "deepseek2 deepseek2-ocr mistral4",
     "its attention has sinks, logits beside those of keys, which training does not compute": "gpt-oss granite_swa mimo2",
-    "its positions have several dimensions (M-RoPE), of which training knows one":
-        "hunyuan_vl paddleocr qwen2vl qwen3tts qwen3vl qwen3vlmoe",
+    "its positions have several dimensions (M-RoPE), which training knows in Qwen2-VL and Qwen3-VL alone":
+        "hunyuan_vl paddleocr qwen3tts",
     "some of its layers read the keys and values of others, which training does not compute": "gemma3n gemma4",
     "its attention logits have a soft cap, which training does not compute": "gemma2 grok",
     "its layers attend in chunks, which training does not compute": "llama4",

@@ -22,7 +22,7 @@ from .architectures import (
     unsupported,
 )
 from .decoder import Config
-from .rope import make_rope
+from .rope import make_rope, still_pairs
 
 _INTEGERS = ("u16", "u32", "i32", "u64")
 _FLOATS = ("f32", "f64")
@@ -76,7 +76,7 @@ def read_config(where: str, file: GGUFFile) -> Config:
     rope = {
         "n_dim": read.count("rope.dimension_count", head_dim), "interleaved": known.interleaved,
         "kind": _scaling(read), "attn_factor": read.number("rope.scaling.attn_factor", 1.0),
-        "n_ctx_orig": original_length(file, arch),
+        "n_ctx_orig": original_length(file, arch), "still": _still(read, head_dim),
     }  # fmt: skip
     factor = read.number("rope.scaling.factor", read.number("rope.scale_linear", 0.0))  # the second is its old name
     config = Config(
@@ -158,6 +158,20 @@ def _scaling(read: _Metadata) -> str:
     if kind not in _SCALINGS:
         raise unsupported(read.where, f"rope scaling {quote(kind)}")
     return kind
+
+
+def _still(read: _Metadata, head_dim: int) -> tuple[int, ...]:
+    """Pairs that text does not turn."""
+    how, key = ARCHITECTURES[read.arch].sections, "rope.dimension_sections"
+    if not how:
+        return ()
+    found = read.get(key, *(f"{t} array" for t in _INTEGERS))
+    if found is None:
+        raise ModelFileError(f"{read.where} has no {read.arch}.{key}: is it a language model with attention?")
+    sections = [int(n) for n in found][:4]
+    if len(sections) < 3 or min(sections) < 0 or not 0 < sum(sections) <= head_dim:
+        raise ModelFileError(f"{read.where} is damaged: {read.arch}.{key} is {sections}")
+    return still_pairs([*sections, 0][:4], head_dim // 2, interleaved=how == "turns")
 
 
 def _feed_forward_length(read: _Metadata) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
@@ -44,6 +45,7 @@ class Rope:
     scale: float = 1.0  # factor of positions: 1/4 where a model was stretched four times ("linear", "yarn")
     yarn: Optional[Yarn] = None
     magnitude: float = 1.0  # of what is rotated: cosines and sines are multiplied by it
+    still: tuple[int, ...] = ()  # pairs that no position of a text turns (M-RoPE)
 
     def frequencies(self) -> np.ndarray:
         """Angle of each pair per position, float64 [n_dim/2]."""
@@ -53,6 +55,7 @@ class Rope:
         out = ratio ** np.arange(self.n_dim // 2, dtype=np.float64)
         if self.factors is not None:
             out = out / np.asarray(self.factors, np.float64)
+        out[list(self.still)] = 0
         if self.yarn is None:
             return out * self.scale
         kept = self.yarn.kept(self.base, self.n_dim)
@@ -84,7 +87,7 @@ def _frequencies(rope: Rope, device: torch.device) -> Tensor:
 
 def make_rope(
     *, base: float, n_dim: int, interleaved: bool, factors: Optional[tuple[float, ...]] = None, kind: str = "linear",
-    factor: float = 0.0, n_ctx_orig: int = 0, attn_factor: float = 1.0,
+    factor: float = 0.0, n_ctx_orig: int = 0, attn_factor: float = 1.0, still: tuple[int, ...] = (),
 ) -> Rope:  # fmt: skip
     """What llama.cpp makes of the metadata `rope.scaling.*` in these architectures (`llama_context`, `rope_yarn`).
 
@@ -96,4 +99,20 @@ def make_rope(
     if kind == "yarn":
         yarn = Yarn(n_ctx_orig)
         magnitude *= 1 + 0.1 * max(0.0, math.log(1 / scale))
-    return Rope(base, n_dim, interleaved, factors, scale, yarn, magnitude)
+    return Rope(base, n_dim, interleaved, factors, scale, yarn, magnitude, still)
+
+
+def still_pairs(sections: Sequence[int], n_pair: int, interleaved: bool) -> tuple[int, ...]:
+    """Pairs of a head that text does not turn in a model with M-RoPE (`ggml_mrope_cache_init`).
+
+    Four sections of the pairs follow time, height, width and a fourth position. A token of text has the same number in the
+    first three and 0 in the last, so what these three do not cover stays. `interleaved`: time, height and width take turns.
+    """
+    t, h, w, _ = sections
+    total = sum(sections)
+
+    def turns(pair: int) -> bool:
+        i = pair % total
+        return i < 3 * (t, h, w)[i % 3] if interleaved else i < t + h + w
+
+    return tuple(pair for pair in range(n_pair) if not turns(pair))
