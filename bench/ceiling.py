@@ -29,7 +29,7 @@ from indexmem_edge.train.policies import POLICIES, Context
 from . import ruler
 from .machine import describe
 from .report import Report, Row
-from .runner import Model, library
+from .runner import BenchError, Model, library
 from .trial import split_tokens
 
 ORACLE, FULL = "oracle", "full"
@@ -112,8 +112,14 @@ def run_ceiling(
     progress: Any = None,
     out: Path = Path("."),
 ) -> Report:
-    """Scores of the full cache, the oracle, the indexers and `policies`; with `groups`, of exchanges in so many layer groups."""
+    """Scores of the full cache, the oracle, the indexers and `policies`; with `groups`, of exchanges in so many layer groups.
+
+    Raises:
+        BenchError: the model has layers with a window.
+    """
     decoder = load_decoder(model.path)
+    if decoder.config.windowed:
+        raise BenchError("this measures models in which every layer attends to all of the text, and this one has window layers")
     indexers = {path.name.split(".")[0]: modules_from_sidecar(path, decoder.config) for path in sidecars}
     rows: list[Row] = []
     todo = [(length, task, i) for i in range(samples) for length in lengths for task in tasks]

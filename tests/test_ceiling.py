@@ -67,3 +67,10 @@ def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path)
     assert all(0 <= row["score"] <= 1 and row["nll"] > 0 for row in rows)
     both = CliRunner().invoke(app, [str(word) for word in [*words, "--policies", "nope"]])
     assert both.exit_code == 1 and "unknown policy 'nope'" in both.output
+
+
+def test_models_with_window_layers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    ruler_folder(tmp_path / "data")
+    words = ["ceiling", "-m", tiny("gemma3")[0], "--data", tmp_path / "data", "--lengths", 256, "--out", tmp_path]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1 and "this one has window layers" in result.output

@@ -111,6 +111,12 @@ def test_every_architecture_has_an_answer() -> None:
     assert trainable("of another year") == trainable("chatglm") != ""
 
 
+def test_the_page_lists_what_is_read() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "design.md").read_text(encoding="utf-8")
+    listed = page.split("**Architectures** that are read: ")[1].split(";")[0]
+    assert listed.replace("\n", " ") == architectures.KNOWN
+
+
 EXPERTS = {"expert_count": "has no qwen3moe.expert_count", "expert_used_count": "has no qwen3moe.expert_used_count"}
 DAMAGED: list[tuple[str, dict[str, Any], str]] = [
     *(("qwen3moe", {f"qwen3moe.{key}": None}, message) for key, message in EXPERTS.items()),
