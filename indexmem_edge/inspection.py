@@ -261,7 +261,8 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
         ("fingerprint", base["fingerprint"]),
     ]
     if base["covered"] is not None:
-        about.insert(3, ("layers covered", f"{len(base['covered'])} of {base['layers']}: {', '.join(map(str, base['covered']))}"))
+        numbers = ", ".join(map(str, base["covered"]))
+        about.insert(3, ("layers covered", f"{len(base['covered'])} of {base['layers']}: {numbers}"))
     if facts["fits"] is not None:
         about.append(("fits", f"{facts['fits']['file']} (fingerprint {facts['fits']['fingerprint']})"))
     about += [(f"indexer {name}", value) for name, value in indexer.items()]

@@ -23,6 +23,7 @@ from indexmem_edge.train.gguf_weights import load_gguf  # noqa: E402
 NEW = ("gemma", "gemma3", "granite", "phi3", "qwen2vl", "qwen3moe", "qwen3vl", "qwen3vlmoe", "smollm3")
 SECTIONS = "rope.dimension_sections"
 PATTERN = "attention.sliding_window_pattern"
+LONGROPE = ("rope.scaling.type", "longrope")
 LONG = {"long_factors": True, "rope_magnitude": 1.2}
 FEATURES: list[tuple[str, dict[str, Any]]] = [
     *((arch, {}) for arch in NEW),
@@ -35,13 +36,13 @@ FEATURES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"metadata": (("rope.freq_base_swa", 500.0),)}),
     ("gemma3", {"metadata": (("final_logit_softcapping", 2.0),)}),
     ("gemma3", {"n_head": 4, "n_head_kv": 1, "head_dim": 32, "rope_dim": 16, "tied": False}),
-    ("gemma3", {"n_layer": 62, "n_head": 2, "n_embd": 48, "n_ff": 32, "n_head_kv": 1, "head_dim": 32, "sharpness": 1.0}),  # as the 27B
+    ("gemma3", {"n_layer": 62, "n_head": 2, "n_embd": 48, "n_ff": 32, "n_head_kv": 1, "head_dim": 32, "sharpness": 1.0}),  # 27B
     ("granite", {"rope_factors": True, "other_bias": True}),
     ("granite", {"metadata": (("residual_scale", 0.0), ("embedding_scale", 0.0))}),  # which stand for none
     ("granite", {"metadata": (("attention.scale", 0.0),)}),
     ("granite", {"metadata": (("rope.scaling.finetuned", False),)}),
-    ("granite", {"long_factors": True, "metadata": (("rope.scaling.type", "longrope"), ("rope.scaling.original_context_length", 64))}),
-    ("llama", {"long_factors": True, "metadata": (("rope.scaling.type", "longrope"), ("rope.scaling.factor", 2.0))}),
+    ("granite", {"long_factors": True, "n_ctx_orig": 64, "metadata": (LONGROPE,)}),
+    ("llama", {"long_factors": True, "metadata": (LONGROPE, ("rope.scaling.factor", 2.0))}),
     ("phi3", {"qkv_bias": True}),
     ("phi3", {"sliding_window": 16}),  # which llama.cpp does not use
     ("phi3", {"rope_dim": 48, **LONG}),

@@ -73,7 +73,7 @@ def read_config(where: str, file: GGUFFile) -> Config:
     if read.count("attention.value_length", n_embd // n_head) != head_dim:
         raise unsupported(where, "values of another length than keys")
     n_layer = read.count("block_count")
-    rope = {
+    rope: dict[str, Any] = {
         "n_dim": read.count("rope.dimension_count", head_dim), "interleaved": known.interleaved,
         "kind": _scaling(read), "attn_factor": read.number("rope.scaling.attn_factor", 1.0),
         "n_ctx_orig": original_length(file, arch), "still": _still(read, head_dim),
@@ -183,7 +183,7 @@ def _feed_forward_length(read: _Metadata) -> int:
     return read.count("feed_forward_length") // read.count("expert_used_count")
 
 
-def _experts(read: _Metadata) -> dict[str, int]:
+def _experts(read: _Metadata) -> dict[str, Any]:
     if "expert_count" not in ARCHITECTURES[read.arch].reads:
         return {}
     return {"n_expert": read.count("expert_count"), "n_expert_used": read.count("expert_used_count")}
@@ -219,9 +219,9 @@ def _windows(read: _Metadata, n_layer: int, head_dim: int, rope: dict[str, Any])
     return {"window": window, "windowed": tuple(layers), "window_rope": make_rope(base=base, **rope)}
 
 
-def _scales(read: _Metadata, n_layer: int, n_embd: int, n_head: int, head_dim: int) -> dict[str, float]:
+def _scales(read: _Metadata, n_layer: int, n_embd: int, n_head: int, head_dim: int) -> dict[str, Any]:
     """Every factor that is not 1, and every cap."""
-    known, scales = ARCHITECTURES[read.arch], dict[str, float]()
+    known, scales = ARCHITECTURES[read.arch], dict[str, Any]()
     if known.scaled_embedding:
         scales["embedding_scale"] = math.sqrt(n_embd)
     if read.arch == "gemma3" and n_layer == _GEMMA3_27B:

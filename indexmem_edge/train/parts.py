@@ -52,7 +52,7 @@ def build_parts(config: Config, options: TrainOptions, device: torch.device) -> 
         raise TrainingError(f"--kind {options.kind!r}: expected one of {', '.join(SCORERS)}")
     layers = config.bounded
     if not layers:
-        raise TrainingError("every layer of this model has a sliding window, so a budget bounds nothing and nothing is trained")
+        raise TrainingError("every layer of this model has a sliding window: no budget bounds it, and there is nothing to train")
     torch.manual_seed(options.seed)
     if options.start is not None:
         indexer = modules_from_sidecar(options.start, config)

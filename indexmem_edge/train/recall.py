@@ -48,7 +48,8 @@ class Measured:
 class Recall:
     """`shares[policy][budget]` are float32 [samples, layers, H] in 0..1, `indexer` first and `oracle` last.
 
-    Layers are those that a budget bounds, `layers` are their numbers. The oracle ranks by the mass itself, so no choice beside the protected entries keeps more; it knows what comes.
+    Layers are those that a budget bounds, `layers` are their numbers. The oracle ranks by the mass itself, so no choice beside
+    the protected entries keeps more; it knows what comes.
     `protected[budget]` is what the protected entries would keep alone: what every policy has without choosing.
     """
 
@@ -140,7 +141,8 @@ def measure(
 
     def look(context: Context, mass: Tensor) -> None:
         nonlocal done
-        rank = {INDEXER: _indexer(modules[layers.index(context.layer)]), **policies, ORACLE: lambda _: mass, _PROTECTED: streaming}
+        module = modules[layers.index(context.layer)]
+        rank = {INDEXER: _indexer(module), **policies, ORACLE: lambda _: mass, _PROTECTED: streaming}
         for name, policy in rank.items():
             scores = policy(context).float().expand(mass.shape)
             scores = scores.masked_fill(scores.isnan(), -torch.inf)  # below everything, as in the cache

@@ -299,9 +299,10 @@ def _notes(
     """What should not pass unnoticed."""
     notes = []
     if len(bounded) < base.geometry.block_count:
+        layers = ", ".join(map(str, bounded))
         notes.append(
-            f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {', '.join(map(str, bounded))}: the others "
-            "have a sliding window, which no budget bounds"
+            f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {layers}: the others have a sliding "
+            "window, which no budget bounds"
         )
     first, best = position.first_recall, position.recall
     if first is not None and best is not None and best <= first:
