@@ -248,13 +248,14 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
     if (l.attends) {
-        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
+        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
     }
-    ggml_tensor * cur = nodes.flash(q, k, v, count ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
+    ggml_tensor * op;
+    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap(), op);
     if (ggml_backend_buffer_is_host(l.k->buffer)) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where the entries are
+        ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu); // where the entries are
     } else {
-        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, (int) l.il });
+        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, op, (int) l.il });
     }
     return cur;
 }

@@ -61,6 +61,8 @@ public:
         // sequences with fewer pending entries than others go there.
         ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
         ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait
+        ggml_tensor * sinks; // F32 [n_head] of the model: logits of query heads whose attention goes nowhere. Null if there are none
+
         ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
