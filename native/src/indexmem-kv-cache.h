@@ -67,6 +67,8 @@ public:
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
+        uint32_t last; // the last layer of the model that reads its entries: they are evicted behind that one
+
         bool attends; // by our op, and not by flash attention
 
         std::optional<indexmem_rotation> rotation; // of keys; known as soon as a graph was built
@@ -83,7 +85,8 @@ public:
                      uint32_t   n_seq_max,
                      uint32_t   n_ubatch,
                  const config & cfg,
-        const layer_filter_cb & filter = nullptr); // which layers it is for; null: all that attend
+        const layer_filter_cb & filter = nullptr,  // which layers it is for; null: all that attend
+        const layer_reuse_cb  & reuse  = nullptr); // the layer whose entries one without its own reads, or -1
 
     //
     // llama_memory_i
@@ -142,7 +145,8 @@ public:
 
     const std::vector<layer> & get_layers() const { return layers; }
 
-    const layer     * get_layer(int32_t il) const; // null if the layer has no cache
+    const layer     * get_layer (int32_t il) const; // null if the layer has no cache of its own
+    const layer     * get_source(int32_t il) const; // the one that a layer reads: its own or another's; null if it has none
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 
     const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
@@ -227,7 +231,7 @@ private:
 
     std::vector<layer> layers;
 
-    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index in layers
+    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index of what it reads in layers
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 

@@ -66,8 +66,6 @@ static std::string reason_without_arch(const llama_model & model) {
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.has_kv(il) && hparams.n_head_kv(il) > 0) {
             (hparams.is_swa(il) ? n_window : n_full)++;
-        } else if (!hparams.has_kv(il) && hparams.n_layer_kv_from_start > 0) {
-            return "layers that read the KV cache of others";
         }
     }
     if (n_full == 0) {
