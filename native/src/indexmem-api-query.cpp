@@ -1,7 +1,7 @@
 #include "indexmem.h"
 
 #include "indexmem-error.h"
-#include "indexmem-kv-cache.h"
+#include "indexmem-mixed.h"
 #include "indexmem-support.h"
 #include "indexmem-work.h"
 
@@ -22,7 +22,7 @@ static int count_of(F get) {
 }
 
 static llama_kv_cache_bounded * bounded_of(const llama_context * ctx) {
-    return ctx ? dynamic_cast<llama_kv_cache_bounded *>(ctx->get_memory()) : nullptr;
+    return ctx ? indexmem_bounded(ctx->get_memory()) : nullptr;
 }
 
 bool indexmem_sidecar_check(const char * path, const llama_model * model) {

@@ -20,7 +20,17 @@
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
 
-class llm_graph_input_attn_bounded : public llm_graph_input_attn_kv {
+class llm_graph_input_attn_bounded;
+
+// an input that is or has that of a bounded cache
+class indexmem_bounded_input {
+public:
+    virtual ~indexmem_bounded_input() = default;
+
+    virtual llm_graph_input_attn_bounded & get_bounded() = 0;
+};
+
+class llm_graph_input_attn_bounded : public llm_graph_input_attn_kv, public indexmem_bounded_input {
 public:
     llm_graph_input_attn_bounded(
             const llm_graph_context & graph,
@@ -29,6 +39,8 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override;
+
+    llm_graph_input_attn_bounded & get_bounded() override { return *this; }
 
     // what the attention of a layer reads, seen before its attention is built
     void tap(ggml_tensor * hidden, int il) { hiddens[il] = hidden; }

@@ -80,7 +80,8 @@ public:
                          bool   offload,
                      uint32_t   n_seq_max,
                      uint32_t   n_ubatch,
-                 const config & cfg);
+                 const config & cfg,
+        const layer_filter_cb & filter = nullptr); // which layers it is for; null: all that attend
 
     //
     // llama_memory_i
@@ -117,6 +118,23 @@ public:
     // llama_kv_cache_bounded specific API
     //
 
+    // What the ubatches of a batch do; nothing has changed then. Logs why, and says so to indexmem_last_error(), if it fails.
+    llama_memory_status prepare(const std::vector<llama_ubatch> & ubatches, std::vector<step> & steps) const;
+
+    // whether seq_rm() and seq_cp() would do it; nothing has changed then
+    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    bool can_seq_cp(llama_seq_id seq_id_src, llama_pos p0, llama_pos p1) const; // logs why not
+
+    // A state that has been read and checked, and not yet put into the cache. What read_state() throws leaves it as it was,
+    // and apply_state() does not fail.
+    struct loading;
+    std::shared_ptr<loading> read_state(llama_io_read_i & io, llama_seq_id seq_id) const;
+    void apply_state(const loading & what);
+
+    // a sequence whose entries no longer belong together
+    void spoil(llama_seq_id seq_id);
+
+    const llama_model          & get_model()  const { return model; }
     const config               & get_config() const { return cfg; }
     const indexmem_policy_info & get_policy() const { return *indexmem_policy_get(cfg.policy); }
 
@@ -170,6 +188,11 @@ public:
     // of a ubatch: it has been computed, or it was begun and has not
     void finish (const step & st) { counts.finish(st); }
     void abandon(const step & st) { counts.abandon(st); }
+
+    indexmem_rotator & get_rotator() { return rotator; }
+
+    // from now on rotary positions grow without end, because of this; fails if a span was asked for
+    void drop_span(const std::string & why);
 
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;

@@ -19,6 +19,7 @@ static const char * special_cache(llm_arch arch) {
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_HY_V4:
+        case LLM_ARCH_QWEN4EXP:
             return "sparse attention with an indexer of its own";
         case LLM_ARCH_T5:
             return "an encoder and relative position buckets";
@@ -45,23 +46,14 @@ static std::string reason_without_arch(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return "a recurrent model: its state has a fixed size already";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "a hybrid of recurrent and attention layers";
-    }
     if (hparams.is_mla()) {
         return "multi-head latent attention (MLA): its cache holds compressed latents, not keys and values of heads";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return format("sliding-window attention (window %u) in its layers", hparams.n_swa);
     }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
     }
     if (hparams.f_max_alibi_bias > 0.0f) {
         return "ALiBi position biases, which need the distance to every key";
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        return "positions of several dimensions (M-RoPE)";
     }
     if (hparams.router_layer >= 0) {
         return "a router layer behind its last layer, with a cache of its own";
@@ -75,11 +67,19 @@ static std::string reason_without_arch(const llama_model & model) {
         }
     }
 
-    uint32_t n_cached = 0;
+    // of hybrids, the filters that their memory is made with know more
+    uint32_t n_full = 0, n_window = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_cached += hparams.has_kv(il) && hparams.n_head_kv(il) > 0;
+        if (hparams.has_kv(il) && hparams.n_head_kv(il) > 0) {
+            (hparams.is_swa(il) ? n_window : n_full)++;
+        } else if (!hparams.has_kv(il) && hparams.n_layer_kv_from_start > 0) {
+            return "layers that read the KV cache of others";
+        }
     }
-    return n_cached == 0 ? "no layer with a KV cache" : "";
+    if (n_full == 0) {
+        return n_window > 0 ? "windows in all its layers: its cache has a fixed size already" : "no layer with a KV cache";
+    }
+    return "";
 }
 
 std::string indexmem_unsupported_reason(const llama_model & model) {
