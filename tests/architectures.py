@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
 
-ON: frozenset[str] = frozenset()
+ON: frozenset[str] = frozenset({"mrope", "hybrid", "window"})
 
 # In the order in which a refusal names them: what the words of the reason contain.
 REASONS = {
-    "hybrid": "hybrid",
     "latent": "MLA",
-    "window": "sliding-window",
-    "sinks": "sink",
+    "sinks": "sink logits",
     "shared": "cache of others",
+    "hybrid": "hybrid",
+    "window": "sliding-window",
     "mrope": "M-RoPE",
-    "bounded already": "its layers",
+    "bounded already": "windows in all its layers",
 }
 
 

@@ -164,7 +164,8 @@ WINDOW: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma3n": (_gemma3n, _GEMMA | {"attention_scale": 1.0}),
     "gemma3n-shared": (
         _gemma3n,
-        _GEMMA | {"arch": "gemma3n", "n_layer": 22, "full_layers": (9, 19, 21), "shared_layers": 2, "attention_scale": 1.0},
+        _GEMMA
+        | {"arch": "gemma3n", "n_layer": 22, "full_layers": (9, 19, 21), "shared_layers": 2, "attention_scale": 1.0},
     ),
     "gemma4": (_gemma4, _GEMMA | {"attention_scale": 1.0}),
     "gemma4-shared": (
