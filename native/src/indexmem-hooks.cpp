@@ -7,6 +7,8 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <cstring>
+
 // the hooks of graphs; those of contexts are in indexmem-api.cpp
 
 uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
@@ -28,14 +30,28 @@ const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx,
     return bounded ? bounded->get_rotary_ubatch(ubatch) : &ubatch;
 }
 
-void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+static llm_graph_input_attn_bounded * bounded_input(const llm_graph_context & graph) {
     if (!indexmem_context(graph.mctx)) {
-        return;
+        return nullptr;
     }
     for (const auto & input : graph.res->inputs) {
         if (auto * bounded = dynamic_cast<indexmem_bounded_input *>(input.get())) {
-            bounded->get_bounded().tap(hidden, il);
+            return &bounded->get_bounded();
         }
+    }
+    return nullptr;
+}
+
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+    if (auto * input = bounded_input(graph)) {
+        input->tap(hidden, il);
+    }
+}
+
+void indexmem_tap_named(const llm_graph_context & graph, ggml_tensor * cur, const char * name, int il) {
+    auto * input = strcmp(name, "attn_norm") == 0 ? bounded_input(graph) : nullptr;
+    if (input) {
+        input->tap_unless(cur, il);
     }
 }
 

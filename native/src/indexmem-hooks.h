@@ -64,6 +64,9 @@ const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx,
 // shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
 
+// the same of a model that does not project them in the common place, by the name that it gives to what is read
+void indexmem_tap_named(const llm_graph_context & graph, ggml_tensor * cur, const char * name, int il);
+
 // the input of ordinary attention if the memory is bounded, else null
 std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
 
