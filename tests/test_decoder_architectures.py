@@ -29,14 +29,14 @@ FEATURES: list[tuple[str, dict[str, Any]]] = [
     *((arch, {}) for arch in NEW),
     ("gemma3", {"metadata": ((PATTERN, 2),)}),
     ("gemma3", {"metadata": ((PATTERN, 0),)}),  # windows in all layers
-    ("gemma3", {"metadata": ((PATTERN, [True, False, False, True, True, False]),)}),
+    ("gemma3", {"n_layer": 6, "full_layers": (1, 2, 5)}),
     ("gemma3", {"sliding_window": 0}),
     ("gemma3", {"metadata": LINEAR}),  # of the layers with full attention alone
     ("gemma3", {"metadata": YARN}),
     ("gemma3", {"metadata": (("rope.freq_base_swa", 500.0),)}),
     ("gemma3", {"metadata": (("final_logit_softcapping", 2.0),)}),
-    ("gemma3", {"n_head": 4, "n_head_kv": 1, "head_dim": 32, "rope_dim": 16, "tied": False}),
-    ("gemma3", {"n_layer": 62, "n_head": 2, "n_embd": 48, "n_ff": 32, "n_head_kv": 1, "head_dim": 32, "sharpness": 1.0}),  # 27B
+    ("gemma3", {"n_head_kv": 1, "rope_dim": 16, "tied": False}),
+    ("gemma3", {"n_layer": 62, "full_layers": (5, 61), "n_head": 2, "n_embd": 48, "n_ff": 32, "n_head_kv": 1, "sharpness": 0.7}),
     ("granite", {"rope_factors": True, "other_bias": True}),
     ("granite", {"metadata": (("residual_scale", 0.0), ("embedding_scale", 0.0))}),  # which stand for none
     ("granite", {"metadata": (("attention.scale", 0.0),)}),
@@ -48,9 +48,9 @@ FEATURES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_dim": 48, **LONG}),
     ("phi3", {"n_ctx_orig": 64, **LONG}),
     ("qwen3moe", {"tied": True, "qkv_bias": True}),
-    *((arch, {"metadata": ((SECTIONS, [12, 10, 10, 0]),)}) for arch in ("qwen2vl", "qwen3vl")),  # all turn
-    ("qwen3vl", {"metadata": ((SECTIONS, [12, 4, 8, 2]),)}),
-    ("qwen2vl", {"metadata": ((SECTIONS, [8, 4, 4, 3]), *YARN)}),
+    *((arch, {"metadata": ((SECTIONS, [5, 4, 5, 2]),)}) for arch in ("qwen2vl", "qwen3vl")),  # not all pairs turn
+    ("qwen3vl", {"metadata": ((SECTIONS, [6, 2, 4, 1]),)}),
+    ("qwen2vl", {"metadata": ((SECTIONS, [4, 2, 2, 1]), *YARN)}),
     ("smollm3", {"n_layer": 9, "tied": True}),
 ]  # fmt: skip
 NAMES = [f"{arch}-{'-'.join(overrides) or 'plain'}-{i}" for i, (arch, overrides) in enumerate(FEATURES)]
@@ -93,22 +93,23 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, arch: str) -> None:
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(("arch", "overrides"), FEATURES, ids=NAMES)
 def test_logits_are_those_of_the_library(tiny: Tiny, arch: str, overrides: dict[str, Any]) -> None:
-    path, _ = tiny(arch, **hashable(overrides))
-    tokens = text(300)
+    path, config = tiny(arch, **hashable(overrides))
+    tokens = text(300, config.n_vocab)
     assert_close(our_logits(load_gguf(path, torch.float32), tokens), library_logits(path, tokens), arch)
 
 
 @pytest.mark.parametrize("arch", ["gemma", "gemma3"])
 def test_exact_gelu_differs_by_the_rounding_of_the_table(tiny: Tiny, arch: str) -> None:
-    path, tokens = tiny(arch)[0], text(300)
+    path, config = tiny(arch)
+    tokens = text(300, config.n_vocab)
     theirs = library_logits(path, tokens)
     np.testing.assert_allclose(our_logits(load_gguf(path, torch.float32), tokens), theirs, rtol=0, atol=0.01)
 
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"sliding_window": 0}),
-    ("gemma3", {"sliding_window": 23}),
-    ("gemma3", {"metadata": ((PATTERN, 2),)}),
+    ("gemma3", {"sliding_window": 15}),
+    ("gemma3", {"metadata": ((PATTERN, 4),)}),
     ("gemma3", {"metadata": LINEAR}),
     ("gemma3", {"metadata": (("rope.freq_base_swa", 500.0),)}),
     ("gemma3", {"metadata": (("final_logit_softcapping", 2.0),)}),
@@ -118,15 +119,15 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("granite", {"metadata": (("embedding_scale", 1.0),)}),
     ("granite", {"metadata": (("logit_scale", 1.0),)}),
     ("qwen3moe", {"metadata": (("expert_used_count", 3),)}),
-    ("qwen2vl", {"metadata": ((SECTIONS, [12, 10, 10, 0]),)}),
-    ("qwen3vl", {"metadata": ((SECTIONS, [12, 4, 8, 2]),)}),
+    ("qwen2vl", {"metadata": ((SECTIONS, [4, 2, 2, 1]),)}),
+    ("qwen3vl", {"metadata": ((SECTIONS, [6, 2, 4, 1]),)}),
 ]
 
 
 @pytest.mark.parametrize(("arch", "overrides"), CHANGES, ids=[f"{arch}-{i}" for i, (arch, _) in enumerate(CHANGES)])
 def test_what_was_compared_matters(tiny: Tiny, arch: str, overrides: dict[str, Any]) -> None:
     """The bound above would notice if a feature was left out."""
-    tokens = text(300)
+    tokens = text(300, 272)
     plain, other = (our_logits(load_gguf(tiny(arch, **hashable(o))[0], torch.float32), tokens) for o in ({}, overrides))
     assert np.abs(plain - other).max() > 0.05
 
@@ -135,8 +136,8 @@ def test_what_was_compared_matters(tiny: Tiny, arch: str, overrides: dict[str, A
 @pytest.mark.parametrize("arch", NEW)
 def test_chunks_of_the_library_and_ours(tiny: Tiny, arch: str) -> None:
     """The library reads ubatches of 40 into a cache, windows keep what they need; ours continues on keys and values."""
-    path, _ = tiny(arch)
-    tokens = text(300)
+    path, config = tiny(arch)
+    tokens = text(300, config.n_vocab)
     exact: dict[str, Any] = {"type_k": F32, "type_v": F32, "flash_attn": False}
     with open_model(path) as model, Context(model, n_threads=1, n_ubatch=40, **exact) as context:
         theirs = context.decode(tokens)
@@ -158,6 +159,17 @@ def in_chunks(decoder: Decoder, tokens: list[int], size: int) -> np.ndarray:
         our_logits(decoder, tokens[i : i + size], attend=attend, first=i) for i in range(0, len(tokens), size)
     ]
     return np.concatenate(parts)
+
+
+@pytest.mark.usefixtures("table")
+def test_a_file_that_says_nothing_of_its_windows_has_them_in_five_of_six_layers(tiny: Tiny, tmp_path: Path) -> None:
+    """As that of Gemma 3 270M; their base is then 10000."""
+    source, config = tiny("gemma3", n_layer=6)
+    unsaid = {f"gemma3.{key}": None for key in (PATTERN, "rope.freq_base_swa")}
+    path, tokens = copy_model(source, tmp_path / "m.gguf", metadata=unsaid), text(300, config.n_vocab)
+    decoder = load_gguf(path, torch.float32)
+    assert decoder.config.bounded == (5,) and decoder.config.rope_of(0).base == 10000.0  # type: ignore[union-attr]
+    assert_close(our_logits(decoder, tokens), library_logits(path, tokens), "gemma3")
 
 
 @pytest.mark.parametrize("n_ctx", [32, 33, 100, None])
@@ -221,7 +233,7 @@ def test_gradients_flow_through_attention(tiny: Tiny, arch: str) -> None:
     def attend(heads: Heads) -> Any:
         return causal(heads) * (1 + gates[heads.layer])
 
-    tokens, ahead = torch.tensor([text(12)]), 1e-5
+    tokens, ahead = torch.tensor([text(12, decoder.config.n_vocab)]), 1e-5
 
     def loss() -> Any:
         return decoder.logits(decoder(tokens, attend)).logsumexp(-1).sum()
@@ -239,7 +251,8 @@ def test_gradients_flow_through_attention(tiny: Tiny, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", NEW)
 def test_half_precision_keeps_norms_and_routers(tiny: Tiny, arch: str) -> None:
-    path, tokens = tiny(arch)[0], text(60)
+    path, config = tiny(arch)
+    tokens = text(60, config.n_vocab)
     exact, half = load_gguf(path, torch.float32), load_gguf(path)
     for name, w in half.weights.items():
         small = name.endswith(("norm.weight", "ffn_gate_inp.weight"))
@@ -251,8 +264,9 @@ def test_half_precision_keeps_norms_and_routers(tiny: Tiny, arch: str) -> None:
 
 
 def test_bounded_layers_are_those_with_full_attention(tiny: Tiny) -> None:
-    gemma = load_gguf(tiny("gemma3", metadata=((PATTERN, 3),))[0]).config
-    assert gemma.bounded == (2, 5) and gemma.windowed == (0, 1, 3, 4) and gemma.window == 24
-    assert gemma.rope_of(2).base == 1e6 and gemma.rope_of(0).base == 10000.0  # type: ignore[union-attr]
+    gemma = load_gguf(tiny("gemma3", n_layer=6, full_layers=(2, 5))[0]).config
+    assert gemma.bounded == (2, 5) and gemma.windowed == (0, 1, 3, 4) and gemma.window == 16
+    assert gemma.rope_of(2).base == 1e5 and gemma.rope_of(0).base == 1e3  # type: ignore[union-attr]
+    assert load_gguf(tiny("gemma3-window")[0]).config.bounded == ()
     assert load_gguf(tiny("smollm3")[0]).config.bounded == (0, 1, 2, 3)
     assert load_gguf(tiny("smollm3")[0]).config.rope_of(3) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import llama_cpp
 import pytest
+from architectures import REFUSED_YET, TABLE
 from conftest import Tiny
 from native_context import Q8_0, Context, Refused, open_model
 from tiny_models import REFUSED, SUPPORTED
@@ -11,24 +12,19 @@ from tiny_models import REFUSED, SUPPORTED
 from indexmem_edge import Llama, _capi
 from indexmem_edge.errors import BudgetError, ContextError
 
-REASONS = {
-    "gemma2": "sliding-window",
-    "grok": "soft cap",
-    "mamba": "recurrent",
-    "jamba": "hybrid",
-    "deepseek2": "MLA",
-    "bloom": "ALiBi",
-    "t5": "encoder",
-}
+REASONS = {"grok": "soft cap", "mamba": "recurrent", "bloom": "ALiBi", "t5": "encoder"}
+assert REASONS.keys() == REFUSED.keys()
+REASONS |= {name: str(TABLE[name].reason) for name in REFUSED_YET}
 
 
-@pytest.mark.parametrize("arch", REFUSED)
-def test_models_without_the_ordinary_cache(tiny: Tiny, arch: str) -> None:
-    path, _ = tiny(arch)
+@pytest.mark.parametrize("name", REASONS)
+def test_models_that_cannot_be_bounded(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    arch = config.arch
     with open_model(path) as model:
         reason = _capi.model_unsupported_reason(model)
-        assert reason is not None and arch in reason and REASONS[arch] in reason
-        with pytest.raises(Refused, match=REASONS[arch]):
+        assert reason is not None and arch in reason and REASONS[name] in reason
+        with pytest.raises(Refused, match=REASONS[name]):
             Context(model, budget=64)
         Context(model).close()  # without a budget the model is as usable as ever
 

@@ -48,6 +48,10 @@ def train(path: Path, folder: Path, *more: Any) -> Path:
         ("qwen3moe", ("--objective", "regress,select-kl", "--steps", "3,1"), ("retention", "none")),
         ("smollm3", ("--kind", "kvzap", "--steps", 3), ("kvzap", "none")),
         ("gemma", ("--objective", "gated-kl", "--steps", 2), ("retention", "none")),
+        ("gemma3", ("--objective", "regress,gated-kl,select-kl", "--steps", "3,2,1"), ("retention", "none")),
+        ("gemma3", ("--memory", "residual", "--steps", 3, "--lr", "1e-3,5e-2"), ("retention", "residual")),
+        ("gemma3", ("--kind", "pairwise", "--memory", "centroid", "--steps", 2), ("pairwise", "centroid")),
+        ("qwen3vl", ("--steps", 3), ("retention", "none")),
     ],
 )  # fmt: skip
 def test_what_was_trained_runs(tiny: Tiny, tmp_path: Path, arch: str, options: Any, kinds: tuple[str, str]) -> None:
@@ -65,6 +69,7 @@ def test_what_was_trained_runs(tiny: Tiny, tmp_path: Path, arch: str, options: A
     llm.eval([3 + (7 * i) % 250 for i in range(300)])
     stats = llm.kv_stats()
     assert stats.evicted > 0 and stats.policy == "indexer"
+    assert c.only == ((1, 3) if arch == "gemma3" else None)
     assert np.isfinite(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),))).all()
     llm.close()
 

@@ -180,12 +180,12 @@ def test_nothing_is_trained_where_every_layer_has_a_window(tmp_path: Path) -> No
         build_parts(config, small_options(tmp_path / "m.gguf", tmp_path), torch.device("cpu"))
 
 
-PATTERN = ("attention.sliding_window_pattern", 3)  # layers 2 and 5 of 6 are bounded
+GEMMA = {"n_layer": 6, "full_layers": (2, 5)}
 
 
 @pytest.mark.parametrize(("kind", "memory"), [("retention", "off"), ("kvzap", "centroid"), ("retention", "residual")])
 def test_modules_go_into_a_sidecar_and_come_back(tiny: Tiny, tmp_path: Path, kind: str, memory: str) -> None:
-    path, _ = tiny("gemma3", metadata=(PATTERN,))
+    path, _ = tiny("gemma3", **GEMMA)
     config, base = load_gguf(path).config, read_base_model(path)
     options = small_options(path, tmp_path, kind=kind, memory=memory, objective=("regress",))
     parts = build_parts(config, options, torch.device("cpu"))
@@ -224,7 +224,7 @@ def test_modules_go_into_a_sidecar_and_come_back(tiny: Tiny, tmp_path: Path, kin
 )
 def test_a_whole_training(tiny: Tiny, tmp_path: Path, more: dict[str, Any]) -> None:
     """With the real objectives, from the file of a model with window layers to a sidecar for the others, and on from there."""
-    path, _ = tiny("gemma3", metadata=(PATTERN,))
+    path, _ = tiny("gemma3", **GEMMA)
     fields = {"lengths": (96,), "samples": (4,), "eval_samples": 1, "eval_every": 0, "generated": 0.0, "held_out": 0.2}
     options = small_options(path, tmp_path, **{**fields, **more})
     result = train(options)

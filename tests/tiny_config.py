@@ -43,6 +43,8 @@ class TinyConfig:
     gelu: bool = False  # gate activation: GELU (tanh form) instead of SiLU
     tied: bool = False  # the embedding is the output matrix
     sliding_window: int = 0
+    full_layers: tuple[int, ...] = ()  # of models with several kinds of layers: those that attend to all of the text
+    shared_layers: int = 0  # the last ones, which read what others have cached
     sharpness: float = 1.4
     seed: int = 0
     tensor_type: str = "F32"  # of the matrices: what the package gguf can quantise
@@ -110,8 +112,8 @@ def base_metadata(c: TinyConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def decoder(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Metadata and tensors of the supported architectures."""
+def attention_metadata(c: TinyConfig) -> dict[str, Any]:
+    """That of the model, its heads and what rotates them."""
     meta = base_metadata(c) | {
         "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
         "rope.dimension_count": c.n_rot, "rope.freq_base": c.rope_base,
@@ -122,11 +124,17 @@ def decoder(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
         meta |= {"rope.scaling.type": "yarn", "rope.scaling.factor": c.yarn}
     if c.rope_magnitude != 1:
         meta["rope.scaling.attn_factor"] = c.rope_magnitude
+    if c.sliding_window:
+        meta["attention.sliding_window"] = c.sliding_window
+    return meta
+
+
+def decoder(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
+    """Metadata and tensors of the supported architectures."""
+    meta = attention_metadata(c)
     if c.arch == "granite":
         meta |= {k: getattr(c, k) for k in ("embedding_scale", "residual_scale", "logit_scale")}
         meta["attention.scale"] = c.scale
-    if c.sliding_window:
-        meta["attention.sliding_window"] = c.sliding_window
 
     n_q, n_kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
     gain = c.sharpness / (c.scale * c.head_dim**0.5) ** 0.5  # of q and k
@@ -164,7 +172,7 @@ def decoder(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
     if c.long_factors:
         for name, last in (("long", 3), ("short", 0.5)):
             w[f"rope_factors_{name}.weight"] = np.exp(np.linspace(0.1, last, c.n_rot // 2, dtype=np.float32))
-    return meta | dict(c.metadata), w
+    return meta, w
 
 
 def minicpm3(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:

@@ -1,9 +1,9 @@
 """Tiny random-weight GGUF models, written in milliseconds and loadable by llama.cpp.
 
-`SUPPORTED` are architectures with plain attention, which `reference.Decoder` evaluates as well. `REFUSED` are real,
-loadable models that need something else than a plain KV cache: a sliding window, a recurrent state, both kinds of
-layers, latent attention, ALiBi, a soft cap or an encoder. `UNROTATABLE` have a plain cache of keys whose rotation is not
-the last thing that happens to them, so that their positions cannot be renewed. `TRAINED` are more models that training reads.
+`SUPPORTED` are architectures with plain attention, which `reference.Decoder` evaluates as well. `MIXED` have layers of
+several kinds, positions of several dimensions or latent attention. `REFUSED` are real, loadable models that cannot be
+bounded: recurrent, with ALiBi, a soft cap or an encoder. `UNROTATABLE` have a plain cache of keys whose rotation is not
+the last thing that happens to them, so that their positions cannot be renewed. `TRAINED` are more that training reads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any
 import gguf
 import numpy as np
 from tiny_config import Draw, TinyConfig, decoder, minicpm3
+from tiny_hybrid import HYBRID
+from tiny_latent import LATENT
+from tiny_mrope import MROPE
 from tiny_refused import REFUSED, UNROTATABLE, Writer
 from tiny_trained import TRAINED
+from tiny_window import WINDOW
 
 UNK, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # tokens 3..258 are the bytes 0..255
@@ -44,7 +48,10 @@ UNLIKE: dict[str, dict[str, Any]] = {
         "residual_scale": 1.4 / 2**0.5, "logit_scale": 0.25,
     },
 }  # fmt: skip
-SQUARE = {"qwen2", "qwen2vl", "phi3", "chatglm"}  # llama.cpp declares their attention output matrix [n_embd, n_embd]
+# Layers of more than one kind, or positions or a cache of another kind: see `architectures`.
+MIXED: dict[str, tuple[Writer, dict[str, Any]]] = MROPE | HYBRID | WINDOW | LATENT
+# llama.cpp declares their attention output matrix [n_embd, n_embd]
+SQUARE = {"qwen2", "phi3", "chatglm", "jamba", "lfm2", "lfm2moe", "olmo2", "exaone4", "cohere2", "qwen2vl"}
 
 
 def _vocabulary(n_vocab: int) -> tuple[list[str], list[int]]:
@@ -70,16 +77,16 @@ def _build(arch: str) -> tuple[Writer, dict[str, Any]]:
         return decoder, SUPPORTED[arch]
     if arch in UNLIKE:
         return minicpm3, UNLIKE[arch]
-    return (REFUSED | UNROTATABLE | TRAINED)[arch]
+    return (REFUSED | UNROTATABLE | MIXED | TRAINED)[arch]
 
 
 def make_config(arch: str, **overrides: Any) -> TinyConfig:
-    """The configuration that `write_model` would use, without weights."""
+    """The configuration that `write_model` would use, without weights. `arch` is a name in one of the tables."""
     defaults = _build(arch)[1]
     c = replace(TinyConfig(arch), **(defaults | overrides))
-    if arch in SQUARE:  # follows from the heads, whatever was asked for
+    if c.arch in SQUARE:  # follows from the heads, whatever was asked for
         c = replace(c, n_embd=c.n_head * c.head_dim)
-    if arch in ("gemma", "gemma2", "gemma3"):
+    if c.arch.startswith("gemma"):
         c = replace(c, embedding_scale=float(np.sqrt(np.float32(c.n_embd))))
     if c.n_vocab < FIRST_FILLER or c.n_head % c.n_head_kv:
         raise ValueError(f"{arch}: n_vocab >= {FIRST_FILLER} and n_head divisible by n_head_kv are required")
@@ -92,7 +99,7 @@ def write_model(path: str | Path, arch: str, **overrides: Any) -> TinyConfig:
     meta, weights = _build(arch)[0](c, Draw(c.seed))
 
     tokens, types = _vocabulary(c.n_vocab)
-    meta = {f"{arch}.{key}": value for key, value in meta.items()}
+    meta = {f"{c.arch}.{key}": value for key, value in (meta | dict(c.metadata)).items()}
     meta |= {  # the name says nothing: llama.cpp adjusts vocabularies by it
         "general.name": "tiny", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [0.0] * c.n_vocab, "tokenizer.ggml.token_type": types,
@@ -101,7 +108,7 @@ def write_model(path: str | Path, arch: str, **overrides: Any) -> TinyConfig:
         "tokenizer.ggml.add_space_prefix": False, "tokenizer.chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
 
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, c.arch)
     for key, value in meta.items():
         _put(writer, key, value)
     kind = gguf.GGMLQuantizationType[c.tensor_type]

@@ -1,4 +1,4 @@
-"""Tensors and metadata of tiny models that need more than plain attention, or rotate their keys in another way."""
+"""Tensors and metadata of tiny models that cannot be bounded, or rotate their keys in another way."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from typing import Any
 
 import numpy as np
 from tiny_config import Draw, TinyConfig, Weights, base_metadata, decoder
-
-
-def _gemma2(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Sliding window in every second layer."""
-    meta, w = decoder(c, draw)
-    for il in range(c.n_layer):
-        w |= {f"blk.{il}.post_{x}_norm.weight": draw.norm(c.n_embd) for x in ("attention", "ffw")}
-    return meta, w
 
 
 def _grok(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
@@ -42,8 +34,6 @@ def _ssm_layer(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
         "ssm_a": -np.abs(draw.normal(n_inner, n_state)), "ssm_d": draw.norm(n_inner),
         "ssm_out.weight": draw.matrix(c.n_embd, n_inner),
     }  # fmt: skip
-    if c.arch == "jamba":
-        layer |= {f"ssm_{x}_norm.weight": draw.norm(n) for x, n in (("dt", rank), ("b", n_state), ("c", n_state))}
     return meta, layer
 
 
@@ -56,54 +46,6 @@ def _mamba(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
         meta |= ssm_meta
         layer["attn_norm.weight"] = draw.norm(c.n_embd)
         w |= {f"blk.{il}.{name}": a for name, a in layer.items()}
-    return meta, w
-
-
-def _jamba(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Hybrid: recurrent layers alternate with attention layers."""
-    meta, w = _mamba(c, draw)
-    meta |= {
-        "attention.head_count": c.n_head, "feed_forward_length": c.n_ff,
-        "attention.head_count_kv": [c.n_head_kv if il % 2 else 0 for il in range(c.n_layer)],
-    }  # fmt: skip
-    n_kv = c.n_head_kv * (c.n_embd // c.n_head)
-    for il in range(c.n_layer):
-        p = f"blk.{il}."
-        w |= {
-            p + "ffn_norm.weight": draw.norm(c.n_embd), p + "ffn_gate.weight": draw.matrix(c.n_ff, c.n_embd),
-            p + "ffn_up.weight": draw.matrix(c.n_ff, c.n_embd), p + "ffn_down.weight": draw.matrix(c.n_embd, c.n_ff),
-        }  # fmt: skip
-        if il % 2:
-            for name in [name for name in w if name.startswith(p + "ssm_")]:
-                del w[name]
-            for x, n in (("q", c.n_embd), ("k", n_kv), ("v", n_kv), ("output", c.n_embd)):
-                w[f"{p}attn_{x}.weight"] = draw.matrix(n, c.n_embd)
-    return meta, w
-
-
-def _deepseek2(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Multi-head latent attention: keys and values are kept as one compressed vector per token."""
-    n_lora, n_rope, n_nope, n_v = 32, 16, 32, 32
-    meta = base_metadata(c) | {
-        "attention.head_count_kv": 1, "leading_dense_block_count": c.n_layer,
-        "attention.q_lora_rank": n_lora, "attention.kv_lora_rank": n_lora,
-        "attention.key_length": n_lora + n_rope, "attention.value_length": n_lora,
-        "attention.key_length_mla": n_nope + n_rope, "attention.value_length_mla": n_v,
-        "rope.dimension_count": n_rope, "expert_feed_forward_length": c.n_ff, "expert_shared_count": 0,
-    }  # fmt: skip
-    w = {"token_embd.weight": draw.normal(c.n_vocab, c.n_embd), "output_norm.weight": draw.norm(c.n_embd)}
-    for il in range(c.n_layer):
-        layer = {
-            "attn_norm": draw.norm(c.n_embd), "attn_q_a_norm": draw.norm(n_lora), "attn_kv_a_norm": draw.norm(n_lora),
-            "attn_q_a": draw.matrix(n_lora, c.n_embd), "attn_q_b": draw.matrix(c.n_head * (n_nope + n_rope), n_lora),
-            "attn_kv_a_mqa": draw.matrix(n_lora + n_rope, c.n_embd),
-            "attn_k_b": draw.normal(c.n_head, n_lora, n_nope, std=n_nope**-0.5),
-            "attn_v_b": draw.normal(c.n_head, n_v, n_lora, std=n_lora**-0.5),
-            "attn_output": draw.matrix(c.n_embd, c.n_head * n_v), "ffn_norm": draw.norm(c.n_embd),
-            "ffn_gate": draw.matrix(c.n_ff, c.n_embd), "ffn_up": draw.matrix(c.n_ff, c.n_embd),
-            "ffn_down": draw.matrix(c.n_embd, c.n_ff),
-        }  # fmt: skip
-        w |= {f"blk.{il}.{name}.weight": a for name, a in layer.items()}
     return meta, w
 
 
@@ -143,11 +85,8 @@ def _t5(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
 
 Writer = Callable[[TinyConfig, Draw], tuple[dict[str, Any], Weights]]
 REFUSED: dict[str, tuple[Writer, dict[str, Any]]] = {
-    "gemma2": (_gemma2, {"rope_neox": True, "gelu": True, "tied": True, "sliding_window": 16}),
     "grok": (_grok, {"rope_neox": True, "n_embd": 64, "n_head": 4, "head_dim": 16}),
     "mamba": (_mamba, {"n_embd": 64}),
-    "jamba": (_jamba, {"n_embd": 96}),
-    "deepseek2": (_deepseek2, {"n_embd": 64}),
     "bloom": (_bloom, {"n_embd": 96}),
     "t5": (_t5, {"n_embd": 96}),
 }

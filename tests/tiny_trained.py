@@ -1,6 +1,4 @@
-"""Tensors and metadata of tiny models that training reads beside the plain ones: with window layers, with experts, with
-positions of several dimensions.
-"""
+"""Tiny models with experts of which a router takes some, beside those that the cache is tested with."""
 
 from __future__ import annotations
 
@@ -11,21 +9,6 @@ from tiny_config import Draw, TinyConfig, Weights, decoder
 from tiny_refused import Writer
 
 EXPERTS, EXPERTS_USED, EXPERT_FF = 6, 2, 48
-
-
-def _gemma3(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Norms behind attention and feed-forward; all but every sixth layer have a window, unless `metadata` say otherwise."""
-    meta, w = decoder(c, draw)
-    for il in range(c.n_layer):
-        w |= {f"blk.{il}.post_{x}_norm.weight": draw.norm(c.n_embd) for x in ("attention", "ffw")}
-    return meta, w
-
-
-def _qwen_vl(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Positions of four dimensions, the last of them without text."""
-    experts = c.arch.endswith("moe")
-    meta, w = (_qwen3moe if experts else decoder)(c, draw)
-    return {"rope.dimension_sections": [11, 9, 10, 2], "n_deepstack_layers": 2} | meta, w
 
 
 def _qwen3moe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
@@ -42,12 +25,13 @@ def _qwen3moe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
     return experts | meta, w
 
 
+def _qwen3vlmoe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
+    """Positions of four dimensions; text has nothing in the last."""
+    meta, w = _qwen3moe(c, draw)
+    return {"rope.dimension_sections": [11, 9, 10, 2], "n_deepstack_layers": 2} | meta, w
+
+
 TRAINED: dict[str, tuple[Writer, dict[str, Any]]] = {
-    "gemma3": (_gemma3, {
-        "n_layer": 6, "rope_neox": True, "rope_base": 1e6, "qk_norm": True, "gelu": True, "tied": True, "sliding_window": 24,
-    }),
     "qwen3moe": (_qwen3moe, {"rope_neox": True, "qk_norm": True}),
-    "qwen2vl": (_qwen_vl, {"rope_neox": True, "qkv_bias": True}),
-    "qwen3vl": (_qwen_vl, {"rope_neox": True, "qk_norm": True}),
-    "qwen3vlmoe": (_qwen_vl, {"rope_neox": True, "qk_norm": True}),
-}  # fmt: skip
+    "qwen3vlmoe": (_qwen3vlmoe, {"rope_neox": True, "qk_norm": True}),
+}

@@ -1,7 +1,7 @@
 #include "indexmem.h"
 
 #include "indexmem-error.h"
-#include "indexmem-kv-cache.h"
+#include "indexmem-mixed.h"
 #include "indexmem-support.h"
 #include "indexmem-work.h"
 
@@ -22,7 +22,7 @@ static int count_of(F get) {
 }
 
 static llama_kv_cache_bounded * bounded_of(const llama_context * ctx) {
-    return ctx ? dynamic_cast<llama_kv_cache_bounded *>(ctx->get_memory()) : nullptr;
+    return ctx ? indexmem_bounded(ctx->get_memory()) : nullptr;
 }
 
 bool indexmem_sidecar_check(const char * path, const llama_model * model) {
@@ -76,6 +76,10 @@ bool indexmem_model_supported(const llama_model * model, char * reason, size_t r
         snprintf(reason, reason_size, "%s", text.c_str());
     }
     return text.empty();
+}
+
+int32_t indexmem_model_layer(const llama_model * model, int32_t il) {
+    return il < 0 || il >= (int32_t) model->hparams.n_layer() ? -1 : (int32_t) indexmem_layer_kind(*model, il);
 }
 
 bool indexmem_is_bounded(const llama_context * ctx) {
@@ -132,6 +136,10 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->next_position = seq->rotary_next();
     stats->rebase_us     = kv->rebase_us;
     stats->span          = kv->get_span();
+
+    const auto * mixed = dynamic_cast<const llama_memory_mixed *>(ctx->get_memory());
+    stats->window_bytes    = mixed ? mixed->size_window_bytes()    : 0;
+    stats->recurrent_bytes = mixed ? mixed->size_recurrent_bytes() : 0;
     return true;
 }
 

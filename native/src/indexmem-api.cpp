@@ -3,7 +3,7 @@
 #include "indexmem-creation.h"
 #include "indexmem-error.h"
 #include "indexmem-hooks.h"
-#include "indexmem-kv-cache.h"
+#include "indexmem-mixed.h"
 #include "indexmem-support.h"
 
 #include "llama-context.h"
@@ -261,7 +261,52 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
                 "the ordinary KV cache", llm_arch_name(model.arch)));
 }
 
-llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+// the bounded cache, and beside it what layers of other kinds need
+static llama_memory_i * make_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+        const indexmem_layer_kinds & kinds, const llama_kv_cache_bounded::config & cfg) {
+    const auto & hparams = model.hparams;
+
+    const bool hybrid = llm_arch_is_hybrid(model.arch);
+    const bool slides = hparams.swa_type != LLAMA_SWA_TYPE_NONE;
+
+    const auto attends = [&](uint32_t il) {
+        return il < hparams.n_layer() && (kinds.attends ? kinds.attends(il) : !hybrid || !hparams.is_recr(il));
+    };
+    const auto kind         = [&](uint32_t il) { return indexmem_layer_kind(model, il); };
+    const auto is_full      = [&](uint32_t il) { return attends(il) && !(slides && hparams.is_swa(il)); };
+    const auto is_window    = [&](uint32_t il) { return attends(il) && slides && hparams.is_swa(il); };
+    const auto is_recurrent = [&](uint32_t il) { return kinds.recurrent ? kinds.recurrent(il) : hparams.is_recr(il); };
+
+    // who asks about the model before there is a memory is told the same
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const bool cached = hparams.has_kv(il) && hparams.n_head_kv(il) > 0;
+        const uint32_t made = (cached && is_full(il) ? INDEXMEM_LAYER_BOUNDED : 0) | (cached && is_window(il) ? INDEXMEM_LAYER_WINDOW : 0) |
+            (hybrid && is_recurrent(il) ? INDEXMEM_LAYER_RECURRENT : 0);
+        if (made != (kind(il) & ~INDEXMEM_LAYER_READS)) {
+            indexmem_fail(INDEXMEM_ERROR_MODEL, format("no bounded KV cache for this model: layer %u of architecture '%s' is of another kind (%u) than "
+                        "was expected (%u)", il, llm_arch_name(model.arch), made, kind(il)));
+        }
+    }
+    auto bounded = std::make_unique<llama_kv_cache_bounded>(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max,
+            cparams.n_ubatch, cfg, is_full, kinds.reuse);
+    if (!hybrid && !slides) {
+        return bounded.release();
+    }
+    std::unique_ptr<indexmem_window>        window;
+    std::unique_ptr<llama_memory_recurrent> recurrent;
+    if (slides) {
+        window.reset(new indexmem_window(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max, cparams.n_ubatch,
+                    is_window, kinds.reuse));
+    }
+    if (hybrid) {
+        recurrent.reset(new llama_memory_recurrent(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv,
+                    std::max(1u, cparams.n_seq_max), cparams.n_seq_max, cparams.n_rs_seq, is_recurrent));
+    }
+    return new llama_memory_mixed(std::move(bounded), std::move(window), std::move(recurrent));
+}
+
+llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+        const indexmem_layer_kinds & kinds) {
     if (!request_next) {
         return nullptr;
     }
@@ -297,8 +342,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     }
     choose_span(model, cparams, params.type_k, cfg);
     try {
-        return new llama_kv_cache_bounded(model, params.type_k, params.type_v, cparams.offload_kqv,
-                cparams.n_seq_max, cparams.n_ubatch, cfg);
+        return make_memory(model, params, cparams, kinds, cfg);
     } catch (const std::exception & err) {
         if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
             throw;

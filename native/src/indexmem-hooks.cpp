@@ -2,14 +2,17 @@
 
 #include "indexmem-error.h"
 #include "indexmem-graph.h"
+#include "indexmem-mixed-graph.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <cstring>
+
 // the hooks of graphs; those of contexts are in indexmem-api.cpp
 
 uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
-    const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
+    const auto * kv = indexmem_bounded(memory);
     if (!kv) {
         return 0;
     }
@@ -18,7 +21,7 @@ uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
 }
 
 uint32_t indexmem_rope_length(const llama_memory_i * memory, uint32_t n_ctx) {
-    const auto * kv = dynamic_cast<const llama_kv_cache_bounded *>(memory);
+    const auto * kv = indexmem_bounded(memory);
     return kv && kv->get_span() > 0 ? kv->get_span() : n_ctx;
 }
 
@@ -27,14 +30,28 @@ const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx,
     return bounded ? bounded->get_rotary_ubatch(ubatch) : &ubatch;
 }
 
-void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+static llm_graph_input_attn_bounded * bounded_input(const llm_graph_context & graph) {
     if (!indexmem_context(graph.mctx)) {
-        return;
+        return nullptr;
     }
     for (const auto & input : graph.res->inputs) {
-        if (auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(input.get())) {
-            bounded->tap(hidden, il);
+        if (auto * bounded = dynamic_cast<indexmem_bounded_input *>(input.get())) {
+            return &bounded->get_bounded();
         }
+    }
+    return nullptr;
+}
+
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+    if (auto * input = bounded_input(graph)) {
+        input->tap(hidden, il);
+    }
+}
+
+void indexmem_tap_named(const llm_graph_context & graph, ggml_tensor * cur, const char * name, int il) {
+    auto * input = strcmp(name, "attn_norm") == 0 ? bounded_input(graph) : nullptr;
+    if (input) {
+        input->tap_unless(cur, il);
     }
 }
 
@@ -46,9 +63,34 @@ std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph
     return std::make_unique<llm_graph_input_attn_bounded>(graph, mctx);
 }
 
+const llama_memory_recurrent_context * indexmem_recurrent(const llama_memory_context_i * mctx) {
+    const auto * mixed = indexmem_mixed_context(mctx);
+    return mixed ? mixed->get_recurrent() : nullptr;
+}
+
+const llama_kv_cache_context * indexmem_window_of(const llama_memory_context_i * mctx) {
+    const auto * mixed = indexmem_mixed_context(mctx);
+    return mixed ? mixed->get_window() : nullptr;
+}
+
+std::unique_ptr<llm_graph_input_attn_kv_iswa> indexmem_build_attn_inp_iswa(const llm_graph_context & graph, ggml_tensor * mask) {
+    return std::make_unique<llm_graph_input_iswa_bounded>(graph, indexmem_mixed_context(graph.mctx), mask);
+}
+
+std::unique_ptr<llm_graph_input_mem_hybrid> indexmem_build_inp_hybrid(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> rs) {
+    typedef llm_graph_input_hybrid_bounded<llm_graph_input_mem_hybrid, llm_graph_input_attn_kv> input;
+    return std::make_unique<input>(graph.cparams, indexmem_build_attn_inp(graph), std::move(rs));
+}
+
+std::unique_ptr<llm_graph_input_mem_hybrid_iswa> indexmem_build_inp_hybrid_iswa(const llm_graph_context & graph,
+        std::unique_ptr<llm_graph_input_rs> rs, ggml_tensor * mask) {
+    typedef llm_graph_input_hybrid_bounded<llm_graph_input_mem_hybrid_iswa, llm_graph_input_attn_kv_iswa> input;
+    return std::make_unique<input>(graph.cparams, indexmem_build_attn_inp_iswa(graph, mask), std::move(rs));
+}
+
 ggml_tensor * indexmem_build_attn(
         const llm_graph_context & graph,
-        llm_graph_input_attn_kv * inp,
+        llm_graph_input_i * inp,
         ggml_tensor * q_cur,
         ggml_tensor * k_cur,
         ggml_tensor * v_cur,
@@ -56,15 +98,21 @@ ggml_tensor * indexmem_build_attn(
         ggml_tensor * sinks,
         float kq_scale,
         int   il) {
-    auto * bounded = dynamic_cast<llm_graph_input_attn_bounded *>(inp);
+    auto * bounded = dynamic_cast<indexmem_bounded_input *>(inp);
     if (!bounded) {
         return nullptr;
     }
-    if (kq_b || sinks) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
-                    il, kq_b ? "a bias" : "sink logits"));
+    const auto * window = dynamic_cast<llm_graph_input_iswa_bounded *>(inp);
+    if (window && graph.hparams.is_swa(il)) {
+        indexmem_mixed_context(graph.mctx)->learn_window_rotation(il, k_cur, window->self_k_rot_swa);
+        return nullptr;
     }
-    return bounded->build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
+    const auto * layer = indexmem_context(graph.mctx)->get_kv().get_source(il);
+    if (kq_b || (layer && sinks != layer->sinks)) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support",
+                    il, kq_b ? "a bias" : "sink logits that are not its own"));
+    }
+    return bounded->get_bounded().build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
 }
 
 void indexmem_refuse(const llama_memory_context_i * mctx, const char * what) {

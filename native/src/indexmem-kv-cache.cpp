@@ -72,7 +72,9 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
                      bool   offload,
                  uint32_t   n_seq_max,
                  uint32_t   n_ubatch,
-             const config & cfg) :
+             const config & cfg,
+    const layer_filter_cb & filter,
+    const layer_reuse_cb  & reuse) :
     model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
     const auto & hparams = model.hparams;
 
@@ -87,7 +89,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     int64_t head_v = -1;
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0 || (filter && !filter(il))) {
             continue;
         }
         const int64_t n_embd_k = hparams.n_embd_head_k(il);
@@ -109,6 +111,13 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
+    }
+    for (uint32_t il = 0; il < hparams.n_layer() && reuse; ++il) {
+        const auto source = map_layer_ids.find(reuse(il));
+        if (!hparams.has_kv(il) && (!filter || filter(il)) && source != map_layer_ids.end()) {
+            map_layer_ids[il] = source->second;
+            layers[source->second].last = il;
+        }
     }
 
     buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
@@ -154,15 +163,6 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    const auto refuse = [](const std::string & why, llama_memory_status status) {
-        LLAMA_LOG_ERROR("init_batch: %s\n", why.c_str());
-        indexmem_error_is(why);
-        return status;
-    };
-    if (!unusable.empty()) {
-        return std::make_unique<llama_kv_cache_bounded_context>(this, refuse(unusable, LLAMA_MEMORY_STATUS_FAILED_COMPUTE));
-    }
-
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -178,9 +178,31 @@ llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr &
         return std::make_unique<llama_kv_cache_bounded_context>(this, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
+    std::vector<step> steps;
+    const auto status = prepare(ubatches, steps);
+    if (llama_memory_status_is_fail(status)) {
+        return std::make_unique<llama_kv_cache_bounded_context>(this, status);
+    }
+    return std::make_unique<llama_kv_cache_bounded_context>(this, std::move(steps), std::move(ubatches));
+}
+
+llama_memory_status llama_kv_cache_bounded::prepare(const std::vector<llama_ubatch> & ubatches, std::vector<step> & steps) const {
+    const auto refuse = [](const std::string & why, llama_memory_status status) {
+        LLAMA_LOG_ERROR("prepare: %s\n", why.c_str());
+        indexmem_error_is(why);
+        return status;
+    };
+    if (!unusable.empty()) {
+        return refuse(unusable, LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+
     bool broken = false; // one of the sequences: nothing that the caller changes about the batch helps
     std::vector<indexmem_kv_counts::tokens> tokens;
     for (const auto & ubatch : ubatches) {
+        if (!ubatch.token && model.hparams.n_pos_per_embd() > 1) {
+            return refuse("a bounded KV cache takes text only from a model with positions of several dimensions (M-RoPE): the batch "
+                    "holds embeddings, as of an image", LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+        }
         for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
             GGML_ASSERT(ubatch.seq_id_unq[s] == ubatch.seq_id_unq[0] + (llama_seq_id) s);
             broken = broken || get_seq(ubatch.seq_id_unq[s])->broken;
@@ -188,12 +210,11 @@ llama_memory_context_ptr llama_kv_cache_bounded::init_batch(llama_batch_allocr &
         tokens.push_back({ (uint32_t) ubatch.seq_id_unq[0], ubatch.n_seqs_unq, ubatch.n_tokens/ubatch.n_seqs_unq, ubatch.pos });
     }
     std::string error;
-    auto steps = counts.prepare(tokens, error);
+    steps = counts.prepare(tokens, error);
     if (steps.empty()) {
-        return std::make_unique<llama_kv_cache_bounded_context>(this,
-                refuse(error, broken ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE));
+        return refuse(error, broken ? LLAMA_MEMORY_STATUS_FAILED_COMPUTE : LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
-    return std::make_unique<llama_kv_cache_bounded_context>(this, std::move(steps), std::move(ubatches));
+    return LLAMA_MEMORY_STATUS_SUCCESS;
 }
 
 llama_memory_context_ptr llama_kv_cache_bounded::init_full() {
@@ -235,9 +256,14 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_bounded::memory_brea
 // specific API
 //
 
-const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_source(int32_t il) const {
     const auto it = map_layer_ids.find(il);
     return it == map_layer_ids.end() ? nullptr : &layers[it->second];
+}
+
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
+    const layer * l = get_source(il);
+    return l && l->il == (uint32_t) il ? l : nullptr;
 }
 
 size_t llama_kv_cache_bounded::size_kv_bytes() const {

@@ -61,9 +61,13 @@ public:
         // sequences with fewer pending entries than others go there.
         ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
         ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait
+        ggml_tensor * sinks; // F32 [n_head] of the model: logits of query heads whose attention goes nowhere. Null if there are none
+
         ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
+
+        uint32_t last; // the last layer of the model that reads its entries: they are evicted behind that one
 
         bool attends; // by our op, and not by flash attention
 
@@ -80,7 +84,9 @@ public:
                          bool   offload,
                      uint32_t   n_seq_max,
                      uint32_t   n_ubatch,
-                 const config & cfg);
+                 const config & cfg,
+        const layer_filter_cb & filter = nullptr,  // which layers it is for; null: all that attend
+        const layer_reuse_cb  & reuse  = nullptr); // the layer whose entries one without its own reads, or -1
 
     //
     // llama_memory_i
@@ -117,12 +123,30 @@ public:
     // llama_kv_cache_bounded specific API
     //
 
+    // What the ubatches of a batch do; nothing has changed then. Logs why, and says so to indexmem_last_error(), if it fails.
+    llama_memory_status prepare(const std::vector<llama_ubatch> & ubatches, std::vector<step> & steps) const;
+
+    // whether seq_rm() and seq_cp() would do it; nothing has changed then
+    bool can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    bool can_seq_cp(llama_seq_id seq_id_src, llama_pos p0, llama_pos p1) const; // logs why not
+
+    // A state that has been read and checked, and not yet put into the cache. What read_state() throws leaves it as it was,
+    // and apply_state() does not fail.
+    struct loading;
+    std::shared_ptr<loading> read_state(llama_io_read_i & io, llama_seq_id seq_id) const;
+    void apply_state(const loading & what);
+
+    // a sequence whose entries no longer belong together
+    void spoil(llama_seq_id seq_id);
+
+    const llama_model          & get_model()  const { return model; }
     const config               & get_config() const { return cfg; }
     const indexmem_policy_info & get_policy() const { return *indexmem_policy_get(cfg.policy); }
 
     const std::vector<layer> & get_layers() const { return layers; }
 
-    const layer     * get_layer(int32_t il) const; // null if the layer has no cache
+    const layer     * get_layer (int32_t il) const; // null if the layer has no cache of its own
+    const layer     * get_source(int32_t il) const; // the one that a layer reads: its own or another's; null if it has none
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 
     const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
@@ -171,6 +195,11 @@ public:
     void finish (const step & st) { counts.finish(st); }
     void abandon(const step & st) { counts.abandon(st); }
 
+    indexmem_rotator & get_rotator() { return rotator; }
+
+    // from now on rotary positions grow without end, because of this; fails if a span was asked for
+    void drop_span(const std::string & why);
+
     // microseconds spent by the CPU in ranking, selection and compaction; the ops add to it
     mutable int64_t evict_us = 0;
 
@@ -202,7 +231,7 @@ private:
 
     std::vector<layer> layers;
 
-    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index in layers
+    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index of what it reads in layers
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 

@@ -66,15 +66,11 @@ const llama_ubatch * llama_kv_cache_bounded_context::get_rotary_ubatch(const lla
     if (!st.rotary) {
         return &ubatch;
     }
-    rotary_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    rotary_pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens); // of text all dimensions of a position are this one
     for (uint32_t i = 0; i < st.n_seq*st.n_tokens; ++i) {
         rotary_pos[i] -= st.before[i/st.n_tokens].shift;
     }
     rotary_ubatch     = ubatch;
     rotary_ubatch.pos = rotary_pos.data();
     return &rotary_ubatch;
-}
-
-const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_context_i * mctx) {
-    return dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
 }

@@ -24,12 +24,15 @@ void llama_kv_cache_bounded::learn_rotation(int32_t il, const ggml_tensor * k_cu
         l.rotation = std::move(rotation);
         return;
     }
-    error = format("keys of layer %d cannot get new positions: %s", il, error.c_str());
+    drop_span(format("keys of layer %d cannot get new positions: %s", il, error.c_str()));
+}
+
+void llama_kv_cache_bounded::drop_span(const std::string & why) {
     if (cfg.span_asked) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, error + ": use a span of 0");
+        indexmem_fail(INDEXMEM_ERROR_MODEL, why + ": use a span of 0");
     }
-    LLAMA_LOG_WARN("%s: rotary positions grow without end: %s\n", __func__, error.c_str());
-    span_reason = error;
+    LLAMA_LOG_WARN("%s: rotary positions grow without end: %s\n", __func__, why.c_str());
+    span_reason = why;
     counts.drop_span();
 }
 

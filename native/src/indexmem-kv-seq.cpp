@@ -78,6 +78,18 @@ void llama_kv_cache_bounded::clear(bool data) {
     }
 }
 
+bool llama_kv_cache_bounded::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    const auto & seq = *get_seq(seq_id);
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    if (p0 >= seq.n_seen || p0 >= p1) {
+        return true; // nothing there
+    }
+    return p1 >= seq.n_seen && (p0 == 0 || counts.can_remove(seq, p0)); // else a gap would be left
+}
+
 bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (seq_id < 0) {
         bool res = true;
@@ -97,49 +109,47 @@ bool llama_kv_cache_bounded::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos
         reset(seq_id); // a broken one, too
         return true;
     }
-    if (p0 >= seq.n_seen || p0 >= p1) {
-        return true; // nothing there
-    }
-    if (p1 < seq.n_seen) {
-        return false; // would leave a gap
-    }
-    if (!counts.can_remove(seq, p0)) {
+    if (!can_seq_rm(seq_id, p0, p1)) {
         return false;
     }
-    counts.truncate(seq_id, p0);
+    if (p0 < seq.n_seen && p0 < p1) {
+        counts.truncate(seq_id, p0);
+    }
+    return true;
+}
+
+// A prefix is exact under the same conditions as seq_rm.
+bool llama_kv_cache_bounded::can_seq_cp(llama_seq_id seq_id_src, llama_pos p0, llama_pos p1) const {
+    const auto & src = *get_seq(seq_id_src);
+    if (src.broken) {
+        LLAMA_LOG_ERROR("%s: nothing copied: %s\n", __func__, indexmem_kv_counts::broken_text(seq_id_src).c_str());
+        return false;
+    }
+    if (p0 > 0 || (p1 >= 0 && p1 < src.n_seen && !counts.can_remove(src, p1))) {
+        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted and got no new positions; nothing copied\n", __func__);
+        return false;
+    }
     return true;
 }
 
 void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     GGML_ASSERT(get_seq(seq_id_src) && get_seq(seq_id_dst));
 
-    if (seq_id_src == seq_id_dst) {
+    if (seq_id_src == seq_id_dst || !can_seq_cp(seq_id_src, p0, p1)) {
         return;
     }
-    const auto & src = *get_seq(seq_id_src);
-
-    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
-
-    if (src.broken) {
-        LLAMA_LOG_ERROR("%s: nothing copied: %s\n", __func__, indexmem_kv_counts::broken_text(seq_id_src).c_str());
-        return;
+    seq_state dst = *get_seq(seq_id_src);
+    if (p1 >= 0 && p1 < dst.n_seen) {
+        dst.truncate(p1);
     }
-    seq_state dst = src;
-    if (p1 < src.n_seen) {
-        // a prefix: exact under the same conditions as seq_rm
-        if (counts.can_remove(src, p1)) {
-            dst.truncate(p1);
-        } else {
-            p0 = 1;
-        }
-    }
-    if (p0 > 0) {
-        LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences, or prefixes whose end has not been compacted and got no new positions; nothing copied\n", __func__);
-        return;
-    }
-
     copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
     counts.assign(seq_id_dst, dst);
+}
+
+void llama_kv_cache_bounded::spoil(llama_seq_id seq_id) {
+    seq_state seq = *get_seq(seq_id);
+    seq.broken = true;
+    counts.assign(seq_id, seq);
 }
 
 // What is pending, in order, so that a copy reads what its source held then: nothing but this writes to sequences between

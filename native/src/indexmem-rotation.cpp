@@ -4,15 +4,32 @@
 #include "ggml-impl.h"
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 
 ggml_tensor * indexmem_rotation::build(ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * freq_factors) const {
     // ROPE multiplies by this when it mixes frequencies, and keys have been multiplied already
     const float length = ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/freq_scale) : 1.0f;
 
-    x = ggml_rope_ext(ctx, x, delta, freq_factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, 1.0f/length,
-            beta_fast, beta_slow);
+    if (n_parts() > 1) {
+        int parts[GGML_MROPE_SECTIONS];
+        std::copy(std::begin(sections), std::end(sections), parts);
+        x = ggml_rope_multi(ctx, x, delta, freq_factors, n_dims, parts, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, 1.0f/length,
+                beta_fast, beta_slow);
+    } else {
+        x = ggml_rope_ext(ctx, x, delta, freq_factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, 1.0f/length,
+                beta_fast, beta_slow);
+    }
     return n_offset > 0 ? ggml_rope_set_offset(x, n_offset) : x;
+}
+
+std::vector<int32_t> indexmem_rotation::positions(const int32_t * deltas, int64_t n) const {
+    std::vector<int32_t> res(n_parts()*n, 0);
+    for (int part = 0; part < std::min(n_parts(), 3); ++part) {
+        std::copy(deltas, deltas + n, res.begin() + part*n);
+    }
+    return res;
 }
 
 namespace {
@@ -123,7 +140,11 @@ bool indexmem_rotation_of(const ggml_tensor * k_cur, const ggml_tensor * hadamar
     rotation.beta_slow  = f32(10);
     rotation.n_offset   = i32(15) + offset;
 
-    if (rotation.mode != GGML_ROPE_TYPE_NORMAL && rotation.mode != GGML_ROPE_TYPE_NEOX) {
+    if (rotation.mode == GGML_ROPE_TYPE_MROPE || rotation.mode == GGML_ROPE_TYPE_IMROPE) {
+        for (int i = 0; i < GGML_MROPE_SECTIONS; ++i) {
+            rotation.sections[i] = i32(11 + i);
+        }
+    } else if (rotation.mode != GGML_ROPE_TYPE_NORMAL && rotation.mode != GGML_ROPE_TYPE_NEOX) {
         error = format("its keys are rotated in a way (%d) that is not known here", rotation.mode);
         return false;
     }

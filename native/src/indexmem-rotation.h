@@ -24,9 +24,17 @@ struct indexmem_rotation {
     float beta_fast  = 0.0f;
     float beta_slow  = 0.0f;
 
+    int sections[GGML_MROPE_SECTIONS] = {}; // with a position of several dimensions (M-RoPE), which frequencies each of them turns
+
     std::vector<float> factors; // of the frequencies, [n_dims/2]; empty: 1
 
-    // x F32 [n_embd, 1, n] turned by as many positions as delta I32 [n] says, without a change of length; factors F32 or null
+    // numbers that make up a position
+    int n_parts() const { return sections[0] + sections[1] + sections[2] + sections[3] > 0 ? 4 : 1; }
+
+    // of n positions of text [n_parts, n]: all dimensions are the same, but for a fourth one, which is of images alone and 0
+    std::vector<int32_t> positions(const int32_t * deltas, int64_t n) const;
+
+    // x F32 [n_embd, 1, n] turned by as many positions as delta I32 [n*n_parts] says, without a change of length; factors F32 or null
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * x, ggml_tensor * delta, ggml_tensor * factors) const;
 };
 

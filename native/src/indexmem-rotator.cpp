@@ -57,7 +57,7 @@ struct turning {
     ggml_tensor * store; // of rows that do not lie in the cache but were brought here, else null
     ggml_tensor * read;  // I32 [n_rows]
     ggml_tensor * write; // I64 [n_rows]
-    ggml_tensor * delta; // I32 [n_rows]
+    ggml_tensor * delta; // I32 [n_rows*n_parts]
     ggml_tensor * factors;
     ggml_tensor * hadamard;
 
@@ -76,7 +76,7 @@ struct turning {
         }
         read     = indexmem_new_input(c, "turn_read",  GGML_TYPE_I32, n_rows);
         write    = indexmem_new_input(c, "turn_write", GGML_TYPE_I64, n_rows);
-        delta    = indexmem_new_input(c, "turn_delta", GGML_TYPE_I32, n_rows);
+        delta    = indexmem_new_input(c, "turn_delta", GGML_TYPE_I32, n_rows*rotation.n_parts());
         factors  = rotation.factors.empty() ? nullptr : indexmem_new_input(c, "turn_factors", GGML_TYPE_F32, rotation.factors.size());
         hadamard = rot == 0 ? nullptr : indexmem_new_input(c, "turn_hadamard", GGML_TYPE_F32, rot, rot);
 
@@ -140,7 +140,7 @@ bool indexmem_rotator::turn_some(ggml_backend_t backend, bool staged, ggml_tenso
     }
     ggml_backend_tensor_set(g.read,  read.data(),  0, ggml_nbytes(g.read));
     ggml_backend_tensor_set(g.write, write.data(), 0, ggml_nbytes(g.write));
-    ggml_backend_tensor_set(g.delta, deltas,       0, ggml_nbytes(g.delta));
+    ggml_backend_tensor_set(g.delta, rotation.positions(deltas, n_rows).data(), 0, ggml_nbytes(g.delta));
     if (g.factors) {
         ggml_backend_tensor_set(g.factors, rotation.factors.data(), 0, ggml_nbytes(g.factors));
     }

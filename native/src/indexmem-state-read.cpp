@@ -192,28 +192,14 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
     }
 }
 
-// bytes that wait for all of a state to be read
-struct held_piece {
-    indexmem_state_piece piece;
-    std::vector<uint8_t> data;
-
-    void apply() const { ggml_backend_tensor_set(piece.tensor, data.data(), piece.offset, piece.size); }
-};
-
-held_piece hold(llama_io_read_i & io, const indexmem_state_piece & piece) {
-    held_piece res = { piece, std::vector<uint8_t>(piece.size) };
-    io.read(res.data.data(), piece.size);
-    return res;
-}
-
 // of one layer
 void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream,
-        std::vector<held_piece> & held) {
+        std::vector<indexmem_state_held> & held) {
     const auto & cfg = kv.get_config();
 
     std::vector<std::vector<int32_t>> tables;
     for (const auto & piece : indexmem_state_table(l, seq, stream)) {
-        held.push_back(hold(io, piece));
+        held.push_back(indexmem_state_hold(io, piece));
         tables.emplace_back(seq.n_fixed);
         memcpy(tables.back().data(), held.back().data.data(), held.back().data.size());
     }
@@ -226,8 +212,13 @@ void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer
     }
 }
 
+} // namespace
+
 // The last part of a file is a state: llama.cpp refuses what follows it too late, when the cache has changed.
-void expect_end(llama_io_read_i & io) {
+void indexmem_state_end(llama_io_read_i & io) {
+    if (io.defers()) {
+        return;
+    }
     uint8_t more;
     try {
         io.read(&more, sizeof(more));
@@ -237,11 +228,13 @@ void expect_end(llama_io_read_i & io) {
     throw std::runtime_error("bounded KV state: there is something behind it in the file");
 }
 
-} // namespace
+indexmem_state_held indexmem_state_hold(llama_io_read_i & io, const indexmem_state_piece & piece) {
+    indexmem_state_held res = { piece, std::vector<uint8_t>(piece.size) };
+    io.read(res.data.data(), piece.size);
+    return res;
+}
 
-void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(flags); // what was written with them has the same bytes
-
+std::shared_ptr<llama_kv_cache_bounded::loading> llama_kv_cache_bounded::read_state(llama_io_read_i & io, llama_seq_id seq_id) const {
     if (seq_id != -1 && !get_seq(seq_id)) {
         throw std::runtime_error(format("bounded KV state: there is no sequence %d in this context", seq_id));
     }
@@ -255,8 +248,8 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
                     seq_id == -1 ? format("at most %u", get_n_seq_max()).c_str() : "one"));
     }
 
-    std::vector<std::pair<llama_seq_id, seq_state>> loaded;
-    std::vector<held_piece> held;
+    auto res = std::make_shared<loading>();
+    res->seq_id = seq_id;
 
     // A reader of memory leaves tensors alone until it is destroyed, and forgets them when this throws. Others write at
     // once, so their rows have to wait here.
@@ -269,40 +262,47 @@ void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_i
             id = seq_id;
         } else if (!get_seq(id)) {
             throw std::runtime_error(format("bounded KV state: sequence %u does not fit a context of %u", id, get_n_seq_max()));
-        } else if (!loaded.empty() && id <= loaded.back().first) {
+        } else if (!res->seqs.empty() && id <= res->seqs.back().first) {
             throw std::runtime_error(format("bounded KV state: sequence %d occurs twice, or out of order", id));
         }
-        loaded.push_back({ id, seq });
+        res->seqs.push_back({ id, seq });
 
         for (const auto & l : layers) {
-            hold_table(io, *this, l, seq, id, held);
+            hold_table(io, *this, l, seq, id, res->held);
         }
         for (const auto & l : layers) {
             for (const auto & piece : indexmem_state_rows(*this, l, seq, id)) {
                 if (defers) {
                     io.read_tensor(piece.tensor, piece.offset, piece.size);
                 } else {
-                    held.push_back(hold(io, piece));
+                    res->held.push_back(indexmem_state_hold(io, piece));
                 }
             }
         }
     }
-    if (!defers) {
-        expect_end(io);
-    }
+    return res;
+}
 
-    // nothing below fails
-    if (seq_id == -1) {
+void llama_kv_cache_bounded::apply_state(const loading & what) {
+    if (what.seq_id == -1) {
         clear(false);
     }
-    for (const auto & [id, _] : loaded) {
+    for (const auto & [id, _] : what.seqs) {
         reset(id);
     }
     apply_copies(); // and clear the memories that are about to be replaced
-    for (const auto & [id, seq] : loaded) {
+    for (const auto & [id, seq] : what.seqs) {
         counts.assign(id, seq);
     }
-    for (const auto & h : held) {
+    for (const auto & h : what.held) {
         h.apply();
     }
+}
+
+void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(flags); // what was written with them has the same bytes
+
+    const auto state = read_state(io, seq_id);
+    indexmem_state_end(io);
+    apply_state(*state);
 }

@@ -53,9 +53,11 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
     put<uint64_t>(io, seq.n_rebases);
 }
 
+} // namespace
+
 // A state that is asked to stay on the device (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) holds its bytes all the same: llama.cpp's
 // writer for it takes tensors of types without blocks only, and what has left the state could not be checked.
-void put_pieces(llama_io_write_i & io, const std::vector<indexmem_state_piece> & pieces, bool on_device) {
+void indexmem_state_put(llama_io_write_i & io, const std::vector<indexmem_state_piece> & pieces, bool on_device) {
     std::vector<uint8_t> buf;
     for (const auto & p : pieces) {
         if (!on_device) {
@@ -69,8 +71,6 @@ void put_pieces(llama_io_write_i & io, const std::vector<indexmem_state_piece> &
         }
     }
 }
-
-} // namespace
 
 // Called to count bytes, too, while the device may still be computing: no tensor is read here, and pending copies stay
 // pending. What such a copy is to bring is still where it comes from.
@@ -97,10 +97,10 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
 
         put_head(io, id, seq);
         for (const auto & l : layers) {
-            put_pieces(io, indexmem_state_table(l, seq, stream), on_device);
+            indexmem_state_put(io, indexmem_state_table(l, seq, stream), on_device);
         }
         for (const auto & l : layers) {
-            put_pieces(io, indexmem_state_rows(*this, l, seq, stream), on_device);
+            indexmem_state_put(io, indexmem_state_rows(*this, l, seq, stream), on_device);
         }
     }
 }

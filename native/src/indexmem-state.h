@@ -52,3 +52,25 @@ std::vector<indexmem_state_piece> indexmem_state_rows(
 
 // of the header: nullptr is no memory
 std::string indexmem_state_name(const indexmem_memory * memory);
+
+// bytes that wait for all of a state to be read
+struct indexmem_state_held {
+    indexmem_state_piece piece;
+    std::vector<uint8_t> data;
+
+    void apply() const { ggml_backend_tensor_set(piece.tensor, data.data(), piece.offset, piece.size); }
+};
+
+struct llama_kv_cache_bounded::loading {
+    llama_seq_id seq_id; // -1: all that the context has
+
+    std::vector<std::pair<llama_seq_id, seq_state>> seqs;
+    std::vector<indexmem_state_held>                held;
+};
+
+void indexmem_state_put(llama_io_write_i & io, const std::vector<indexmem_state_piece> & pieces, bool on_device);
+
+indexmem_state_held indexmem_state_hold(llama_io_read_i & io, const indexmem_state_piece & piece);
+
+// Throws unless this is the end of what is read: llama.cpp refuses what follows in a file too late, when the cache has changed.
+void indexmem_state_end(llama_io_read_i & io);

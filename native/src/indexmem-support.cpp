@@ -19,6 +19,7 @@ static const char * special_cache(llm_arch arch) {
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_HY_V4:
+        case LLM_ARCH_QWEN4EXP:
             return "sparse attention with an indexer of its own";
         case LLM_ARCH_T5:
             return "an encoder and relative position buckets";
@@ -33,6 +34,26 @@ static const char * special_cache(llm_arch arch) {
     }
 }
 
+// As create_memory of llama-model.cpp divides them; indexmem_create_memory compares.
+uint32_t indexmem_layer_kind(const llama_model & model, uint32_t il) {
+    const auto & hparams = model.hparams;
+
+    bool attends   = true;
+    bool recurrent = false;
+    if (llm_arch_is_hybrid(model.arch)) {
+        const bool both = model.arch == LLM_ARCH_FALCON_H1;
+        const bool only_feed_forward = (model.arch == LLM_ARCH_NEMOTRON_H || model.arch == LLM_ARCH_NEMOTRON_H_MOE) && hparams.n_ff(il) > 0;
+        recurrent = (both || hparams.is_recr(il)) && !only_feed_forward;
+        attends   = (both || !hparams.is_recr(il)) && !only_feed_forward;
+    }
+    const bool reads  = attends && !hparams.has_kv(il);
+    const bool cached = attends && !reads && hparams.n_head_kv(il) > 0;
+    const bool window = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+
+    return (cached && !window ? INDEXMEM_LAYER_BOUNDED : 0) | (cached && window ? INDEXMEM_LAYER_WINDOW : 0) |
+        (recurrent ? INDEXMEM_LAYER_RECURRENT : 0) | (reads ? INDEXMEM_LAYER_READS : 0);
+}
+
 static std::string reason_without_arch(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -45,14 +66,8 @@ static std::string reason_without_arch(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return "a recurrent model: its state has a fixed size already";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "a hybrid of recurrent and attention layers";
-    }
     if (hparams.is_mla()) {
         return "multi-head latent attention (MLA): its cache holds compressed latents, not keys and values of heads";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return format("sliding-window attention (window %u) in its layers", hparams.n_swa);
     }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
@@ -60,26 +75,20 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.f_max_alibi_bias > 0.0f) {
         return "ALiBi position biases, which need the distance to every key";
     }
-    if (hparams.n_pos_per_embd() > 1) {
-        return "positions of several dimensions (M-RoPE)";
-    }
     if (hparams.router_layer >= 0) {
         return "a router layer behind its last layer, with a cache of its own";
     }
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings that read past tokens from the cache";
     }
-    for (const auto & layer : model.layers) {
-        if (layer.attn_sinks) {
-            return "attention sink logits per head";
-        }
-    }
-
-    uint32_t n_cached = 0;
+    uint32_t kinds = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_cached += hparams.has_kv(il) && hparams.n_head_kv(il) > 0;
+        kinds |= indexmem_layer_kind(model, il);
     }
-    return n_cached == 0 ? "no layer with a KV cache" : "";
+    if (!(kinds & INDEXMEM_LAYER_BOUNDED)) {
+        return kinds & INDEXMEM_LAYER_WINDOW ? "windows in all its layers that attend: its cache has a fixed size already" : "no layer with a KV cache";
+    }
+    return "";
 }
 
 std::string indexmem_unsupported_reason(const llama_model & model) {

@@ -1,0 +1,211 @@
+#include "indexmem-mixed.h"
+#include "indexmem-state.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+//
+// State of a mixed memory
+//
+//   header     magic, version
+//   bounded    as a bounded cache writes it: which sequences there are, and how many tokens each has seen
+//   window     if there is one: types and sizes of K and V of each layer; of each sequence the number of positions, up to the
+//              newest, and their rows
+//   recurrent  if there is one: sizes of each layer's states; of each sequence its rows
+//
+// Invariants
+//   - nothing is changed before everything has been read and checked; what follows then does not fail
+//   - formats of llama.cpp's own are not used: their readers trust what they read
+//
+
+static constexpr uint32_t MAGIC   = 0x584D4D49; // "IMMX"
+static constexpr uint32_t VERSION = 1;
+
+namespace {
+
+template <typename T>
+void put(llama_io_write_i & io, T value) {
+    io.write(&value, sizeof(value));
+}
+
+void expect(llama_io_read_i & io, uint64_t expected, const char * what) {
+    uint64_t found;
+    io.read(&found, sizeof(found));
+    if (found != expected) {
+        throw std::runtime_error(format("mixed KV state: %s is %llu in the state and %llu in this context", what,
+                    (unsigned long long) found, (unsigned long long) expected));
+    }
+}
+
+// what makes the rows of one context those of another: calls f(number, what) in order
+template <typename F>
+void for_each_size(const std::vector<ggml_tensor *> & tensors, const char * what, F f) {
+    f(tensors.size(), what);
+    for (const ggml_tensor * t : tensors) {
+        f(t ? (uint64_t) t->type : 0, what);
+        f(t ? (uint64_t) t->ne[0] : 0, what);
+    }
+}
+
+std::vector<ggml_tensor *> states_of(const llama_memory_recurrent & recurrent) {
+    std::vector<ggml_tensor *> res;
+    for (size_t il = 0; il < recurrent.r_l.size(); ++il) {
+        res.insert(res.end(), { recurrent.r_l[il], recurrent.s_l[il], recurrent.p_l[il] });
+    }
+    return res;
+}
+
+// the states of a sequence in `row`
+std::vector<indexmem_state_piece> recurrent_rows(const llama_memory_recurrent & recurrent, int64_t row) {
+    std::vector<indexmem_state_piece> res;
+    for (ggml_tensor * t : states_of(recurrent)) {
+        if (t && t->ne[0] > 0) {
+            res.push_back({ t, row*t->nb[1], ggml_row_size(t->type, t->ne[0]) });
+        }
+    }
+    return res;
+}
+
+// where the state of a sequence lies now: a copy that has not been evaluated yet has that of its source
+int64_t recurrent_row(const llama_memory_recurrent & recurrent, llama_seq_id seq_id) {
+    const int32_t cell = recurrent.cells[seq_id].tail;
+    GGML_ASSERT(cell >= 0);
+    const int32_t src = recurrent.cells[cell].src;
+    return (int64_t) recurrent.rs_idx[seq_id]*recurrent.size + (src >= 0 ? src : cell);
+}
+
+// an empty row for a sequence that has seen n tokens
+int64_t recurrent_place(llama_memory_recurrent & recurrent, llama_seq_id seq_id, llama_pos n_seen, uint32_t n_pos) {
+    recurrent.seq_rm(seq_id, -1, -1);
+
+    llama_batch_allocr balloc(n_pos);
+    llama_ubatch ubatch = balloc.ubatch_reserve(1, 1);
+    std::fill(ubatch.pos, ubatch.pos + n_pos, n_seen - 1);
+    ubatch.n_seq_id[0]   = 1;
+    ubatch.seq_id[0]     = &seq_id;
+    ubatch.seq_id_unq[0] = seq_id;
+
+    GGML_ASSERT(recurrent.find_slot(ubatch));
+    recurrent.cells[recurrent.head].src = recurrent.head; // its row is not to be cleared by the next ubatch
+    return recurrent.head;
+}
+
+} // namespace
+
+void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    const bool on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
+
+    put<uint32_t>(io, MAGIC);
+    put<uint32_t>(io, VERSION);
+    bounded->state_write(io, seq_id, flags); // refuses broken ones
+
+    std::vector<llama_seq_id> ids;
+    for (llama_seq_id s = 0; s < (llama_seq_id) bounded->get_n_seq_max(); ++s) {
+        if (bounded->get_seq(s)->n_seen > 0 && (seq_id == -1 || s == seq_id)) {
+            ids.push_back(s);
+        }
+    }
+    const auto put_size = [&](uint64_t n, const char *) { put<uint64_t>(io, n); };
+    if (window) {
+        for_each_size(window->tensors(), "the window's cache", put_size);
+        for (llama_seq_id id : ids) {
+            const llama_pos p1 = bounded->get_seq(id)->n_seen, p0 = window->get().seq_pos_min(id);
+            put<uint64_t>(io, p1 - p0);
+            indexmem_state_put(io, window->rows(id, p0, p1), on_device);
+        }
+    }
+    if (recurrent) {
+        for_each_size(states_of(*recurrent), "the recurrent state", put_size);
+        for (llama_seq_id id : ids) {
+            indexmem_state_put(io, recurrent_rows(*recurrent, recurrent_row(*recurrent, id)), on_device);
+        }
+    }
+}
+
+void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    GGML_UNUSED(flags); // what was written with them has the same bytes
+
+    uint32_t magic, version;
+    io.read(&magic,   sizeof(magic));
+    io.read(&version, sizeof(version));
+    if (magic != MAGIC || version != VERSION) {
+        throw std::runtime_error(magic != MAGIC ? "mixed KV state: this is not the state of a model with layers of several kinds" :
+                format("mixed KV state: has format %u, this version of indexmem-edge reads format %u", version, VERSION));
+    }
+    const auto state = bounded->read_state(io, seq_id);
+
+    // n positions of a sequence, or its row; bytes in the order in which they were written
+    struct part {
+        llama_seq_id id;
+        llama_pos    n_seen;
+        llama_pos    n;
+        std::vector<uint8_t> data;
+    };
+    std::vector<part> windows, states;
+
+    const auto check = [&](uint64_t n, const char * what) { expect(io, n, what); };
+    if (window) {
+        for_each_size(window->tensors(), "the window's cache", check);
+        size_t row_size = 0;
+        for (const ggml_tensor * t : window->tensors()) {
+            row_size += t->nb[1];
+        }
+        for (const auto & [id, seq] : state->seqs) {
+            if (seq.n_seen == 0) {
+                continue;
+            }
+            uint64_t n;
+            io.read(&n, sizeof(n));
+            if (n == 0 || n > (uint64_t) seq.n_seen || n > window->get().get_size()) {
+                throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, of %d seen, and there is room for %u: use "
+                            "a ubatch as large as that of the context that wrote it", (unsigned long long) n, seq.n_seen, window->get().get_size()));
+            }
+            part p = { id, seq.n_seen, (llama_pos) n, std::vector<uint8_t>(n*row_size) };
+            io.read(p.data.data(), p.data.size());
+            windows.push_back(std::move(p));
+        }
+    }
+    if (recurrent) {
+        for_each_size(states_of(*recurrent), "the recurrent state", check);
+        size_t size = 0;
+        for (const auto & piece : recurrent_rows(*recurrent, 0)) {
+            size += piece.size;
+        }
+        for (const auto & [id, seq] : state->seqs) {
+            if (seq.n_seen == 0) {
+                continue;
+            }
+            part p = { id, seq.n_seen, 1, std::vector<uint8_t>(size) };
+            io.read(p.data.data(), p.data.size());
+            states.push_back(std::move(p));
+        }
+    }
+    indexmem_state_end(io);
+
+    // nothing below fails
+    const auto set = [](const std::vector<indexmem_state_piece> & pieces, const std::vector<uint8_t> & data) {
+        size_t done = 0;
+        for (const auto & piece : pieces) {
+            ggml_backend_tensor_set(piece.tensor, data.data() + done, piece.offset, piece.size);
+            done += piece.size;
+        }
+    };
+    if (seq_id == -1) {
+        clear(false);
+    }
+    for (const auto & [id, seq] : state->seqs) {
+        seq_rm(id, -1, -1);
+    }
+    bounded->apply_state(*state);
+    for (const auto & p : windows) {
+        window->place(p.id, p.n_seen - p.n, p.n_seen);
+        set(window->rows(p.id, p.n_seen - p.n, p.n_seen), p.data);
+    }
+    for (const auto & p : states) {
+        set(recurrent_rows(*recurrent, recurrent_place(*recurrent, p.id, p.n_seen, bounded->get_model().hparams.n_pos_per_embd())), p.data);
+    }
+}

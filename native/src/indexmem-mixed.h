@@ -1,0 +1,135 @@
+#pragma once
+
+#include "indexmem-kv-cache.h"
+#include "indexmem-window.h"
+
+#include "llama-memory-recurrent.h"
+
+#include <memory>
+#include <vector>
+
+//
+// The memory of a model whose layers are of several kinds
+//
+// Layers that attend to everything have a bounded cache, those that look at a window llama.cpp's cache of that size, and
+// recurrent ones their state.
+//
+// Invariants
+//   - all parts have seen the same tokens; what one of them refuses none does, and all are as they were
+//   - the parts hold indices. Rotary positions are known to the bounded cache alone, and keys of the window are turned with its own
+//   - a recurrent state cannot go back: a sequence whose ubatch was begun and not computed is broken
+//
+class llama_memory_mixed : public llama_memory_i {
+public:
+    llama_memory_mixed(
+            std::unique_ptr<llama_kv_cache_bounded> bounded,
+            std::unique_ptr<indexmem_window>        window,      // null if no layer has one
+            std::unique_ptr<llama_memory_recurrent> recurrent);  // likewise
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override { return false; }
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_memory_mixed specific API
+    //
+
+    llama_kv_cache_bounded & get_bounded() const { return *bounded; }
+
+    indexmem_window        * get_window()    const { return window.get(); }    // null if there is none
+    llama_memory_recurrent * get_recurrent() const { return recurrent.get(); } // likewise
+
+    size_t size_window_bytes()    const;
+    size_t size_recurrent_bytes() const;
+
+    // before a ubatch of the bounded cache: the rebases that have to come first, of all parts; false with a message
+    bool rebase(const llama_kv_cache_bounded::step & st);
+
+    // of a ubatch that was begun and not computed
+    void abandon(const llama_kv_cache_bounded::step & st);
+
+private:
+    const std::unique_ptr<llama_kv_cache_bounded> bounded;
+    const std::unique_ptr<indexmem_window>        window;
+    const std::unique_ptr<llama_memory_recurrent> recurrent;
+
+    llama_context * lctx = nullptr; // known from the first batch on
+};
+
+class llama_memory_mixed_context : public llama_memory_context_i {
+public:
+    // of errors and updates
+    explicit llama_memory_mixed_context(llama_memory_status status) : status(status) {}
+
+    // of a full cache
+    explicit llama_memory_mixed_context(llama_memory_mixed * mem);
+
+    // of a batch
+    llama_memory_mixed_context(
+            llama_memory_mixed * mem,
+            std::vector<llama_kv_cache_bounded::step> steps,
+            llama_kv_cache::slot_info_vec_t           slots,
+            std::vector<llama_ubatch>                 ubatches);
+
+    ~llama_memory_mixed_context() override;
+
+    bool next()  override;
+    bool apply() override;
+
+    llama_memory_status  get_status() const override { return status; }
+    const llama_ubatch & get_ubatch() const override { return ubatches[i_cur]; }
+
+    const llama_kv_cache_bounded_context * get_bounded()   const { return bounded.get(); }
+    const llama_kv_cache_context         * get_window()    const { return window.get(); }    // null if there is none
+    const llama_memory_recurrent_context * get_recurrent() const { return recurrent.get(); } // likewise
+
+    void learn_window_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) const;
+
+private:
+    llama_memory_mixed * mem = nullptr;
+
+    llama_memory_status status;
+
+    size_t i_cur = 0;
+    bool   begun = false; // the current ubatch
+
+    std::vector<llama_ubatch> ubatches;
+
+    std::unique_ptr<llama_kv_cache_bounded_context> bounded;
+    std::unique_ptr<llama_kv_cache_context>         window;
+    std::unique_ptr<llama_memory_recurrent_context> recurrent;
+};
+
+// the mixed memory behind a memory context, or null
+const llama_memory_mixed_context * indexmem_mixed_context(const llama_memory_context_i * mctx);
+
+// the bounded cache that a memory is or has, or null
+llama_kv_cache_bounded * indexmem_bounded(llama_memory_i * memory);
+const llama_kv_cache_bounded * indexmem_bounded(const llama_memory_i * memory);

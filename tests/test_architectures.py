@@ -1,0 +1,82 @@
+"""Budgets for models of several kinds of layers: the same logits as an unbounded context that lacks what is evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from architectures import BOUNDED, TABLE
+from conftest import Tiny
+from mirror import BARE, CACHES, EXACT, SIZES, Compared, compare, near
+from native_context import Context, open_model
+from test_bounded import EVICTING, rms, tokens_of
+from tiny_models import TinyConfig
+
+DEEP = ("exaone4",)  # 64 layers, which take their time
+SHORT = [
+    name for name in BOUNDED if name != "llama4"
+]  # whose windows end within these texts: see test_chunks for the other
+POLICIES = [policy for policy in EVICTING if policy != "streaming"]
+
+
+def pairs(names: list[str], others: Iterable[str], deep: str) -> list[tuple[str, str]]:
+    """Each model with all of the others, a deep one with one of them."""
+    return [(name, other) for name in names for other in others if name not in DEEP or other == deep]
+
+
+def bounded_layers(config: TinyConfig) -> list[int]:
+    return [il for il in config.full_layers if il < config.n_layer - config.shared_layers]
+
+
+@pytest.mark.parametrize("name,cache", pairs(BOUNDED, CACHES, "f16"))
+def test_a_budget_that_never_evicts(tiny: Tiny, name: str, cache: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 96)
+    kind = dict(type_k=CACHES[cache], type_v=CACHES[cache])
+    with open_model(path) as model:
+        logits = []
+        for settings in (EXACT, kind, kind | dict(budget=512)):
+            with Context(model, **BARE | settings) as c:
+                logits.append(np.concatenate([c.feed(tokens[:75], 60), c.feed(tokens[75:], 1)]))
+    exact, theirs, ours = logits
+    error = rms(ours - exact)
+    bound = near(config) if cache == "f32" else 0.0
+    assert error <= (bound * exact.std() or 1.2 * rms(theirs - exact))
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_which_layers_are_bounded(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    with open_model(path) as model, Context(model, budget=64) as c:
+        c.decode(tokens_of(config, 20))
+        held = c.positions()
+        assert [il for il, heads in enumerate(held) if heads] == bounded_layers(config)
+        for heads in held:
+            for positions in heads:
+                assert positions.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("name,cache", pairs(SHORT, CACHES, "f16"))
+def test_what_is_evicted_is_gone(tiny: Tiny, name: str, cache: str) -> None:
+    """Several layers and heads, which streaming lets hold the same."""
+    path, config = tiny(name)
+    with open_model(path) as model:
+        result = compare(model, tokens_of(config, sum(SIZES), seed=1), SIZES, cache)
+    check(config, cache, result)
+
+
+@pytest.mark.parametrize("name,policy", pairs(SHORT, POLICIES, "tova"))
+def test_policies(tiny: Tiny, name: str, policy: str) -> None:
+    """One layer of one head, so that there is one set of positions that an unbounded context can have."""
+    path, config = tiny(name, **TABLE[name].single)
+    with open_model(path) as model:
+        result = compare(model, tokens_of(config, sum(SIZES), seed=2), SIZES, "f16", policy=policy, seed=7)
+    check(config, "f16", result)
+
+
+def check(config: TinyConfig, cache: str, result: Compared) -> None:
+    assert result.n_gone > 40
+    assert result.felt > 5e-3 * result.spread, "what was evicted does not matter to this model"
+    bound = near(config) if cache == "f32" else 0.0
+    assert result.ours <= (bound * result.spread or 1.5 * result.theirs + 0.01 * result.felt)
