@@ -39,6 +39,7 @@ ggml_tensor * ggml_indexmem_rank(
         ggml_tensor  * pos,
         ggml_tensor  * ctl,
         ggml_tensor  * q,
+        ggml_tensor  * sinks,
         int            policy,
         int            il,
         uint64_t       seed,
@@ -57,6 +58,7 @@ ggml_tensor * ggml_indexmem_rank(
         GGML_ASSERT(q->ne[2] % k->ne[2] == 0);
         GGML_ASSERT(q->ne[3] == k->ne[3]);
         GGML_ASSERT(ggml_is_contiguous_rows(q));
+        GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2] && ggml_nrows(sinks) == 1));
     }
 
     ggml_tensor * result = indexmem_op_init(
@@ -72,6 +74,7 @@ ggml_tensor * ggml_indexmem_rank(
     result->src[1] = pos;
     result->src[2] = ctl;
     result->src[3] = q;
+    result->src[4] = q ? sinks : nullptr;
 
     return result;
 }
@@ -320,6 +323,7 @@ ggml_tensor * ggml_indexmem_attend(
         ggml_tensor  * v,
         ggml_tensor  * mask,
         ggml_tensor  * count,
+        ggml_tensor  * sinks,
         float          scale,
         float          softcap) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
@@ -333,6 +337,8 @@ ggml_tensor * ggml_indexmem_attend(
     GGML_ASSERT(mask->ne[3] == 1 || mask->ne[3] == q->ne[3]);
     GGML_ASSERT(!count || (count->type == GGML_TYPE_F32 && ggml_is_contiguous_rows(count)));
     GGML_ASSERT(!count || (count->ne[0] <= k->ne[1] && count->ne[1]*count->ne[2] == q->ne[3]));
+    GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && ggml_nrows(sinks) == 1));
+    GGML_ASSERT(!sinks || (sinks->ne[0] % q->ne[2] == 0 && q->ne[3] % (sinks->ne[0]/q->ne[2]) == 0));
 
     ggml_tensor * result = indexmem_op_init(
             ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3]), INDEXMEM_OP_ATTEND);
@@ -345,6 +351,7 @@ ggml_tensor * ggml_indexmem_attend(
     result->src[2] = v;
     result->src[3] = mask;
     result->src[4] = count;
+    result->src[5] = sinks;
 
     return result;
 }

@@ -73,6 +73,7 @@ GGML_API struct ggml_tensor * ggml_indexmem_rank(
         struct ggml_tensor  * pos,
         struct ggml_tensor  * ctl,
         struct ggml_tensor  * q,       // null if the policy reads no queries
+        struct ggml_tensor  * sinks,   // F32 [H*G] of query heads, a logit whose attention goes nowhere; null: none
         int                   policy,  // index into policies.def
         int                   il,      // layer of the model
         uint64_t              seed,
@@ -182,8 +183,9 @@ GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
 
 // The same arguments, result and semantics as ggml_flash_attn_ext without ALiBi, for one KV head per dimension 3:
 //   q F32 [n_embd_k, T, G, N]   k, v any type [n_embd, n_kv, 1, N]   mask F16 [n_kv, T, 1, 1 or N]   -> F32 [n_embd_v, G, T, N]
-// count F32 [R, N] or null: log(count) is added to the logits of the first R keys. Accumulates in fp32, and gives the same
-// bits with any number of threads.
+// count F32 [R, N] or null: log(count) is added to the logits of the first R keys. sinks F32 [G*H] or null, with H heads in
+// dimension 3 of each sequence: a logit of each query head whose weight goes nowhere. Accumulates in fp32, and gives the same bits
+// with any number of threads.
 GGML_API struct ggml_tensor * ggml_indexmem_attend(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -191,6 +193,7 @@ GGML_API struct ggml_tensor * ggml_indexmem_attend(
         struct ggml_tensor  * v,
         struct ggml_tensor  * mask,
         struct ggml_tensor  * count,
+        struct ggml_tensor  * sinks,
         float                 scale,
         float                 softcap);
 

@@ -1,6 +1,7 @@
 #include "policy.h"
 #include "policy-math.h"
 
+#include <algorithm>
 #include <cmath>
 
 // shared by the policies that look at attention: tova, snapkv
@@ -27,6 +28,9 @@ void indexmem_attention_row(const indexmem_rank_view & view, int64_t g, int32_t 
         return;
     }
 
-    const double sum = ggml_vec_soft_max_f32((int) view.n, prob, prob, max);
+    const double sink = view.sinks ? view.sinks[g] : -INFINITY;
+    max = std::max(max, (float) sink);
+
+    const double sum = ggml_vec_soft_max_f32((int) view.n, prob, prob, max) + std::exp(sink - max);
     ggml_vec_scale_f32((int) view.n, prob, (float) (1.0/sum));
 }

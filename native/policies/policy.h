@@ -25,6 +25,7 @@ struct indexmem_rank_view {
     int64_t      n_ring;    // the query of position p is in ring row p % n_ring
     size_t       nb_ring;   // bytes between ring rows
     size_t       nb_head;   // bytes between query heads
+    const float * sinks;    // [n_group] a logit of each query head whose attention goes nowhere, null: none
     int32_t      n_queries;
     int32_t      pos_last;  // position of the newest entry
 
@@ -53,7 +54,7 @@ struct indexmem_rank_view {
 typedef void (*indexmem_rank_t)(const indexmem_rank_view & view, float * rank);
 
 // Attention that query (g, p) gives to every entry it may see (position <= p), as probabilities over the entries now in
-// the cache; 0 for the others. prob[n].
+// the cache and the sink; 0 for the others. prob[n].
 void indexmem_attention_row(const indexmem_rank_view & view, int64_t g, int32_t p, float * prob);
 
 #define INDEXMEM_POLICY(name, needs_keys, n_queries, help) \

@@ -120,7 +120,7 @@ std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, int policy)
 
     ggml_tensor * rank = strcmp(info->name, "indexer") == 0 ?
         ggml_indexmem_rank_terms(ctx, terms, pos, ctl, 0.0f, 1.0f) :
-        ggml_indexmem_rank(ctx, k, pos, ctl, info->n_queries > 0 ? q : nullptr, policy, 0, 0, 1.0f, 0.0f);
+        ggml_indexmem_rank(ctx, k, pos, ctl, info->n_queries > 0 ? q : nullptr, nullptr, policy, 0, 0, 1.0f, 0.0f);
     ggml_tensor * plan   = ggml_indexmem_select(ctx, rank, pos, ctl, n_evict);
     ggml_tensor * attend = ggml_flash_attn_ext(ctx, query, streams(k), streams(v), ggml_indexmem_bias(ctx, mask, count), 1.0f, 0.0f, 0.0f);
     ggml_prec_set_acc(attend, GGML_PREC_F32);

@@ -173,12 +173,10 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     ggml_context * ctx = graph.ctx0;
     ggml_cgraph  * gf  = graph.gf;
 
-    const auto * l = mctx->get_kv().get_layer(il);
-    if (!l) {
+    const auto * l = mctx->get_kv().get_source(il);
+    if (!l || (l->il == (uint32_t) il) != (k_cur != nullptr)) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d attends but has no bounded KV cache", il));
     }
-
-    mctx->learn_rotation(il, k_cur, self_k_rot);
 
     const int64_t T   = sh.n_tokens;
     const int64_t S   = sh.n_seq;
@@ -188,19 +186,10 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
 
     const indexmem_layer_nodes nodes(ctx, mctx->get_kv(), *l, sh.s0, S, T);
 
-    // store
-    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, slots, rings)) {
-        ggml_build_forward_expand(gf, t);
-    }
-
-    if (scoring) {
-        const auto hidden = hiddens.find(il);
-        if (hidden == hiddens.end()) {
-            indexmem_fail(INDEXMEM_ERROR_MODEL, format("the graph of architecture '%s' does not show what the attention of "
-                        "layer %d reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), il));
-        }
-        for (ggml_tensor * t : scoring->build_store(ctx, mctx->get_kv(), *l, hidden->second)) {
-            ggml_build_forward_expand(gf, t);
+    if (k_cur) {
+        build_store(graph, nodes, *l, q_cur, k_cur, v_cur);
+        if (l->last != l->il) {
+            owners[il] = { q_cur, kq_scale };
         }
     }
 
@@ -226,11 +215,37 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     cur = ggml_reshape_2d(ctx, cur, l->v->ne[0]*Hq, T*S);
     ggml_build_forward_expand(gf, cur);
 
-    if (sh.evict) {
-        build_evict(graph, nodes, *l, q_cur, kq_scale);
+    if (sh.evict && l->last == (uint32_t) il) {
+        const auto owner = owners.find(l->il);
+        build_evict(graph, nodes, *l, owner == owners.end() ? q_cur : owner->second.q, owner == owners.end() ? kq_scale : owner->second.scale);
     }
 
     return cur;
+}
+
+void llm_graph_input_attn_bounded::build_store(
+        const llm_graph_context & graph,
+        const indexmem_layer_nodes & nodes,
+        const llama_kv_cache_bounded::layer & l,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur) {
+    mctx->learn_rotation(l.il, k_cur, self_k_rot);
+
+    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, slots, rings)) {
+        ggml_build_forward_expand(graph.gf, t);
+    }
+    if (!scoring) {
+        return;
+    }
+    const auto hidden = hiddens.find(l.il);
+    if (hidden == hiddens.end()) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("the graph of architecture '%s' does not show what the attention of "
+                    "layer %u reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), l.il));
+    }
+    for (ggml_tensor * t : scoring->build_store(graph.ctx0, mctx->get_kv(), l, hidden->second)) {
+        ggml_build_forward_expand(graph.gf, t);
+    }
 }
 
 // q F32 [n_embd_head_k, T, G, H*S] -> F32 [n_embd_head_v, G, T, H*S]
@@ -248,13 +263,14 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
     if (l.attends) {
-        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
+        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
     }
-    ggml_tensor * cur = nodes.flash(q, k, v, count ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap());
+    ggml_tensor * op;
+    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap(), op);
     if (ggml_backend_buffer_is_host(l.k->buffer)) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where the entries are
+        ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu); // where the entries are
     } else {
-        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, cur, (int) l.il });
+        graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, op, (int) l.il });
     }
     return cur;
 }

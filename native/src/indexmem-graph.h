@@ -14,8 +14,8 @@
 // The attention of a bounded cache in the compute graph
 //
 // Invariants
-//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph, and what leaves is
-//     written into the latent memory before its rows are overwritten
+//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph, after that of all
+//     layers that read the same entries, and what leaves is written into the latent memory before its rows are overwritten
 //   - a graph without eviction is built for ubatches that evict nothing; likewise with scoring
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
@@ -49,8 +49,8 @@ public:
     ggml_tensor * build_attn(
             const llm_graph_context & graph,
             ggml_tensor * q_cur, // [n_embd_head_k, n_head,    n_tokens]
-            ggml_tensor * k_cur, // [n_embd_head_k, n_head_kv, n_tokens]
-            ggml_tensor * v_cur, // [n_embd_head_v, n_head_kv, n_tokens]
+            ggml_tensor * k_cur, // [n_embd_head_k, n_head_kv, n_tokens], null in a layer that reads the entries of another
+            ggml_tensor * v_cur, // [n_embd_head_v, n_head_kv, n_tokens], likewise
             float kq_scale,
             int   il);
 
@@ -83,6 +83,9 @@ private:
     ggml_tensor * build_attend(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q, float kq_scale);
 
+    void build_store(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
+            ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur);
+
     void build_evict(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q_cur, float kq_scale);
 
@@ -104,6 +107,9 @@ private:
 
     std::optional<indexmem_scoring> scoring; // if there is an indexer
     std::map<int, ggml_tensor *>    hiddens; // layer -> F32 [n_embd, n_tokens*n_seq]
+
+    struct asked { ggml_tensor * q; float scale; };
+    std::map<int, asked> owners; // layer -> its own queries, of one whose entries others read
 
     std::vector<float> hadamard_k;
     std::vector<float> hadamard_v;

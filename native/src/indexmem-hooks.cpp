@@ -91,9 +91,10 @@ ggml_tensor * indexmem_build_attn(
         indexmem_mixed_context(graph.mctx)->learn_window_rotation(il, k_cur, window->self_k_rot_swa);
         return nullptr;
     }
-    if (kq_b || sinks) {
-        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support yet",
-                    il, kq_b ? "a bias" : "sink logits"));
+    const auto * layer = indexmem_context(graph.mctx)->get_kv().get_source(il);
+    if (kq_b || (layer && sinks != layer->sinks)) {
+        indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support",
+                    il, kq_b ? "a bias" : "sink logits that are not its own"));
     }
     return bounded->get_bounded().build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
 }

@@ -73,7 +73,8 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
                  uint32_t   n_seq_max,
                  uint32_t   n_ubatch,
              const config & cfg,
-    const layer_filter_cb & filter) :
+    const layer_filter_cb & filter,
+    const layer_reuse_cb  & reuse) :
     model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
     const auto & hparams = model.hparams;
 
@@ -110,6 +111,13 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
+    }
+    for (uint32_t il = 0; il < hparams.n_layer() && reuse; ++il) {
+        const auto source = map_layer_ids.find(reuse(il));
+        if (!hparams.has_kv(il) && (!filter || filter(il)) && source != map_layer_ids.end()) {
+            map_layer_ids[il] = source->second;
+            layers[source->second].last = il;
+        }
     }
 
     buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
@@ -248,9 +256,14 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_bounded::memory_brea
 // specific API
 //
 
-const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_source(int32_t il) const {
     const auto it = map_layer_ids.find(il);
     return it == map_layer_ids.end() ? nullptr : &layers[it->second];
+}
+
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
+    const layer * l = get_source(il);
+    return l && l->il == (uint32_t) il ? l : nullptr;
 }
 
 size_t llama_kv_cache_bounded::size_kv_bytes() const {

@@ -61,9 +61,13 @@ public:
         // sequences with fewer pending entries than others go there.
         ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
         ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait
+        ggml_tensor * sinks; // F32 [n_head] of the model: logits of query heads whose attention goes nowhere. Null if there are none
+
         ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
+
+        uint32_t last; // the last layer of the model that reads its entries: they are evicted behind that one
 
         bool attends; // by our op, and not by flash attention
 
@@ -81,7 +85,8 @@ public:
                      uint32_t   n_seq_max,
                      uint32_t   n_ubatch,
                  const config & cfg,
-        const layer_filter_cb & filter = nullptr); // which layers it is for; null: all that attend
+        const layer_filter_cb & filter = nullptr,  // which layers it is for; null: all that attend
+        const layer_reuse_cb  & reuse  = nullptr); // the layer whose entries one without its own reads, or -1
 
     //
     // llama_memory_i
@@ -140,7 +145,8 @@ public:
 
     const std::vector<layer> & get_layers() const { return layers; }
 
-    const layer     * get_layer(int32_t il) const; // null if the layer has no cache
+    const layer     * get_layer (int32_t il) const; // null if the layer has no cache of its own
+    const layer     * get_source(int32_t il) const; // the one that a layer reads: its own or another's; null if it has none
     const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
 
     const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
@@ -225,7 +231,7 @@ private:
 
     std::vector<layer> layers;
 
-    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index in layers
+    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index of what it reads in layers
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 

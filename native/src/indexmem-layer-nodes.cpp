@@ -38,13 +38,36 @@ ggml_tensor * indexmem_layer_nodes::streams(ggml_tensor * t, int64_t n, int64_t 
 }
 
 ggml_tensor * indexmem_layer_nodes::flash(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * count,
-        float scale, float softcap) const {
+        float scale, float softcap, ggml_tensor *& op) const {
+    const int64_t H = l.k->ne[2];
+    const int64_t G = q->ne[2];
+    const int64_t T = q->ne[1];
+    const int64_t S = n_seq;
+
     if (count) {
         mask = ggml_indexmem_bias(ctx, mask, count);
     }
-    ggml_tensor * res = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, softcap);
-    ggml_prec_set_acc(res, GGML_PREC_F32);
-    return res;
+    if (l.sinks) {
+        // flash attention wants all heads that have a sink in dimension 2
+        if (mask->ne[3] > S) {
+            mask = ggml_repeat_4d(ctx, ggml_reshape_4d(ctx, mask, mask->ne[0]*T, 1, H, S), mask->ne[0]*T, G, H, S);
+            mask = ggml_reshape_4d(ctx, mask, mask->ne[0]/T, T, G*H, S);
+        }
+        const auto heads = [&](ggml_tensor * t) {
+            return ggml_view_4d(ctx, t, t->ne[0], t->ne[1], t->ne[2]*H, S, t->nb[1], t->ne[2] > 1 ? t->nb[2] : t->nb[3], H*t->nb[3], 0);
+        };
+        q = heads(q);
+        k = heads(k);
+        v = heads(v);
+    }
+    op = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, softcap);
+    ggml_flash_attn_ext_add_sinks(op, l.sinks);
+    ggml_prec_set_acc(op, GGML_PREC_F32);
+    if (!l.sinks) {
+        return op;
+    }
+    ggml_tensor * res = ggml_permute(ctx, ggml_reshape_4d(ctx, op, op->ne[0]*G, H, T, S), 0, 2, 1, 3);
+    return ggml_reshape_4d(ctx, T > 1 ? ggml_cont(ctx, res) : res, op->ne[0], G, T, H*S);
 }
 
 ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
@@ -58,7 +81,7 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row
     }
-    return ggml_indexmem_rank(ctx, entries(l.k), pos, ctl, q, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
+    return ggml_indexmem_rank(ctx, entries(l.k), pos, ctl, q, l.sinks, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
 }
 
 std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml_tensor * ctl, ggml_tensor * ctl_rotary, float scale, float softcap,
@@ -141,10 +164,11 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     ggml_tensor * k    = nodes.streams(l.k, st.n_kv, 0);
     ggml_tensor * v    = nodes.streams(l.v, st.n_kv, 0);
     ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
-    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
+    ggml_tensor * each = S == 1 || H == 1 || l.sinks ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
 
-    ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, scale, softcap) :
-        nodes.flash(q, k, v, count ? mask : each, count, scale, softcap);
+    ggml_tensor * op;
+    ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, l.sinks, scale, softcap) :
+        nodes.flash(q, k, v, count ? mask : each, count, scale, softcap, op);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
     add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
     return res;

@@ -27,9 +27,10 @@ public:
     // n rows of K or V from row i0 on, (KV head, sequence) as dimension 3
     ggml_tensor * streams(ggml_tensor * t, int64_t n, int64_t i0) const;
 
-    // attention where there is no kernel of ours; count: of the slots of a latent memory, or null
+    // Attention where there is no kernel of ours; count: of the slots of a latent memory, or null. `op` is the node that attends,
+    // the result, F32 [n_embd_head_v, G, T, H*S], may be made of it.
     ggml_tensor * flash(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * count,
-            float scale, float softcap) const;
+            float scale, float softcap, ggml_tensor *& op) const;
 
     // The eviction, in the order in which it is computed: ranks, plan, what becomes of those that leave, who moves. Of q_cur the
     // newest query of each sequence is read, by policies that keep no ring. ctl_rotary: for the table of rotary positions, or null.

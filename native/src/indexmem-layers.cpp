@@ -32,6 +32,8 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
 
     layer l = {};
     l.il  = il;
+    l.last = il;
+    l.sinks = model.layers[il].attn_sinks;
     l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);

@@ -61,19 +61,11 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings that read past tokens from the cache";
     }
-    for (const auto & layer : model.layers) {
-        if (layer.attn_sinks) {
-            return "attention sink logits per head";
-        }
-    }
-
     // of hybrids, the filters that their memory is made with know more
     uint32_t n_full = 0, n_window = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.has_kv(il) && hparams.n_head_kv(il) > 0) {
             (hparams.is_swa(il) ? n_window : n_full)++;
-        } else if (!hparams.has_kv(il) && hparams.n_layer_kv_from_start > 0) {
-            return "layers that read the KV cache of others";
         }
     }
     if (n_full == 0) {

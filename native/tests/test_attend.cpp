@@ -14,6 +14,7 @@ struct attend_case {
     bool    per_stream_mask;
     float   softcap;
     int64_t n_latent = 0; // of the used slots, the first ones; every third of them is empty, hence poisoned as well
+    bool    sinks = false;
 };
 
 static void run_attend(const attend_case & c, ggml_type type, int n_threads, std::vector<float> * out = nullptr) {
@@ -26,7 +27,9 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
     ggml_tensor * v    = g.input(type, c.n_embd_v, c.n_kv, 1, c.n_stream);
     ggml_tensor * mask = g.input(GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.per_stream_mask ? c.n_stream : 1);
     ggml_tensor * count = c.n_latent > 0 ? g.input(GGML_TYPE_F32, c.n_latent, c.n_stream, 1) : nullptr;
-    ggml_tensor * res  = ggml_indexmem_attend(g.ctx, q, k, v, mask, count, 0.3f, c.softcap);
+    const int64_t n_head = c.n_group*(c.n_stream % 2 == 0 ? c.n_stream/2 : c.n_stream); // of a sequence: there are two, or one
+    ggml_tensor * sinks = c.sinks ? g.input(GGML_TYPE_F32, n_head) : nullptr;
+    ggml_tensor * res  = ggml_indexmem_attend(g.ctx, q, k, v, mask, count, sinks, 0.3f, c.softcap);
     g.alloc();
 
     auto random = [&](int64_t n) {
@@ -83,6 +86,13 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
     if (count) {
         g.set(count, n);
     }
+    auto sink = random(n_head);
+    for (int64_t i = 0; i < n_head; ++i) {
+        sink[i] = i % 4 == 3 ? -INFINITY : 3.0f*sink[i];
+    }
+    if (sinks) {
+        g.set(sinks, sink);
+    }
     g.compute({ res }, n_threads);
     const auto found = g.get<float>(res);
     if (out) {
@@ -112,7 +122,9 @@ static void run_attend(const attend_case & c, ggml_type type, int n_threads, std
                     }
                     max = std::max(max, logit[i]);
                 }
-                double sum = 0.0;
+                const double s_logit = sinks ? sink[(s*c.n_group + gq) % n_head] : -INFINITY;
+                max = std::max(max, s_logit);
+                double sum = max > -INFINITY ? std::exp(s_logit - max) : 0.0;
                 std::vector<double> expected(c.n_embd_v, 0.0);
                 for (int64_t i = 0; i < c.n_used && max > -INFINITY; ++i) {
                     const double p = std::exp(logit[i] - max);
@@ -150,6 +162,9 @@ static const attend_case attend_cases[] = {
     {  80,  48,   300, 33, 3, 2,     290, true,   0.0f,  40 }, // padded rows, blocks that begin within a token
     {  64,  64,  9000,  3, 2, 4,    8500, false,  0.0f },      // spans of several chunks
     {  64,  64,   768,150, 2, 2,     700, false,  0.0f },      // several blocks, each with its own end
+    {  64,  64,   256,  1, 3, 3,     200, false,  0.0f,   0, true }, // sinks: one sequence
+    {  64,  32,   512, 17, 4, 4,     301, true,   0.0f,  20, true }, // two, with latent slots
+    {  64,  64,  9000,  3, 8, 2,    8500, false, 30.0f,   0, true }, // spans of several chunks
 };
 
 TEST(attention_equals_the_reference) {
@@ -188,7 +203,7 @@ static void compare_errors(ggml_type type, int64_t n_tokens) {
     ggml_tensor * k    = g.input(type, D, KV, 1, 1);
     ggml_tensor * v    = g.input(type, D, KV, 1, 1);
     ggml_tensor * mask = g.input(GGML_TYPE_F16, KV, n_tokens, 1, 1);
-    ggml_tensor * ours  = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, 0.125f, 0.0f);
+    ggml_tensor * ours  = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
     ggml_tensor * flash = ggml_flash_attn_ext(g.ctx, q, k, v, mask, 0.125f, 0.0f, 0.0f);
     ggml_prec_set_acc(flash, GGML_PREC_F32);
     g.alloc();

@@ -195,7 +195,7 @@ static void run_oldest(int32_t pos0, int32_t n_evict) {
     ggml_tensor * k    = g.input(GGML_TYPE_F16, 32, n_slots, n_head, 1);
     ggml_tensor * pos  = g.input(GGML_TYPE_I32, n_slots, n_head, 1);
     ggml_tensor * ctl  = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
-    ggml_tensor * rank = ggml_indexmem_rank(g.ctx, k, pos, ctl, nullptr, indexmem_policy_find("streaming"), 0, 0, 1.0f, 0.0f);
+    ggml_tensor * rank = ggml_indexmem_rank(g.ctx, k, pos, ctl, nullptr, nullptr, indexmem_policy_find("streaming"), 0, 0, 1.0f, 0.0f);
     ggml_tensor * plan = ggml_indexmem_select(g.ctx, rank, pos, ctl, n_slots);
     g.alloc();
 
@@ -269,7 +269,7 @@ TEST(ranks_ignore_poisoned_slots) {
         ggml_tensor * pos = g.input(GGML_TYPE_I32, n_slots, n_head, 1);
         ggml_tensor * ctl = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
         ggml_tensor * q   = info->n_queries > 0 ? g.input(GGML_TYPE_F32, n_embd, n_ring, n_head*n_group, 1) : nullptr;
-        ggml_tensor * r   = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, policy, 5, 42, 0.125f, 0.0f);
+        ggml_tensor * r   = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, nullptr, policy, 5, 42, 0.125f, 0.0f);
         g.alloc();
 
         std::vector<float> values(ggml_nelements(k), NAN);

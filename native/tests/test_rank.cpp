@@ -17,6 +17,7 @@ struct rank_case {
     int32_t n_fixed;             // at most: slots whose positions stand in the table
     float   softcap;
     int     n_threads;
+    bool    sinks = false;
 };
 
 static const rank_case rank_cases[] = {
@@ -24,6 +25,7 @@ static const rank_case rank_cases[] = {
     { 128, 256, 1, 4, { 256, 97 },  256,  0.0f, 3 }, // a full cache; two sequences
     {  32, 256, 2, 1, { 40, 0, 1 }, 20,  30.0f, 2 }, // softcap; one sequence evicts nothing, one has one entry
     {  96, 512, 2, 3, { 321 },      0,   20.0f, 1 }, // nothing but the tail
+    {  64, 256, 2, 3, { 130, 9 },   50,   0.0f, 2, true }, // sinks
 };
 
 static const int32_t IL    = 5;
@@ -37,6 +39,7 @@ struct entries {
     std::vector<std::vector<std::vector<float>>> queries; // [group][position - p0]
     int32_t head, p0, pos_last;
     float   softcap;
+    std::vector<float> sinks; // [group]
 
     size_t size() const { return pos.size(); }
 };
@@ -105,7 +108,8 @@ static ranks plain_attention(const entries & e, int32_t n) {
     ranks res(e.size());
     const int32_t p0 = std::max(0, e.pos_last + 1 - n);
     const double weight = 1.0/(double) (e.queries.size()*(e.pos_last + 1 - p0));
-    for (const auto & of_head : e.queries) {
+    for (size_t ig = 0; ig < e.queries.size(); ++ig) {
+        const auto & of_head = e.queries[ig];
         for (int32_t p = p0; p <= e.pos_last; ++p) {
             ranks prob(e.size());
             for (size_t i = 0; i < e.size(); ++i) {
@@ -113,7 +117,7 @@ static ranks plain_attention(const entries & e, int32_t n) {
                 x = e.softcap > 0.0f ? e.softcap*std::tanh(x/e.softcap) : x;
                 prob[i] = e.pos[i] <= p ? std::exp(x) : 0.0;
             }
-            const double sum = std::accumulate(prob.begin(), prob.end(), 0.0);
+            const double sum = std::accumulate(prob.begin(), prob.end(), e.sinks.empty() ? 0.0 : std::exp(e.sinks[ig]));
             for (size_t i = 0; i < e.size() && sum > 0.0; ++i) {
                 res[i] += prob[i]/sum*weight;
             }
@@ -170,7 +174,8 @@ static void run_rank(const rank_case & c, ggml_type type, int i_policy) {
     ggml_tensor * pos = g.input(GGML_TYPE_I32, c.n_slots, c.n_head, n_seq);
     ggml_tensor * ctl = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, n_seq);
     ggml_tensor * q   = info->n_queries > 0 ? g.input(GGML_TYPE_F32, c.n_embd, n_ring, c.n_head*c.n_group, n_seq) : nullptr;
-    ggml_tensor * res = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, policy, IL, SEED, SCALE, c.softcap);
+    ggml_tensor * sinks = q && c.sinks ? g.input(GGML_TYPE_F32, c.n_head*c.n_group) : nullptr;
+    ggml_tensor * res = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, sinks, policy, IL, SEED, SCALE, c.softcap);
     g.alloc();
 
     std::mt19937 rng(23);
@@ -182,6 +187,10 @@ static void run_rank(const rank_case & c, ggml_type type, int i_policy) {
     std::vector<int32_t> data_ctl(ggml_nelements(ctl), 0);
     std::vector<float>   data_q(q ? ggml_nelements(q) : 0, NAN);
     std::vector<entries> rows;
+    std::vector<float>   data_sinks(c.n_head*c.n_group);
+    for (size_t i = 0; i < data_sinks.size(); ++i) {
+        data_sinks[i] = -1.0f + 2.5f*(float) i; // small beside the logits, and large
+    }
     const size_t row_size = ggml_row_size(type, c.n_embd);
     for (int64_t s = 0; s < n_seq; ++s) {
         const int32_t n_used  = c.n_used[s];
@@ -231,6 +240,9 @@ static void run_rank(const rank_case & c, ggml_type type, int i_policy) {
                     e.queries.back().push_back(query);
                 }
             }
+            if (sinks) {
+                e.sinks.assign(data_sinks.begin() + h*c.n_group, data_sinks.begin() + (h + 1)*c.n_group);
+            }
             rows.push_back(e);
         }
     }
@@ -239,6 +251,9 @@ static void run_rank(const rank_case & c, ggml_type type, int i_policy) {
     g.set(ctl, data_ctl);
     if (q) {
         g.set(q, data_q);
+    }
+    if (sinks) {
+        g.set(sinks, data_sinks);
     }
     g.compute({ res }, c.n_threads);
 

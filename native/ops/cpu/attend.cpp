@@ -320,14 +320,18 @@ void merge_spans(const attend_shape & sh, ggml_tensor * dst, const attend_work &
     float * out = (float *) ((char *) dst->data + (r % sh.n_group)*dst->nb[1] + (r/sh.n_group)*dst->nb[2] + stream*dst->nb[3]);
     std::fill(out, out + sh.n_embd_v, 0.0f);
 
-    float max = -INFINITY;
+    // what a sink takes goes nowhere
+    const ggml_tensor * sinks = dst->src[5];
+    const float sink = sinks ? ((const float *) sinks->data)[stream*sh.n_group % sinks->ne[0] + r % sh.n_group] : -INFINITY;
+
+    float max = sink;
     for (int64_t i = 0; i < n_spans; ++i) {
         max = std::max(max, work.stats[part + i*sh.n_rows_block].max);
     }
     if (max == -INFINITY) {
         return; // sees nothing
     }
-    float sum = 0.0f;
+    float sum = std::exp(sink - max);
     for (int64_t i = 0; i < n_spans; ++i) {
         const attend_stat & stat = work.stats[part + i*sh.n_rows_block];
         const float weight = std::exp(stat.max - max);

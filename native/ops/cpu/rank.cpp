@@ -41,6 +41,7 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * pos = dst->src[1];
     const ggml_tensor * ctl = dst->src[2];
     const ggml_tensor * q   = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
 
     const int policy = ggml_get_op_params_i32(dst, INDEXMEM_PARAM_POLICY);
     const indexmem_policy_info * info = indexmem_policy_get(policy);
@@ -100,6 +101,7 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
             view.nb_ring = q->nb[1];
             view.nb_head = q->nb[2];
             view.q       = (const char *) q->data + row.h*view.n_group*q->nb[2] + row.s*q->nb[3];
+            view.sinks   = sinks ? (const float *) sinks->data + row.h*view.n_group : nullptr;
         }
 
         rank_functions[policy](view, (float *) ((char *) dst->data + row.h*dst->nb[1] + row.s*dst->nb[2]));

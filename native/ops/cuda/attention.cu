@@ -119,6 +119,12 @@ static __global__ void attention_totals_kernel(const attention_args a) {
         sum += parts[i].max > -INFINITY ? parts[i].sum*expf(parts[i].max - max) : 0.0f;
     }
     sum = warp_sum(sum);
+    if (a.src[4].data) { // a sink takes part, and gets nothing
+        const float sink = a.src[4].at<float>(0)[tile.row.h*a.n_group + iq/a.n_queries];
+        const float most = fmaxf(max, sink);
+        sum = sum*expf(max - most) + expf(sink - most);
+        max = most;
+    }
     if (threadIdx.x % WARP == 0) {
         a.totals[a.query_index(iq)] = { max, sum };
     }

@@ -4,7 +4,7 @@
 //   attention_sum    [G*n_queries, H, S]  largest logit and sum of exponentials of each query, into scratch
 //   attention_mean   [entries/SIMD, H, S] what each entry receives, mean over the queries
 //   attention_smooth [1, H, S]            snapkv: mean over the neighbours by position
-//   src: keys | pos | ctl | queries
+//   src: keys | pos | ctl | queries | sinks, if there are any
 //   scratch of (KV head, sequence): [G*n_queries] pairs | smoothed: [n_slots] means | [n_slots] entries by position
 
 namespace indexmem {
@@ -77,6 +77,13 @@ INDEXMEM_KERNEL(attention_sum) {
             }
             const float most = sum == 0.0f ? tops[j] : max(top, tops[j]);
             sum = sum*precise::exp(top - most) + sums[j]*precise::exp(tops[j] - most);
+            top = most;
+        }
+        if (args.src[4].ne[0] > 0) { // a sink takes part, and gets nothing
+            const uint n_group = args.src[3].ne[2]/args.src[0].ne[2];
+            const float sink = ((device const float *) src4)[tgpig.y*n_group + g];
+            const float most = max(top, sink);
+            sum = sum*precise::exp(top - most) + precise::exp(sink - most);
             top = most;
         }
         device float * res = scratch_of(args, scratch, tgpig.y, tgpig.z) + 2*tgpig.x;
