@@ -69,9 +69,6 @@ static std::string reason_without_arch(const llama_model & model) {
     if (const std::string what = indexmem_unsupported_arch(model.arch); !what.empty()) {
         return what;
     }
-    if (hparams.is_mla()) {
-        return "multi-head latent attention (MLA): its cache holds compressed latents, not keys and values of heads";
-    }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
     }
