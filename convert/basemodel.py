@@ -52,6 +52,7 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
         if isinstance(value, list):
+            value = [n for n in value if n != 0] or [0]  # layers without attention say 0
             if len(set(value)) != 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
             value = value[0]

@@ -25,6 +25,13 @@ class Source:
     checkpoint: Checkpoint
     outtype: str = "f32"
 
+    def with_layers(self, bounded: Sequence[int]) -> Source:
+        """The same for the layers of the model that are bounded, if it is for all: the others have nothing to remember."""
+        c = self.checkpoint
+        if c.only is not None or len(bounded) == c.geometry.block_count:
+            return self
+        return replace(self, checkpoint=replace(c, only=tuple(bounded)))
+
 
 def check_output(out: PathLike, inputs: Sequence[PathLike], force: bool) -> None:
     """Refuses, before minutes are spent, an output that cannot be written or is to be read."""

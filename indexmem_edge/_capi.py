@@ -26,6 +26,7 @@ API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
+LAYER_BOUNDED, LAYER_WINDOW, LAYER_RECURRENT, LAYER_READS = 1, 2, 4, 8  # enum indexmem_layer
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
 
 
@@ -292,6 +293,31 @@ def model_unsupported_reason(model: int) -> Optional[str]:
     if library().indexmem_model_supported(model, buffer, len(buffer)):
         return None
     return _text(buffer.value) or "the library gave no reason"
+
+
+def model_layers(model: int) -> list[int]:
+    """What each layer keeps of the past: flags of LAYER_*, 0 for one without attention or state."""
+    get, n = library().indexmem_model_layer, llama_lib.llama_model_n_layer(model)
+    return [int(get(model, il)) for il in range(n)]
+
+
+def model_rows(model: int) -> list[tuple[int, int]]:
+    """Numbers that a token leaves in keys and values of each layer; (0, 0) of one without a cache of its own."""
+    get, n = library().indexmem_model_row, llama_lib.llama_model_n_layer(model)
+    return [(int(get(model, il, False)), int(get(model, il, True))) for il in range(n)]
+
+
+def architectures() -> dict[str, str]:
+    """What the library can load, as files name it, and why none of its models can be bounded ("": that depends)."""
+    lib, found = library(), {}
+    while (name := lib.indexmem_architecture(len(found))) is not None:
+        found[_text(name)] = _text(lib.indexmem_architecture_refused(len(found)))
+    return found
+
+
+def cache_bytes(ctx: int) -> int:
+    """Bytes of what a context keeps of the past, bounded or not."""
+    return int(library().indexmem_cache_bytes(ctx))
 
 
 def is_bounded(ctx: int) -> bool:

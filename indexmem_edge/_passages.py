@@ -73,7 +73,7 @@ class _Context:
 
 
 class Reader:
-    """An ordinary context, and one for each kind of bounded cache, by its budget."""
+    """An ordinary context, and one for each kind of bounded cache, by its budget. `layers` are those that are bounded."""
 
     def __init__(
         self, model: int, bounded: Sequence[CacheOptions], n_ctx: int, n_ubatch: int, n_threads: Optional[int] = None
@@ -81,8 +81,9 @@ class Reader:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
             raise ModelNotSupported(f"the model cannot have a bounded KV cache: {why}")
+        self.layers = [il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED]
         self._n_ubatch = n_ubatch
-        self._capture = AttentionCapture()
+        self._capture = AttentionCapture(self.layers)
         self._open = contextlib.ExitStack()
         with self._open:
             self._bounded = {o.budget: self._context(model, n_ctx, n_ubatch, n_threads, o) for o in bounded}
@@ -106,7 +107,7 @@ class Reader:
         return n + len(self._bounded) * (n - 1)
 
     def read(self, tokens: Array, done: Callable[[], None]) -> tuple[Passage, dict[int, LayerCapture]]:
-        """What the bounded caches keep of a text, and with what the attention of each layer computes on all of it."""
+        """What the bounded caches keep of a text, and with what the attention of each of `layers` computes on all of it."""
         n = len(tokens)
         ubatches = [(start, min(start + self._n_ubatch, n)) for start in range(0, n, self._n_ubatch)]
         kept: dict[int, list[Kept]] = {}
@@ -117,13 +118,14 @@ class Reader:
                 context.decode(tokens[start:end])
                 kept[budget].append(context.kept())
                 done()
-        fewest = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
+        one = self.layers[0]  # all hold equally many
+        fewest = [0, *(min(len(after[u][one][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
         rows = [_spread(*ubatch) if m < ubatch[0] else np.empty(0, np.intp) for m, ubatch in zip(fewest, ubatches)]
 
         self._full.clear()
         self._capture.layers = {}
         for ubatch, wanted in zip(ubatches, rows):
-            self._capture.rows, self._capture.cache = wanted - ubatch[0], ubatch[1] == n
+            self._capture.expect(wanted - ubatch[0], ubatch[1] == n)
             self._full.decode(tokens[slice(*ubatch)])
             done()
         for layer in self._capture.layers.values():

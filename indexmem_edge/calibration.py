@@ -150,10 +150,11 @@ def calibrate_memory(
         cut = passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages)
         bounded = [options, *([exact] if exact is not options else [])]
         with Reader(loaded, bounded, max(map(len, cut)), n_ubatch, n_threads) as reader:
+            source = source.with_layers(reader.layers)
             measured = _measure(reader, cut, source.checkpoint, memory, slots, options, exact, progress)
     kind = CENTROID if memory == "centroid" else RESIDUAL
     trained = _sigmoid(source.checkpoint.memory_constants.get("gate_logit", ())) if memory == "residual" else None
-    layers = tuple(choose(i, parts, kind, 1.0 if trained is None else trained[i]) for i, parts in enumerate(measured))
+    layers = tuple(choose(i, parts, kind, 1.0 if trained is None else trained[i]) for i, parts in measured.items())
     result = Calibration(
         path=os.fspath(out),
         bytes=0,
@@ -162,7 +163,7 @@ def calibrate_memory(
         policy=options.policy,
         budget=options.budget,
         passages=tuple(map(len, cut)),
-        rows=sum(len(part.full) for part in measured[0]),
+        rows=sum(len(part.full) for part in measured[layers[0].layer]),
         layers=layers,
     )
     written = files.write_calibrated(
@@ -220,10 +221,9 @@ def _measure(
     options: CacheOptions,
     exact: CacheOptions,
     progress: Optional[Progress],
-) -> list[list[Errors]]:
-    """Errors by layer and passage. One passage at a time is in memory."""
-    n_layer = checkpoint.geometry.block_count
-    total = sum(reader.steps(len(tokens)) + n_layer for tokens in cut)
+) -> dict[int, list[Errors]]:
+    """Errors by layer, of those that are bounded, and passage. One passage at a time is in memory."""
+    total = sum(reader.steps(len(tokens)) + len(reader.layers) for tokens in cut)
     done = 0
 
     def step() -> None:
@@ -232,10 +232,10 @@ def _measure(
         if progress is not None:
             progress(done, total)
 
-    found: list[list[Errors]] = [[] for _ in range(n_layer)]
+    found: dict[int, list[Errors]] = {i: [] for i in reader.layers}
     for tokens in cut:
         passage, layers = reader.read(tokens, step)
-        for i in range(n_layer):
+        for i in reader.layers:
             layer = layers.pop(i)
             assert layer.keys is not None and layer.values is not None
             n_k, n_v = layer.keys.shape[2], layer.values.shape[2]
@@ -248,6 +248,7 @@ def _measure(
                     _memory_of(checkpoint, memory, slots, i, n_k, n_v),
                     options.budget,
                     exact.budget,
+                    layer.sinks,
                 )
             )
             step()
@@ -267,12 +268,13 @@ def _sigmoid(values: Sequence[float]) -> list[float]:
 
 
 def _constants(result: Calibration, c: Checkpoint) -> dict[str, Any]:
-    enabled = [row.enabled for row in result.layers]
+    used = {row.layer: row.gate for row in result.layers if row.enabled}
+    layers = range(c.geometry.block_count)
+    enabled = [i in used for i in layers]
     if result.memory == "centroid":
-        gates = [row.gate if row.enabled else 1.0 for row in result.layers]
-        return {"slot_count": result.slots, "enabled": enabled, "gate": gates}
+        return {"slot_count": result.slots, "enabled": enabled, "gate": [used.get(i, 1.0) for i in layers]}
     logits = [
-        float(np.log(row.gate) - np.log1p(-row.gate)) if row.enabled else trained
-        for row, trained in zip(result.layers, c.memory_constants["gate_logit"])
+        float(np.log(used[i]) - np.log1p(-used[i])) if i in used else trained
+        for i, trained in enumerate(c.memory_constants["gate_logit"])
     ]
     return {**c.memory_constants, "enabled": enabled, "gate_logit": logits}
