@@ -52,7 +52,8 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
         if isinstance(value, list):
-            value = [n for n in value if n != 0] or [0]  # layers without attention say 0
+            windows: Any = file.get(f"{arch}.attention.sliding_window_pattern", "bool array", *_INTEGERS)
+            value = _of_bounded_layers(value, windows if isinstance(windows, list) else None)
             if len(set(value)) != 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
             value = value[0]
@@ -74,6 +75,12 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
         head_count=n_head,
         key_length=number("attention.key_length") or n_embd // max(n_head, 1),
     ).validated()
+
+
+def _of_bounded_layers(values: list[int], window: Optional[list[bool]]) -> list[int]:
+    """Of a number for each layer, those of layers that attend, without a window if there are some of these."""
+    attending = [n for n, in_window in zip(values, window or [False] * len(values)) if n and not in_window]
+    return attending or [n for n in values if n] or [0]
 
 
 def _fingerprint(file_name: str, file: GGUFFile) -> str:

@@ -276,9 +276,9 @@ def _unbounded_bytes(llm: Llama) -> Optional[int]:
 def rewind_unbounded(llm: Llama, target: int) -> None:
     """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
     memory, n_swa = llama_lib.llama_get_memory(llm.ctx), llama_lib.llama_model_n_swa(llm.model)
-    exact = llama_lib.llama_memory_seq_rm(memory, 0, target, -1)
     first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
-    if not exact or (n_swa > 0 and first > max(0, target - n_swa)):
+    exact = n_swa == 0 or first <= max(0, target - n_swa)
+    if not exact or not llama_lib.llama_memory_seq_rm(memory, 0, target, -1):
         target = 0
         llama_lib.llama_memory_clear(memory, True)
     llm.n_tokens = target
