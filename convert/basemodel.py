@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
+import numpy as np
+
 from indexmem_edge._modelfile import check_model_file
 
 from .errors import ConvertError
@@ -51,10 +53,11 @@ def read_base_model(path: Union[str, os.PathLike[str]], fingerprint: bool = True
 def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
-        if isinstance(value, list):
-            if len(set(value)) != 1:
+        if isinstance(value, (list, np.ndarray)):
+            values = {int(n) for n in value} - {0}  # layers without attention have none
+            if len(values) > 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
-            value = value[0]
+            value = values.pop() if values else 0
         found: Optional[int] = value
         return found
 

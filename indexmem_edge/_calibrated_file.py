@@ -62,6 +62,7 @@ def _lossless(checkpoint: Checkpoint, types: Mapping[str, str]) -> str:
 def write_calibrated(
     path: PathLike,
     source: Source,
+    layers: tuple[int, ...],
     memory: str,
     constants: Mapping[str, Any],
     texts: Sequence[str],
@@ -72,6 +73,7 @@ def write_calibrated(
     """Writes the source with that memory in place of any it had.
 
     Args:
+        layers: those that a budget bounds. A source that holds nothing yet becomes a file for these.
         texts: the files it was measured on; their names and hashes join those of the source.
         defaults: written unless the source has its own.
     """
@@ -84,6 +86,7 @@ def write_calibrated(
         c,
         memory=memory,
         memory_constants=constants,
+        only=layers if c.kind == c.memory == "none" else c.only,
         layers=[{name: a for name, a in layer.items() if name in tensors} for layer in c.layers],
         defaults={**defaults, **c.defaults},
         scores={**c.scores, **scores},

@@ -24,6 +24,7 @@ import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chos
 
 API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
+LAYER_READS = 8  # enum indexmem_layer
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
@@ -317,6 +318,12 @@ def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:
 def n_head_kv(ctx: int, layer: int) -> int:
     """KV heads of a layer (0 if it has no cache of its own)."""
     return int(library().indexmem_n_head_kv(ctx, layer))
+
+
+def layers_that_read_others(model: int) -> list[int]:
+    """Layers of a supported model that cache nothing and read the entries of another layer."""
+    kinds = (library().indexmem_model_layer(model, il) for il in range(llama_lib.llama_model_n_layer(model)))
+    return [il for il, kind in enumerate(kinds) if kind & LAYER_READS]
 
 
 def _of_entries(what: str, ctx: int, layer: int, head: int, seq_id: int) -> npt.NDArray[np.int32]:

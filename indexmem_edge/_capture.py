@@ -36,6 +36,7 @@ Tensor._fields_ = [
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * 64),
 ]
+_SAME_VALUES = (b"VIEW", b"PERMUTE", b"RESHAPE", b"CONT", b"TRANSPOSE")
 _TYPES: dict[int, npt.DTypeLike] = {llama_lib.GGML_TYPE_F32: np.float32, llama_lib.GGML_TYPE_F16: np.float16}
 
 
@@ -111,6 +112,7 @@ class LayerCapture:
 
     scale: float
     softcap: float  # 0: none
+    query_scale: float = 1.0  # that the graph has multiplied the queries by already
     queries: list[Array] = field(default_factory=list)  # for each ubatch, [head][wanted row][n]
     keys: Optional[Array] = None  # [KV head][cell][n]
     values: Optional[Array] = None
@@ -119,13 +121,15 @@ class LayerCapture:
 class AttentionCapture(_Callback):
     """The operands of the attention op of an ordinary cache with flash attention, whatever the model calls them.
 
-    Set before each ubatch: `rows`, whose queries are wanted, and `cache`, whether keys and values are.
+    Set before each ubatch: `rows`, whose queries are wanted, and `cache`, whether keys and values are. `only`: the layers
+    that are wanted; None: all.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: npt.NDArray[np.intp] = np.empty(0, np.intp)
         self.cache = False
+        self.only: Optional[frozenset[int]] = None
         self.layers: dict[int, LayerCapture] = {}
 
     def wants(self, tensor: Tensor) -> bool:
@@ -136,9 +140,18 @@ class AttentionCapture(_Callback):
         cell = re.fullmatch(rb"cache_k_l(\d+)", k.view_src.contents.name if k.view_src else b"")
         if cell is None:
             raise TypeError("the attention does not read the KV cache itself: expected a view of it, of type F16")
+        if self.only is not None and int(cell[1]) not in self.only:
+            return
         scale, _, softcap = np.frombuffer(tensor.op_params, np.float32)[:3].tolist()
-        layer = self.layers.setdefault(int(cell[1]), LayerCapture(scale, softcap))
+        layer = self.layers.setdefault(int(cell[1]), LayerCapture(scale, softcap, self._scale_of(q)))
         if len(self.rows):
             layer.queries.append(self.read(q)[0][:, self.rows])  # a copy
         if self.cache:
             layer.keys, layer.values = self.read(k)[0], self.read(v)[0]
+
+    def _scale_of(self, queries: Tensor) -> float:
+        """The factor of the scaling that queries come from, 1 if they come from anything else."""
+        tensor = queries
+        while (op := self._op(ctypes.byref(tensor))) in _SAME_VALUES:
+            tensor = tensor.src[0].contents
+        return float(np.frombuffer(tensor.op_params, np.float32)[0]) if op == b"SCALE" else 1.0

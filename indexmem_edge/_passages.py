@@ -71,6 +71,11 @@ class _Context:
         layers = range(llama_lib.llama_model_n_layer(self._model))
         return [[_capi.positions(self._ctx, il, h) for h in range(_capi.n_head_kv(self._ctx, il))] for il in layers]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those with entries that the budget bounds."""
+        return tuple(il for il in range(llama_lib.llama_model_n_layer(self._model)) if _capi.n_head_kv(self._ctx, il))
+
 
 class Reader:
     """An ordinary context, and one for each kind of bounded cache, by its budget."""
@@ -81,6 +86,11 @@ class Reader:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
             raise ModelNotSupported(f"the model cannot have a bounded KV cache: {why}")
+        if shared := _capi.layers_that_read_others(model):
+            raise ModelNotSupported(
+                f"the attention of this model cannot be observed: layer {shared[0]} reads the entries of another one; use the "
+                "memory as it is, or none"
+            )
         self._n_ubatch = n_ubatch
         self._capture = AttentionCapture()
         self._open = contextlib.ExitStack()
@@ -88,6 +98,8 @@ class Reader:
             self._bounded = {o.budget: self._context(model, n_ctx, n_ubatch, n_threads, o) for o in bounded}
             self._full = self._context(model, n_ctx, n_ubatch, n_threads, None, self._capture)
             self._open = self._open.pop_all()
+        self.layers = next(iter(self._bounded.values())).layers
+        self._capture.only = frozenset(self.layers)
 
     def _context(self, *arguments: Any) -> _Context:
         context = _Context(*arguments)
@@ -106,7 +118,7 @@ class Reader:
         return n + len(self._bounded) * (n - 1)
 
     def read(self, tokens: Array, done: Callable[[], None]) -> tuple[Passage, dict[int, LayerCapture]]:
-        """What the bounded caches keep of a text, and with what the attention of each layer computes on all of it."""
+        """What the bounded caches keep of a text, and with what the attention of each of `layers` computes on all of it."""
         n = len(tokens)
         ubatches = [(start, min(start + self._n_ubatch, n)) for start in range(0, n, self._n_ubatch)]
         kept: dict[int, list[Kept]] = {}
@@ -117,7 +129,8 @@ class Reader:
                 context.decode(tokens[start:end])
                 kept[budget].append(context.kept())
                 done()
-        fewest = [0, *(min(len(after[u][0][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
+        one = self.layers[0]  # all hold equally many
+        fewest = [0, *(min(len(after[u][one][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
         rows = [_spread(*ubatch) if m < ubatch[0] else np.empty(0, np.intp) for m, ubatch in zip(fewest, ubatches)]
 
         self._full.clear()

@@ -150,10 +150,13 @@ def calibrate_memory(
         cut = passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages)
         bounded = [options, *([exact] if exact is not options else [])]
         with Reader(loaded, bounded, max(map(len, cut)), n_ubatch, n_threads) as reader:
+            numbers = reader.layers
             measured = _measure(reader, cut, source.checkpoint, memory, slots, options, exact, progress)
     kind = CENTROID if memory == "centroid" else RESIDUAL
     trained = _sigmoid(source.checkpoint.memory_constants.get("gate_logit", ())) if memory == "residual" else None
-    layers = tuple(choose(i, parts, kind, 1.0 if trained is None else trained[i]) for i, parts in enumerate(measured))
+    layers = tuple(
+        choose(il, parts, kind, 1.0 if trained is None else trained[il]) for il, parts in zip(numbers, measured)
+    )
     result = Calibration(
         path=os.fspath(out),
         bytes=0,
@@ -168,6 +171,7 @@ def calibrate_memory(
     written = files.write_calibrated(
         out,
         source,
+        numbers,
         memory,
         _constants(result, source.checkpoint),
         names,
@@ -221,9 +225,8 @@ def _measure(
     exact: CacheOptions,
     progress: Optional[Progress],
 ) -> list[list[Errors]]:
-    """Errors by layer and passage. One passage at a time is in memory."""
-    n_layer = checkpoint.geometry.block_count
-    total = sum(reader.steps(len(tokens)) + n_layer for tokens in cut)
+    """Errors by layer, of those that a budget bounds, and passage. One passage at a time is in memory."""
+    total = sum(reader.steps(len(tokens)) + len(reader.layers) for tokens in cut)
     done = 0
 
     def step() -> None:
@@ -232,20 +235,20 @@ def _measure(
         if progress is not None:
             progress(done, total)
 
-    found: list[list[Errors]] = [[] for _ in range(n_layer)]
+    found: list[list[Errors]] = [[] for _ in reader.layers]
     for tokens in cut:
         passage, layers = reader.read(tokens, step)
-        for i in range(n_layer):
-            layer = layers.pop(i)
+        for i, il in enumerate(reader.layers):
+            layer = layers.pop(il)
             assert layer.keys is not None and layer.values is not None
             n_k, n_v = layer.keys.shape[2], layer.values.shape[2]
             found[i].append(
                 layer_errors(
                     passage,
-                    i,
+                    il,
                     (layer.queries, layer.keys, layer.values),
                     Logits(layer.scale, layer.softcap),
-                    _memory_of(checkpoint, memory, slots, i, n_k, n_v),
+                    _memory_of(checkpoint, memory, slots, il, (n_k, n_v), layer.query_scale),
                     options.budget,
                     exact.budget,
                 )
@@ -254,12 +257,16 @@ def _measure(
     return found
 
 
-def _memory_of(c: Checkpoint, memory: str, slots: int, layer: int, n_k: int, n_v: int) -> Callable[[], Memory]:
+def _memory_of(
+    c: Checkpoint, memory: str, slots: int, layer: int, sizes: tuple[int, int], query_scale: float
+) -> Callable[[], Memory]:
+    n_k, n_v = sizes
     if memory == "centroid":
         return lambda: CentroidMemory(slots, n_k, n_v)
     known = c.memory_constants
     rate, decay = float(np.logaddexp(0, known["eta_raw"][layer])), _sigmoid([known["decay_logit"][layer]])[0]
-    return lambda: ResidualMemory(c.layers[layer]["phi_proj.weight"], n_v, rate, decay, known["eps"])
+    phi = c.layers[layer]["phi_proj.weight"]
+    return lambda: ResidualMemory(phi, n_v, rate, decay, known["eps"], query_scale)
 
 
 def _sigmoid(values: Sequence[float]) -> list[float]:
@@ -267,12 +274,15 @@ def _sigmoid(values: Sequence[float]) -> list[float]:
 
 
 def _constants(result: Calibration, c: Checkpoint) -> dict[str, Any]:
-    enabled = [row.enabled for row in result.layers]
+    """With a value for each layer of the model; the memory is off in those that no budget bounds."""
+    used = {row.layer: row for row in result.layers if row.enabled}
+    numbers = range(c.geometry.block_count)
+    enabled = [il in used for il in numbers]
     if result.memory == "centroid":
-        gates = [row.gate if row.enabled else 1.0 for row in result.layers]
+        gates = [used[il].gate if il in used else 1.0 for il in numbers]
         return {"slot_count": result.slots, "enabled": enabled, "gate": gates}
     logits = [
-        float(np.log(row.gate) - np.log1p(-row.gate)) if row.enabled else trained
-        for row, trained in zip(result.layers, c.memory_constants["gate_logit"])
+        float(np.log(used[il].gate) - np.log1p(-used[il].gate)) if il in used else trained
+        for il, trained in enumerate(c.memory_constants["gate_logit"])
     ]
     return {**c.memory_constants, "enabled": enabled, "gate_logit": logits}
