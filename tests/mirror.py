@@ -7,11 +7,13 @@ protects is at least as long as that of the model here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import llama_cpp
 import numpy as np
 from native_context import F16, F32, Q8_0, Context
+from spans import end_of_rebased, rebased
 from test_bounded import rms
 from tiny_models import TinyConfig
 
@@ -21,6 +23,7 @@ EXACT: dict[str, Any] = dict(flash_attn=False, type_k=F32, type_v=F32)  # nothin
 # One thread: what takes time in tiny models is to wait for others.
 BARE: dict[str, Any] = dict(n_ubatch=24, n_threads=1)  # of contexts without a budget
 SETTINGS: dict[str, Any] = BARE | dict(budget=44, sinks=3, window=20)
+FAR = 1 << 20  # no position of any text
 SIZES = [24, 24, 13, 1, 1, 1, 24, 5, *[1] * 20, 24, 7]
 
 
@@ -38,11 +41,13 @@ def kept(bounded: Context, seq: int = 0) -> set[int]:
 
 
 class Mirror:
-    """Follows one sequence of a bounded context."""
+    """Follows one sequence of a bounded context. Rotary positions are the positions that llama.cpp knows here."""
 
     def __init__(self, model: Any, seq: int = 0, **settings: Any) -> None:
         self.context = Context(model, **BARE | settings)
-        self._seq, self._gone = seq, set[int]()
+        self._seq, self._n_seen = seq, 0
+        self._rotary: dict[int, int] = {}  # of each index that is held
+        self.n_rebases = 0
 
     def __enter__(self) -> Mirror:
         return self
@@ -52,18 +57,44 @@ class Mirror:
 
     @property
     def n_gone(self) -> int:
-        return len(self._gone)
+        return self._n_seen - len(self._rotary)
+
+    def adopt(self, context: Context) -> None:
+        """What the context holds already, of which nothing is missing."""
+        self._n_seen = context.n_seen()
+        self._rotary = {i: i for i in range(self._n_seen)}
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
+        start = self.context.n_seen()
+        for i in range(len(tokens)):
+            self._rotary[self._n_seen + i] = start + i
+        self._n_seen += len(tokens)
         return self.context.decode(tokens)
 
     def forget(self, bounded: Context) -> None:
-        self.remove(set(range(bounded.n_seen(self._seq))) - kept(bounded, self._seq))
+        """What the bounded context has forgotten."""
+        for index in sorted(self._rotary.keys() - kept(bounded, self._seq)):
+            at = self._rotary.pop(index)
+            assert self.context.seq_rm(0, at, at + 1)
 
-    def remove(self, positions: Iterable[int]) -> None:
-        for p in sorted(set(positions) - self._gone):
-            assert self.context.seq_rm(0, p, p + 1)
-            self._gone.add(p)
+    def make_room(self, n_new: int, span: int, n_protected: int, window: int) -> None:
+        """The rebase before a ubatch, if there has to be one."""
+        if self.context.n_seen() + n_new <= span:
+            return
+        index = np.array(sorted(self._rotary))
+        old = np.array([self._rotary[i] for i in index])
+        new = rebased(index, old, n_protected, window, end_of_rebased(len(index), n_new, span))
+        self._shift(0, FAR, FAR)  # so that none gets a position that another still has
+        for a, b in zip(old.tolist(), new.tolist()):
+            self._shift(FAR + a, FAR + a + 1, b - a - FAR)
+        self._rotary = dict(zip(index.tolist(), new.tolist()))
+        self.n_rebases += 1
+
+    def _shift(self, p0: int, p1: int, by: int) -> None:
+        llama_cpp.llama_memory_seq_add(self.context.memory, 0, p0, p1, by)
+
+    def rotary(self) -> list[int]:
+        return [self._rotary[i] for i in sorted(self._rotary)]
 
 
 class Compared(NamedTuple):
@@ -74,13 +105,15 @@ class Compared(NamedTuple):
     spread: float
     n_gone: int
     felt: float
+    n_rebases: int
 
 
 def compare(model: Any, tokens: Sequence[int], sizes: Sequence[int], cache: str, **settings: Any) -> Compared:
-    """A bounded context against an exact mirror, ubatch by ubatch."""
+    """A bounded context against an exact mirror, ubatch by ubatch. With a span, positions are renewed in all."""
     kind = dict(type_k=CACHES[cache], type_v=CACHES[cache])
+    settings = SETTINGS | dict(span=0) | kind | settings
     with (
-        Context(model, **SETTINGS | kind | settings) as bounded,
+        Context(model, **settings) as bounded,
         Mirror(model, **EXACT) as exact,
         Mirror(model, **kind) as rounded,
         Context(model, **BARE | EXACT) as whole,
@@ -89,10 +122,19 @@ def compare(model: Any, tokens: Sequence[int], sizes: Sequence[int], cache: str,
         i = 0
         for n in sizes:
             ubatch = tokens[i : i + n]
+            for mirror in (exact, rounded):
+                if settings["span"]:
+                    mirror.make_room(n, settings["span"], settings["sinks"], settings["window"])
             logits.append((bounded.decode(ubatch), exact.feed(ubatch), rounded.feed(ubatch), whole.decode(ubatch)))
             for mirror in (exact, rounded):
                 mirror.forget(bounded)
             i += n
+            if settings["span"]:
+                held = [head.tolist() for layer in bounded.rotary() for head in layer]
+                assert held and all(head == exact.rotary() for head in held)
+        assert bounded.stats().n_rebases == exact.n_rebases
         n_gone = exact.n_gone
     ours, true, theirs, all_of_it = (np.concatenate(x) for x in zip(*logits))
-    return Compared(rms(ours - true), rms(theirs - true), float(true.std()), n_gone, rms(all_of_it - true))
+    return Compared(
+        rms(ours - true), rms(theirs - true), float(true.std()), n_gone, rms(all_of_it - true), exact.n_rebases
+    )  # fmt: skip

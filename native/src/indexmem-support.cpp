@@ -66,9 +66,6 @@ static std::string reason_without_arch(const llama_model & model) {
     if (llm_arch_is_recurrent(model.arch)) {
         return "a recurrent model: its state has a fixed size already";
     }
-    if (hparams.is_mla()) {
-        return "multi-head latent attention (MLA): its cache holds compressed latents, not keys and values of heads";
-    }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
     }
