@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
-from mirror import BARE, CACHES, EXACT, SIZES, Compared, compare, near
+from mirror import BARE, CACHES, EXACT, SETTINGS, SIZES, Compared, compare, near
 from native_context import Context, open_model
 from test_bounded import EVICTING, rms, tokens_of
 from tiny_models import TinyConfig
+
+from indexmem_edge import _capi
 
 DEEP = ("exaone4",)  # 64 layers, which take their time
 SHORT = [
@@ -80,3 +82,35 @@ def check(config: TinyConfig, cache: str, result: Compared) -> None:
     assert result.felt > 5e-3 * result.spread, "what was evicted does not matter to this model"
     bound = near(config) if cache == "f32" else 0.0
     assert result.ours <= (bound * result.spread or 1.5 * result.theirs + 0.01 * result.felt)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDED if "mrope" in TABLE[name].steps])
+def test_images_are_refused_where_positions_have_dimensions(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    image = np.ones((5, config.n_embd), np.float32)
+    with open_model(path) as model, Context(model, **SETTINGS) as c, Context(model, **SETTINGS) as twin:
+        for x in (c, twin):
+            x.feed(tokens[:30], 24)
+        before = c.save(0)
+        assert c.decode_embeddings(image, n_dims=4) < 0
+        assert "holds embeddings, as of an image" in _capi.last_error() and "M-RoPE" in _capi.last_error()
+        assert c.save(0) == before
+        np.testing.assert_array_equal(c.feed(tokens[30:], 24), twin.feed(tokens[30:], 24))
+    with open_model(path) as model, Context(model) as unbounded:
+        assert unbounded.decode_embeddings(image, n_dims=4) == 0, "without a budget it can"
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "jamba", "nemotron_h") if name in BOUNDED])
+def test_images_elsewhere_are_tokens(tiny: Tiny, name: str) -> None:
+    """The embeddings of tokens are worth what the tokens are."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    table = config.weights["token_embd.weight"] * config.embedding_scale  # gemma scales tokens alone
+    with open_model(path) as model, Context(model, **SETTINGS) as c, Context(model, **SETTINGS) as twin:
+        for i in range(0, 48, 12):
+            assert c.decode_embeddings(table[tokens[i : i + 12]]) == 0
+            twin.decode(tokens[i : i + 12])
+        ours, theirs = c.feed(tokens[48:], 12), twin.feed(tokens[48:], 12)
+        assert c.stats().n_evictions == twin.stats().n_evictions > 0
+    assert rms(ours - theirs) < 1e-3 * theirs.std()

@@ -1,4 +1,4 @@
-"""Any order of decoding, removing, copying, stopping, saving and loading: each sequence goes on as one that was only fed."""
+"""Any order of decoding, removing, copying, stopping and loading: each sequence goes on as one that was only fed."""
 
 from __future__ import annotations
 
