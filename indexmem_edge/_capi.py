@@ -22,7 +22,7 @@ _native.require()
 
 import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
-API_VERSION = 5
+API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
@@ -82,6 +82,8 @@ class Stats(ctypes.Structure):
         ("next_position", ctypes.c_uint64),
         ("rebase_us", ctypes.c_int64),
         ("span", ctypes.c_uint32),
+        ("window_bytes", ctypes.c_uint64),
+        ("recurrent_bytes", ctypes.c_uint64),
     ]
 
 
@@ -105,6 +107,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_memory_name": (ctypes.c_char_p, [_INT]),
     "indexmem_memory_help": (ctypes.c_char_p, [_INT]),
     "indexmem_model_supported": (ctypes.c_bool, [_P, ctypes.c_char_p, ctypes.c_size_t]),
+    "indexmem_model_layer": (_I32, [_P, _I32]),
     "indexmem_device_supported": (ctypes.c_bool, [ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
 
-ON: frozenset[str] = frozenset({"mrope", "hybrid", "window", "sinks", "shared"})
+ON: frozenset[str] = frozenset({"mrope", "hybrid", "window", "sinks", "shared", "latent"})
 
 # In the order in which a refusal names them: what the words of the reason contain.
 REASONS = {

@@ -42,7 +42,7 @@ extern "C" {
 struct llama_model;
 struct llama_context;
 
-#define INDEXMEM_API_VERSION 5
+#define INDEXMEM_API_VERSION 6
 
 #define INDEXMEM_SPAN_TRAINED UINT32_MAX
 
@@ -96,6 +96,16 @@ struct indexmem_stats {
     uint64_t next_position;  // rotary position of the next token; n_seen until the first of these
     int64_t  rebase_us;      // wall time spent in these since creation, of all sequences
     uint32_t span;           // in force; 0 = positions grow without end (indexmem_span_reason)
+    uint64_t window_bytes;    // caches of layers that look at a window, of the whole context: as large as the window and a ubatch
+    uint64_t recurrent_bytes; // states of recurrent layers, likewise
+};
+
+// what a layer keeps of the past
+enum indexmem_layer {
+    INDEXMEM_LAYER_BOUNDED   = 1, // the entries that a budget bounds
+    INDEXMEM_LAYER_WINDOW    = 2, // those of a window
+    INDEXMEM_LAYER_RECURRENT = 4, // a state of fixed size
+    INDEXMEM_LAYER_READS     = 8, // nothing: it reads the entries of another layer
 };
 
 INDEXMEM_API int          indexmem_api_version(void);
@@ -146,6 +156,9 @@ INDEXMEM_API const char * indexmem_memory_help (int i); // one line
 
 // Whether a bounded cache can be made for the model; if not, the reason is written to `reason` (may be NULL).
 INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, char * reason, size_t reason_size);
+
+// What layer `il` of a supported model keeps: flags of enum indexmem_layer, 0 for one without attention or state, -1 out of range.
+INDEXMEM_API int32_t indexmem_model_layer(const struct llama_model * model, int32_t il);
 
 // Whether the i-th device of ggml (ggml_backend_dev_get) can hold bounded caches of the usual kind, f16 and heads of 128. If
 // not, those of the layers it computes lie in host memory.

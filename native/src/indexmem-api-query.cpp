@@ -78,6 +78,10 @@ bool indexmem_model_supported(const llama_model * model, char * reason, size_t r
     return text.empty();
 }
 
+int32_t indexmem_model_layer(const llama_model * model, int32_t il) {
+    return il < 0 || il >= (int32_t) model->hparams.n_layer() ? -1 : (int32_t) indexmem_layer_kind(*model, il);
+}
+
 bool indexmem_is_bounded(const llama_context * ctx) {
     return bounded_of(ctx) != nullptr;
 }
@@ -132,6 +136,10 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->next_position = seq->rotary_next();
     stats->rebase_us     = kv->rebase_us;
     stats->span          = kv->get_span();
+
+    const auto * mixed = dynamic_cast<const llama_memory_mixed *>(ctx->get_memory());
+    stats->window_bytes    = mixed ? mixed->size_window_bytes()    : 0;
+    stats->recurrent_bytes = mixed ? mixed->size_recurrent_bytes() : 0;
     return true;
 }
 

@@ -272,10 +272,21 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
     const auto attends = [&](uint32_t il) {
         return il < hparams.n_layer() && (kinds.attends ? kinds.attends(il) : !hybrid || !hparams.is_recr(il));
     };
+    const auto kind         = [&](uint32_t il) { return indexmem_layer_kind(model, il); };
     const auto is_full      = [&](uint32_t il) { return attends(il) && !(slides && hparams.is_swa(il)); };
     const auto is_window    = [&](uint32_t il) { return attends(il) && slides && hparams.is_swa(il); };
     const auto is_recurrent = [&](uint32_t il) { return kinds.recurrent ? kinds.recurrent(il) : hparams.is_recr(il); };
 
+    // who asks about the model before there is a memory is told the same
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const bool cached = hparams.has_kv(il) && hparams.n_head_kv(il) > 0;
+        const uint32_t made = (cached && is_full(il) ? INDEXMEM_LAYER_BOUNDED : 0) | (cached && is_window(il) ? INDEXMEM_LAYER_WINDOW : 0) |
+            (hybrid && is_recurrent(il) ? INDEXMEM_LAYER_RECURRENT : 0);
+        if (made != (kind(il) & ~INDEXMEM_LAYER_READS)) {
+            indexmem_fail(INDEXMEM_ERROR_MODEL, format("no bounded KV cache for this model: layer %u of architecture '%s' is of another kind (%u) than "
+                        "was expected (%u)", il, llm_arch_name(model.arch), made, kind(il)));
+        }
+    }
     auto bounded = std::make_unique<llama_kv_cache_bounded>(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max,
             cparams.n_ubatch, cfg, is_full, kinds.reuse);
     if (!hybrid && !slides) {

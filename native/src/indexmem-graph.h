@@ -43,7 +43,8 @@ public:
     llm_graph_input_attn_bounded & get_bounded() override { return *this; }
 
     // what the attention of a layer reads, seen before its attention is built
-    void tap(ggml_tensor * hidden, int il) { hiddens[il] = hidden; }
+    void tap       (ggml_tensor * hidden, int il) { hiddens[il] = hidden; }
+    void tap_unless(ggml_tensor * hidden, int il) { hiddens.emplace(il, hidden); } // another one was shown
 
     // attention output [n_embd_head_v*n_head, n_tokens]
     ggml_tensor * build_attn(

@@ -7,6 +7,8 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <cstring>
+
 // the hooks of graphs; those of contexts are in indexmem-api.cpp
 
 uint32_t indexmem_graph_nodes(const llama_memory_i * memory) {
@@ -28,14 +30,28 @@ const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx,
     return bounded ? bounded->get_rotary_ubatch(ubatch) : &ubatch;
 }
 
-void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+static llm_graph_input_attn_bounded * bounded_input(const llm_graph_context & graph) {
     if (!indexmem_context(graph.mctx)) {
-        return;
+        return nullptr;
     }
     for (const auto & input : graph.res->inputs) {
         if (auto * bounded = dynamic_cast<indexmem_bounded_input *>(input.get())) {
-            bounded->get_bounded().tap(hidden, il);
+            return &bounded->get_bounded();
         }
+    }
+    return nullptr;
+}
+
+void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il) {
+    if (auto * input = bounded_input(graph)) {
+        input->tap(hidden, il);
+    }
+}
+
+void indexmem_tap_named(const llm_graph_context & graph, ggml_tensor * cur, const char * name, int il) {
+    auto * input = strcmp(name, "attn_norm") == 0 ? bounded_input(graph) : nullptr;
+    if (input) {
+        input->tap_unless(cur, il);
     }
 }
 
@@ -66,6 +82,15 @@ std::unique_ptr<llm_graph_input_mem_hybrid> indexmem_build_inp_hybrid(const llm_
     return std::make_unique<input>(graph.cparams, indexmem_build_attn_inp(graph), std::move(rs));
 }
 
+std::unique_ptr<llm_graph_input_attn_k> indexmem_build_attn_inp_k(const llm_graph_context & graph) {
+    return indexmem_context(graph.mctx) ? std::make_unique<llm_graph_input_k_bounded>(graph) : nullptr;
+}
+
+std::unique_ptr<llm_graph_input_mem_hybrid_k> indexmem_build_inp_hybrid_k(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> rs) {
+    typedef llm_graph_input_hybrid_bounded<llm_graph_input_mem_hybrid_k, llm_graph_input_attn_k> input;
+    return std::make_unique<input>(graph.cparams, indexmem_build_attn_inp_k(graph), std::move(rs));
+}
+
 std::unique_ptr<llm_graph_input_mem_hybrid_iswa> indexmem_build_inp_hybrid_iswa(const llm_graph_context & graph,
         std::unique_ptr<llm_graph_input_rs> rs, ggml_tensor * mask) {
     typedef llm_graph_input_hybrid_bounded<llm_graph_input_mem_hybrid_iswa, llm_graph_input_attn_kv_iswa> input;
@@ -81,7 +106,8 @@ ggml_tensor * indexmem_build_attn(
         ggml_tensor * kq_b,
         ggml_tensor * sinks,
         float kq_scale,
-        int   il) {
+        int   il,
+        ggml_tensor * v_mla) {
     auto * bounded = dynamic_cast<indexmem_bounded_input *>(inp);
     if (!bounded) {
         return nullptr;
@@ -96,7 +122,15 @@ ggml_tensor * indexmem_build_attn(
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support",
                     il, kq_b ? "a bias" : "sink logits that are not its own"));
     }
-    return bounded->get_bounded().build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
+    ggml_tensor * cur = bounded->get_bounded().build_attn(graph, q_cur, k_cur, v_cur, kq_scale, il);
+    if (v_mla) {
+        ggml_context * ctx = graph.ctx0;
+        const int64_t  n   = cur->ne[1];
+        cur = ggml_permute(ctx, ggml_reshape_3d(ctx, cur, v_mla->ne[0], q_cur->ne[1], n), 0, 2, 1, 3);
+        cur = ggml_cont(ctx, ggml_permute(ctx, ggml_mul_mat(ctx, v_mla, cur), 0, 2, 1, 3));
+        cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], n);
+    }
+    return cur;
 }
 
 void indexmem_refuse(const llama_memory_context_i * mctx, const char * what) {

@@ -27,7 +27,9 @@ struct llama_ubatch;
 struct llm_graph_context;
 class  llm_graph_input_attn_kv;
 class  llm_graph_input_attn_kv_iswa;
+class  llm_graph_input_attn_k;
 class  llm_graph_input_mem_hybrid;
+class  llm_graph_input_mem_hybrid_k;
 class  llm_graph_input_mem_hybrid_iswa;
 class  llm_graph_input_i;
 class  llm_graph_input_rs;
@@ -64,6 +66,12 @@ const llama_ubatch * indexmem_rotary_ubatch(const llama_memory_context_i * mctx,
 // shows the bounded cache, if there is one, what the attention of layer il projects to Q, K and V
 void indexmem_tap(const llm_graph_context & graph, ggml_tensor * hidden, int il);
 
+// the same of a model that does not project them in the common place, by the name that it gives to what is read
+void indexmem_tap_named(const llm_graph_context & graph, ggml_tensor * cur, const char * name, int il);
+
+// the input of latent attention (MLA) if the memory is bounded, else null
+std::unique_ptr<llm_graph_input_attn_k> indexmem_build_attn_inp_k(const llm_graph_context & graph);
+
 // the input of ordinary attention if the memory is bounded, else null
 std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
 
@@ -74,6 +82,7 @@ const llama_kv_cache_context         * indexmem_window_of(const llama_memory_con
 // The inputs of models that have those; mask: of the window.
 std::unique_ptr<llm_graph_input_attn_kv_iswa>    indexmem_build_attn_inp_iswa  (const llm_graph_context & graph, ggml_tensor * mask);
 std::unique_ptr<llm_graph_input_mem_hybrid>      indexmem_build_inp_hybrid     (const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> rs);
+std::unique_ptr<llm_graph_input_mem_hybrid_k>    indexmem_build_inp_hybrid_k   (const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> rs);
 std::unique_ptr<llm_graph_input_mem_hybrid_iswa> indexmem_build_inp_hybrid_iswa(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> rs,
         ggml_tensor * mask);
 
@@ -87,7 +96,8 @@ ggml_tensor * indexmem_build_attn(
         ggml_tensor * kq_b,
         ggml_tensor * sinks,
         float kq_scale,
-        int   il);
+        int   il,
+        ggml_tensor * v_mla = nullptr); // by which heads make their values of latents
 
 // throws if the memory is bounded: `what` reads the original cache in a way the bounded one does not offer
 void indexmem_refuse(const llama_memory_context_i * mctx, const char * what);

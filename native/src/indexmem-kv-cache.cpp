@@ -17,7 +17,7 @@
 
 std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
     std::vector<ggml_tensor *> res;
-    for (ggml_tensor * t : { k, v, pos, rotary, q, state, pending, queries }) {
+    for (ggml_tensor * t : { k, has_values() ? v : nullptr, pos, rotary, q, state, pending, queries }) {
         if (t) {
             res.push_back(t);
         }
@@ -78,6 +78,10 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
     const auto & hparams = model.hparams;
 
+    if (cfg.memory && hparams.is_mla()) {
+        throw std::runtime_error(format("the memory '%s' keeps values beside keys, and in this model (MLA) both are one: use no memory",
+                    cfg.memory->kind()));
+    }
     if (ranks_by_indexer(cfg)) {
         indexer = cfg.sidecar->get_indexer();
     }
@@ -129,8 +133,8 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
     rot_k = rotation_size(type_k, std::max<int64_t>(head_k, 0), true);
     rot_v = rotation_size(type_v, std::max<int64_t>(head_v, 0), false);
-    rot_k = head_k > 0 ? rot_k : 0;
-    rot_v = head_v > 0 ? rot_v : 0;
+    rot_k = head_k > 0 && !hparams.is_mla() ? rot_k : 0; // llama.cpp rotates no latents
+    rot_v = head_v > 0 && !hparams.is_mla() ? rot_v : 0;
 
     if (cfg.memory && rot_k > 0 && !cfg.memory->tensors().empty() && !hparams.no_alloc) {
         for (const auto & l : layers) {
@@ -269,7 +273,7 @@ const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t 
 size_t llama_kv_cache_bounded::size_kv_bytes() const {
     size_t size = 0;
     for (const auto & l : layers) {
-        size += ggml_nbytes(l.k) + ggml_nbytes(l.v);
+        size += ggml_nbytes(l.k) + (l.has_values() ? ggml_nbytes(l.v) : 0);
     }
     return size;
 }

@@ -52,7 +52,7 @@ public:
         uint32_t il;
 
         ggml_tensor * k;   // [n_embd_head_k, n_front + n_slots, n_head_kv, n_seq_max]
-        ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]
+        ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]; of latent attention (MLA) the front of each row of K
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
         ggml_tensor * rotary; // the same, what keys are rotated by: of sequences that have been rebased. Null without a span
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
@@ -72,6 +72,8 @@ public:
         bool attends; // by our op, and not by flash attention
 
         std::optional<indexmem_rotation> rotation; // of keys; known as soon as a graph was built
+
+        bool has_values() const { return v->view_src == nullptr; } // of its own
 
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;

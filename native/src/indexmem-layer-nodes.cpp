@@ -22,10 +22,10 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::store(
         ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * q_cur, ggml_tensor * slots, ggml_tensor * rings) const {
     const auto last = [&](ggml_tensor * cur, int64_t n) { return indexmem_tokens_last(ctx, cur, n_tokens, n_seq, n); };
 
-    std::vector<ggml_tensor *> res = {
-        ggml_set_rows(ctx, entries(l.k), last(k_cur, n_tokens), slots),
-        ggml_set_rows(ctx, entries(l.v), last(v_cur, n_tokens), slots),
-    };
+    std::vector<ggml_tensor *> res = { ggml_set_rows(ctx, entries(l.k), last(k_cur, n_tokens), slots) };
+    if (l.has_values()) {
+        res.push_back(ggml_set_rows(ctx, entries(l.v), last(v_cur, n_tokens), slots));
+    }
     if (l.q) {
         res.push_back(ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq), last(q_cur, rings->ne[0]), rings));
     }
@@ -103,7 +103,9 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml
         res.insert(res.end(), writes.begin(), writes.end());
     }
     res.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
-    res.push_back(ggml_indexmem_compact    (ctx, v,   plan, ctl));
+    if (l.has_values()) {
+        res.push_back(ggml_indexmem_compact(ctx, v,   plan, ctl));
+    }
     res.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
     if (ctl_rotary) {
         res.push_back(ggml_indexmem_compact_pos(ctx, table(l.rotary), plan, ctl_rotary));
@@ -164,11 +166,11 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     ggml_tensor * k    = nodes.streams(l.k, st.n_kv, 0);
     ggml_tensor * v    = nodes.streams(l.v, st.n_kv, 0);
     ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
-    ggml_tensor * each = S == 1 || H == 1 || l.sinks ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
+    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
 
     ggml_tensor * op;
     ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, l.sinks, scale, softcap) :
-        nodes.flash(q, k, v, count ? mask : each, count, scale, softcap, op);
+        nodes.flash(q, k, v, count || l.sinks ? mask : each, count, scale, softcap, op);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
     add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
     return res;

@@ -35,7 +35,9 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     l.last = il;
     l.sinks = model.layers[il].attn_sinks;
     l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
-    l.v   = ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.v   = hparams.is_mla() ?
+        ggml_view_4d(ctx, l.k, n_embd_v, l.k->ne[1], l.k->ne[2], l.k->ne[3], l.k->nb[1], l.k->nb[2], l.k->nb[3], 0) :
+        ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
     if (cfg.span > 0) {
         l.rotary = ggml_dup_tensor(ctx, l.pos);

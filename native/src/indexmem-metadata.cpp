@@ -4,6 +4,7 @@
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cmath>
 
 // what holds for an array and its elements alike
@@ -103,4 +104,17 @@ std::vector<bool> indexmem_metadata::bools(const char * key, size_t n) const {
     const int64_t  id   = find_array(key, GGUF_TYPE_BOOL, n);
     const int8_t * data = (const int8_t *) gguf_get_arr_data(gguf, id);
     return std::vector<bool>(data, data + n);
+}
+
+std::vector<uint32_t> indexmem_metadata::ascending(const char * key, uint32_t end) const {
+    const int64_t id = gguf_find_key(gguf, key);
+    const size_t  n  = id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(gguf, id) : 0;
+
+    const int32_t * data = (const int32_t *) gguf_get_arr_data(gguf, find_array(key, GGUF_TYPE_INT32, std::max<size_t>(n, 1)));
+    for (size_t i = 0; i < n; ++i) {
+        if (data[i] < (i > 0 ? data[i - 1] + 1 : 0) || data[i] >= (int64_t) end) {
+            throw indexmem_sidecar_error(format("value %zu of key '%s' is %d, expected numbers from 0 to %u that ascend", i, key, data[i], end - 1));
+        }
+    }
+    return { data, data + n };
 }

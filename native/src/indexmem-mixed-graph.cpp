@@ -21,6 +21,11 @@ llm_graph_input_iswa_bounded::llm_graph_input_iswa_bounded(
     self_v_rot = base->self_v_rot;
 }
 
+llm_graph_input_k_bounded::llm_graph_input_k_bounded(const llm_graph_context & graph) :
+    llm_graph_input_attn_k(graph.hparams, graph.cparams, nullptr),
+    base(new llm_graph_input_attn_bounded(graph, indexmem_context(graph.mctx))) {
+}
+
 void llm_graph_input_iswa_bounded::set_input(const llama_ubatch * ubatch) {
     base->set_input(ubatch);
 

@@ -31,8 +31,23 @@ private:
     const llama_memory_mixed_context * mixed;
 };
 
-// recurrent states, and one of: T = llm_graph_input_mem_hybrid, with the bounded cache; llm_graph_input_mem_hybrid_iswa, with a
-// window as well
+// a bounded cache of latents (MLA), whose values are the front of its keys
+class llm_graph_input_k_bounded : public llm_graph_input_attn_k, public indexmem_bounded_input {
+public:
+    explicit llm_graph_input_k_bounded(const llm_graph_context & graph);
+
+    void set_input(const llama_ubatch * ubatch) override { base->set_input(ubatch); }
+
+    bool can_reuse(const llm_graph_params & params) override { return base->can_reuse(params); }
+
+    llm_graph_input_attn_bounded & get_bounded() override { return *base; }
+
+private:
+    const std::unique_ptr<llm_graph_input_attn_bounded> base;
+};
+
+// recurrent states, and one of: T = llm_graph_input_mem_hybrid, with the bounded cache; llm_graph_input_mem_hybrid_k, of latents;
+// llm_graph_input_mem_hybrid_iswa, with a window as well
 template <typename T, typename A>
 class llm_graph_input_hybrid_bounded : public T, public indexmem_bounded_input {
 public:

@@ -3,6 +3,7 @@
 #include "indexmem-buffers.h"
 #include "indexmem-gguf-check.h"
 #include "indexmem-hash.h"
+#include "indexmem-support.h"
 
 #include "llama-impl.h"
 #include "llama-mmap.h"
@@ -31,11 +32,16 @@ void indexmem_sidecar::check_model(const llama_model & model) const {
     compare("block_count",      geometry.n_layer, hparams.n_layer());
     compare("embedding_length", geometry.n_embd,  hparams.n_embd);
 
-    // layers without a KV cache of their own have nothing to rank
+    // the others have nothing to rank
     std::vector<uint32_t> cached;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (hparams.has_kv(il) && hparams.n_head_kv(il) > 0) {
+        if (indexmem_layer_kind(model, il) & INDEXMEM_LAYER_BOUNDED) {
             cached.push_back(il);
+        }
+    }
+    for (uint32_t il : cached) {
+        if (!covered[il]) {
+            refuse(format("it holds nothing for layer %u, whose cache a budget bounds", il));
         }
     }
     for (uint32_t il : cached) {

@@ -13,7 +13,7 @@
 
 // what of it needs no model; the rest is indexmem-sidecar-load.cpp
 
-static constexpr uint32_t SCHEMA_VERSION = 1;
+static constexpr uint32_t SCHEMA_VERSION = 2;
 
 static const char * const CONVERT = "convert it again with indexmem-convert";
 
@@ -108,6 +108,7 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
         if (!indexer && !memory) {
             throw indexmem_sidecar_error("it holds neither an indexer nor a memory");
         }
+        read_layers(meta);
         if (memory && memory->n_embd_head() && n_embd_head && n_embd_head != memory->n_embd_head()) {
             throw indexmem_sidecar_error(format("key 'indexmem.%s.head_dim' is %u, and 'indexmem.attention.key_length' %u: %s",
                         memory->kind(), memory->n_embd_head(), n_embd_head, CONVERT));
@@ -149,6 +150,31 @@ void indexmem_sidecar::check_type(const indexmem_metadata & meta) const {
     if (version > SCHEMA_VERSION) {
         throw indexmem_sidecar_error(format("schema version %u, this version of indexmem-edge reads up to %u: update indexmem-edge",
                     version, SCHEMA_VERSION));
+    }
+}
+
+// which layers it is for: in version 1 all
+void indexmem_sidecar::read_layers(const indexmem_metadata & meta) {
+    const bool some = meta.u32("indexmem.schema_version", 1, SCHEMA_VERSION) > 1;
+    if (some != meta.has("indexmem.layers")) {
+        throw indexmem_sidecar_error(format("key 'indexmem.layers' is %s a file of schema version %d: %s", some ? "missing in" : "there in",
+                    some ? 2 : 1, CONVERT));
+    }
+    covered.assign(geometry.n_layer, !some);
+    if (some) {
+        for (uint32_t il : meta.ascending("indexmem.layers", geometry.n_layer)) {
+            covered[il] = true;
+        }
+    }
+    const std::string key = memory ? format("indexmem.%s.enabled", memory->kind()) : "";
+    if (some && memory && meta.has(key.c_str())) {
+        const auto enabled = meta.bools(key.c_str(), geometry.n_layer);
+        for (uint32_t il = 0; il < geometry.n_layer; ++il) {
+            if (enabled[il] && !covered[il]) {
+                throw indexmem_sidecar_error(format("value %u of key '%s' is true, and the file is not for that layer (indexmem.layers): %s",
+                            il, key.c_str(), CONVERT));
+            }
+        }
     }
 }
 
@@ -236,6 +262,9 @@ void indexmem_sidecar::check_tensors(const gguf_context * gguf, uint64_t data_of
     const auto of_indexer = sorted(indexer ? indexer->tensors() : std::vector<indexmem_tensor_spec>());
     const auto of_memory  = sorted(memory  ? memory ->tensors() : std::vector<indexmem_tensor_spec>());
     for (uint32_t il = 0; il < geometry.n_layer; ++il) {
+        if (!covered[il]) {
+            continue;
+        }
         for (const auto & spec : of_indexer) {
             infos.push_back(take(false, il, spec));
         }

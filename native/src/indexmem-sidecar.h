@@ -38,7 +38,7 @@ public:
 
     const std::shared_ptr<indexmem_memory> & get_memory() const { return memory; } // likewise
 
-    const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load()
+    const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load(); empty if it is not for the layer
 
     // identity of what changes ranks and memory: kinds, constants and weights; never 0
     uint64_t get_hash() const { return hash; }
@@ -60,6 +60,7 @@ private:
     using data_fn = std::function<void(const tensor_info & info, size_t offset, const uint8_t * data, size_t n)>;
 
     void check_type    (const indexmem_metadata & meta) const;
+    void read_layers   (const indexmem_metadata & meta);
     void read_keys     (const gguf_context * gguf, const indexmem_metadata & meta);
     void check_tensors (const gguf_context * gguf, uint64_t data_offset);
     void hash_constants(const gguf_context * gguf);
@@ -70,6 +71,8 @@ private:
     std::string path;
 
     indexmem_geometry geometry = {};
+
+    std::vector<bool> covered; // [n_layer] the layers that it is for
 
     std::string arch;        // "unknown" if it does not say
     std::string fingerprint; // empty if it does not say

@@ -35,7 +35,9 @@ std::vector<indexmem_state_piece> indexmem_state_rows(
     const int64_t n_queries = std::min<int64_t>(kv.get_n_ring(), l.state ? seq.n_scored : seq.n_seen);
 
     add(l.k, kv.get_n_front(), seq.n_used);
-    add(l.v, kv.get_n_front(), seq.n_used);
+    if (l.has_values()) {
+        add(l.v, kv.get_n_front(), seq.n_used);
+    }
     if (l.q) {
         add(l.q, 0, n_queries);
     }

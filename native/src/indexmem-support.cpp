@@ -34,6 +34,26 @@ static const char * special_cache(llm_arch arch) {
     }
 }
 
+// As create_memory of llama-model.cpp divides them; indexmem_create_memory compares.
+uint32_t indexmem_layer_kind(const llama_model & model, uint32_t il) {
+    const auto & hparams = model.hparams;
+
+    bool attends   = true;
+    bool recurrent = false;
+    if (llm_arch_is_hybrid(model.arch)) {
+        const bool both = model.arch == LLM_ARCH_FALCON_H1;
+        const bool only_feed_forward = (model.arch == LLM_ARCH_NEMOTRON_H || model.arch == LLM_ARCH_NEMOTRON_H_MOE) && hparams.n_ff(il) > 0;
+        recurrent = (both || hparams.is_recr(il)) && !only_feed_forward;
+        attends   = (both || !hparams.is_recr(il)) && !only_feed_forward;
+    }
+    const bool reads  = attends && !hparams.has_kv(il);
+    const bool cached = attends && !reads && hparams.n_head_kv(il) > 0;
+    const bool window = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+
+    return (cached && !window ? INDEXMEM_LAYER_BOUNDED : 0) | (cached && window ? INDEXMEM_LAYER_WINDOW : 0) |
+        (recurrent ? INDEXMEM_LAYER_RECURRENT : 0) | (reads ? INDEXMEM_LAYER_READS : 0);
+}
+
 static std::string reason_without_arch(const llama_model & model) {
     const auto & hparams = model.hparams;
 
@@ -45,9 +65,6 @@ static std::string reason_without_arch(const llama_model & model) {
     }
     if (llm_arch_is_recurrent(model.arch)) {
         return "a recurrent model: its state has a fixed size already";
-    }
-    if (hparams.is_mla()) {
-        return "multi-head latent attention (MLA): its cache holds compressed latents, not keys and values of heads";
     }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
@@ -61,15 +78,12 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings that read past tokens from the cache";
     }
-    // of hybrids, the filters that their memory is made with know more
-    uint32_t n_full = 0, n_window = 0;
+    uint32_t kinds = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (hparams.has_kv(il) && hparams.n_head_kv(il) > 0) {
-            (hparams.is_swa(il) ? n_window : n_full)++;
-        }
+        kinds |= indexmem_layer_kind(model, il);
     }
-    if (n_full == 0) {
-        return n_window > 0 ? "windows in all its layers: its cache has a fixed size already" : "no layer with a KV cache";
+    if (!(kinds & INDEXMEM_LAYER_BOUNDED)) {
+        return kinds & INDEXMEM_LAYER_WINDOW ? "windows in all its layers that attend: its cache has a fixed size already" : "no layer with a KV cache";
     }
     return "";
 }

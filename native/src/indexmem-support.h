@@ -1,9 +1,15 @@
 #pragma once
 
+#include "indexmem.h"
+
+#include <cstdint>
 #include <string>
 
 struct llama_model;
 
 // Why a bounded cache cannot be made for the model, "" if it can. Every architecture whose attention goes through the
-// ordinary KV cache is supported.
+// ordinary KV cache, alone or beside windows and recurrent layers, is supported.
 std::string indexmem_unsupported_reason(const llama_model & model);
+
+// what a layer of a supported model keeps: flags of enum indexmem_layer
+uint32_t indexmem_layer_kind(const llama_model & model, uint32_t il);
