@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
 from mirror import BARE, CACHES, EXACT, SETTINGS, SIZES, Compared, compare, near
-from native_context import Context, open_model
+from native_context import Context, Refused, open_model
 from test_bounded import EVICTING, rms, tokens_of
 from tiny_models import TinyConfig
 
@@ -75,6 +76,61 @@ def test_policies(tiny: Tiny, name: str, policy: str) -> None:
     with open_model(path) as model:
         result = compare(model, tokens_of(config, sum(SIZES), seed=2), SIZES, "f16", policy=policy, seed=7)
     check(config, "f16", result)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("qwen35", "gemma3", "gpt-oss", "kimi-linear", "gemma4-shared") if name in BOUNDED]
+)
+@pytest.mark.parametrize(
+    "settings,sizes",
+    [
+        (dict(n_ubatch=300, budget=60), [300, 1, 1, 300, 1, 7, 250]),
+        (dict(n_ubatch=1), [1] * 90),
+        (dict(budget_ratio=0.4, budget=200), [24] * 8),
+        (dict(pin=12, evict_step=1), SIZES),
+        (dict(evict_step=17, sinks=0), SIZES),
+        (dict(n_ctx=512, window=30), SIZES),
+    ],
+    ids=str,
+)
+def test_settings(tiny: Tiny, name: str, settings: dict[str, Any], sizes: list[int]) -> None:
+    path, config = tiny(name)
+    with open_model(path) as model:
+        result = compare(model, tokens_of(config, sum(sizes), seed=3), sizes, "f16", **settings)
+    check(config, "f16", result)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_full_budget_changes_nothing(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    with (
+        open_model(path) as model,
+        Context(model, **SETTINGS | dict(policy="full")) as c,
+        Context(model, **BARE) as stock,
+    ):
+        c.decode(tokens[:40])
+        before = c.save(0)
+        with pytest.raises(Refused):
+            c.decode(tokens[40:50])
+        assert c.save(0) == before and c.stats().n_evictions == 0
+        stock.decode(tokens[:40])
+        expected = stock.decode(tokens[40:44])
+        assert rms(c.decode(tokens[40:44]) - expected) < 1e-2 * expected.std()
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT if name not in DEEP])
+def test_threads_do_not_change_a_bit(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 110)
+    results = []
+    with open_model(path) as model:
+        for n_threads in (1, 2, 3):
+            with Context(model, **SETTINGS | dict(n_threads=n_threads, policy="tova")) as c:
+                results.append(
+                    (c.feed(tokens, 24)[-1].tolist(), [[h.tolist() for h in heads] for heads in c.positions()])
+                )
+    assert results[0] == results[1] == results[2]
 
 
 def check(config: TinyConfig, cache: str, result: Compared) -> None:

@@ -10,7 +10,7 @@ from conftest import Tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_context import Refused, open_model
-from test_architectures_state import KINDS, Made
+from mixed import KINDS, Made
 
 N_SEQ = 3
 BUDGETS = dict(budget=44, evict_step=6)

@@ -10,7 +10,7 @@ import pytest
 from cancelling import TOKENS, Nodes, chat, condition, evaluate, generate, logits, prefill
 from conftest import Tiny
 from test_architectures import bounded_layers
-from test_architectures_state import KINDS
+from mixed import KINDS
 
 import indexmem_edge
 from indexmem_edge import Cancelled, _native
@@ -80,14 +80,14 @@ def test_a_session_file(tiny: Tiny, name: str, n: int, tmp_path: Path) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("seen", [40, 300])
-def test_a_cancelled_call_never_was(tiny: Tiny, name: str, seen: int) -> None:
+@pytest.mark.parametrize("seen,budget", [(40, 96), (300, 96), (300, 700)])
+def test_a_cancelled_call_never_was(tiny: Tiny, name: str, seen: int, budget: int) -> None:
+    """The last budget has room for all of it: then it is recurrent states and windows alone that cannot go back."""
     for call in CALLS:
-        llm, twin = load(tiny, name), load(tiny, name)
+        llm, twin, whole = (load(tiny, name, kv_budget=budget) for _ in range(3))
         for x in (llm, twin):
             x.prefill(TOKENS[:seen])
         before = condition(twin)
-        whole = load(tiny, name)
         whole.prefill(TOKENS[:seen])
         with Nodes(whole) as counter:
             call(whole)
