@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cancelling import TOKENS, Nodes, chat, condition, evaluate, generate, logits, prefill
+from cancelling import TOKENS, Nodes, chat, condition, evaluate, generate, logits
 from conftest import Tiny
 from test_architectures import bounded_layers
 from mixed import KINDS
@@ -19,7 +19,14 @@ pytestmark = pytest.mark.skipif(_native.library_file() is None, reason="the nati
 
 each_kind = pytest.mark.parametrize("name", KINDS)
 BUDGET = 96
-CALLS = (prefill, evaluate, generate, chat)
+
+
+def read_on(llm: Any) -> None:
+    """More than a window holds."""
+    llm.prefill([*llm._input_ids.tolist(), *TOKENS[300:700]])
+
+
+CALLS = (read_on, evaluate, generate, chat)
 
 
 def load(tiny: Tiny, name: str, **options: Any) -> Any:
