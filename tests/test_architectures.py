@@ -10,7 +10,7 @@ import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
 from mirror import BARE, CACHES, EXACT, SETTINGS, SIZES, Compared, compare, near
-from native_context import Context, Refused, open_model
+from native_context import F16, Context, Refused, open_model
 from test_bounded import EVICTING, rms, tokens_of
 from tiny_models import TinyConfig
 
@@ -98,6 +98,29 @@ def test_settings(tiny: Tiny, name: str, settings: dict[str, Any], sizes: list[i
     with open_model(path) as model:
         result = compare(model, tokens_of(config, sum(sizes), seed=3), sizes, "f16", **settings)
     check(config, "f16", result)
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("policy", ["streaming", "keydiff"])
+def test_a_memory_with_a_slot_for_everything(tiny: Tiny, name: str, policy: str) -> None:
+    """Then nothing is lost: the mean of one entry is that entry."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 100)
+    settings = SETTINGS | dict(budget=40 + 64, memory="centroid", memory_slots=64, policy=policy)
+    kind = dict(type_k=F16, type_v=F16)
+    with open_model(path) as model:
+        if "latent" in TABLE[name].steps:
+            with pytest.raises(Refused, match="MLA"):
+                Context(model, **settings | kind)
+            return
+        logits = []
+        for wanted in (BARE | EXACT, BARE | kind, settings | kind):
+            with Context(model, **wanted) as c:
+                logits.append(np.concatenate([c.feed(tokens[:80], 24), c.feed(tokens[80:], 1)]))
+                if "budget" in wanted:
+                    assert 40 < c.stats().n_evicted <= 64
+    exact, theirs, ours = logits
+    assert rms(ours - exact) <= 1.5 * rms(theirs - exact)
 
 
 @pytest.mark.parametrize("name", SHORT)
