@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -11,6 +12,7 @@ from typing import Optional
 import llama_cpp
 import numpy as np
 import pytest
+from architectures import BOUNDED
 from mixed import KINDS, RECURRENT, Made, condition, each_kind, made  # noqa: F401
 from native_context import Q8_0, Context
 
@@ -97,6 +99,27 @@ def test_damaged_states_change_nothing(made: Made) -> None:
         assert n_refused > 100
         assert c.load(state, 0)
         made.same(c.feed(tokens[:20], 5), source.feed(tokens[:20], 5))
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "olmo2") if name in BOUNDED])
+def test_a_window_with_too_little_in_it(made: Made) -> None:
+    """Its rows lie at the end of a state, by tensors, behind their number."""
+    n, config = 90, made.config
+    row = 2 * config.n_head_kv * config.head_dim
+    n_tensors = 2 * (config.n_layer - len(config.full_layers))
+    tokens = made.text(n + 20)
+    with made.context() as source, made.context() as c:
+        source.feed(tokens[:n], 24)
+        state = source.save(0)
+        start = len(state) - n_tensors * n * row
+        assert state[start - 8 : start] == struct.pack("<Q", n)
+        for held in (1, 5, config.sliding_window - 2):
+            ends = [state[end - held * row : end] for end in range(start + n * row, len(state) + 1, n * row)]
+            c.feed(tokens[:30], 24)
+            before = c.save(0)
+            assert not c.load(state[: start - 8] + struct.pack("<Q", held) + b"".join(ends), 0)
+            assert c.save(0) == before
+            c.clear()
 
 
 @each_kind
