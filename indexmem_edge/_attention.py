@@ -103,10 +103,14 @@ class CentroidMemory:
 
 
 class ResidualMemory:
-    """A matrix and a normaliser over features of keys, as a trained layer writes and reads them."""
+    """A matrix and a normaliser over features of keys, as a trained layer writes and reads them.
 
-    def __init__(self, phi: Array, n_v: int, rate: float, decay: float, eps: float) -> None:
+    It reads queries as they are before any scale; those that it gets have `query_scale`.
+    """
+
+    def __init__(self, phi: Array, n_v: int, rate: float, decay: float, eps: float, query_scale: float = 1.0) -> None:
         self._phi, self._rate, self._decay, self._eps = phi.T, rate, decay, eps
+        self._query_scale = query_scale
         self.matrix = np.zeros((phi.shape[0], n_v))
         self.normaliser = np.zeros(phi.shape[0])
 
@@ -116,7 +120,7 @@ class ResidualMemory:
         self.normaliser = self._decay * self.normaliser + self._rate * np.square(features).sum(axis=0)
 
     def read(self, queries: Array, logits: Logits, exact: Softmax) -> tuple[Array, Array]:
-        features = (queries @ self._phi).astype(np.float64)
+        features = (queries @ self._phi).astype(np.float64) / self._query_scale
         below = np.maximum(np.square(features) @ self.normaliser, self._eps)
         return features @ self.matrix / below[:, None], np.zeros(len(queries))
 

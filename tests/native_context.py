@@ -144,6 +144,23 @@ class Context:
         finally:
             llama_cpp.llama_batch_free(batch)
 
+    def decode_embeddings(self, rows: np.ndarray, n_dims: int = 1, seq: int = 0) -> int:
+        """Evaluates what an image would bring [T, E], at positions of so many dimensions; what llama_decode returns."""
+        n, start = len(rows), self.n_seen(seq)
+        batch = llama_cpp.llama_batch_init(n, rows.shape[1], 1)
+        kind, allocated = type(batch.pos), ctypes.cast(batch.pos, ctypes.c_void_p)
+        positions = (ctypes.c_int32 * (n * n_dims))(*list(range(start, start + n)) * n_dims)
+        try:
+            batch.n_tokens = n
+            ctypes.memmove(batch.embd, np.ascontiguousarray(rows, np.float32).ctypes.data, rows.size * 4)
+            batch.pos = ctypes.cast(positions, kind)
+            for row in range(n):
+                batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, seq, 1
+            return int(llama_cpp.llama_decode(self.ctx, batch))
+        finally:
+            batch.pos = ctypes.cast(allocated, kind)
+            llama_cpp.llama_batch_free(batch)
+
     def decode_many(self, tokens: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
         """One batch with tokens of several sequences, interleaved token by token as servers do; logits by sequence."""
         order = [(s, i) for i in range(max(map(len, tokens.values()))) for s in tokens if i < len(tokens[s])]

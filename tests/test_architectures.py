@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
-from mirror import BARE, CACHES, EXACT, SIZES, Compared, compare, near
-from native_context import Context, open_model
+from mirror import BARE, CACHES, EXACT, SETTINGS, SIZES, Compared, compare, near
+from native_context import F16, Context, Refused, open_model
 from test_bounded import EVICTING, rms, tokens_of
 from tiny_models import TinyConfig
+
+from indexmem_edge import _capi
 
 DEEP = ("exaone4",)  # 64 layers, which take their time
 SHORT = [
@@ -75,8 +78,118 @@ def test_policies(tiny: Tiny, name: str, policy: str) -> None:
     check(config, "f16", result)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ("qwen35", "gemma3", "gpt-oss", "kimi-linear", "gemma4-shared") if name in BOUNDED]
+)
+@pytest.mark.parametrize(
+    "settings,sizes",
+    [
+        (dict(n_ubatch=300, budget=60), [300, 1, 1, 300, 1, 7, 250]),
+        (dict(n_ubatch=1), [1] * 90),
+        (dict(budget_ratio=0.4, budget=200), [24] * 8),
+        (dict(pin=12, evict_step=1), SIZES),
+        (dict(evict_step=17, sinks=0), SIZES),
+        (dict(n_ctx=512, window=30), SIZES),
+    ],
+    ids=str,
+)
+def test_settings(tiny: Tiny, name: str, settings: dict[str, Any], sizes: list[int]) -> None:
+    path, config = tiny(name)
+    with open_model(path) as model:
+        result = compare(model, tokens_of(config, sum(sizes), seed=3), sizes, "f16", **settings)
+    check(config, "f16", result)
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("policy", ["streaming", "keydiff"])
+def test_a_memory_with_a_slot_for_everything(tiny: Tiny, name: str, policy: str) -> None:
+    """Then nothing is lost: the mean of one entry is that entry."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 100)
+    settings = SETTINGS | dict(budget=40 + 64, memory="centroid", memory_slots=64, policy=policy)
+    kind = dict(type_k=F16, type_v=F16)
+    with open_model(path) as model:
+        if "latent" in TABLE[name].steps:
+            with pytest.raises(Refused, match="MLA"):
+                Context(model, **settings | kind)
+            return
+        logits = []
+        for wanted in (BARE | EXACT, BARE | kind, settings | kind):
+            with Context(model, **wanted) as c:
+                logits.append(np.concatenate([c.feed(tokens[:80], 24), c.feed(tokens[80:], 1)]))
+                if "budget" in wanted:
+                    assert 40 < c.stats().n_evicted <= 64
+    exact, theirs, ours = logits
+    assert rms(ours - exact) <= 1.5 * rms(theirs - exact)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_full_budget_changes_nothing(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    with (
+        open_model(path) as model,
+        Context(model, **SETTINGS | dict(policy="full")) as c,
+        Context(model, **BARE) as stock,
+    ):
+        c.decode(tokens[:40])
+        before = c.save(0)
+        with pytest.raises(Refused):
+            c.decode(tokens[40:50])
+        assert c.save(0) == before and c.stats().n_evictions == 0
+        stock.decode(tokens[:40])
+        expected = stock.decode(tokens[40:44])
+        assert rms(c.decode(tokens[40:44]) - expected) < 1e-2 * expected.std()
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT if name not in DEEP])
+def test_threads_do_not_change_a_bit(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 110)
+    results = []
+    with open_model(path) as model:
+        for n_threads in (1, 2, 3):
+            with Context(model, **SETTINGS | dict(n_threads=n_threads, policy="tova")) as c:
+                results.append(
+                    (c.feed(tokens, 24)[-1].tolist(), [[h.tolist() for h in heads] for heads in c.positions()])
+                )
+    assert results[0] == results[1] == results[2]
+
+
 def check(config: TinyConfig, cache: str, result: Compared) -> None:
     assert result.n_gone > 40
     assert result.felt > 5e-3 * result.spread, "what was evicted does not matter to this model"
     bound = near(config) if cache == "f32" else 0.0
     assert result.ours <= (bound * result.spread or 1.5 * result.theirs + 0.01 * result.felt)
+
+
+@pytest.mark.parametrize("name", [name for name in BOUNDED if "mrope" in TABLE[name].steps])
+def test_images_are_refused_where_positions_have_dimensions(tiny: Tiny, name: str) -> None:
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    image = np.ones((5, config.n_embd), np.float32)
+    with open_model(path) as model, Context(model, **SETTINGS) as c, Context(model, **SETTINGS) as twin:
+        for x in (c, twin):
+            x.feed(tokens[:30], 24)
+        before = c.save(0)
+        assert c.decode_embeddings(image, n_dims=4) < 0
+        assert "holds embeddings, as of an image" in _capi.last_error() and "M-RoPE" in _capi.last_error()
+        assert c.save(0) == before
+        np.testing.assert_array_equal(c.feed(tokens[30:], 24), twin.feed(tokens[30:], 24))
+    with open_model(path) as model, Context(model) as unbounded:
+        assert unbounded.decode_embeddings(image, n_dims=4) == 0, "without a budget it can"
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "jamba", "nemotron_h") if name in BOUNDED])
+def test_images_elsewhere_are_tokens(tiny: Tiny, name: str) -> None:
+    """The embeddings of tokens are worth what the tokens are."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 60)
+    table = config.weights["token_embd.weight"] * config.embedding_scale  # gemma scales tokens alone
+    with open_model(path) as model, Context(model, **SETTINGS) as c, Context(model, **SETTINGS) as twin:
+        for i in range(0, 48, 12):
+            assert c.decode_embeddings(table[tokens[i : i + 12]]) == 0
+            twin.decode(tokens[i : i + 12])
+        ours, theirs = c.feed(tokens[48:], 12), twin.feed(tokens[48:], 12)
+        assert c.stats().n_evictions == twin.stats().n_evictions > 0
+    assert rms(ours - theirs) < 1e-3 * theirs.std()

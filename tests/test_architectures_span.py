@@ -1,4 +1,4 @@
-"""Positions that stay inside a span, in models of several kinds of layers: each layer's keys are turned as it rotates them."""
+"""Positions inside a span, in models of several kinds of layers: each layer's keys are turned as it rotates them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from test_bounded import rms, tokens_of
 
 SPAN = 96  # a budget of 44, a ubatch of 24, and some
 LONG = [*SIZES, *SIZES]
-# What llama.cpp's own shift of positions turns rightly: not what has several dimensions of positions, no rotation in some
-# layers, or a scaling in some.
+# What llama.cpp's own shift of positions turns rightly: not what has several dimensions of positions, or no rotation in
+# some layers.
 SHIFTED = [
     name for name in BOUNDED
     if TABLE[name].rotation == "all" and "mrope" not in TABLE[name].steps
@@ -71,9 +71,7 @@ def test_gaps_close(tiny: Tiny, name: str, policy: str) -> None:
     """Entries of which each moves by another distance, against llama.cpp's own shifts of them."""
     path, config = tiny(name, **TABLE[name].single, **OVERRIDES.get(name, {}))
     with open_model(path) as model:
-        result = compare(
-            model, tokens_of(config, sum(LONG), seed=3), LONG, "f32", policy=policy, seed=7, span=SPAN
-        )
+        result = compare(model, tokens_of(config, sum(LONG), seed=3), LONG, "f32", policy=policy, seed=7, span=SPAN)
     assert result.n_rebases >= 3
     check(config, "f32", result)
 
@@ -106,4 +104,3 @@ def test_a_saved_state_remembers_positions(tiny: Tiny, name: str) -> None:
             got = other.feed(tokens[150:], 10, seq=seq)
             assert rms(got - expected) < 5e-3 * expected.std()
             assert other.stats(seq).n_rebases == c.stats().n_rebases > 1
-

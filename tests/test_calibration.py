@@ -16,6 +16,7 @@ from test_sidecar_use import fingerprint, shape
 
 from indexmem_edge import BudgetError, IndexMemError, _native
 from indexmem_edge.convert import Checkpoint, Geometry, read_sidecar, write_sidecar
+from indexmem_edge.options import CacheOptions
 
 pytestmark = pytest.mark.skipif(_native.library_file() is None, reason="the native library has not been built")
 
@@ -95,6 +96,56 @@ def test_a_sidecar_of_a_memory_alone(tiny: Tiny, text: Path, tmp_path: Path) -> 
         assert 0 < row.error <= row.off and row.without < row.off and 1 / 16 <= row.gate <= 4
     n_steps = 4 * (6 + 2 * 5 + config.n_layer)  # ubatches of three contexts, of two but the last
     assert steps == [(i + 1, n_steps) for i in range(n_steps)]
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "jamba", "qwen35", "nemotron_h"])
+def test_a_model_with_layers_of_several_kinds(tiny: Tiny, text: Path, tmp_path: Path, arch: str) -> None:
+    """Those that a budget bounds are measured, and the sidecar is for them; it runs."""
+    from indexmem_edge import Llama
+
+    model, config = tiny(arch)
+    bounded = config.full_layers
+    result, c = calibrated(model, text, tmp_path / "m.gguf")
+    assert tuple(row.layer for row in result.layers) == c.numbers == bounded and len(bounded) < config.n_layer
+    used = [row.layer for row in result.layers if row.enabled]
+    assert [il for il, on in enumerate(c.memory_constants["enabled"]) if on] == used
+    assert len(c.memory_constants["gate"]) == config.n_layer and all(row.without > 0 for row in result.layers)
+    llm = Llama(
+        str(model), kv_budget=BUDGET, kv_window=8, indexmem=str(tmp_path / "m.gguf"), n_ubatch=UBATCH, n_threads=1, verbose=False
+    )
+    llm.eval([3 + i % 200 for i in range(150)])
+    assert llm.kv_stats().memory_layers == len(used) and llm.kv_stats().evicted > 0
+    llm.close()
+
+
+def test_layers_that_read_those_of_others_count_with_them(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Their query heads are more heads of the layer whose entries they read, and of the gate that is chosen for it."""
+    from indexmem_edge._attention import Passage
+    from indexmem_edge._modelfile import loaded_model
+    from indexmem_edge._passages import Reader, tokenize
+
+    path, config = tiny("gemma4-shared")
+    options = CacheOptions.checked(BUDGET, None, 4, 8, 0, 0, 0, None, None, "off", span=0)
+    with loaded_model(str(path)) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
+        tokens = np.array(tokenize(model, text.read_text())[:LENGTH], np.int32)
+        passage, layers = reader.read(tokens, lambda: None)
+    assert isinstance(passage, Passage) and list(layers) == [1, 3]
+    assert [len(layers[il].queries[0]) for il in (1, 3)] == [config.n_head, 2 * config.n_head]  # the last layer reads the third
+    result, c = calibrated(path, text, tmp_path / "out.gguf")
+    assert [row.layer for row in result.layers] == list(c.numbers) == [1, 3]
+
+
+def test_a_residual_memory_reads_queries_as_they_are_before_any_scale(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Two files of the same network: the graph of one scales queries itself, that of the other leaves it to attention."""
+    results = []
+    for arch, overrides in (("qwen2", {"qkv_bias": False}), ("phi3", {})):
+        made = tiny(arch, **overrides)
+        source = with_residual(indexer_of(made, tmp_path / f"{arch}.gguf", mid_dim=32), tmp_path / f"{arch}-r.gguf")
+        results.append(calibrate(made[0], text, tmp_path / f"{arch}.out", indexmem=source, memory="residual").layers)
+    for one, other in zip(*results):
+        assert (one.layer, one.enabled, one.gate) == (other.layer, other.enabled, pytest.approx(other.gate, rel=1e-3))
+        for name in ("without", "off", "plain", "gated"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3)
 
 
 def test_it_is_the_same_twice_and_depends_on_the_policy(tiny: Tiny, text: Path, tmp_path: Path) -> None:

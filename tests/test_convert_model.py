@@ -119,6 +119,9 @@ def test_heads_that_differ_between_layers_are_refused(tmp_path: Path) -> None:
     assert read_base_model(write([2, 2])).geometry.head_count_kv == 2
     assert read_base_model(write(None)).geometry.to_dict()["head_count_kv"] == 4
     assert read_base_model(write(2)).geometry.key_length == 16
+    assert read_base_model(write([0, 2])).geometry.head_count_kv == 2  # the first has no attention
+    with pytest.raises(ConvertError, match="head_count_kv must be an integer from 1"):
+        read_base_model(write([0, 0]))
     with pytest.raises(ConvertError, match="differs between layers"):
         read_base_model(write([2, 1]))
     with pytest.raises(ConvertError, match="split model"):

@@ -88,7 +88,7 @@ def test_metadata_that_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
 OTHERS = {
     "gemma2": "its attention logits have a soft cap", "mamba": "it is recurrent", "jamba": "it has recurrent layers beside",
     "qwen35": "it has recurrent layers beside", "gpt-oss": "its attention has sinks", "gemma4": "read the keys and values of",
-    "cohere2": "its graph is not among", "deepseek2": "latent attention", "bloom": "biased by distance", "t5": "it is an encoder", "chatglm": "its graph is not among",
+    "cohere2": "its graph is not among", "deepseek2": "its attention is latent (MLA)", "bloom": "biased by distance", "t5": "it is an encoder", "chatglm": "its graph is not among",
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ _REASONS = {  # why nothing can be trained for an architecture, where more can b
         "bailingmoe3 falcon-h1 granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h nemotron_h_moe "
         "plamo2 qwen35 qwen35moe qwen3next",
     "it is recurrent: there are no keys and values to choose from": "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
-    "its latent attention (MLA) caches one vector for all heads, and an indexer ranks for each KV head":
+    "its attention is latent (MLA), one vector for the keys and values of all heads, which training does not compute":
         "deepseek2 deepseek2-ocr mistral4",
     "its attention has sinks, logits beside those of keys, which training does not compute": "gpt-oss granite_swa mimo2",
     "its positions have several dimensions (M-RoPE), which training knows in Qwen2-VL and Qwen3-VL alone":

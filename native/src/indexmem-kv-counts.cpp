@@ -245,7 +245,7 @@ void indexmem_kv_counts::abandon(const step & st) {
 //
 
 std::string indexmem_kv_counts::broken_text(uint32_t s) {
-    return text("sequence %u is broken: evaluating it was interrupted while entries were evicted or got new positions. Clear it, or load a state", s);
+    return text("sequence %u is broken: evaluating it was interrupted after what it holds had been changed. Clear it, or load a state", s);
 }
 
 void indexmem_kv_counts::reset(uint32_t s) {

@@ -6,6 +6,7 @@
 #include "indexmem-gguf-check.h"
 #include "sidecar_test.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -114,6 +115,51 @@ TEST(keys_missing_or_of_another_type) {
             }
         }
     }
+}
+
+static gguf_file file_for(const std::vector<int32_t> & layers, const std::string & memory = "none") {
+    gguf_file res = sidecar_file("kvzap", memory);
+    std::vector<std::string> values;
+    for (int32_t il : layers) {
+        values.push_back(gguf_file::raw(il));
+    }
+    res.u32("indexmem.schema_version", 2);
+    res.array("indexmem.layers", GGUF_TYPE_INT32, values);
+    const auto is_listed = [&](const gguf_file::tensor & t) {
+        return std::any_of(layers.begin(), layers.end(), [&](int32_t il) { return t.name.rfind("blk." + std::to_string(il) + ".", 0) == 0; });
+    };
+    res.tensors.erase(std::remove_if(res.tensors.begin(), res.tensors.end(), [&](const auto & t) { return !is_listed(t); }), res.tensors.end());
+    return res;
+}
+
+TEST(files_for_some_layers) {
+    CHECK(open_bytes(file_for({ 1 }).bytes()) == "");
+    CHECK(open_bytes(file_for({ 0, 1 }).bytes()) == "");
+    CHECK_FAILS(file_for({}).bytes(), "indexmem.layers");
+    CHECK_FAILS(file_for({ 1, 0 }).bytes(), "expected numbers from 0 to 1 that ascend");
+    CHECK_FAILS(file_for({ 1, 1 }).bytes(), "ascend");
+    CHECK_FAILS(file_for({ -1, 1 }).bytes(), "is -1");
+    CHECK_FAILS(file_for({ 0, 2 }).bytes(), "is 2");
+    CHECK_FAILS(file_for({ 0, INT32_MAX }).bytes(), "ascend");
+
+    auto file = file_for({ 1 });
+    file.u32("indexmem.schema_version", 1);
+    CHECK_FAILS(file.bytes(), "'indexmem.layers' is there in a file of schema version 1");
+    file.u32("indexmem.schema_version", 2);
+    file.u32("indexmem.layers", 1);
+    CHECK_FAILS(file.bytes(), "indexmem.layers");
+    file.remove("indexmem.layers");
+    CHECK_FAILS(file.bytes(), "'indexmem.layers' is missing");
+
+    file = file_for({ 0 });
+    file.tensors.push_back(sidecar_file("kvzap").tensors.back()); // of layer 1
+    CHECK_FAILS(file.bytes(), "does not belong");
+
+    // what is switched on for a layer has to be there
+    file = file_for({ 1 }, "residual");
+    CHECK_FAILS(file.bytes(), "value 0 of key 'indexmem.residual.enabled' is true");
+    file.array("indexmem.residual.enabled", GGUF_TYPE_BOOL, { gguf_file::raw((int8_t) 0), gguf_file::raw((int8_t) 1) });
+    CHECK(open_bytes(file.bytes()) == "");
 }
 
 TEST(constants_out_of_range) {

@@ -46,7 +46,7 @@ TEST(what_is_no_sidecar) {
     CHECK_FAILS(other.bytes(), "it is a LoRA");
     other.str("adapter.type", "indexmem");
     CHECK_FAILS(other.bytes(), "schema_version");
-    other.u32("indexmem.schema_version", 2);
+    other.u32("indexmem.schema_version", 3);
     CHECK_FAILS(other.bytes(), "update indexmem-edge");
     other.u32("indexmem.schema_version", 0);
     CHECK_FAILS(other.bytes(), "schema_version");
