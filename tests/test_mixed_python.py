@@ -160,5 +160,3 @@ def test_a_prompt_that_departs_without_a_budget(load: Load, name: str) -> None:
         other = [*TOKENS[:100], *OTHER[:20]]
         llm.prefill(other)
         assert np.allclose(logits(llm), fresh(load, name, other, kv_budget=None, n_ctx=1024), atol=1e-2)
-
-
