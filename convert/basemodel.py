@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
-import numpy as np
-
 from indexmem_edge._modelfile import check_model_file
 
 from .errors import ConvertError
@@ -53,11 +51,12 @@ def read_base_model(path: Union[str, os.PathLike[str]], fingerprint: bool = True
 def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
-        if isinstance(value, (list, np.ndarray)):
-            values = {int(n) for n in value} - {0}  # layers without attention have none
-            if len(values) > 1:
+        if isinstance(value, list):
+            windows: Any = file.get(f"{arch}.attention.sliding_window_pattern", "bool array", *_INTEGERS)
+            value = _of_bounded_layers(value, windows if isinstance(windows, list) else None)
+            if len(set(value)) != 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
-            value = values.pop() if values else 0
+            value = value[0]
         found: Optional[int] = value
         return found
 
@@ -76,6 +75,12 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
         head_count=n_head,
         key_length=number("attention.key_length") or n_embd // max(n_head, 1),
     ).validated()
+
+
+def _of_bounded_layers(values: list[int], window: Optional[list[bool]]) -> list[int]:
+    """Of a number for each layer, those of layers that attend, without a window if there are some of these."""
+    attending = [n for n, in_window in zip(values, window or [False] * len(values)) if n and not in_window]
+    return attending or [n for n in values if n] or [0]
 
 
 def _fingerprint(file_name: str, file: GGUFFile) -> str:
