@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
+import numpy as np
+
 from indexmem_edge._modelfile import check_model_file
 
 from .errors import ConvertError
@@ -51,12 +53,11 @@ def read_base_model(path: Union[str, os.PathLike[str]], fingerprint: bool = True
 def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
-        if isinstance(value, list):
-            windows: Any = file.get(f"{arch}.attention.sliding_window_pattern", "bool array", *_INTEGERS)
-            value = _of_bounded_layers(value, windows if isinstance(windows, list) else None)
-            if len(set(value)) != 1:
+        if isinstance(value, (list, np.ndarray)):
+            values = _of_bounded_layers(value, file.get(f"{arch}.attention.sliding_window_pattern", "bool array", *_INTEGERS))
+            if len(values) > 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
-            value = value[0]
+            value = values.pop() if values else 0
         found: Optional[int] = value
         return found
 
@@ -77,10 +78,16 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     ).validated()
 
 
-def _of_bounded_layers(values: list[int], window: Optional[list[bool]]) -> list[int]:
-    """Of a number for each layer, those of layers that attend, without a window if there are some of these."""
-    attending = [n for n, in_window in zip(values, window or [False] * len(values)) if n and not in_window]
-    return attending or [n for n in values if n] or [0]
+def _of_bounded_layers(values: Any, windows: Any) -> set[int]:
+    """Of a number for each layer, those of layers with attention, and of these only such as have no window if some have one.
+
+    Args:
+        windows: which do, as a list; anything else says nothing about single layers.
+    """
+    numbers = [int(n) for n in values]
+    if isinstance(windows, (list, np.ndarray)) and len(windows) == len(numbers) and not all(windows):
+        numbers = [n for n, has_window in zip(numbers, windows) if not has_window]
+    return set(numbers) - {0}
 
 
 def _fingerprint(file_name: str, file: GGUFFile) -> str:

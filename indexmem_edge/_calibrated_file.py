@@ -25,13 +25,6 @@ class Source:
     checkpoint: Checkpoint
     outtype: str = "f32"
 
-    def with_layers(self, bounded: Sequence[int]) -> Source:
-        """The same for the layers of the model that are bounded, if it is for all: the others have nothing to remember."""
-        c = self.checkpoint
-        if c.only is not None or len(bounded) == c.geometry.block_count:
-            return self
-        return replace(self, checkpoint=replace(c, only=tuple(bounded)))
-
 
 def check_output(out: PathLike, inputs: Sequence[PathLike], force: bool) -> None:
     """Refuses, before minutes are spent, an output that cannot be written or is to be read."""
@@ -69,6 +62,7 @@ def _lossless(checkpoint: Checkpoint, types: Mapping[str, str]) -> str:
 def write_calibrated(
     path: PathLike,
     source: Source,
+    layers: tuple[int, ...],
     memory: str,
     constants: Mapping[str, Any],
     texts: Sequence[str],
@@ -79,6 +73,7 @@ def write_calibrated(
     """Writes the source with that memory in place of any it had.
 
     Args:
+        layers: those that a budget bounds. A source that holds nothing yet becomes a file for these.
         texts: the files it was measured on; their names and hashes join those of the source.
         defaults: written unless the source has its own.
     """
@@ -91,6 +86,7 @@ def write_calibrated(
         c,
         memory=memory,
         memory_constants=constants,
+        only=layers if c.kind == c.memory == "none" else c.only,
         layers=[{name: a for name, a in layer.items() if name in tensors} for layer in c.layers],
         defaults={**defaults, **c.defaults},
         scores={**c.scores, **scores},

@@ -24,7 +24,6 @@ import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chos
 
 API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
-LAYER_READS = 8  # enum indexmem_layer
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 LAYER_BOUNDED, LAYER_WINDOW, LAYER_RECURRENT, LAYER_READS = 1, 2, 4, 8  # enum indexmem_layer

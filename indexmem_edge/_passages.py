@@ -81,7 +81,9 @@ class Reader:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
             raise ModelNotSupported(f"the model cannot have a bounded KV cache: {why}")
-        self.layers = [il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED]
+        self.layers = tuple(
+            il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED
+        )
         self._n_ubatch = n_ubatch
         self._capture = AttentionCapture(self.layers)
         self._open = contextlib.ExitStack()

@@ -150,11 +150,13 @@ def calibrate_memory(
         cut = passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages)
         bounded = [options, *([exact] if exact is not options else [])]
         with Reader(loaded, bounded, max(map(len, cut)), n_ubatch, n_threads) as reader:
-            source = source.with_layers(reader.layers)
+            numbers = reader.layers
             measured = _measure(reader, cut, source.checkpoint, memory, slots, options, exact, progress)
     kind = CENTROID if memory == "centroid" else RESIDUAL
     trained = _sigmoid(source.checkpoint.memory_constants.get("gate_logit", ())) if memory == "residual" else None
-    layers = tuple(choose(i, parts, kind, 1.0 if trained is None else trained[i]) for i, parts in measured.items())
+    layers = tuple(
+        choose(il, parts, kind, 1.0 if trained is None else trained[il]) for il, parts in zip(numbers, measured)
+    )
     result = Calibration(
         path=os.fspath(out),
         bytes=0,
@@ -163,12 +165,13 @@ def calibrate_memory(
         policy=options.policy,
         budget=options.budget,
         passages=tuple(map(len, cut)),
-        rows=sum(len(part.full) for part in measured[layers[0].layer]),
+        rows=sum(len(part.full) for part in measured[0]),
         layers=layers,
     )
     written = files.write_calibrated(
         out,
         source,
+        numbers,
         memory,
         _constants(result, source.checkpoint),
         names,
@@ -221,8 +224,8 @@ def _measure(
     options: CacheOptions,
     exact: CacheOptions,
     progress: Optional[Progress],
-) -> dict[int, list[Errors]]:
-    """Errors by layer, of those that are bounded, and passage. One passage at a time is in memory."""
+) -> list[list[Errors]]:
+    """Errors by layer, of those that a budget bounds, and passage. One passage at a time is in memory."""
     total = sum(reader.steps(len(tokens)) + len(reader.layers) for tokens in cut)
     done = 0
 
@@ -232,20 +235,20 @@ def _measure(
         if progress is not None:
             progress(done, total)
 
-    found: dict[int, list[Errors]] = {i: [] for i in reader.layers}
+    found: list[list[Errors]] = [[] for _ in reader.layers]
     for tokens in cut:
         passage, layers = reader.read(tokens, step)
-        for i in reader.layers:
-            layer = layers.pop(i)
+        for i, il in enumerate(reader.layers):
+            layer = layers.pop(il)
             assert layer.keys is not None and layer.values is not None
             n_k, n_v = layer.keys.shape[2], layer.values.shape[2]
             found[i].append(
                 layer_errors(
                     passage,
-                    i,
+                    il,
                     (layer.queries, layer.keys, layer.values),
                     Logits(layer.scale, layer.softcap),
-                    _memory_of(checkpoint, memory, slots, i, (n_k, n_v), layer.query_scale),
+                    _memory_of(checkpoint, memory, slots, il, (n_k, n_v), layer.query_scale),
                     options.budget,
                     exact.budget,
                     layer.sinks,
@@ -272,13 +275,15 @@ def _sigmoid(values: Sequence[float]) -> list[float]:
 
 
 def _constants(result: Calibration, c: Checkpoint) -> dict[str, Any]:
-    used = {row.layer: row.gate for row in result.layers if row.enabled}
-    layers = range(c.geometry.block_count)
-    enabled = [i in used for i in layers]
+    """With a value for each layer of the model; the memory is off in those that no budget bounds."""
+    used = {row.layer: row for row in result.layers if row.enabled}
+    numbers = range(c.geometry.block_count)
+    enabled = [il in used for il in numbers]
     if result.memory == "centroid":
-        return {"slot_count": result.slots, "enabled": enabled, "gate": [used.get(i, 1.0) for i in layers]}
+        gates = [used[il].gate if il in used else 1.0 for il in numbers]
+        return {"slot_count": result.slots, "enabled": enabled, "gate": gates}
     logits = [
-        float(np.log(used[i]) - np.log1p(-used[i])) if i in used else trained
-        for i, trained in enumerate(c.memory_constants["gate_logit"])
+        float(np.log(used[il].gate) - np.log1p(-used[il].gate)) if il in used else trained
+        for il, trained in enumerate(c.memory_constants["gate_logit"])
     ]
     return {**c.memory_constants, "enabled": enabled, "gate_logit": logits}
