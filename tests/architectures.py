@@ -26,7 +26,7 @@ class Architecture(NamedTuple):
     steps: frozenset[str]
     single: dict[str, Any]  # overrides that leave one layer that is bounded, with one KV head
     window: int = 0  # of its window layers
-    rotation: str = "all"  # which of the bounded layers are rotated: "all", "none" or "some"
+    rotation: str = "all"  # of the bounded layers: "all", "none" or "some"; "unlike": in other dimensions than windows
 
     @property
     def on(self) -> bool:
@@ -61,6 +61,8 @@ TABLE: dict[str, Architecture] = {
     "jamba": _of("hybrid", rotation="none"),
     "lfm2": _of("hybrid"),
     "lfm2moe": _of("hybrid"),
+    "minimax-01": _of("hybrid"),
+    "plamo2": _of("hybrid"),
     "gemma2": _of("window", window=16),
     "gemma3": _of("window", window=16),
     "gemma3n": _of("window", window=16),
@@ -68,6 +70,9 @@ TABLE: dict[str, Architecture] = {
     "gemma4": _of("window", window=16),
     "gemma4-shared": _of("window", "shared", window=16, full=(3, 5)),
     "gpt-oss": _of("window", "sinks", window=16),
+    "mimo2": _of("window", "sinks", window=16),
+    "afmoe": _of("window", window=16, rotation="some"),
+    "step35": _of("window", window=16, rotation="unlike"),
     "olmo2": _of("window", window=16),
     "exaone4": _of("window", window=16, full=(3,), rotation="none"),
     "cohere2": _of("window", window=16, rotation="none"),

@@ -63,6 +63,7 @@ class Context:
         type_v: int = F16,
         flash_attn: bool = True,
         n_threads: int = 2,
+        n_rs_seq: int = 0,
         sidecar: Optional[Path] = None,
         budget_ratio: float = 0.0,
         memory: Optional[str] = None,
@@ -76,6 +77,7 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx * n_seq, self.n_batch, n_ubatch, n_seq
         params.n_threads = params.n_threads_batch = n_threads
+        params.n_rs_seq = n_rs_seq  # snapshots of recurrent states to go back to
         params.type_k, params.type_v = type_k, type_v
         if rope:
             params.rope_scaling_type, params.rope_freq_scale = rope

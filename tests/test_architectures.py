@@ -156,6 +156,34 @@ def test_threads_do_not_change_a_bit(tiny: Tiny, name: str) -> None:
     assert results[0] == results[1] == results[2]
 
 
+def test_bytes_of_all_parts(tiny: Tiny) -> None:
+    """None depends on the length of the text, nor on how long it may become."""
+    expected = {  # window, recurrent: for one sequence
+        "gemma3": (256 * 2 * 2 * (2 * 32) * 2, 0),  # cells, layers, keys and values, heads and their sizes, halfs
+        "gemma4-shared": (256 * 2 * 2 * (2 * 32) * 2, 0),  # two of three such layers
+        "qwen35": (
+            0,
+            2 * (3 * (4 * 16 + 2 * 2 * 16) + 16 * 4 * 16) * 4,
+        ),  # layers, of convolutions, of delta nets, floats
+        "lfm2": (0, 2 * 3 * 128 * 4),
+        "qwen3vl": (0, 0),
+    }
+    for name, (window, recurrent) in expected.items():
+        path, config = tiny(name)
+        with open_model(path) as model:
+            for n_ctx, n_seq in ((128, 1), (4096, 1), (512, 3)):
+                with Context(model, **SETTINGS | dict(n_ctx=n_ctx, n_seq=n_seq)) as c:
+                    before = c.stats()
+                    c.feed(tokens_of(config, 100), 24)
+                    after = c.stats()
+                    assert (after.window_bytes, after.recurrent_bytes) == (n_seq * window, n_seq * recurrent)
+                    heads = [n for n in (_capi.n_head_kv(c.ctx, il) for il in range(config.n_layer)) if n > 0]
+                    dim = 2 * config.head_dim if name.startswith("gemma4") else config.head_dim
+                    assert after.kv_bytes == n_seq * after.n_slots * sum(heads) * dim * 2 * 2
+                    for part in ("kv_bytes", "meta_bytes", "window_bytes", "recurrent_bytes"):
+                        assert getattr(before, part) == getattr(after, part)
+
+
 def check(config: TinyConfig, cache: str, result: Compared) -> None:
     assert result.n_gone > 40
     assert result.felt > 5e-3 * result.spread, "what was evicted does not matter to this model"

@@ -89,6 +89,27 @@ def test_a_recurrent_state_does_not_go_back(made: Made) -> None:
         np.testing.assert_array_equal(c.feed(tokens, 24), twin.feed(tokens, 24))
 
 
+@pytest.mark.parametrize("name", [name for name in ("qwen35", "nemotron_h", "lfm2") if name in RECURRENT])
+@pytest.mark.parametrize("last", [[24], [24, 1], [24, 2], [24, 3, 1, 1], [24, 1, 5]], ids=str)
+def test_snapshots_of_a_recurrent_state(made: Made, last: list[int]) -> None:
+    """A context can keep the last few states. A ubatch leaves no more of them than it has tokens."""
+    tokens = made.text(48 + sum(last) + 5)
+    n = 48 + sum(last)
+    with made.context(budget=600, n_rs_seq=4) as c, made.context(budget=600) as twin:
+        true = twin.feed(tokens, 24)
+        for d in range(1, 7):
+            c.clear()
+            c.feed(tokens[:48], 24)
+            for size in last:
+                c.decode(tokens[c.n_seen() : c.n_seen() + size])
+            if c.seq_rm(0, n - d):
+                assert d <= 4
+                made.same(c.decode(tokens[n - d :]), true[n - d :])
+            else:
+                assert d > min(4, last[-1] - 1)
+                made.same(c.decode(tokens[n:]), true[n:])
+
+
 @each_kind
 def test_a_gap_is_refused(made: Made) -> None:
     tokens = made.text(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tiny_recurrent as recurrent
 from tiny_config import Draw, TinyConfig, Weights, attention_metadata
 from tiny_layers import (
@@ -97,17 +98,54 @@ def _alternating(c: TinyConfig, draw: Draw) -> Model:
     return meta, assemble(c, draw, layers, "token_embd_norm" if c.arch.startswith("lfm2") else "output_norm")
 
 
+def _minimax(c: TinyConfig, draw: Draw) -> Model:
+    """Linear attention with a decay by distance, and experts in every layer."""
+    meta = attention_metadata(c) | expert_metadata(c) | {
+        "attention.recurrent_layers": [il not in c.full_layers for il in range(c.n_layer)], "residual_scale": 1.0,
+    }  # fmt: skip
+    layers = [
+        norms(c, draw, "attn_norm", "ffn_norm")
+        | (attention(c, draw) if il in c.full_layers else recurrent.lightning(c, draw))
+        | experts(c, draw)
+        for il in range(c.n_layer)
+    ]
+    return meta, assemble(c, draw, layers)
+
+
+def _plamo2(c: TinyConfig, draw: Draw) -> Model:
+    """Fused projections, and norms with a multiplier for each head."""
+    meta = attention_metadata(c) | recurrent.metadata(c, 2 * c.n_embd, n_group=0)
+    meta["attention.head_count_kv"] = head_counts(c)
+    layers = []
+    for il in range(c.n_layer):
+        layer = norms(c, draw, "attn_norm", "post_attention_norm.", "ffn_norm", "post_ffw_norm.")
+        ffn = feed_forward(c, draw)
+        layer |= {"ffn_up": np.concatenate([ffn["ffn_gate"], ffn["ffn_up"]]), "ffn_down": ffn["ffn_down"]}
+        if il in c.full_layers:
+            part = attention(c, draw)
+            layer |= {
+                "attn_qkv": np.concatenate([part[f"attn_{x}"] for x in "qkv"]),
+                "attn_output": part["attn_output"],
+            }
+            for x, n in (("q", c.n_head), ("k", c.n_head_kv)):
+                layer[f"attn_{x}_norm"] = draw.norm(n * c.head_dim, c.sharpness).reshape(n, c.head_dim)
+        else:
+            layer |= recurrent.plamo_mamba(c, draw)
+        layers.append(layer)
+    return meta, assemble(c, draw, layers)
+
+
 def _falcon_h1(c: TinyConfig, draw: Draw) -> Model:
     """Every layer has both, side by side."""
     meta = attention_metadata(c) | recurrent.metadata(c, 2 * c.n_embd)
     layers = [
-        norms(c, draw, "attn_norm", "ffn_norm") | attention(c, draw) | recurrent.mamba2(c, draw) | feed_forward(c, draw)
+        norms(c, draw, "attn_norm", "ffn_norm.")
+        | attention(c, draw)
+        | recurrent.mamba2(c, draw)
+        | feed_forward(c, draw)
         for _ in range(c.n_layer)
     ]
-    w = assemble(c, draw, layers)
-    for il in range(c.n_layer):  # llama.cpp asks for it without an ending
-        w[f"blk.{il}.ffn_norm"] = w.pop(f"blk.{il}.ffn_norm.weight")
-    return meta, w
+    return meta, assemble(c, draw, layers)
 
 
 def _kimi_linear(c: TinyConfig, draw: Draw) -> Model:
@@ -142,5 +180,7 @@ HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "lfm2": (_alternating, _COMMON | {"rope_neox": True}),
     "lfm2-window": (_alternating, _COMMON | {"arch": "lfm2", "rope_neox": True, "sliding_window": 16}),
     "lfm2moe": (_alternating, _COMMON | {"rope_neox": True}),
+    "minimax-01": (_minimax, _COMMON | {"rope_neox": True, "rope_dim": 16}),
+    "plamo2": (_plamo2, _COMMON | {"rope_neox": True}),
     "kimi-linear": (_kimi_linear, _COMMON | {"rope_dim": 32}),
 }

@@ -1,4 +1,5 @@
-"""Parts that layers of tiny models are made of. Names are without "blk.N." and without ".weight".
+"""Parts that layers of tiny models are made of. Names are without "blk.N." and without ".weight"; a "." at the end says
+that there is no such ending in the file.
 
 All experts of a layer are always used: which ones a router picks would change with the last bit of what it reads.
 """
@@ -21,11 +22,12 @@ def norms(c: TinyConfig, draw: Draw, *names: str, gain: float = 1.0) -> Weights:
 
 
 def attention(
-    c: TinyConfig, draw: Draw, n_head_kv: int = 0, head_dim: int = 0, *, gated: bool = False, qk_norm: str = ""
-) -> Weights:
+    c: TinyConfig, draw: Draw, n_head_kv: int = 0, head_dim: int = 0, *,
+    value_dim: int = 0, gated: bool = False, qk_norm: str = "",
+) -> Weights:  # fmt: skip
     """`gated`: behind each query head lies the gate of its output. `qk_norm`: of each "head", or of "all" at once."""
     n_head_kv, dim = n_head_kv or c.n_head_kv, head_dim or c.head_dim
-    n_q, n_kv = c.n_head * dim, n_head_kv * dim
+    n_q, n_kv, value_dim = c.n_head * dim, n_head_kv * dim, value_dim or dim
     gain = c.sharpness / (c.scale * dim**0.5) ** 0.5  # of q and k
     q, k = draw.matrix(n_q, c.n_embd, gain), draw.matrix(n_kv, c.n_embd, gain)
     k += draw.normal(n_kv, 1) * draw.matrix(1, c.n_embd, gain)  # a direction that keys share
@@ -33,7 +35,8 @@ def attention(
         both = [x.reshape(c.n_head, dim, c.n_embd) for x in (q, draw.matrix(n_q, c.n_embd))]
         q = np.concatenate(both, axis=1).reshape(2 * n_q, c.n_embd)
     w = {
-        "attn_q": q, "attn_k": k, "attn_v": draw.matrix(n_kv, c.n_embd), "attn_output": draw.matrix(c.n_embd, n_q),
+        "attn_q": q, "attn_k": k, "attn_v": draw.matrix(n_head_kv * value_dim, c.n_embd),
+        "attn_output": draw.matrix(c.n_embd, c.n_head * value_dim),
     }  # fmt: skip
     if qk_norm:
         sizes = (n_q, n_kv) if qk_norm == "all" else (dim, dim)
@@ -101,8 +104,8 @@ def assemble(c: TinyConfig, draw: Draw, layers: Sequence[Weights], output_norm: 
     if not c.tied:
         w["output"] = draw.matrix(c.n_vocab, c.n_embd, 2 * c.logit_scale)
     w |= {f"blk.{il}.{name}": a for il, layer in enumerate(layers) for name, a in layer.items()}
-    whole = (".bias", ".scale", "ssm_a", "ssm_d")
-    return {name if name.endswith(whole) else f"{name}.weight": a for name, a in w.items()}
+    whole = (".", ".bias", ".scale", "ssm_a", "ssm_d")
+    return {name.rstrip(".") if name.endswith(whole) else f"{name}.weight": a for name, a in w.items()}
 
 
 def head_counts(c: TinyConfig) -> list[int]:

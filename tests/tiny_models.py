@@ -86,7 +86,7 @@ def make_config(arch: str, **overrides: Any) -> TinyConfig:
     c = replace(TinyConfig(arch), **(defaults | overrides))
     if c.arch in SQUARE:  # follows from the heads, whatever was asked for
         c = replace(c, n_embd=c.n_head * c.head_dim)
-    if c.arch.startswith("gemma"):
+    if c.arch.startswith("gemma") or c.arch == "afmoe":
         c = replace(c, embedding_scale=float(np.sqrt(np.float32(c.n_embd))))
     if c.n_vocab < FIRST_FILLER or c.n_head % c.n_head_kv:
         raise ValueError(f"{arch}: n_vocab >= {FIRST_FILLER} and n_head divisible by n_head_kv are required")

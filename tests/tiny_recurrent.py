@@ -82,3 +82,24 @@ def kimi_delta(c: TinyConfig, draw: Draw) -> Weights:
         "ssm_dt.bias": draw.normal(n_inner, std=0.1) - 1, "ssm_norm": draw.norm(N_STATE),
         "attn_output": draw.matrix(c.n_embd, n_inner),
     }  # fmt: skip
+
+
+def lightning(c: TinyConfig, draw: Draw) -> Weights:
+    """MiniMax's linear attention, which forgets at fixed rates."""
+    n_inner = c.n_head * c.head_dim
+    return {
+        "attn_norm_2": draw.norm(n_inner), "attn_qkv": draw.matrix(3 * n_inner, c.n_embd),
+        "attn_gate": draw.matrix(n_inner, c.n_embd), "attn_output": draw.matrix(c.n_embd, n_inner),
+    }  # fmt: skip
+
+
+def plamo_mamba(c: TinyConfig, draw: Draw) -> Weights:
+    """As PLaMo 2 has it. What is named with an ending "." has none in the file."""
+    n_inner, n_rate = 2 * c.n_embd, 64
+    return {
+        "ssm_in": draw.matrix(2 * n_inner, c.n_embd), "ssm_conv1d": draw.matrix(n_inner, N_CONV),
+        "ssm_x": draw.matrix(n_rate + 2 * N_STATE, n_inner), "ssm_dt": draw.matrix(N_SSM_HEAD, n_rate),
+        "ssm_dt.bias": draw.normal(N_SSM_HEAD, std=0.1) - 1, "ssm_a": _decay(draw, N_SSM_HEAD),
+        "ssm_d": draw.normal(N_SSM_HEAD), "ssm_out": draw.matrix(c.n_embd, n_inner),
+        "ssm_dt_norm.": draw.norm(n_rate), "ssm_b_norm.": draw.norm(N_STATE), "ssm_c_norm.": draw.norm(N_STATE),
+    }  # fmt: skip

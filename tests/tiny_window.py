@@ -73,6 +73,50 @@ def _gpt_oss(c: TinyConfig, draw: Draw) -> Model:
     return meta, assemble(c, draw, layers)
 
 
+def _mimo2(c: TinyConfig, draw: Draw) -> Model:
+    """Sinks in some layers; values are shorter than keys, of which a part is rotated."""
+    value_dim = c.head_dim // 2
+    meta = _metadata(c) | {
+        "attention.value_length": value_dim, "rope.freq_base_swa": c.rope_base / 100, "attention.value_scale": 1.5,
+        "expert_feed_forward_length": c.n_ff,
+    }  # fmt: skip
+    layers = []
+    for il in range(c.n_layer):
+        layer = (
+            norms(c, draw, "attn_norm", "ffn_norm") | attention(c, draw, value_dim=value_dim) | feed_forward(c, draw)
+        )
+        layers.append(layer | ({"attn_sinks": draw.normal(c.n_head) + 2} if il < 2 else {}))
+    return meta, assemble(c, draw, layers)
+
+
+def _afmoe(c: TinyConfig, draw: Draw) -> Model:
+    """Norms on both sides, and a gate of what attention gives; every fourth layer is not rotated."""
+    meta = _metadata(c) | {
+        "leading_dense_block_count": c.n_layer, "expert_feed_forward_length": c.n_ff, "expert_shared_count": 0,
+    }  # fmt: skip
+    layers = [
+        norms(c, draw, "attn_norm", "ffn_norm", *_POST)
+        | attention(c, draw, qk_norm="head")
+        | {"attn_gate": draw.matrix(c.n_head * c.head_dim, c.n_embd)}
+        | feed_forward(c, draw)
+        for _ in range(c.n_layer)
+    ]
+    return meta, assemble(c, draw, layers)
+
+
+def _step35(c: TinyConfig, draw: Draw) -> Model:
+    """Full layers rotate half of what window layers rotate, in another base; a gate for each head."""
+    meta = _metadata(c) | {"rope.freq_base_swa": c.rope_base / 100, "expert_feed_forward_length": c.n_ff}
+    layers = [
+        norms(c, draw, "attn_norm", "ffn_norm")
+        | attention(c, draw, qk_norm="head")
+        | {"attn_gate": draw.matrix(c.n_head, c.n_embd)}
+        | feed_forward(c, draw)
+        for _ in range(c.n_layer)
+    ]
+    return meta, assemble(c, draw, layers)
+
+
 def _llama4(c: TinyConfig, draw: Draw) -> Model:
     """Chunks of 8192 tokens, whatever the file says; full layers are not rotated; their scores grow with positions."""
     meta = _metadata(c) | expert_metadata(c) | {"interleave_moe_layer_step": 2}
@@ -173,6 +217,9 @@ WINDOW: dict[str, tuple[Any, dict[str, Any]]] = {
         _GEMMA | {"arch": "gemma4", "n_layer": 6, "full_layers": (1, 3, 5), "shared_layers": 2, "attention_scale": 1.0},
     ),
     "gpt-oss": (_gpt_oss, _NEOX),
+    "mimo2": (_mimo2, _NEOX | {"head_dim": 64, "rope_dim": 32, "rope_base": 1e5}),
+    "afmoe": (_afmoe, _NEOX),
+    "step35": (_step35, _NEOX | {"rope_base": 1e5}),
     "olmo2": (_behind, _NEOX | {"yarn": 4.0, "n_ctx_orig": 64}),
     "exaone4": (
         _behind,
