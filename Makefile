@@ -6,6 +6,7 @@
 # make test-windows   compiles for Windows with mingw-w64 and runs the native tests under wine
 # make wheel          a wheel for every CPU of this platform, in dist/
 # make test-wheel     installs it without a compiler, and runs it with every variant and under emulated CPUs
+# make models         writes docs/models.md, the table of architectures
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make clean          remove all that make has made
@@ -50,7 +51,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel patches-check cuda clean
+.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel models patches-check cuda clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -156,6 +157,9 @@ test-wheel: wheel
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/wheel -DINDEXMEM_TESTS=ON && \
 	    $(RUN) cmake --build build/wheel --target $(OP_TESTS) demo_answer)
 	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/test_wheel.py
+
+models: setup
+	@cd docs && ../.venv/bin/python -m indexmem_edge._models_page > models.md.new && mv models.md.new models.md
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check

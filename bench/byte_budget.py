@@ -1,11 +1,11 @@
 """How many entries fit into so many bytes, with everything counted that a cache keeps. The library is asked, not copied.
 
-    full cache      tokens of the context x K and V of a token in f16: shares are shares of that
+    full cache      tokens of the context x K and V of a token in f16 + windows and states: shares are shares of that
     bounded cache   entries of the budget x a slot + what does not grow with them + weights of the sidecar
 
 A slot is K, V, a position (two where there is a span), and the state that an indexer keeps of an entry. What does not grow with every entry: rows that
 wait to be scored (a few more with a larger budget), the queries that snapkv or an indexer keeps, slots and state of a latent
-memory.
+memory; in models that have some, caches of layers with a window and states of recurrent layers, which the full cache has, too.
 
 Slots beyond the budget hold something only while a ubatch is evaluated, as activations do: they are room to work in, told
 apart (`room_bytes`) and not counted, because what has to be kept for a conversation, and grows with it, is the rest.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .arms import Arm, Sidecars, bounded_setup, setup_for
-from .runner import F16, UNBOUNDED, BenchError, Model, Setup, System
+from .runner import F16, FIXED_KEYS, UNBOUNDED, WHOLE_KEYS, BenchError, Model, Setup, System
 
 UNITS = ("bytes", "entries")
 FAR = 1 << 30  # a span
@@ -58,6 +58,7 @@ class Budgets:
         self._slots: dict[tuple[object, ...], int] = {}
         self._fixed: dict[tuple[object, ...], int] = {}
         self._spans: dict[tuple[object, ...], int] = {}
+        self._others: dict[str, int] = {}
 
     def setup(self, arm: Arm, context_tokens: int, more_tokens: int) -> Setup:
         """The largest budget within the share of the arm.
@@ -136,8 +137,19 @@ class Budgets:
             return system.stats()["slots"], _allocated(system)
 
     def full_bytes(self, context_tokens: int) -> int:
-        """K and V of the full f16 cache for exactly so many tokens."""
-        return context_tokens * self.model.token_bytes(F16)
+        """Of the full f16 cache for exactly so many tokens."""
+        return self._full(context_tokens, F16)
+
+    def _full(self, context_tokens: int, cache_type: str) -> int:
+        """K and V of so many tokens, windows and recurrent states: these as they are beside a bounded cache."""
+        if cache_type not in self._others:
+            small = Setup("streaming", budget=256, ubatch=32, cache_type=cache_type, threads=self.base.threads)
+            others = 0
+            if self.model.has_fixed():
+                with System(self.model, small) as system:
+                    others = sum(system.stats()[key] for key in FIXED_KEYS)
+            self._others[cache_type] = others
+        return context_tokens * self.model.token_bytes(cache_type) + self._others[cache_type]
 
     def count(self, system: System, context_tokens: int) -> dict[str, float]:
         """used_bytes: what counts; room_bytes: the rest of what is allocated; bytes_share: of the full f16 cache."""
@@ -145,7 +157,7 @@ class Budgets:
         if setup.budget:
             used = self.cost(setup).used(setup.budget - setup.memory_slots)
         else:
-            used = context_tokens * self.model.token_bytes(setup.cache_type)
+            used = self._full(context_tokens, setup.cache_type)
         return {
             "used_bytes": used,
             "room_bytes": _allocated(system) - used,
@@ -171,4 +183,4 @@ def _fewer(slots: int) -> Iterator[int]:
 
 def _allocated(system: System) -> int:
     stats = system.stats()
-    return stats["kv_bytes"] + stats["meta_bytes"] + stats["sidecar_bytes"]
+    return sum(stats[key] for key in WHOLE_KEYS)

@@ -100,7 +100,7 @@ def memory(
             progress=progress,
             out=out,
         )
-    finish(report, bench.COLUMNS, out, bench.plot, as_json)
+    finish(report, bench.columns(report.rows), out, bench.plot, as_json)
 
 
 app.command()(speed)

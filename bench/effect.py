@@ -11,6 +11,7 @@ from indexmem_edge._parts import MEMORY_OFF
 
 from .paired import FEW, LEAST, NONE
 from .report import Row
+from .runner import WHOLE_KEYS
 from .stats import bootstrap, standard_error
 from .summary import BOOK, MEAN, Runs, arm_of, by_cell, pairs
 
@@ -62,7 +63,7 @@ def _difference(groups: Sequence[tuple[Runs, Runs]]) -> Row:
 
 def _bytes(row: Row) -> int:
     """What counts; in rows of earlier versions, what is allocated."""
-    return row.get("used_bytes") or sum(row.get(key) or 0 for key in ("kv_bytes", "meta_bytes", "sidecar_bytes"))
+    return row.get("used_bytes") or sum(row.get(key) or 0 for key in WHOLE_KEYS)
 
 
 def effect(groups: Sequence[Sequence[float]], one_end: float, other_end: float) -> str:

@@ -11,13 +11,19 @@ from rich.progress import Progress
 
 from .machine import describe, rss_bytes
 from .report import Report, Verdict, series
-from .runner import Model, Setup, System, library
+from .runner import FIXED_KEYS, Model, Setup, System, library
 from .stats import alternate, pair_ratio, tps
 from .text import TokenStream, read_text
 
 SPAN = 4096  # tokens that a prefill figure looks back on
 TURN = 32  # decoded tokens of one turn: at least one eviction falls into each
 COLUMNS = ("policy", "budget", "tokens_seen", "kv_bytes", "meta_bytes", "rss_bytes", "prefill_tps", "decode_tps")
+
+
+def columns(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Of the table: parts that the model does not have are left out."""
+    found = tuple(key for key in FIXED_KEYS if any(row.get(key) for row in rows))
+    return COLUMNS[:5] + found + COLUMNS[5:]
 
 
 def checkpoints(last: int) -> list[int]:
@@ -75,7 +81,7 @@ def run_memory(
 
 
 def verdicts(rows: list[dict[str, Any]], setup: Setup, decode: float, prefill: float) -> list[Verdict]:
-    sizes = {row["kv_bytes"] for row in rows}
+    sizes = {tuple(row.get(key) for key in ("kv_bytes", *FIXED_KEYS)) for row in rows}
     settled = [row for row in rows if row["tokens_seen"] >= SPAN] or rows[-1:]
     growth = (settled[-1]["rss_bytes"] - settled[0]["rss_bytes"]) / 1e6 if len(settled) > 1 else None
     return [
@@ -116,20 +122,20 @@ def _walk(
             rss_bytes=rss_bytes(),
             prefill_tps=tps(whole[-SPAN // setup.ubatch :]),
             decode_tps=decode_tokens / sum(decode),
-            **{**system.byte_counts(), "kv_bytes": _kv_bytes(system)},
+            **_byte_counts(system),
             **({} if setup.budget else {"n_ctx": setup.n_ctx}),
         )
         if progress and task is not None:
             progress.update(task, completed=system.seen)
 
 
-def _kv_bytes(system: System) -> int:
+def _byte_counts(system: System) -> dict[str, int]:
     """Of an unbounded cache: what a context just large enough would hold."""
-    return (
-        system.stats()["kv_bytes"]
-        if system.setup.budget
-        else system.model.kv_bytes(system.seen, system.setup.cache_type)
-    )
+    counts, cache_type = system.byte_counts(), system.setup.cache_type
+    if not system.setup.budget:
+        for key, window in (("kv_bytes", False), ("window_bytes", True)):
+            counts[key] = system.model.kv_bytes(system.seen, cache_type, window)
+    return counts
 
 
 def _decoder(system: System) -> Callable[[], float]:

@@ -25,8 +25,10 @@ UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
 # name -> (ggml type, bytes of 32 values)
 CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
 F16 = "f16"
-# the bytes of the indexer and of the memory are part of meta_bytes
-BYTE_KEYS = ("kv_bytes", "meta_bytes", "indexer_bytes", "memory_bytes", "sidecar_bytes")
+# of layers whose cache does not grow with the text: what is counted beside K and V
+FIXED_KEYS = ("window_bytes", "recurrent_bytes")
+WHOLE_KEYS = ("kv_bytes", "meta_bytes", "sidecar_bytes", *FIXED_KEYS)  # together all that a conversation needs
+BYTE_KEYS = (*WHOLE_KEYS, "indexer_bytes", "memory_bytes")  # these are part of meta_bytes
 
 
 class BenchError(IndexMemError):
@@ -120,18 +122,37 @@ class Model:
     def trained_length(self) -> int:
         return int(llama_cpp.llama_model_n_ctx_train(self.raw.model))
 
-    def kv_bytes(self, n_tokens: int, cache_type: str) -> int:
+    def kv_bytes(self, n_tokens: int, cache_type: str, window: bool = False) -> int:
         """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
-        return self.token_bytes(cache_type) * -(-n_tokens // 256) * 256
+        return self.token_bytes(cache_type, window) * -(-n_tokens // 256) * 256
 
-    def token_bytes(self, cache_type: str) -> int:
-        """Bytes of K and V of one token, in all layers."""
-        meta, raw = self.raw.metadata(), self.raw.model
-        arch = meta.get("general.architecture", "")
+    def token_bytes(self, cache_type: str, window: bool = False) -> int:
+        """Bytes of K and V of one token, in the layers that attend to all of the text; or in those with a window."""
+        types = kv_types(cache_type)
+        rows = self._rows(_capi.LAYER_WINDOW if window else _capi.LAYER_BOUNDED)
+        return sum(n * CACHE_TYPES[t][1] // 32 for row in rows for n, t in zip(row, types))
+
+    def has_fixed(self) -> bool:
+        """Whether there are layers whose cache does not grow with the text."""
+        kinds = _capi.LAYER_WINDOW | _capi.LAYER_RECURRENT
+        return not self._stock and any(flags & kinds for flags in _capi.model_layers(self.raw.model))
+
+    @property
+    def _stock(self) -> bool:
+        """Whether the library is a llama.cpp without the bounded cache."""
+        return not hasattr(_capi.llama_lib._lib, "indexmem_api_version")
+
+    def _rows(self, kind: int) -> list[tuple[int, int]]:
+        """Numbers that a token leaves in keys and values of each layer of a kind."""
+        raw = self.raw.model
+        if not self._stock:
+            return [row for row, flags in zip(_capi.model_rows(raw), _capi.model_layers(raw)) if flags & kind]
+        meta = self.raw.metadata()
         heads, layers = llama_cpp.llama_model_n_head_kv(raw), llama_cpp.llama_model_n_layer(raw)
         size = llama_cpp.llama_model_n_embd(raw) // llama_cpp.llama_model_n_head(raw)
-        sizes = (int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
-        return layers * heads * sum(n * CACHE_TYPES[t][1] // 32 for n, t in zip(sizes, kv_types(cache_type)))
+        arch = meta.get("general.architecture", "")
+        k, v = (heads * int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
+        return [(k, v)] * layers if kind == _capi.LAYER_BOUNDED else []
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a token reads: all, but for a table of embeddings that is not the output matrix, too."""
@@ -284,6 +305,8 @@ class System:
                 "indexer_bytes": stats.indexer_bytes,
                 "memory_bytes": stats.memory_bytes,
                 "sidecar_bytes": stats.sidecar_bytes,
+                "window_bytes": stats.window_bytes,
+                "recurrent_bytes": stats.recurrent_bytes,
                 "slots": stats.n_slots,
                 "memory_slots": stats.memory_slots,
                 "kept": stats.n_kept,
@@ -294,8 +317,12 @@ class System:
                 "next_position": stats.next_position,
                 "span": stats.span,
             }
+        n_ctx, cache_type = llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type
+        kv, window = (self.model.kv_bytes(n_ctx, cache_type, of_windows) for of_windows in (False, True))
         return {
-            "kv_bytes": self.model.kv_bytes(llama_cpp.llama_n_ctx(self.ctx), self.setup.cache_type),
+            "kv_bytes": kv,
+            "window_bytes": window,  # the stock cache is made with swa_full, so that it can go back
+            "recurrent_bytes": _capi.cache_bytes(self.ctx) - kv - window if self.model.has_fixed() else 0,
             "meta_bytes": 0,
             "indexer_bytes": 0,
             "memory_bytes": 0,

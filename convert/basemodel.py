@@ -54,7 +54,7 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
     def number(key: str) -> Optional[int]:
         value: Any = file.get(f"{arch}.{key}", *_INTEGERS, *(f"{t} array" for t in _INTEGERS))
         if isinstance(value, (list, np.ndarray)):
-            values = {int(n) for n in value} - {0}  # layers without attention have none
+            values = _of_bounded_layers(value, file.get(f"{arch}.attention.sliding_window_pattern", "bool array", *_INTEGERS))
             if len(values) > 1:
                 raise ConvertError(f"{file_name}: {key} differs between layers, sidecars are for models with one value")
             value = values.pop() if values else 0
@@ -76,6 +76,18 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
         head_count=n_head,
         key_length=number("attention.key_length") or n_embd // max(n_head, 1),
     ).validated()
+
+
+def _of_bounded_layers(values: Any, windows: Any) -> set[int]:
+    """Of a number for each layer, those of layers with attention, and of these only such as have no window if some have one.
+
+    Args:
+        windows: which do, as a list; anything else says nothing about single layers.
+    """
+    numbers = [int(n) for n in values]
+    if isinstance(windows, (list, np.ndarray)) and len(windows) == len(numbers) and not all(windows):
+        numbers = [n for n, has_window in zip(numbers, windows) if not has_window]
+    return set(numbers) - {0}
 
 
 def _fingerprint(file_name: str, file: GGUFFile) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,15 @@ class Softmax:
     output: Array
 
 
-def attend(logits: Array, values: Array) -> Softmax:
-    """[row][entry] and [entry][n]; a row that sees nothing has no mass, and output 0."""
+def attend(logits: Array, values: Array, sinks: Optional[Array] = None) -> Softmax:
+    """[row][entry] and [entry][n]; a row that sees nothing has no mass, and output 0.
+
+    Args:
+        sinks: for each row the logit of one more entry, whose value is 0.
+    """
+    if sinks is not None:
+        logits = np.concatenate([logits, sinks[:, None]], axis=1)
+        values = np.concatenate([values, np.zeros_like(values[:1])])
     if logits.shape[1] == 0:
         return Softmax(np.full(len(logits), -np.inf, np.float32), np.zeros((len(logits), values.shape[1]), np.float32))
     top = logits.max(axis=1, keepdims=True)
@@ -167,6 +174,7 @@ def layer_errors(
     new_memory: Callable[[], Memory],
     budget: int,
     exact_budget: int,
+    sinks: Optional[Array] = None,
 ) -> Errors:
     """Errors of one layer on one passage.
 
@@ -174,6 +182,7 @@ def layer_errors(
         operands: queries of the ubatches that have rows, [head][row][n], then keys and values, [KV head][position][n].
         budget: of the cache without memory.
         exact_budget: of the entries that the cache with memory keeps; the memory holds what leaves that one.
+        sinks: for each head a logit that is always there, whose value is 0.
     """
     queries, keys, values = operands
     group = len(queries[0]) // len(keys)
@@ -189,8 +198,9 @@ def layer_errors(
                 q = next(asked)[h * group : (h + 1) * group].reshape(-1, k.shape[1])
                 scores = logits(q, k[:end])
                 scores[:, start:][own > np.tile(passage.rows[u], group)[:, None]] = -np.inf
-                full = attend(scores, v[:end])
-                without, exact = (attend(scores[:, seen[b]], v[seen[b]]) for b in (budget, exact_budget))
+                sunk = None if sinks is None else np.repeat(sinks[h * group : (h + 1) * group], len(passage.rows[u]))
+                full = attend(scores, v[:end], sunk)
+                without, exact = (attend(scores[:, seen[b]], v[seen[b]], sunk) for b in (budget, exact_budget))
                 direction, log_mass = memory.read(q, logits, exact)
                 parts.append(Errors.of(full.output, without.output, exact.output, direction, log_mass))
             if u + 1 < len(passage.ubatches):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import operator
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, Sequence
@@ -14,7 +16,7 @@ from . import _capi
 from ._align import common_prefix
 from ._logs import quiet
 from ._parts import INDEXER_POLICY, sidecar_kinds
-from .errors import BudgetExhausted, ContextError, DecodeError
+from .errors import BudgetExhausted, ContextError, DecodeError, LibraryError
 from .options import CacheOptions
 from .stats import KVStats, trained_length_warning
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
-_GGML_BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 30: (1, 2)}
 
 
 @dataclass
@@ -51,6 +52,15 @@ class BoundedCache:
         self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
         self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
+        kinds = functools.reduce(operator.or_, _capi.model_layers(llm.model))
+        self.mixed = bool(kinds & (_capi.LAYER_WINDOW | _capi.LAYER_RECURRENT))  # not all that is kept can be taken out
+        self._no_way_back = (
+            "and recurrent layers have no way back"
+            if kinds & _capi.LAYER_RECURRENT
+            else "from where entries had already been evicted, got new positions, or left a window"
+            if kinds & _capi.LAYER_WINDOW
+            else "from where entries had already been evicted, or got new positions"
+        )
         llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm._logits_all:
             llm.scores = np.zeros((1, llm._n_vocab), dtype=np.single)
@@ -94,8 +104,7 @@ class BoundedCache:
         if length < llm.n_tokens:
             llm.n_tokens = length
         elif not self._rewind(llm.n_tokens):
-            why = "the conversation was cut where entries had already been evicted, or got new positions"
-            self.lose(len(history), why)
+            self.lose(len(history), f"the conversation was cut at token {len(history):,}, {self._no_way_back}")
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
@@ -109,8 +118,7 @@ class BoundedCache:
         if keep < length and not self._rewind(keep):
             self.lose(
                 keep,
-                f"the prompt departs from the cached text at token {same:,} of {known:,}, "
-                "from where entries had already been evicted, or got new positions",
+                f"the prompt departs from the cached text at token {same:,} of {known:,}, {self._no_way_back}",
             )
         elif keep == length:
             llm.n_tokens = keep
@@ -157,17 +165,20 @@ class BoundedCache:
         finally:
             llm.n_tokens = min(self.length(), end)
             llm._requires_eval = llm.n_tokens != end
-        if code == _ABORTED:
-            llm._calls.check()
         if code != 0:
-            raise self._failure(code, len(batch))
+            said = _capi.last_error()
+            if _capi.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
+                llama_lib.llama_memory_clear(self._memory, True)
+                self.lose(llm.n_tokens, "evaluating was interrupted, and what was cached could not be used any more")
+            if code == _ABORTED:
+                llm._calls.check()
+            raise self._failure(code, len(batch), said)
         if llm._logits_all:
             logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm._n_vocab))
             llm.scores[past:end] = logits
 
-    def _failure(self, code: int, n: int) -> DecodeError:
+    def _failure(self, code: int, n: int, said: str) -> DecodeError:
         seen = self._llm.n_tokens
-        said = _capi.last_error()
         if code == 1 and self._options.policy == "full":
             return BudgetExhausted(
                 f"the KV budget of {self._options.budget:,} entries is used up ({seen:,} tokens seen, {n:,} more to "
@@ -193,6 +204,8 @@ class BoundedCache:
             reevaluated=self.reevaluations[0],
             reevaluated_reason=self.reevaluations[1],
             kv_bytes=native.kv_bytes,
+            window_bytes=native.window_bytes,
+            recurrent_bytes=native.recurrent_bytes,
             meta_bytes=native.meta_bytes,
             slots=native.n_slots,
             sinks=native.sinks,
@@ -253,22 +266,22 @@ def unbounded_stats(llm: Llama) -> KVStats:
 
 
 def _unbounded_bytes(llm: Llama) -> Optional[int]:
-    """K and V of an ordinary cache, from the model's metadata; None where that does not say."""
-    arch = llm.metadata.get("general.architecture", "")
-    params = llm.context_params
-    heads, layers = llama_lib.llama_model_n_head_kv(llm.model), llama_lib.llama_model_n_layer(llm.model)
-    total = 0
-    if llm._is_recurrent or llm._is_hybrid or llama_lib.llama_model_n_swa(llm.model) > 0:
+    """Keys, values and states of llama.cpp's own cache; None if somebody's own library does not say."""
+    try:
+        return _capi.cache_bytes(llm.ctx)
+    except LibraryError:
         return None
-    for key, kind in (("key_length", params.type_k), ("value_length", params.type_v)):
-        size = int(llm.metadata.get(f"{arch}.attention.{key}", 0)) or llm.n_embd() // max(
-            llama_lib.llama_model_n_head(llm.model), 1
-        )
-        if kind not in _GGML_BYTES:
-            return None
-        block, nbytes = _GGML_BYTES[kind]
-        total += size * int(heads) * nbytes // block
-    return total * int(layers) * int(llm._n_ctx)
+
+
+def rewind_unbounded(llm: Llama, target: int) -> None:
+    """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
+    memory, n_swa = llama_lib.llama_get_memory(llm.ctx), llama_lib.llama_model_n_swa(llm.model)
+    first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
+    exact = n_swa == 0 or first <= max(0, target - n_swa)
+    if not exact or not llama_lib.llama_memory_seq_rm(memory, 0, target, -1):
+        target = 0
+        llama_lib.llama_memory_clear(memory, True)
+    llm.n_tokens = target
 
 
 def reuse_unbounded(llm: Llama, tokens: Sequence[int]) -> list[int]:
@@ -278,7 +291,7 @@ def reuse_unbounded(llm: Llama, tokens: Sequence[int]) -> list[int]:
             f"the prompt has {len(tokens):,} tokens and n_ctx is {llm._n_ctx:,}: raise n_ctx, or use kv_budget"
         )
     prompt = list(tokens)
-    llm.n_tokens = min(common_prefix(llm._input_ids, prompt), max(len(prompt) - 1, 0))
+    rewind_unbounded(llm, min(common_prefix(llm._input_ids, prompt), max(len(prompt) - 1, 0)))
     llm._turn = Turn(prompt=len(prompt), evaluated=len(prompt) - llm.n_tokens)
     return prompt[llm.n_tokens :]
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from . import _capi
 from ._align import common_prefix
+from ._cache import rewind_unbounded
 from ._kept_logits import KeptLogits
 from .errors import BudgetError, Cancelled, LibraryError
 
@@ -59,13 +60,7 @@ class UnboundedCall(Call):
 
     def undo(self, llm: Llama) -> int:
         super().undo(llm)
-        llm.n_tokens = common_prefix(self._history, llm._input_ids)
-        memory, n_swa = llama_lib.llama_get_memory(llm.ctx), llama_lib.llama_model_n_swa(llm.model)
-        exact = llama_lib.llama_memory_seq_rm(memory, 0, llm.n_tokens, -1)
-        first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
-        if not exact or (n_swa > 0 and first > max(0, llm.n_tokens - n_swa)):
-            llm.n_tokens = 0
-            llama_lib.llama_memory_clear(memory, True)
+        rewind_unbounded(llm, common_prefix(self._history, llm._input_ids))
         return self.n_tokens - llm.n_tokens
 
 
@@ -89,6 +84,8 @@ class BoundedCall(Call):
         room = int(native.budget_now) - int(native.memory_slots) - int(native.n_kept) if evicts else _ANY
         if native.span:
             room = min(room, int(native.span) - int(native.next_position))
+        if cache.mixed:
+            room = 0  # recurrent layers have no way back, and windows a short one
         self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted and no position renewed
 
     def before_growth(self, llm: Llama, n: int) -> None:

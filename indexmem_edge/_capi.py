@@ -24,9 +24,9 @@ import llama_cpp.llama_cpp as llama_lib  # noqa: E402  (the library must be chos
 
 API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
-LAYER_READS = 8  # enum indexmem_layer
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
+LAYER_BOUNDED, LAYER_WINDOW, LAYER_RECURRENT, LAYER_READS = 1, 2, 4, 8  # enum indexmem_layer
 _ERRORS = {ERROR_PARAMS: BudgetError, ERROR_MODEL: ModelNotSupported, ERROR_SIDECAR: SidecarError}
 
 
@@ -109,8 +109,12 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_memory_help": (ctypes.c_char_p, [_INT]),
     "indexmem_model_supported": (ctypes.c_bool, [_P, ctypes.c_char_p, ctypes.c_size_t]),
     "indexmem_model_layer": (_I32, [_P, _I32]),
+    "indexmem_model_row": (_U32, [_P, _I32, ctypes.c_bool]),
+    "indexmem_architecture": (ctypes.c_char_p, [_INT]),
+    "indexmem_architecture_refused": (ctypes.c_char_p, [_INT]),
     "indexmem_device_supported": (ctypes.c_bool, [ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
+    "indexmem_cache_bytes": (ctypes.c_uint64, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
     "indexmem_get_rotary": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
@@ -291,6 +295,31 @@ def model_unsupported_reason(model: int) -> Optional[str]:
     return _text(buffer.value) or "the library gave no reason"
 
 
+def model_layers(model: int) -> list[int]:
+    """What each layer keeps of the past: flags of LAYER_*, 0 for one without attention or state."""
+    get, n = library().indexmem_model_layer, llama_lib.llama_model_n_layer(model)
+    return [int(get(model, il)) for il in range(n)]
+
+
+def model_rows(model: int) -> list[tuple[int, int]]:
+    """Numbers that a token leaves in keys and values of each layer; (0, 0) of one without a cache of its own."""
+    get, n = library().indexmem_model_row, llama_lib.llama_model_n_layer(model)
+    return [(int(get(model, il, False)), int(get(model, il, True))) for il in range(n)]
+
+
+def architectures() -> dict[str, str]:
+    """What the library can load, as files name it, and why none of its models can be bounded ("": that depends)."""
+    lib, found = library(), {}
+    while (name := lib.indexmem_architecture(len(found))) is not None:
+        found[_text(name)] = _text(lib.indexmem_architecture_refused(len(found)))
+    return found
+
+
+def cache_bytes(ctx: int) -> int:
+    """Bytes of what a context keeps of the past, bounded or not."""
+    return int(library().indexmem_cache_bytes(ctx))
+
+
 def is_bounded(ctx: int) -> bool:
     """Whether the context has a bounded cache."""
     return bool(library().indexmem_is_bounded(ctx))
@@ -318,12 +347,6 @@ def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:
 def n_head_kv(ctx: int, layer: int) -> int:
     """KV heads of a layer (0 if it has no cache of its own)."""
     return int(library().indexmem_n_head_kv(ctx, layer))
-
-
-def layers_that_read_others(model: int) -> list[int]:
-    """Layers of a supported model that cache nothing and read the entries of another layer."""
-    kinds = (library().indexmem_model_layer(model, il) for il in range(llama_lib.llama_model_n_layer(model)))
-    return [il for il, kind in enumerate(kinds) if kind & LAYER_READS]
 
 
 def _of_entries(what: str, ctx: int, layer: int, head: int, seq_id: int) -> npt.NDArray[np.int32]:

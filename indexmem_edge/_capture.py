@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -108,45 +109,59 @@ class Capture(_Callback):
 
 @dataclass
 class LayerCapture:
-    """What the attention of one layer computed with. Keys and values are as the cache holds them, after RoPE."""
+    """What attention computed with that reads the cache of one layer. Keys and values are as the cache holds them, after
+    RoPE. Where later layers read it, too, their query heads stand behind those of the layer, in each group.
+    """
 
     scale: float
     softcap: float  # 0: none
     query_scale: float = 1.0  # that the graph has multiplied the queries by already
+    sinks: Optional[Array] = None  # of each head, a logit whose value is 0
     queries: list[Array] = field(default_factory=list)  # for each ubatch, [head][wanted row][n]
     keys: Optional[Array] = None  # [KV head][cell][n]
     values: Optional[Array] = None
 
 
 class AttentionCapture(_Callback):
-    """The operands of the attention op of an ordinary cache with flash attention, whatever the model calls them.
-
-    Set before each ubatch: `rows`, whose queries are wanted, and `cache`, whether keys and values are. `only`: the layers
-    that are wanted; None: all.
+    """The operands of the attention op of some layers of an ordinary cache with flash attention, whatever the model
+    calls them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Iterable[int]) -> None:
         super().__init__()
-        self.rows: npt.NDArray[np.intp] = np.empty(0, np.intp)
-        self.cache = False
-        self.only: Optional[frozenset[int]] = None
         self.layers: dict[int, LayerCapture] = {}
+        self._wanted = frozenset(wanted)
+        self._again: set[int] = set()  # layers whose attention has been in this ubatch
+        self._rows: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        self._cache = False
+
+    def expect(self, rows: npt.NDArray[np.intp], cache: bool) -> None:
+        """Before each ubatch: whose queries are wanted, and whether keys and values are."""
+        self._rows, self._cache = rows, cache
+        self._again.clear()
 
     def wants(self, tensor: Tensor) -> bool:
-        return (len(self.rows) > 0 or self.cache) and self._op(ctypes.byref(tensor)) == b"FLASH_ATTN_EXT"
+        return (len(self._rows) > 0 or self._cache) and self._op(ctypes.byref(tensor)) == b"FLASH_ATTN_EXT"
 
     def take(self, tensor: Tensor) -> None:
         q, k, v = (tensor.src[i].contents for i in range(3))
         cell = re.fullmatch(rb"cache_k_l(\d+)", k.view_src.contents.name if k.view_src else b"")
         if cell is None:
             raise TypeError("the attention does not read the KV cache itself: expected a view of it, of type F16")
-        if self.only is not None and int(cell[1]) not in self.only:
+        number = int(cell[1])
+        if number not in self._wanted:
             return
         scale, _, softcap = np.frombuffer(tensor.op_params, np.float32)[:3].tolist()
-        layer = self.layers.setdefault(int(cell[1]), LayerCapture(scale, softcap, self._scale_of(q)))
-        if len(self.rows):
-            layer.queries.append(self.read(q)[0][:, self.rows])  # a copy
-        if self.cache:
+        layer = self.layers.setdefault(number, LayerCapture(scale, softcap, self._scale_of(q)))
+        if tensor.src[4]:
+            layer.sinks = self.read(tensor.src[4].contents).reshape(-1)
+        if len(self._rows):
+            queries = self.read(q)[0][:, self._rows]  # a copy
+            if number in self._again:
+                queries = _joined(layer.queries.pop(), queries, int(k.ne[2]))
+            layer.queries.append(queries)
+        self._again.add(number)
+        if self._cache:
             layer.keys, layer.values = self.read(k)[0], self.read(v)[0]
 
     def _scale_of(self, queries: Tensor) -> float:
@@ -155,3 +170,9 @@ class AttentionCapture(_Callback):
         while (op := self._op(ctypes.byref(tensor))) in _SAME_VALUES:
             tensor = tensor.src[0].contents
         return float(np.frombuffer(tensor.op_params, np.float32)[0]) if op == b"SCALE" else 1.0
+
+
+def _joined(queries: Array, more: Array, n_head_kv: int) -> Array:
+    """Query heads of two layers, [head][row][n], those of each KV head together."""
+    parts = [a.reshape(n_head_kv, -1, *a.shape[1:]) for a in (queries, more)]
+    return np.concatenate(parts, axis=1).reshape(-1, *queries.shape[1:])

@@ -71,14 +71,9 @@ class _Context:
         layers = range(llama_lib.llama_model_n_layer(self._model))
         return [[_capi.positions(self._ctx, il, h) for h in range(_capi.n_head_kv(self._ctx, il))] for il in layers]
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Those with entries that the budget bounds."""
-        return tuple(il for il in range(llama_lib.llama_model_n_layer(self._model)) if _capi.n_head_kv(self._ctx, il))
-
 
 class Reader:
-    """An ordinary context, and one for each kind of bounded cache, by its budget."""
+    """An ordinary context, and one for each kind of bounded cache, by its budget. `layers` are those that are bounded."""
 
     def __init__(
         self, model: int, bounded: Sequence[CacheOptions], n_ctx: int, n_ubatch: int, n_threads: Optional[int] = None
@@ -86,20 +81,16 @@ class Reader:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
             raise ModelNotSupported(f"the model cannot have a bounded KV cache: {why}")
-        if shared := _capi.layers_that_read_others(model):
-            raise ModelNotSupported(
-                f"the attention of this model cannot be observed: layer {shared[0]} reads the entries of another one; use the "
-                "memory as it is, or none"
-            )
+        self.layers = tuple(
+            il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED
+        )
         self._n_ubatch = n_ubatch
-        self._capture = AttentionCapture()
+        self._capture = AttentionCapture(self.layers)
         self._open = contextlib.ExitStack()
         with self._open:
             self._bounded = {o.budget: self._context(model, n_ctx, n_ubatch, n_threads, o) for o in bounded}
             self._full = self._context(model, n_ctx, n_ubatch, n_threads, None, self._capture)
             self._open = self._open.pop_all()
-        self.layers = next(iter(self._bounded.values())).layers
-        self._capture.only = frozenset(self.layers)
 
     def _context(self, *arguments: Any) -> _Context:
         context = _Context(*arguments)
@@ -136,7 +127,7 @@ class Reader:
         self._full.clear()
         self._capture.layers = {}
         for ubatch, wanted in zip(ubatches, rows):
-            self._capture.rows, self._capture.cache = wanted - ubatch[0], ubatch[1] == n
+            self._capture.expect(wanted - ubatch[0], ubatch[1] == n)
             self._full.decode(tokens[slice(*ubatch)])
             done()
         for layer in self._capture.layers.values():

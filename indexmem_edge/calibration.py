@@ -251,6 +251,7 @@ def _measure(
                     _memory_of(checkpoint, memory, slots, il, (n_k, n_v), layer.query_scale),
                     options.budget,
                     exact.budget,
+                    layer.sinks,
                 )
             )
             step()

@@ -12,8 +12,13 @@ from typing import Callable, Iterable, Optional
 
 from . import __version__, _native, _trial
 from ._terminal import printable
+from .architectures import in_words
 from .demo import demo_model
 from .errors import DemoModelMissing, IndexMemError
+from .options import DEFAULT_SINKS, DEFAULT_WINDOW
+from .stats import format_bytes
+
+BUDGET = 1024
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,33 @@ def _model(path: Path) -> list[Finding]:
         llama.llama_model_desc(model, text, len(text))
         about = f"{text.value.decode('utf-8', 'replace')}, trained for {llama.llama_model_n_ctx_train(model):,} tokens"
         why = _capi.model_unsupported_reason(model)
-    if why is not None:
-        return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]
-    return [Finding("model", "ok", f"{about}: a bounded cache is possible")]
+        if why is not None:
+            return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]
+        layers = f"{in_words(_capi.model_layers(model))}; {_bytes_at(model)}"
+    return [Finding("model", "ok", f"{about}: a bounded cache is possible"), Finding("layers", "ok", layers)]
+
+
+def _bytes_at(model: int) -> str:
+    """What each part of the cache takes with a usual budget."""
+    from . import _capi
+    from ._logs import collected_errors, reason
+
+    llama = _capi.llama_lib
+    params = llama.llama_context_default_params()
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    with collected_errors(False) as log:
+        try:
+            _capi.Request(BUDGET, None, DEFAULT_SINKS, DEFAULT_WINDOW, 0, 0, 0).submit()
+            context = llama.llama_init_from_model(model, params)
+        finally:
+            _capi.Request.withdraw()
+        if not context:
+            return f"no context with a budget of {BUDGET:,}: {_capi.last_error() or reason(log)}"
+        stats = _capi.get_stats(context)
+        llama.llama_free(context)
+    parts = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
+    rest = "".join(f", {name} {format_bytes(size)}" for name, size in parts.items() if size)
+    return f"with a budget of {BUDGET:,} KV {format_bytes(stats.kv_bytes)} and {format_bytes(stats.meta_bytes)} of positions{rest}"
 
 
 def _trial_run(model: Optional[Path]) -> list[Finding]:

@@ -18,8 +18,10 @@ import numpy as np
 from . import _capi
 from ._modelfile import check_gguf_file, check_model_file, gguf_strings, loaded_model
 from ._terminal import printable
+from .architectures import in_words, kinds
 from .errors import ModelFileError, SidecarError
 from .stats import format_bytes
+from .train.architectures import trainable
 
 Facts = dict[str, Any]
 _F16 = 2  # bytes
@@ -143,11 +145,14 @@ def _model_facts(name: str) -> Facts:
             int(get(model)) for get in (llama.llama_model_n_layer, llama.llama_model_n_embd, llama.llama_model_n_head)
         )
         trained = int(llama.llama_model_n_ctx_train(model))
+        flags, rows = _capi.model_layers(model), _capi.model_rows(model)
         beside = [_beside(path, model) for path in _sidecars(name)]
     meta = _Metadata(name)
     arch = meta.get("general.architecture")
     kv_heads = meta.get(f"{arch}.attention.head_count_kv")
-    per_layer = kv_heads if isinstance(kv_heads, list) else [heads if kv_heads is None else kv_heads] * layers
+    per_layer = kv_heads if isinstance(kv_heads, list) else [heads if kv_heads is None else kv_heads]
+    if len(per_layer) == layers:  # those of layers that can be bounded
+        per_layer = [n for n, flag in zip(per_layer, flags) if flag & _capi.LAYER_BOUNDED] or per_layer
     sizes = [meta.get(f"{arch}.attention.{kind}_length") or width // max(heads, 1) for kind in ("key", "value")]
     return {
         "what": "model",
@@ -166,9 +171,17 @@ def _model_facts(name: str) -> Facts:
         "types": _by_type(meta.tensors),
         "bounded": why is None,
         "why_not": why,
-        "kv_bytes_per_1024": None if why else 1024 * sum(per_layer) * sum(sizes) * _F16,
+        "layers_by_kind": kinds(flags),
+        "layers_in_words": in_words(flags),
+        "kv_bytes_per_1024": None if why else 1024 * _bounded_row(flags, rows) * _F16,
+        "untrainable": trainable(arch),
         "sidecars": beside,
     }
+
+
+def _bounded_row(flags: Iterable[int], rows: Iterable[tuple[int, int]]) -> int:
+    """Numbers that a token leaves in all layers that a budget bounds."""
+    return sum(sum(row) for flag, row in zip(flags, rows) if flag & _capi.LAYER_BOUNDED)
 
 
 def _by_type(tensors: Iterable[tuple[str, str, list[int], int]]) -> list[Facts]:
@@ -290,13 +303,17 @@ def _model_tables(facts: Facts) -> list[Any]:
         ("fingerprint", facts["fingerprint"]),
     ]
     if facts["bounded"]:
-        about.append(("bounded cache", "possible"))
+        about.append(("bounded cache", f"possible: {facts['layers_in_words']}"))
         if facts["trained_length"] > 0:
             below = f"below {facts['trained_length']:,} with a budget"
             about.append(("positions", f"{below}, if its keys can get new ones: `indexmem doctor -m` tries it"))
-        about.append(("KV memory", f"{format_bytes(facts['kv_bytes_per_1024'])} per 1024 slots, f16"))
+        fixed = ", and what the other layers keep" if set(facts["layers_by_kind"]) & {"with a window", "recurrent"} else ""
+        about.append(("KV memory", f"{format_bytes(facts['kv_bytes_per_1024'])} per 1024 slots, f16{fixed}"))
     else:
         about.append(("bounded cache", f"not possible: {facts['why_not']}"))
+    if facts["bounded"]:
+        training = facts["untrainable"] and f"indexmem train cannot make one: {facts['untrainable']}"
+        about.append(("indexer", training or "`indexmem train` can make one"))
     for sidecar in facts["sidecars"]:
         about.append(("sidecar", f"{sidecar['file']}: " + ("fits" if sidecar["fits"] else sidecar["why_not"])))
     if not facts["sidecars"]:

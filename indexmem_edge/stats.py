@@ -20,7 +20,9 @@ class KVStats:
     turn_evaluated: int = 0  # prompt tokens evaluated for the last prompt
     turn_reused: int = 0  # prompt tokens of the last prompt that were already in the cache
     turn_generated: int = 0  # tokens generated after it that went through the model
-    kv_bytes: Optional[int] = None  # K and V of the whole context; fixed at creation; None if unknown
+    kv_bytes: Optional[int] = None  # K and V of the bounded layers, fixed at creation; without a budget all that is cached
+    window_bytes: int = 0  # with a budget: caches of layers that look at a window, likewise fixed
+    recurrent_bytes: int = 0  # with a budget: states of recurrent layers, likewise
     meta_bytes: int = 0  # positions, state of policy, indexer and memory; fixed at creation
     indexer: str = ""  # kind of the trained indexer that ranks, "" without one
     sidecar: str = ""  # name of the file of indexer or memory
@@ -55,6 +57,11 @@ class KVStats:
         """Whether there is a latent memory."""
         return self.memory not in ("", "off")
 
+    @property
+    def cache_bytes(self) -> Optional[int]:
+        """Keys, values and states of all layers, bounded or not; None if unknown."""
+        return None if self.kv_bytes is None else self.kv_bytes + self.window_bytes + self.recurrent_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that json.dumps takes."""
         return {**asdict(self), "warnings": list(self.warnings)}
@@ -62,8 +69,8 @@ class KVStats:
     def line(self) -> str:
         """One short line: the footer of the chat."""
         parts = [f"{self.tokens_seen:,} tokens seen", f"{self.kept:,} kept", f"{self.evicted:,} evicted"]
-        if self.kv_bytes is not None:
-            parts.append(f"KV {format_bytes(self.kv_bytes)}")
+        if self.cache_bytes is not None:
+            parts.append(f"KV {format_bytes(self.cache_bytes)}")
         if self.rebases:
             parts.append(f"positions renewed {_times(self.rebases)}")
         return " · ".join(parts)
@@ -128,8 +135,10 @@ def _memory(stats: KVStats) -> str:
     parts = {"indexer": stats.indexer_bytes, "memory": stats.memory_bytes}
     sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     state = "positions and state" + (f" ({sizes})" if sizes else "")
+    others = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
+    rest = "".join(f" + {name} {format_bytes(size)}" for name, size in others.items() if size)
     return (
-        f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of {state}, "
+        f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of {state}{rest}, "
         f"fixed ({stats.slots:,} slots per KV head)"
     )
 

@@ -257,6 +257,17 @@ def test_memory_runs_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     assert all(row["meta_bytes"] > row["indexer_bytes"] > 0 < row["sidecar_bytes"] for row in rows)
 
 
+def test_memory_of_layers_of_several_kinds(tiny: Any, tmp_path: Path) -> None:
+    """The table names the parts that there are, and none of them changes."""
+    for name, part in (("gemma3", "window_bytes"), ("qwen35", "recurrent_bytes")):
+        common = ["-m", tiny(name)[0], "--out", tmp_path, "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
+        shown = invoke("memory", *common, "--tokens", 1500, "--unbounded-tokens", 1024, "--repeats", 1).stdout
+        data = json.loads((tmp_path / "memory.json").read_text())
+        assert data["verdicts"][0]["ok"] and len({row[part] for row in data["rows"] if row["budget"]}) == 1
+        assert all(row[part] > 0 for row in data["rows"])
+        assert [word for word in ("window", "recurrent") if word in shown.split("\nok")[0]] == [part.split("_")[0]]
+
+
 def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     words = [

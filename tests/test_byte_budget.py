@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import TABLE
 from bench_data import sidecar_shape
 
+from indexmem_edge import _capi
 from indexmem_edge.bench import synthetic
 from indexmem_edge.bench.arms import FULL_ARM, Arm, Sidecars
 from indexmem_edge.bench.byte_budget import LEAST_ENTRIES, Budgets, DoesNotFit
@@ -74,6 +76,32 @@ def test_the_parts_add_up_and_the_budget_is_the_largest(
     assert counted["room_bytes"] == cost.slot * (stats["slots"] - (setup.budget - setup.memory_slots)) >= 64 * cost.slot
     assert counted["used_bytes"] >= stats["sidecar_bytes"] + stats["memory_bytes"]
     assert counted["bytes_share"] == counted["used_bytes"] / (TOKENS * model.token_bytes(F16)) <= 0.5
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4-shared", "qwen35", "falcon-h1", "kimi-linear"])
+def test_what_does_not_grow_counts_on_both_sides(tiny: Any, name: str, cache_type: str) -> None:
+    """Windows and recurrent states are bytes of the bounded cache and of the full one."""
+    model = Model(tiny(name)[0])
+    budgets = Budgets(model, BASE, Sidecars())
+    setup = budgets.setup(Arm("streaming", 0.5, cache_type=cache_type), TOKENS, 99)
+    cost = budgets.cost(setup)
+    with System(model, setup) as system:
+        stats, counted = system.stats(), budgets.count(system, TOKENS)
+    others = stats["window_bytes"] + stats["recurrent_bytes"]
+    assert others > 0 and model.has_fixed()
+    assert counted["used_bytes"] + counted["room_bytes"] == stats["kv_bytes"] + stats["meta_bytes"] + others
+    full = budgets.full_bytes(TOKENS)
+    assert full > TOKENS * model.token_bytes(F16)
+    assert cost.used(setup.budget) <= 0.5 * full < cost.used(setup.budget + 1)
+    unbounded = Setup(n_ctx=1024, ubatch=64, threads=1, cache_type=cache_type)
+    with System(model, unbounded) as system:
+        stats, counted = system.stats(), budgets.count(system, 1000)
+        whole = _capi.cache_bytes(system.ctx)
+    assert whole == sum(stats[key] for key in ("kv_bytes", "window_bytes", "recurrent_bytes"))
+    assert counted["used_bytes"] < whole and (stats["recurrent_bytes"] > 0) == TABLE[name].recurrent
+    assert (stats["window_bytes"] > 0) == ("window" in TABLE[name].steps)
+    model.close()
 
 
 def test_what_waits_to_be_scored_counts_in_small_budgets_too(model: Model, sidecars: Sidecars) -> None:

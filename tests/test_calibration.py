@@ -16,6 +16,7 @@ from test_sidecar_use import fingerprint, shape
 
 from indexmem_edge import BudgetError, IndexMemError, _native
 from indexmem_edge.convert import Checkpoint, Geometry, read_sidecar, write_sidecar
+from indexmem_edge.options import CacheOptions
 
 pytestmark = pytest.mark.skipif(_native.library_file() is None, reason="the native library has not been built")
 
@@ -117,10 +118,21 @@ def test_a_model_with_layers_of_several_kinds(tiny: Tiny, text: Path, tmp_path: 
     llm.close()
 
 
-def test_layers_that_read_those_of_others_cannot_be_observed(tiny: Tiny, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(IndexMemError, match="layer 20 reads the entries of another one"):
-        calibrate(tiny("gemma3n-shared")[0], text, tmp_path / "out.gguf")
-    assert os.listdir(tmp_path) == []
+def test_layers_that_read_those_of_others_count_with_them(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Their query heads are more heads of the layer whose entries they read, and of the gate that is chosen for it."""
+    from indexmem_edge._attention import Passage
+    from indexmem_edge._modelfile import loaded_model
+    from indexmem_edge._passages import Reader, tokenize
+
+    path, config = tiny("gemma4-shared")
+    options = CacheOptions.checked(BUDGET, None, 4, 8, 0, 0, 0, None, None, "off", span=0)
+    with loaded_model(str(path)) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
+        tokens = np.array(tokenize(model, text.read_text())[:LENGTH], np.int32)
+        passage, layers = reader.read(tokens, lambda: None)
+    assert isinstance(passage, Passage) and list(layers) == [1, 3]
+    assert [len(layers[il].queries[0]) for il in (1, 3)] == [config.n_head, 2 * config.n_head]  # the last layer reads the third
+    result, c = calibrated(path, text, tmp_path / "out.gguf")
+    assert [row.layer for row in result.layers] == list(c.numbers) == [1, 3]
 
 
 def test_a_residual_memory_reads_queries_as_they_are_before_any_scale(tiny: Tiny, text: Path, tmp_path: Path) -> None:

@@ -160,11 +160,23 @@ INDEXMEM_API bool indexmem_model_supported(const struct llama_model * model, cha
 // What layer `il` of a supported model keeps: flags of enum indexmem_layer, 0 for one without attention or state, -1 out of range.
 INDEXMEM_API int32_t indexmem_model_layer(const struct llama_model * model, int32_t il);
 
+// Numbers that a token leaves in the keys of layer `il`, or in its values; 0 if the layer has no cache of its own.
+INDEXMEM_API uint32_t indexmem_model_row(const struct llama_model * model, int32_t il, bool values);
+
+// The i-th architecture that the library knows, as files name it; NULL out of range.
+INDEXMEM_API const char * indexmem_architecture(int i);
+
+// Why none of its models can have a bounded cache; "" if that depends on the model.
+INDEXMEM_API const char * indexmem_architecture_refused(int i);
+
 // Whether the i-th device of ggml (ggml_backend_dev_get) can hold bounded caches of the usual kind, f16 and heads of 128. If
 // not, those of the layers it computes lie in host memory.
 INDEXMEM_API bool indexmem_device_supported(size_t i);
 
 INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);
+
+// Bytes of what the context keeps of the past, bounded or llama.cpp's own.
+INDEXMEM_API uint64_t indexmem_cache_bytes(const struct llama_context * ctx);
 
 INDEXMEM_API bool indexmem_get_stats(struct llama_context * ctx, int32_t seq_id, struct indexmem_stats * stats);
 

@@ -82,8 +82,35 @@ int32_t indexmem_model_layer(const llama_model * model, int32_t il) {
     return il < 0 || il >= (int32_t) model->hparams.n_layer() ? -1 : (int32_t) indexmem_layer_kind(*model, il);
 }
 
+uint32_t indexmem_model_row(const llama_model * model, int32_t il, bool values) {
+    const auto & hparams = model->hparams;
+    const int32_t kind = indexmem_model_layer(model, il);
+    if (kind <= 0 || !(kind & (INDEXMEM_LAYER_BOUNDED | INDEXMEM_LAYER_WINDOW)) || (values && hparams.is_mla())) {
+        return 0;
+    }
+    return values ? hparams.n_embd_v_gqa(il) : hparams.n_embd_k_gqa(il);
+}
+
+const char * indexmem_architecture(int i) {
+    return i < 0 || i >= LLM_ARCH_UNKNOWN ? nullptr : llm_arch_name((llm_arch) i);
+}
+
+const char * indexmem_architecture_refused(int i) {
+    return i < 0 || i >= LLM_ARCH_UNKNOWN ? "" : indexmem_unsupported_arch((llm_arch) i);
+}
+
 bool indexmem_is_bounded(const llama_context * ctx) {
     return bounded_of(ctx) != nullptr;
+}
+
+uint64_t indexmem_cache_bytes(const llama_context * ctx) {
+    uint64_t res = 0;
+    if (const auto * memory = ctx->get_memory()) {
+        for (const auto & [buft, size] : memory->memory_breakdown()) {
+            res += size;
+        }
+    }
+    return res;
 }
 
 bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {

@@ -4,8 +4,11 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-// architectures whose cache is not the ordinary one although nothing in the hyperparameters says so
-static const char * special_cache(llm_arch arch) {
+// architectures whose cache is not the ordinary one, whatever the hyperparameters say
+const char * indexmem_unsupported_arch(llm_arch arch) {
+    if (llm_arch_is_recurrent(arch)) {
+        return "a recurrent model: its state has a fixed size already";
+    }
     switch (arch) {
         case LLM_ARCH_DREAM:
         case LLM_ARCH_LLADA:
@@ -22,7 +25,10 @@ static const char * special_cache(llm_arch arch) {
         case LLM_ARCH_QWEN4EXP:
             return "sparse attention with an indexer of its own";
         case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
             return "an encoder and relative position buckets";
+        case LLM_ARCH_LLAMA_EMBED:
+            return "attention without a cache (an encoder)";
         case LLM_ARCH_GROK:
             return "a scale and a soft cap on its attention that flash attention does not have";
         case LLM_ARCH_EAGLE3:
@@ -30,7 +36,7 @@ static const char * special_cache(llm_arch arch) {
         case LLM_ARCH_GEMMA4_ASSISTANT:
             return "a draft head that shares the cache of another model";
         default:
-            return nullptr;
+            return "";
     }
 }
 
@@ -60,11 +66,8 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.vocab_only) {
         return "only its vocabulary is loaded";
     }
-    if (const char * what = special_cache(model.arch)) {
+    if (const std::string what = indexmem_unsupported_arch(model.arch); !what.empty()) {
         return what;
-    }
-    if (llm_arch_is_recurrent(model.arch)) {
-        return "a recurrent model: its state has a fixed size already";
     }
     if (!hparams.causal_attn) {
         return "attention that is not causal (an encoder)";
