@@ -46,7 +46,7 @@ _REFUSED = {  # in the words of the library, where it has some
         "bert eurobert gemma-embedding jina-bert-v2 jina-bert-v3 modern-bert neo-bert nomic-bert nomic-bert-moe",
     "no layer with a KV cache": "clip gptj wavtokenizer-dec",
 }  # fmt: skip
-_LATENT = "latent attention (MLA): one row for all heads"
+_LATENT = "latent attention (MLA): one row for all heads; no memory of what was evicted"
 _TEXT = "text only: images are refused"
 _NOTES = {
     **dict.fromkeys("bailingmoe3 deepseek2 deepseek2-ocr kimi-k3 kimi-linear mistral4".split(), _LATENT),

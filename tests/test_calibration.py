@@ -135,6 +135,13 @@ def test_layers_that_read_those_of_others_count_with_them(tiny: Tiny, text: Path
     assert [row.layer for row in result.layers] == list(c.numbers) == [1, 3]
 
 
+@pytest.mark.parametrize("arch", ["deepseek2", "kimi-linear"])
+def test_latent_attention_has_no_memory(tiny: Tiny, text: Path, tmp_path: Path, arch: str) -> None:
+    with pytest.raises(IndexMemError, match="one row for keys and values together"):
+        calibrate(tiny(arch)[0], text, tmp_path / "out.gguf")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_residual_memory_reads_queries_as_they_are_before_any_scale(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     """Two files of the same network: the graph of one scales queries itself, that of the other leaves it to attention."""
     results = []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from architectures import TABLE
+from architectures import BOUNDED, TABLE
 from conftest import Tiny
-from native_context import open_model
+from indexers import random_indexer, write_sidecar
+from native_context import Context, open_model
+from test_bounded import tokens_of
 from test_cli import run
 from tiny_models import MIXED, REFUSED, SUPPORTED, TRAINED, UNLIKE, UNROTATABLE, make_config
 
@@ -57,6 +60,26 @@ def test_it_is_true_of_the_tiny_models(tiny: Tiny, name: str) -> None:
         found = {flag for flag in (1, 2, 4) if any(flag & f for f in flags)}
         always = {FLAGS[kind] for kind in row.layers if kind != table.WINDOW_BY_FILE}
         assert always <= found <= {FLAGS[kind] for kind in row.layers}
+
+
+@pytest.mark.parametrize("name", [name for name in (*BOUNDED, *UNLIKE, *UNROTATABLE) if name != "exaone4"])
+def test_an_indexer_reads_along_in_each(tiny: Tiny, name: str, tmp_path: Path) -> None:
+    """What the page says of every architecture with a budget: it is shown what attention reads, in each bounded layer."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 150)
+    with open_model(path) as model:
+        bounded = [il for il, flags in enumerate(_capi.model_layers(model)) if flags & _capi.LAYER_BOUNDED]
+        with Context(model, budget=64, window=16, n_ubatch=32) as c:
+            n_head_kv = _capi.n_head_kv(c.ctx, bounded[0])
+        held = []
+        for seed in (0, 1):
+            write_sidecar(tmp_path / f"{seed}", random_indexer("retention-mlp", config.n_layer, config.n_embd, n_head_kv, seed))
+            sidecar = dict(sidecar=tmp_path / f"{seed}", policy="indexer")
+            with Context(model, budget=64, window=16, n_ubatch=32, **sidecar) as c:
+                c.feed(tokens, 32)
+                held.append(c.positions())
+    for il in bounded:
+        assert any(not np.array_equal(one, other) for one, other in zip(held[0][il], held[1][il]))
 
 
 def test_the_tiny_models_have_one_of_each_kind() -> None:

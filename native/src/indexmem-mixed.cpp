@@ -16,7 +16,7 @@ llama_memory_mixed::llama_memory_mixed(
         std::unique_ptr<llama_kv_cache_bounded> bounded,
         std::unique_ptr<indexmem_window>        window,
         std::unique_ptr<llama_memory_recurrent> recurrent) :
-    bounded(std::move(bounded)), window(std::move(window)), recurrent(std::move(recurrent)) {
+    bounded(std::move(bounded)), window(std::move(window)), recurrent(std::move(recurrent)), n_latest(this->bounded->get_n_seq_max(), 0) {
 }
 
 llama_memory_context_ptr llama_memory_mixed::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -73,6 +73,7 @@ llama_memory_context_ptr llama_memory_mixed::init_update(llama_context * lctx, b
 
 void llama_memory_mixed::clear(bool data) {
     bounded->clear(data);
+    std::fill(n_latest.begin(), n_latest.end(), 0);
     if (window) {
         window->get().clear(data);
     }
@@ -101,9 +102,13 @@ bool llama_memory_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     if (some && (!bounded->can_seq_rm(seq_id, p0, p1) || (window && !window->can_go_on(seq_id, p0)))) {
         return false;
     }
+    if (recurrent && some && n_seen - p0 >= (llama_pos) n_latest[seq_id]) {
+        return false; // its snapshots, if it keeps any, are of the tokens of one ubatch
+    }
     if (recurrent && (all || some) && !recurrent->seq_rm(seq_id, p0, -1)) {
         return false; // and has not changed
     }
+    n_latest[seq_id] = all || some ? 0 : n_latest[seq_id];
     if (window) {
         window->get().seq_rm(seq_id, p0, p1); // also of a ubatch that was not computed
     }
@@ -130,6 +135,7 @@ void llama_memory_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
     if (recurrent) {
         recurrent->seq_rm(seq_id_dst, -1, -1);
         recurrent->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+        n_latest[seq_id_dst] = 0;
     }
 }
 
@@ -226,6 +232,10 @@ bool llama_memory_mixed::rebase(const llama_kv_cache_bounded::step & st) {
     return true;
 }
 
+void llama_memory_mixed::finish(const llama_kv_cache_bounded::step & st) {
+    std::fill_n(n_latest.begin() + st.s0, st.n_seq, st.n_tokens);
+}
+
 void llama_memory_mixed::abandon(const llama_kv_cache_bounded::step & st) {
     for (uint32_t i = 0; i < st.n_seq; ++i) {
         if (window) {
@@ -275,6 +285,7 @@ llama_memory_mixed_context::~llama_memory_mixed_context() {
 }
 
 bool llama_memory_mixed_context::next() {
+    mem->finish(bounded->get_step());
     begun = false;
     if (window) {
         window->next();

@@ -17,7 +17,8 @@
 // Invariants
 //   - all parts have seen the same tokens; what one of them refuses none does, and all are as they were
 //   - the parts hold indices. Rotary positions are known to the bounded cache alone, and keys of the window are turned with its own
-//   - a recurrent state cannot go back: a sequence whose ubatch was begun and not computed is broken
+//   - a recurrent state cannot go back, or as far as its snapshots reach (n_rs_seq): a sequence whose ubatch was begun and not
+//     computed is broken
 //
 class llama_memory_mixed : public llama_memory_i {
 public:
@@ -72,7 +73,8 @@ public:
     // before a ubatch of the bounded cache: the rebases that have to come first, of all parts; false with a message
     bool rebase(const llama_kv_cache_bounded::step & st);
 
-    // of a ubatch that was begun and not computed
+    // of a ubatch that has been computed, or was begun and has not
+    void finish (const llama_kv_cache_bounded::step & st);
     void abandon(const llama_kv_cache_bounded::step & st);
 
 private:
@@ -81,6 +83,8 @@ private:
     const std::unique_ptr<llama_memory_recurrent> recurrent;
 
     llama_context * lctx = nullptr; // known from the first batch on
+
+    std::vector<uint32_t> n_latest; // [n_seq_max] tokens of the latest ubatch: of so many there are snapshots of the recurrent states
 };
 
 class llama_memory_mixed_context : public llama_memory_context_i {
