@@ -116,17 +116,15 @@ def test_snapshots_of_others_are_not_taken_for_ones_own(made: Made) -> None:
     tokens, others, n = made.text(60), made.text(48, 1), 50
     with made.context(budget=600, n_rs_seq=4, n_seq=3) as c, made.context(budget=600) as twin:
         true = twin.feed(tokens, 24)
-        for way in ("load", "copy", "copy of a copy", "after a step back"):
+        for way in ("load", "load after a step back", "copy", "copy of a copy", "copy after a step back"):
             for d in range(1, 5):
                 c.clear()
                 c.feed(others, 24, seq=1)
                 c.feed(tokens[:n], 24)
-                if way == "load":
+                if way.endswith("a step back"):
+                    assert c.seq_rm(0, n - 1)
+                if way.startswith("load"):
                     assert c.load(c.save(0), 1)
-                elif way == "after a step back":
-                    if not c.seq_rm(0, n - 1):
-                        continue
-                    c.seq_cp(0, 1)
                 else:
                     c.seq_cp(0, 1)
                     if way == "copy of a copy":
