@@ -81,18 +81,12 @@ class Reader:
         why = _capi.model_unsupported_reason(model)
         if why is not None:
             raise ModelNotSupported(f"the model cannot have a bounded KV cache: {why}")
-<<<<<<< HEAD
-        self.layers = tuple(
-            il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED
-        )
-=======
         self.layers = tuple(il for il, kind in enumerate(_capi.model_layers(model)) if kind & _capi.LAYER_BOUNDED)
         if any(k and not v for k, v in _capi.model_rows(model)):
             raise ModelNotSupported(
                 "the model keeps one row for keys and values together (latent attention, MLA), and a memory keeps them apart: "
                 "use no memory"
             )
->>>>>>> a083c14abb7934587bac11eceba9e49f650c49ac
         self._n_ubatch = n_ubatch
         self._capture = AttentionCapture(self.layers)
         self._open = contextlib.ExitStack()

@@ -113,7 +113,9 @@ void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     if (window) {
         for_each_size(window->tensors(), "the window's cache", put_size);
         for (llama_seq_id id : ids) {
-            const llama_pos p1 = bounded->get_seq(id)->n_seen, p0 = window->get().seq_pos_min(id);
+            const llama_pos p1   = bounded->get_seq(id)->n_seen;
+            const llama_pos held = window->get().seq_pos_min(id);
+            const llama_pos p0   = held < 0 ? p1 : held;
             put<uint64_t>(io, p1 - p0);
             indexmem_state_put(io, window->rows(id, p0, p1), on_device);
         }
@@ -160,9 +162,13 @@ void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
             }
             uint64_t n;
             io.read(&n, sizeof(n));
-            if (n == 0 || n > (uint64_t) seq.n_seen || n > window->get().get_size()) {
+            if (n > (uint64_t) seq.n_seen || n > window->get().get_size()) {
                 throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, of %d seen, and there is room for %u: use "
                             "a ubatch as large as that of the context that wrote it", (unsigned long long) n, seq.n_seen, window->get().get_size()));
+            }
+            if (seq.n_seen - (llama_pos) n > window->first_seen(seq.n_seen)) {
+                throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, and the next token looks at %d",
+                            (unsigned long long) n, seq.n_seen - window->first_seen(seq.n_seen)));
             }
             part p = { id, seq.n_seen, (llama_pos) n, std::vector<uint8_t>(n*row_size) };
             io.read(p.data.data(), p.data.size());

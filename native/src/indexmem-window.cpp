@@ -25,14 +25,19 @@ indexmem_window::indexmem_window(const llama_model & model, ggml_type type_k, gg
     }
 }
 
-bool indexmem_window::can_go_on(llama_seq_id seq_id, llama_pos p0) const {
+llama_pos indexmem_window::first_seen(llama_pos p0) const {
     const auto & hparams = model.hparams;
 
     llama_pos first = p0;
     while (first > 0 && !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, first - 1, p0)) {
         --first;
     }
-    const llama_pos held = cache.seq_pos_min(seq_id);
+    return first;
+}
+
+bool indexmem_window::can_go_on(llama_seq_id seq_id, llama_pos p0) const {
+    const llama_pos first = first_seen(p0);
+    const llama_pos held  = cache.seq_pos_min(seq_id);
     return first == p0 || (held >= 0 && held <= first);
 }
 

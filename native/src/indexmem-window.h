@@ -30,6 +30,9 @@ public:
 
     const llama_kv_cache & get() const { return cache; }
 
+    // the first position that a token at p0 attends to, p0 if it is the only one
+    llama_pos first_seen(llama_pos p0) const;
+
     // whether a token at position p0 still finds all that it attends to
     bool can_go_on(llama_seq_id seq_id, llama_pos p0) const;
 
