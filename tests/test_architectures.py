@@ -10,22 +10,22 @@ import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
 from mirror import BARE, CACHES, EXACT, SETTINGS, SIZES, Compared, compare, near
+from mixed import KINDS
 from native_context import F16, Context, Refused, open_model
 from test_bounded import EVICTING, rms, tokens_of
 from tiny_models import TinyConfig
 
 from indexmem_edge import _capi
 
-DEEP = ("exaone4",)  # 64 layers, which take their time
-SHORT = [
-    name for name in BOUNDED if name != "llama4"
-]  # whose windows end within these texts: see test_chunks for the other
+DEEP = ("exaone4", "gemma3n-shared")  # 64 and 22 layers, which take their time
+SHORT = [name for name in BOUNDED if name != "llama4"]  # whose windows end within these texts
 POLICIES = [policy for policy in EVICTING if policy != "streaming"]
 
 
-def pairs(names: list[str], others: Iterable[str], deep: str) -> list[tuple[str, str]]:
-    """Each model with all of the others, a deep one with one of them."""
-    return [(name, other) for name in names for other in others if name not in DEEP or other == deep]
+def pairs(names: list[str], others: Iterable[str], one: str, all_of: Iterable[str] = BOUNDED) -> list[tuple[str, str]]:
+    """Some models with all of the others, which deep ones are not, and the rest with one of them."""
+    some = set(all_of) - set(DEEP)
+    return [(name, other) for name in names for other in others if name in some or other == one]
 
 
 def bounded_layers(config: TinyConfig) -> list[int]:
@@ -69,7 +69,7 @@ def test_what_is_evicted_is_gone(tiny: Tiny, name: str, cache: str) -> None:
     check(config, cache, result)
 
 
-@pytest.mark.parametrize("name,policy", pairs(SHORT, POLICIES, "tova"))
+@pytest.mark.parametrize("name,policy", pairs(SHORT, POLICIES, "tova", [*KINDS, "mimo2", "gemma4"]))
 def test_policies(tiny: Tiny, name: str, policy: str) -> None:
     """One layer of one head, so that there is one set of positions that an unbounded context can have."""
     path, config = tiny(name, **TABLE[name].single)

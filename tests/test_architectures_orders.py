@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import llama_cpp
 import numpy as np
 import pytest
 from conftest import Tiny
@@ -27,6 +28,9 @@ operation = st.one_of(
     st.tuples(st.just("load"), seq, other),
     st.tuples(st.just("stop"), seq, st.integers(0, 80)),
     st.tuples(st.just("clear"), seq, other),
+    st.tuples(st.just("keep"), seq, other),
+    st.tuples(st.just("shift"), seq, st.integers(-9, 9)),
+    st.tuples(st.just("reload"), seq, other),
 )
 
 
@@ -95,6 +99,22 @@ class Told:
     def clear(self, seq: int, _: int = 0) -> None:
         assert self.c.seq_rm(seq, 0)
         self.batches[seq] = []
+
+    def keep(self, seq: int, _: int) -> None:
+        self.c.seq_keep(seq)
+        self.batches = [batches if s == seq else [] for s, batches in enumerate(self.batches)]
+
+    def shift(self, seq: int, by: int) -> None:
+        """Does nothing."""
+        assert not llama_cpp.llama_memory_can_shift(self.c.memory)
+        llama_cpp.llama_memory_seq_add(self.c.memory, seq, 0, -1, by)
+        llama_cpp.llama_memory_seq_div(self.c.memory, seq, 0, -1, 2)
+
+    def reload(self, _: int, __: int) -> None:
+        """The whole context."""
+        state = self.c.save()
+        self.c.decode([5, 6, 7], 0)
+        assert self.c.load(state) and self.c.save() == state
 
     def check(self) -> None:
         """All sequences go on like one of their own that was told the same."""

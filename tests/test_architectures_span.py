@@ -9,6 +9,7 @@ import pytest
 from architectures import BOUNDED, TABLE
 from conftest import Tiny
 from mirror import CACHES, SETTINGS, SIZES, compare, near
+from mixed import KINDS
 from native_context import Context, open_model
 from spanned import both, follow
 from test_architectures import DEEP, POLICIES, check, pairs
@@ -66,7 +67,7 @@ def test_what_is_not_rotated_does_not_care(tiny: Tiny, name: str, policy: str) -
     assert rms(ours - theirs) < (near(config) or 5e-3) * theirs.std()
 
 
-@pytest.mark.parametrize("name,policy", pairs(SHIFTED, ["streaming", *POLICIES], "tova"))
+@pytest.mark.parametrize("name,policy", pairs(SHIFTED, ["streaming", *POLICIES], "tova", KINDS))
 def test_gaps_close(tiny: Tiny, name: str, policy: str) -> None:
     """Entries of which each moves by another distance, against llama.cpp's own shifts of them."""
     path, config = tiny(name, **TABLE[name].single, **OVERRIDES.get(name, {}))

@@ -110,6 +110,34 @@ def test_snapshots_of_a_recurrent_state(made: Made, last: list[int]) -> None:
                 made.same(c.decode(tokens[n:]), true[n:])
 
 
+@pytest.mark.parametrize("name", [name for name in ("qwen35", "nemotron_h", "lfm2") if name in RECURRENT])
+def test_snapshots_of_others_are_not_taken_for_ones_own(made: Made) -> None:
+    """A state or a copy brings one snapshot; what lay beside it belongs to another text."""
+    tokens, others, n = made.text(60), made.text(48, 1), 50
+    with made.context(budget=600, n_rs_seq=4, n_seq=3) as c, made.context(budget=600) as twin:
+        true = twin.feed(tokens, 24)
+        for way in ("load", "load after a step back", "copy", "copy of a copy", "copy after a step back"):
+            for d in range(1, 5):
+                c.clear()
+                c.feed(others, 24, seq=1)
+                c.feed(tokens[:n], 24)
+                if way.endswith("a step back"):
+                    assert c.seq_rm(0, n - 1)
+                if way.startswith("load"):
+                    assert c.load(c.save(0), 1)
+                else:
+                    c.seq_cp(0, 1)
+                    if way == "copy of a copy":
+                        c.feed(others, 24, seq=0)
+                        c.seq_cp(1, 2)
+                        c.seq_cp(2, 1)
+                seen = c.n_seen(1)
+                if c.seq_rm(1, seen - d):
+                    seen -= d
+                assert c.n_seen(1) == seen
+                made.same(c.decode(tokens[seen:], seq=1), true[seen:])
+
+
 @each_kind
 def test_a_gap_is_refused(made: Made) -> None:
     tokens = made.text(60)

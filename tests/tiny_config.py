@@ -45,6 +45,7 @@ class TinyConfig:
     sliding_window: int = 0
     full_layers: tuple[int, ...] = ()  # of models with several kinds of layers: those that attend to all of the text
     shared_layers: int = 0  # the last ones, which read what others have cached
+    draft_layers: int = 0  # behind the last one, not counted: they guess tokens in advance
     sharpness: float = 1.4
     seed: int = 0
     tensor_type: str = "F32"  # of the matrices: what the package gguf can quantise
@@ -106,7 +107,7 @@ class Draw:
 
 def base_metadata(c: TinyConfig) -> dict[str, Any]:
     return {
-        "context_length": c.n_ctx_train, "embedding_length": c.n_embd, "block_count": c.n_layer,
+        "context_length": c.n_ctx_train, "embedding_length": c.n_embd, "block_count": c.n_layer + c.draft_layers,
         "feed_forward_length": c.n_ff, "attention.head_count": c.n_head, "attention.head_count_kv": c.n_head_kv,
         "attention.layer_norm_rms_epsilon": c.eps, "vocab_size": c.n_vocab,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import tiny_recurrent as recurrent
 from tiny_config import Draw, TinyConfig, Weights, attention_metadata
 from tiny_layers import (
-    N_EXPERT, assemble, attention, expert_metadata, experts, feed_forward, head_counts, latent_attention,
+    N_EXPERT, assemble, attention, draft, expert_metadata, experts, feed_forward, head_counts, latent_attention,
     latent_metadata, norms,
 )  # fmt: skip
 
@@ -19,15 +19,17 @@ def _qwen(c: TinyConfig, draw: Draw) -> Model:
     """Gated delta nets, and attention whose output has a gate, too."""
     mixed = c.arch != "qwen3next"  # positions of several dimensions
     meta = attention_metadata(c) | recurrent.metadata(c, recurrent.N_SSM_HEAD * recurrent.N_STATE)
-    meta["attention.recurrent_layers"] = [il not in c.full_layers for il in range(c.n_layer)]
+    meta["attention.recurrent_layers"] = [il not in c.full_layers for il in range(c.n_layer)] + [False] * c.draft_layers
+    if c.draft_layers:
+        meta["nextn_predict_layers"] = c.draft_layers
     if mixed:
         n = c.n_rot // 2
         meta["rope.dimension_sections"] = [n - 2 * (n // 3), n // 3, n // 3, 0]
     if c.arch != "qwen35":
         meta |= expert_metadata(c) | {"expert_shared_feed_forward_length": c.n_ff}
     layers = []
-    for il in range(c.n_layer):
-        full = il in c.full_layers
+    for il in range(c.n_layer + c.draft_layers):
+        full = il in c.full_layers or il >= c.n_layer
         layer = norms(c, draw, "attn_norm", "post_attention_norm")
         layer |= (
             attention(c, draw, gated=True, qk_norm="head") if full else recurrent.delta_net(c, draw, joint=not mixed)
@@ -36,7 +38,7 @@ def _qwen(c: TinyConfig, draw: Draw) -> Model:
             layer |= feed_forward(c, draw)
         else:
             layer |= experts(c, draw, shared=True) | {"ffn_gate_inp_shexp": draw.normal(c.n_embd, std=c.n_embd**-0.5)}
-        layers.append(layer)
+        layers.append(layer if il < c.n_layer else draft(c, draw, layer))
     return meta, assemble(c, draw, layers)
 
 
@@ -167,6 +169,7 @@ _COMMON: dict[str, Any] = {"n_layer": 4, "full_layers": (1, 3), "head_dim": 32, 
 _QWEN = _COMMON | {"rope_neox": True, "rope_dim": 16}
 HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen35": (_qwen, _QWEN),
+    "qwen35-draft": (_qwen, _QWEN | {"arch": "qwen35", "draft_layers": 1}),
     "qwen35moe": (_qwen, _QWEN),
     "qwen3next": (_qwen, _QWEN),
     "nemotron_h": (_nemotron_h, _COMMON | {"n_layer": 6, "full_layers": (1, 4)}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiny_config import Draw, TinyConfig, Weights
-from tiny_layers import assemble, feed_forward, latent_attention, latent_metadata, norms
+from tiny_layers import assemble, draft, feed_forward, latent_attention, latent_metadata, norms
 
 
 def _latent(c: TinyConfig, draw: Draw, split: bool = True) -> tuple[dict[str, Any], Weights]:
@@ -14,8 +14,11 @@ def _latent(c: TinyConfig, draw: Draw, split: bool = True) -> tuple[dict[str, An
     }  # fmt: skip
     layers = [
         norms(c, draw, "attn_norm", "ffn_norm") | latent_attention(c, draw, split=split) | feed_forward(c, draw)
-        for _ in range(c.n_layer)
+        for _ in range(c.n_layer + c.draft_layers)
     ]
+    if c.draft_layers:  # GLM 4.7 Flash has one
+        meta |= {"nextn_predict_layers": c.draft_layers, "leading_dense_block_count": len(layers)}
+        layers[c.n_layer :] = [draft(c, draw, layer) for layer in layers[c.n_layer :]]
     return meta, assemble(c, draw, layers)
 
 
@@ -29,6 +32,7 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 LATENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "deepseek2": (_latent, _COMMON),
+    "deepseek2-draft": (_latent, _COMMON | {"arch": "deepseek2", "draft_layers": 1}),
     "deepseek2-old": (_decompressed, _COMMON | {"arch": "deepseek2"}),
     # scores grow with positions
     "mistral4": (

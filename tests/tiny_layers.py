@@ -97,6 +97,11 @@ def expert_metadata(c: TinyConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def draft(c: TinyConfig, draw: Draw, layer: Weights) -> Weights:
+    """A layer that reads the next token and what the model made of the ones before it."""
+    return layer | norms(c, draw, "nextn.enorm", "nextn.hnorm") | {"nextn.eh_proj": draw.matrix(c.n_embd, 2 * c.n_embd)}
+
+
 def assemble(c: TinyConfig, draw: Draw, layers: Sequence[Weights], output_norm: str = "output_norm") -> Weights:
     """All tensors of a model by their names."""
     embedding = draw.normal(c.n_vocab, c.n_embd) + draw.normal(1, c.n_embd, std=0.5)
