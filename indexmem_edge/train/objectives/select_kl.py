@@ -45,6 +45,13 @@ class SelectKL(Objective):
             total += float(loss.detach())
         return {"loss": total}
 
+    def factors(self, layer: int, hidden: Tensor, ratios: Sequence[float]) -> list[Tensor]:
+        """For each ratio, the factors [H, n] of the entries of a context with hidden states [n, d], as `choose` has them."""
+        n = len(hidden)
+        ranks = self.modules[layer].ranks(hidden, torch.arange(n, device=self.device), n - 1)
+        budgets = [Schedule(ratio).limit(n, self.sinks, self.window) for ratio in ratios]
+        return [choose(ranks, budget, self.sinks, self.window) for budget in budgets]
+
     def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
         """Divergence over the rows after the context, both ways, answers counted by their weight; over `ratios` the mean."""
         n = self._context(sample)
@@ -59,12 +66,9 @@ class SelectKL(Objective):
             teacher = self.decoder(tokens[None], read)[0, n:]
 
         def attend(heads: Heads) -> Tensor:
-            module, (hidden, k, v) = self.modules[heads.layer], context[heads.layer]
-            ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
+            hidden, k, v = context[heads.layer]
             rows = []
-            for b, ratio in enumerate(ratios):
-                budget = Schedule(ratio).limit(n, self.sinks, self.window)
-                factors = choose(ranks, budget, self.sinks, self.window)
+            for b, factors in enumerate(self.factors(heads.layer, hidden, ratios)):
                 own = heads.k[b], heads.v[b]
                 rows.append(selected_attention(heads.q[b], k, v, factors, *own, self.decoder.config.scale))
             return torch.stack(rows)
