@@ -1,4 +1,4 @@
-"""Facts as people tell them in passing: in prose, letters, dialogue, on notes and forms. Told in one way and asked for in another.
+"""Facts as people tell them in passing: in prose, letters, dialogue, on notes and forms. Told one way and asked for another.
 
 Unlike the facts of `generated`, which say what they are, these look like the book that they stand in: what makes them worth
 keeping is a name with something exact beside it. `{who}` is the person or thing, `{thing}` what it has, `{value}` what that is.
@@ -23,7 +23,8 @@ class Family:
 
 
 _HAS = (
-    "\n\nThe {thing} of {who} is", "\n\nThe {thing} of {who} was", "\nWhat is the {thing} of {who}? It is", "\n{who} has the {thing}",
+    "\n\nThe {thing} of {who} is", "\n\nThe {thing} of {who} was", "\nWhat is the {thing} of {who}? It is",
+    "\n{who} has the {thing}",
     "\nQuestion: which {thing} does {who} have?\nAnswer: The {thing} of {who} is", "\n\n{who}, {thing}:", "\n{who}'s {thing} is",
     "\n\nSomebody asks for the {thing} of {who}. The answer is",
 )  # fmt: skip
@@ -46,8 +47,8 @@ _HAVING: tuple[Family, ...] = (
         ' "Tell {other} that the {thing} of {who} is {value}," he said.', ' "{value}," answered {other}, "is the {thing} of {who}."',
     ), _HAS),
     Family((  # notes and forms
-        "\n\nNote: {who}, {thing} {value}\n\n", "\n{thing} of {who}: {value}\n", "\n* {who} ({thing} {value})\n", "\n{who} | {thing} | {value}\n",
-        "\nName: {who}\n{thing}: {value}\n", "\nREMINDER. {who}: {value} ({thing}).\n", "\n- {thing}, {who}: {value}\n",
+        "\n\nNote: {who}, {thing} {value}\n\n", "\n{thing} of {who}: {value}\n", "\n* {who} ({thing} {value})\n",
+        "\n{who} | {thing} | {value}\n", "\nName: {who}\n{thing}: {value}\n", "\nREMINDER. {who}: {value} ({thing}).\n", "\n- {thing}, {who}: {value}\n",
     ), _HAS),
 )  # fmt: skip
 
@@ -82,23 +83,34 @@ def _two_words(rng: np.random.Generator) -> str:
 
 _RELATIONS: tuple[Relation, ...] = (
     Relation(Family(
-        (" {who} lives in {value} now.", " {who} had moved to {value} long ago.", " They went to {value}, where {who} lived."),
+        (
+            " {who} lives in {value} now.", " {who} had moved to {value} long ago.", " They went to {value}, where {who} lived.",
+        ),
         ("\n\n{who} lives in", "\nWhere does {who} live? In", "\nQuestion: where is the home of {who}?\nAnswer: in"),
     ), _place),
     Relation(Family(
-        (" It was in {value} that {who} was born.", " {who}, who was born in {value}, sat down.", " The year in which {who} was born was {value}."),
+        (
+            " It was in {value} that {who} was born.", " {who}, who was born in {value}, sat down.",
+            " The year in which {who} was born was {value}.",
+        ),
         ("\n\n{who} was born in", "\nWhen was {who} born? In", "\nThe year of birth of {who} is"),
     ), _year),
     Relation(Family(
         (" {who} paid {value} dollars for it.", " For {value} dollars {who} sold the house.", " It cost {who} {value} dollars in the end."),
-        ("\n\nThe sum that {who} paid, in dollars:", "\nHow many dollars was it for {who}? It was", "\nIn dollars, {who} had to do with a sum of"),
+        (
+            "\n\nThe sum that {who} paid, in dollars:", "\nHow many dollars was it for {who}? It was",
+            "\nIn dollars, {who} had to do with a sum of",
+        ),
     ), _amount),
     Relation(Family(
         (" The ship of {who} was called the {value}.", " {who} went on board the {value}.", " With the {value} {who} sailed home."),
         ("\n\nThe ship of {who} was called the", "\nWhich ship was that of {who}? The", "\n{who} sailed on the"),
     ), _name),
     Relation(Family(
-        (' "The word for {who} is {value}," said {other}.', " {who} was told to say {value} at the door.", " At the word {value} they let {who} in."),
+        (
+            ' "The word for {who} is {value}," said {other}.', " {who} was told to say {value} at the door.",
+            " At the word {value} they let {who} in.",
+        ),
         ("\n\nThe word for {who} is", "\nWhat does {who} say at the door? The words", "\nThey let {who} in at the words"),
     ), _two_words),
 )  # fmt: skip

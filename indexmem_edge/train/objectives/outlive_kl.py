@@ -43,7 +43,10 @@ class OutliveKL(SelectKL):
                 found.append(sample)
                 wanted -= len(sample.tokens)
         if not found:
-            raise TrainingError(f"{self.name} needs pages of books, and there are only generated texts: give a --generated below 1")
+            raise TrainingError(
+                f"{self.name} needs pages of books, and there are only generated texts: give a --generated below 1, or more "
+                "--samples"
+            )
         read: list[list[Tensor]] = [[] for _ in self.modules]
 
         def keep(heads: Heads) -> Tensor:
