@@ -1,7 +1,8 @@
 """Facts that are told once in a long text and asked for much later, without disturbing the reading.
 
 A fact is a sentence with a person, who is in it alone, and a value that cannot be guessed. It stands between two sentences of
-a book. The question is asked after so many more tokens, from a copy of the state that is put back afterwards.
+a book. The question is asked after so many more tokens, from a copy of the state that is put back afterwards. It is the sentence
+again, up to the value: in other words a small model does not find it even if nothing has been evicted.
 """
 
 from __future__ import annotations
@@ -32,13 +33,9 @@ _TOWNS = """Aberdeen Antwerp Basel Bergen Bologna Bristol Calais Cologne Cork Dr
 Gothenburg Granada Hamburg Hanover Havana Krakow Leipzig Lisbon Lyons Malaga Mantua Marseilles Nantes Naples Odessa Oporto
 Palermo Parma Plymouth Prague Ravenna Riga Rouen Salamanca Salzburg Seville Smyrna Stockholm Toledo Trieste Turin Utrecht
 Verona Zurich""".split()
-_HORSES = """Bandit Blizzard Bramble Brigadier Buttercup Captain Chestnut Cinnamon Comet Corporal Daisy Domino Duchess Ginger Goblin
+_NAMES = """Bandit Blizzard Bramble Brigadier Buttercup Captain Chestnut Cinnamon Comet Corporal Daisy Domino Duchess Ginger Goblin
 Hercules Juniper Jupiter Lightning Magpie Merlin Midnight Nutmeg Orion Pepper Phantom Pilgrim Primrose Saffron Sergeant
 Snowball Sorrel Sparrow Sultan Tempest Thistle Trooper Vulcan Whisper Zephyr""".split()
-_TRADES = """baker barber beekeeper blacksmith bookbinder brewer butcher carpenter chandler clockmaker cobbler cooper
-dentist draper fiddler fisherman furrier gardener glazier goldsmith grocer hatter jeweller locksmith mason
-miller notary plumber potter printer saddler sculptor shepherd tailor tanner thatcher weaver""".split()
-_MONTHS = """January February March April May June July August September October November December""".split()
 _PASSWORDS = """autumn cannon clover coffee dagger ember feather flint garnet goblet granite hemlock honey ivy jasmine kestrel
 lavender lemon lily marble mustard nightingale oyster parsley pearl pigeon plum quartz raven rosemary sapphire scarlet sparrow
 sugar sulphur tulip turnip velvet vinegar walnut""".split()
@@ -57,101 +54,43 @@ def _one_of(words: Sequence[str]) -> Draw:
 
 @dataclass(frozen=True)
 class Kind:
-    """Wordings of one kind of fact; {who} is the person, {what} the value."""
+    """A sentence about {who}, up to the value, and what may follow it."""
 
     name: str
     draw: Draw
-    tellings: tuple[str, ...]
-    asking: str
-    answer: str  # up to the value
+    said: str
+    rest: str = "."
 
 
+# Many, because a small model answers with the value of another fact of the same kind, whoever is asked for.
 KINDS = (
-    Kind(
-        "debt",
-        _number(1000, 99999),
-        (
-            "{who} still owed the bank {what} dollars.",
-            "In the ledger of the bank {what} dollars stood against the name of {who}.",
-            "It was no secret that {who} had a debt of {what} dollars at the bank.",
-        ),
-        "How many dollars did {who} owe the bank?",
-        "{who} owed the bank",
-    ),
-    Kind(
-        "cabin",
-        _number(100, 999),
-        (
-            "On the steamer {who} slept in cabin {what}.",
-            "The steward had put {who} into cabin {what} of the steamer.",
-            "Cabin {what} of the steamer had been taken by {who}.",
-        ),
-        "In which cabin of the steamer did {who} sleep?",
-        "On the steamer {who} slept in cabin",
-    ),
-    Kind(
-        "birthday",
-        lambda rng: f"{rng.randint(4, 20)}th of {rng.choice(_MONTHS)}",
-        (
-            "{who} was born on the {what}.",
-            "The birthday of {who} fell on the {what}.",
-            "Every year on the {what} there was a cake for the birthday of {who}.",
-        ),
-        "On which day was {who} born?",
-        "{who} was born on the",
-    ),
-    Kind(
-        "town",
-        _one_of(_TOWNS),
-        (
-            "{who} had grown up in {what}.",
-            "As a child {who} had lived in {what}.",
-            "It was in {what} that {who} had spent a happy childhood.",
-        ),
-        "In which town did {who} grow up?",
-        "{who} grew up in",
-    ),
-    Kind(
-        "horse",
-        _one_of(_HORSES),
-        (
-            "The horse of {who} was called {what}.",
-            "{who} rode a mare by the name of {what}.",
-            "{what} was the name that {who} had given to the horse.",
-        ),
-        "What was the horse of {who} called?",
-        "The horse of {who} was called",
-    ),
-    Kind(
-        "trade",
-        _one_of(_TRADES),
-        (
-            "{who} made a living as a {what}.",
-            "By trade {who} was a {what}.",
-            "{who} had learned to be a {what}, and worked as one.",
-        ),
-        "What was the trade of {who}?",
-        "By trade {who} was a",
-    ),
-    Kind(
-        "password",
-        lambda rng: " ".join(rng.sample(_PASSWORDS, 2)),
-        (
-            "The sentry let {who} pass at the words {what}.",
-            'To the sentry {who} had to whisper "{what}" at the gate.',
-            "At the gate the sentry heard the words {what} from {who}.",
-        ),
-        "At which words did the sentry let {who} pass?",
-        "The sentry let {who} pass at the words",
-    ),
+    Kind("locker", _number(10000, 99999), "The locker number of {who} is"),
+    Kind("telephone", _number(10000, 99999), "The telephone number of {who} was", ", as everybody in the office knew."),
+    Kind("account", _number(1000, 9999), "The account of {who} at the bank had the number"),
+    Kind("room", _number(100, 999), "{who} could be found in room number", " of the hotel."),
+    Kind("ticket", _number(10000, 99999), "The lottery ticket of {who} had the number", " and won nothing."),
+    Kind("passport", _number(10000, 99999), "The passport of {who} bears the number"),
+    Kind("library", _number(1000, 9999), "In the library {who} has the reader's card"),
+    Kind("regiment", _number(100, 999), "As a soldier {who} served in the regiment number", " for three years."),
+    Kind("debt", _number(1000, 9999), "The debts of {who} came to", " dollars in all."),
+    Kind("wagon", _number(1000, 9999), "The luggage of {who} travelled in wagon"),
+    Kind("pew", _number(100, 999), "At church the family of {who} sat in pew"),
+    Kind("telescope", _number(1000, 9999), "The star that was discovered by {who} is listed as number"),
+    Kind("dog", _one_of(_NAMES), "The dog of {who} is called"),
+    Kind("boat", _one_of(_NAMES), "The boat that belonged to {who} was named"),
+    Kind("home", _one_of(_TOWNS), "{who} lives in", ", and has lived there for many years."),
+    Kind("school", _one_of(_TOWNS), "{who} had gone to school in", " as a boy or girl."),
+    Kind("word", _one_of(_PASSWORDS), "The secret word of {who} is", ", but do not tell it to anybody."),
+    Kind("seal", _one_of(_PASSWORDS), "The seal on the letters of {who} showed a"),
 )
+LEADS = ("", "", "By the way: ", "This much was certain: ", "They had told me before: ", "Let me say it only once: ")
 
 
 @dataclass(frozen=True)
 class Fact:
     kind: str
     telling: str
-    question: str  # and the answer up to the value
+    question: str  # the beginning of the sentence, up to the value
     value: str
 
 
@@ -161,14 +100,16 @@ def facts(n: int, seed: str) -> list[Fact]:
     first, last = rng.sample(_FIRST, len(_FIRST)), rng.sample(_LAST, len(_LAST))
     round_size = min(len(first), len(last))  # persons before names come again, in other pairs
     out: list[Fact] = []
+    kinds: list[Kind] = []  # left of a round: none comes again before all have come
     while len(out) < n:
         again, i = divmod(len(out), round_size)
         name = f"{first[(i + again) % len(first)]} {last[i]}"
-        kind = rng.choice(KINDS)
+        if not kinds:
+            kinds = rng.sample(KINDS, len(KINDS))
+        kind = kinds.pop()
         words = {"who": name, "what": kind.draw(rng)}
-        question = f"\n\nQuestion: {kind.asking}\nAnswer: {kind.answer}"
-        telling = rng.choice(kind.tellings)
-        out.append(Fact(kind.name, telling.format(**words), question.format(**words), words["what"]))
+        said = kind.said.format(**words)
+        out.append(Fact(kind.name, f"{rng.choice(LEADS)}{said} {words['what']}{kind.rest}", f"\n\n{said}", words["what"]))
     return out
 
 

@@ -71,7 +71,8 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), gated-kl (better, slower), select-kl (after either), pooled-kl (pairwise), residual-mse (memory).",
+            "regress (fast), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
+            "texts), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,
     steps: Annotated[

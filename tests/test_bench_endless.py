@@ -92,6 +92,9 @@ def test_no_two_facts_are_about_a_person_and_no_question_has_the_answer() -> Non
     for fact, name in zip(found, who):
         assert _person(fact.telling) == name
         assert endless_facts.has(fact.telling, fact.value) and not endless_facts.has(fact.question, fact.value)
+        assert fact.question.strip() + " " + fact.value in fact.telling  # asked for in the words that it was told in
+    n = len(endless_facts.KINDS)
+    assert all(len({fact.kind for fact in found[i : i + n]}) == n for i in range(0, 300 - n, n))
 
 
 def _person(text: str) -> str | None:

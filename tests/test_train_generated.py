@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 
 from indexmem_edge.train import words  # noqa: E402
 from indexmem_edge.train.generated import ANSWER_WEIGHT, KINDS, _Draft, generate  # noqa: E402
+from indexmem_edge.train.told import _HAVING, _RELATIONS, told  # noqa: E402
 
 
 def tokenize(text: str) -> list[int]:
@@ -61,6 +62,22 @@ def test_held_out_samples_are_worded_otherwise() -> None:
     seen = {text_of(make("facts_in_chat", seed).tokens[-60:]).split("\n")[-2:][0][:16] for seed in range(60)}
     other = {text_of(make("facts_in_chat", seed, held_out=True).tokens) for seed in range(20)}
     assert all("You said that it is" in text for text in other) and not any("You said that it is" in text for text in seen)
+
+
+def test_what_is_told_in_passing_is_held_out_in_words_of_its_own() -> None:
+    families = [*_HAVING, *(relation.family for relation in _RELATIONS)]
+    last = [(as_pattern(family.tellings[-1]), as_pattern(family.askings[-1])) for family in families]
+    for held_out in (False, True):
+        rng = np.random.default_rng(3)
+        for fact in (fact for _ in range(60) for fact in told(3, rng, held_out)):
+            assert fact.value in fact.telling and fact.value not in fact.asking
+            matches = [(bool(telling.fullmatch(fact.telling)), bool(asking.fullmatch(fact.asking))) for telling, asking in last]
+            assert (True, True) in matches if held_out else all(match == (False, False) for match in matches), fact
+
+
+def as_pattern(wording: str) -> re.Pattern[str]:
+    pieces = re.split(r"\{\w+\}", wording)
+    return re.compile(".+".join(map(re.escape, pieces)), re.IGNORECASE | re.DOTALL)
 
 
 def test_the_most_frequent_words_are_counted() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from indexmem_edge.errors import TrainingError  # noqa: E402
 from indexmem_edge.train import losses  # noqa: E402
 from indexmem_edge.train.decoder import causal  # noqa: E402
 from indexmem_edge.train.future import kept_mask  # noqa: E402
 from indexmem_edge.train.objectives import select_kl  # noqa: E402
+from indexmem_edge.train.objectives.outlive_kl import OutliveKL  # noqa: E402
 from indexmem_edge.train.objectives.select_kl import SelectKL  # noqa: E402
 from indexmem_edge.train.scorers import KVzap, Retention  # noqa: E402
 from indexmem_edge.train.selected import choose, selected_attention, selected_dense  # noqa: E402
@@ -122,13 +127,19 @@ def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:
     torch.testing.assert_close(found, sum(expected) / 2, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Retention, KVzap])
-def test_training_lowers_the_loss_and_repeats_itself(kind: type) -> None:
+def prepared(objective: SelectKL) -> SelectKL:
+    pages = [random_sample(100, seed=20), asking(100, 80, seed=21), random_sample(60, seed=22)]
+    objective.prepare(pages, Path("unused"), lambda *_: None)
+    return objective
+
+
+@pytest.mark.parametrize("kind, trains", [(Retention, SelectKL), (KVzap, SelectKL), (Retention, OutliveKL)])
+def test_training_lowers_the_loss_and_repeats_itself(kind: type, trains: type[SelectKL]) -> None:
     decoder, samples = random_decoder(), [asking(96, 80, seed=i) for i in range(2)]
     ends = []
     for _ in range(2):
         modules = modules_of(kind, decoder)
-        objective = SelectKL(decoder, modules, 2, 4)
+        objective = prepared(trains(decoder, modules, 2, 4))
         before = objective.held_out_loss(samples)
         optimizer = torch.optim.Adam(modules.parameters(), 3e-3)
         for step in range(40):
@@ -138,6 +149,26 @@ def test_training_lowers_the_loss_and_repeats_itself(kind: type) -> None:
         ends.append([p.detach().clone() for p in modules.parameters()])
         assert objective.held_out_loss(samples) < 0.9 * before
     assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
+def test_what_stays_has_outlived_the_pages(share: float) -> None:
+    """Entry by entry: as few others as there are places may be better, of the context or of pages that came after it."""
+    decoder = random_decoder()
+    objective = prepared(OutliveKL(decoder, modules_of(Retention, decoder), 2, 4))
+    assert [page.shape for page in objective.pages] == [(98 + 58, decoder.config.n_embd)] * decoder.config.n_layer
+    hidden = torch.randn(40, decoder.config.n_embd, generator=torch.Generator().manual_seed(3))
+    soon, late = objective.factors(1, hidden, (0.5, share))
+    assert torch.equal(soon, SelectKL.factors(objective, 1, hidden, (0.5,))[0])
+    places = math.ceil(share * (40 + 156))
+    own = objective.modules[1].ranks(hidden, torch.arange(40), 195)
+    pages = objective.modules[1].ranks(objective.pages[1], torch.arange(40, 196), 195)
+    rivals = torch.cat((own[:, 2:36], pages), -1)
+    for j in range(40):
+        better = (rivals > own[:, j, None]).sum(-1)
+        assert torch.equal(late[:, j] > 0, better < places if 2 <= j < 36 else torch.ones(len(own), dtype=torch.bool))
+    with pytest.raises(TrainingError, match="--generated below 1"):
+        objective.prepare([asking(100, 80)], Path("unused"), lambda *_: None)
 
 
 def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import words
 from .sample import Sample
+from .told import told
 
 Tokenize = Callable[[str], list[int]]
 Filler = Callable[[int], list[int]]  # n -> n tokens of a book
@@ -199,6 +200,12 @@ def facts_in_chat(d: _Draft, kind: str) -> Sample:
     return d.sample(kind, "", facts, d.filler)
 
 
+def facts_in_passing(d: _Draft, kind: str) -> Sample:
+    """Few of them, as people tell them, in a book that goes on as if nothing had been said."""
+    found = told(int(d.rng.choice([1, 2, 3, 4])), d.rng, d.held_out)
+    return d.sample(kind, "", [Fact(one.telling, one.asking, one.value + ".") for one in found], d.filler)
+
+
 def listing(d: _Draft, kind: str) -> Sample:
     """A list of keys and values between text; some of them are asked for."""
     form = d.one_of(("{key}: {value}\n", "{key} = {value};\n", '"{key}": "{value}",\n', "{key},{value}\n", "- {key}: {value}\n", "{key} | {value}\n"))
@@ -263,12 +270,13 @@ def repetition(d: _Draft, kind: str) -> Sample:
 
 
 KINDS: dict[str, tuple[Callable[[_Draft, str], Sample], float]] = {
-    "facts_in_prose": (facts_in_prose, 0.31),
-    "facts_in_noise": (facts_in_noise, 0.19),
-    "facts_in_chat": (facts_in_chat, 0.10),
-    "several": (several, 0.12),
-    "listing": (listing, 0.10),
-    "assignments": (assignments, 0.06),
-    "frequent": (frequent, 0.05),
-    "repetition": (repetition, 0.07),
+    "facts_in_passing": (facts_in_passing, 0.34),
+    "facts_in_prose": (facts_in_prose, 0.20),
+    "facts_in_noise": (facts_in_noise, 0.13),
+    "facts_in_chat": (facts_in_chat, 0.07),
+    "several": (several, 0.10),
+    "listing": (listing, 0.05),
+    "assignments": (assignments, 0.04),
+    "frequent": (frequent, 0.02),
+    "repetition": (repetition, 0.05),
 }

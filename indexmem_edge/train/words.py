@@ -29,6 +29,15 @@ registration|room number|secret code|secret number|serial number|ticket number|t
 PLACES = """Alder Hill|Brackenport|Clearwater|Dunmore|Eastwick|Fernley|Granby|Hollow Creek|Ironbridge|Juniper Falls|Kestrel Bay
 Larkspur|Millbrook|Northgate|Oakham|Pinecrest|Quarry Lane|Ravenna|Stonefield|Thornton|Upper Vale|Westerly|Yarrow""".replace("\n", "|").split("|")
 
+# fmt: off
+FIRST_NAMES = """Ada Albert Alma Amos Anton Basil Bertha Blanche Boris Clara Clement Conrad Daphne Dora Edgar Edmund Ella Emil
+Ernest Eva Felix Frieda Gustav Hanna Helga Henry Hugo Irene Ivan Jonas Julia Karl Klara Laura Leo Lena Louis Lydia Marta
+Max Mina Nora Olga Oscar Otto Paula Peter Rosa Ruth Samuel Selma Simon Sophie Stella Thomas Tilda Viktor Vera Walter Wilma""".split()
+LAST_NAMES = """Adler Amsel Archer Barrow Becker Berger Bishop Brandt Brook Carver Castellan Cole Cross Dahl Drake Engel Falk Ferris
+Finch Fisk Forrester Frost Garner Graves Grieg Hale Hart Holm Hood Jensen Keller Kirk Lang Larsen Lind Lorenz Marsh Meyer
+Miles Moss Nash Nolan Olsen Page Penn Quist Reed Rhodes Roth Sand Shaw Stark Stern Thorne Vale Vogel Wells West Winter Wolf""".split()
+# fmt: on
+
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t tr v w y z".split()
 _VOWELS = "a e i o u ai ea ee io oa ou".split()
 _CODAS = "- - - l m n nd r rk s st t x th ck".split()
@@ -46,6 +55,10 @@ def digits(rng: np.random.Generator, n: int) -> str:
 
 def hexadecimal(rng: np.random.Generator, n: int) -> str:
     return "".join("0123456789abcdef"[i] for i in rng.integers(0, 16, n))
+
+
+def person(rng: np.random.Generator) -> str:
+    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
 
 
 Form = Callable[[np.random.Generator], str]  # draws one of many things that look alike

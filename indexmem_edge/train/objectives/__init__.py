@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..objective import Objective
 from .gated_kl import GatedKL
+from .outlive_kl import OutliveKL
 from .pooled_kl import PooledKL
 from .regress import Regress
 from .residual_mse import ResidualMSE
 from .select_kl import SelectKL
 
-_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, SelectKL, PooledKL, ResidualMSE)
+_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, SelectKL, OutliveKL, PooledKL, ResidualMSE)
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _TABLE}

@@ -45,6 +45,15 @@ class SelectKL(Objective):
             total += float(loss.detach())
         return {"loss": total}
 
+    def factors(self, layer: int, hidden: Tensor, ratios: Sequence[float]) -> list[Tensor]:
+        """For each ratio, the factors [H, n] of the entries of a context with hidden states [n, d], as `choose` has them."""
+        n = len(hidden)
+        module = self.module_of(layer)
+        assert module is not None
+        ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
+        budgets = [Schedule(ratio).limit(n, self.sinks, self.window) for ratio in ratios]
+        return [choose(ranks, budget, self.sinks, self.window) for budget in budgets]
+
     def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
         """Divergence over the rows after the context, both ways, answers counted by their weight; over `ratios` the mean."""
         n = self._context(sample)
@@ -60,16 +69,13 @@ class SelectKL(Objective):
             teacher = self.decoder(tokens[None], read)[0, n:]
 
         def attend(heads: Heads) -> Tensor:
-            module, (hidden, k, v) = self.module_of(heads.layer), context[heads.layer]
-            if module is None:
+            hidden, k, v = context[heads.layer]
+            if self.module_of(heads.layer) is None:
                 before = (t.expand(len(ratios), -1, -1, -1) for t in (k, v))
                 k, v = (torch.cat(parts, dim=2) for parts in zip(before, (heads.k, heads.v)))
                 return attention(heads.q, k, v, heads.scale, heads.window)
-            ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
             rows = []
-            for b, ratio in enumerate(ratios):
-                budget = Schedule(ratio).limit(n, self.sinks, self.window)
-                factors = choose(ranks, budget, self.sinks, self.window)
+            for b, factors in enumerate(self.factors(heads.layer, hidden, ratios)):
                 own = heads.k[b], heads.v[b]
                 rows.append(selected_attention(heads.q[b], k, v, factors, *own, heads.scale))
             return torch.stack(rows)
