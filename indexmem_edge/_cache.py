@@ -16,6 +16,7 @@ from . import _capi
 from ._align import common_prefix
 from ._logs import quiet
 from ._parts import INDEXER_POLICY, sidecar_kinds
+from ._statecopy import Checkpoint
 from .errors import BudgetExhausted, ContextError, DecodeError, LibraryError
 from .options import CacheOptions
 from .stats import KVStats, trained_length_warning
@@ -25,6 +26,7 @@ import llama_cpp.llama_cpp as llama_lib
 if TYPE_CHECKING:
     from .llama import Llama
 
+_NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
 
 
@@ -61,6 +63,7 @@ class BoundedCache:
             if kinds & _capi.LAYER_WINDOW
             else "from where entries had already been evicted, or got new positions"
         )
+        self._checkpoint = Checkpoint() if kinds & _capi.LAYER_RECURRENT and llm._calls.keep else None
         llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm._logits_all:
             llm.scores = np.zeros((1, llm._n_vocab), dtype=np.single)
@@ -80,16 +83,30 @@ class BoundedCache:
         self._llm._requires_eval = True
         llama_lib.llama_memory_clear(self._memory, True)
 
-    def _rewind(self, target: int) -> bool:
-        """Takes the tokens from `target` on out of the cache; if that cannot be done exactly, empties it."""
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes kept for going back."""
+        return self._checkpoint.nbytes if self._checkpoint is not None else 0
+
+    def _rewind(self, target: int) -> int:
+        """Takes the tokens from `target` on out of the cache. Where that cannot be done exactly, more have to go; returns
+        how many.
+        """
         llm = self._llm
         llm._calls.before_cut(target)
         llm._requires_eval = True
         if target > 0 and llama_lib.llama_memory_seq_rm(self._memory, 0, target, -1):
             llm.n_tokens = target
-            return True
-        self.clear()
-        return target == 0
+        elif n := self._to_checkpoint(target):
+            llm.n_tokens = n
+        else:
+            self.clear()
+        return target - llm.n_tokens
+
+    def _to_checkpoint(self, target: int) -> int:
+        """Makes the cache that of as many of the first `target` tokens as there is a checkpoint of; 0: it is as it was."""
+        llm = self._llm
+        return self._checkpoint.give_back(llm.ctx, llm.input_ids[:target]) if self._checkpoint is not None else 0
 
     def lose(self, tokens: int, why: str) -> None:
         """Counts tokens of the history that have to be evaluated again."""
@@ -103,8 +120,8 @@ class BoundedCache:
         history = llm.input_ids[: llm.n_tokens].copy()
         if length < llm.n_tokens:
             llm.n_tokens = length
-        elif not self._rewind(llm.n_tokens):
-            self.lose(len(history), f"the conversation was cut at token {len(history):,}, {self._no_way_back}")
+        elif lost := self._rewind(llm.n_tokens):
+            self.lose(lost, f"the conversation was cut at token {len(history):,}, {self._no_way_back}")
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
@@ -115,9 +132,9 @@ class BoundedCache:
         same = common_prefix(llm.input_ids[:known], prompt)
         fresh = same == length and not llm._requires_eval  # the logits of the prompt's last token are at hand
         keep = same if same < len(prompt) or fresh else max(same - 1, 0)
-        if keep < length and not self._rewind(keep):
+        if keep < length and (lost := self._rewind(keep)):
             self.lose(
-                keep,
+                lost,
                 f"the prompt departs from the cached text at token {same:,} of {known:,}, {self._no_way_back}",
             )
         elif keep == length:
@@ -138,6 +155,16 @@ class BoundedCache:
         """Pins the first `n` tokens."""
         self._options.require_room(n, "a pinned prefix of")
         _capi.set_pin(self._llm.ctx, n)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Evaluates what the application gives. Near the end of a prompt a recurrent model's state is kept, to go back to."""
+        llm = self._llm
+        if self._checkpoint is not None and llm.n_tokens + len(tokens) == llm._turn.prompt:
+            first = max(len(tokens) - _NEAR_END, 0)
+            self.evaluate(tokens[:first])
+            self._checkpoint.take(llm.ctx, llm._input_ids)
+            tokens = tokens[first:]
+        self.evaluate(tokens)
 
     def evaluate(self, tokens: Sequence[int]) -> None:
         """Runs tokens through the model, batch by batch."""
@@ -169,7 +196,7 @@ class BoundedCache:
             said = _capi.last_error()
             if _capi.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
                 llama_lib.llama_memory_clear(self._memory, True)
-                self.lose(llm.n_tokens, "evaluating was interrupted, and what was cached could not be used any more")
+                self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), "evaluating was interrupted, and what was cached could not be used any more")
             if code == _ABORTED:
                 llm._calls.check()
             raise self._failure(code, len(batch), said)
@@ -222,7 +249,7 @@ class BoundedCache:
             memory_slots=native.memory_slots,
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
-            cancel_bytes=self._llm._calls.nbytes,
+            cancel_bytes=self._llm._calls.nbytes + self.checkpoint_bytes,
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,
             work_bytes=native.work_bytes,

@@ -22,6 +22,7 @@ from . import _capi
 from ._align import common_prefix
 from ._cache import rewind_unbounded
 from ._kept_logits import KeptLogits
+from ._statecopy import StateCopy
 from .errors import BudgetError, Cancelled, LibraryError
 
 import llama_cpp.llama_cpp as llama_lib
@@ -129,38 +130,6 @@ class BoundedCall(Call):
         if lost:
             cache.lose(lost, "a call was cancelled, and the cache could not be brought back to what it had been")
         return lost
-
-
-class StateCopy:
-    """A copy of the KV state of sequence 0, in a buffer that is kept for the next one."""
-
-    def __init__(self) -> None:
-        self._buffer: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-        self._used = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the buffer takes."""
-        return self._buffer.nbytes
-
-    def take(self, ctx: int) -> bool:
-        """Copies the state as it is now; False if there is no memory for it."""
-        size = llama_lib.llama_state_seq_get_size(ctx, 0)
-        if size > self._buffer.nbytes:
-            self._buffer = np.empty(0, dtype=np.uint8)  # first, so that there are never two
-            try:
-                self._buffer = np.empty(size, dtype=np.uint8)
-            except MemoryError:
-                return False
-        self._used = llama_lib.llama_state_seq_get_data(ctx, self._pointer(), size, 0)
-        return 0 < self._used <= size
-
-    def give_back(self, ctx: int) -> bool:
-        """Makes the state of the sequence what it was."""
-        return bool(llama_lib.llama_state_seq_set_data(ctx, self._pointer(), self._used, 0) == self._used)
-
-    def _pointer(self) -> Any:
-        return self._buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def one_call(method: Method) -> Method:

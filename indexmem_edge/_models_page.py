@@ -15,9 +15,9 @@ its layers keep, and how many bytes that is.
 
 ## With a budget
 
-{with_budget} of the {all} architectures that this llama.cpp knows. A budget bounds the layers that attend to all of the text. Layers that
-look at a *window* keep llama.cpp's cache of that size, *recurrent* ones their state: neither grows with the text, so the
-whole is bounded. Every policy works, and so does an indexer that has been trained for the model, in any of the formats
+{with_budget} of the {all} architectures that this llama.cpp knows. A budget bounds the layers that attend to all of the text.
+Layers that look at a *window* keep llama.cpp's cache of that size, *recurrent* ones their state: neither grows with the
+text, so the whole is bounded. Every policy works, and so does an indexer that has been trained for the model, in any of the formats
 that `indexmem-convert` reads. The last column says whether `indexmem train` can make one from the GGUF.
 
 | architecture | models | layers | `indexmem train` |

@@ -197,7 +197,8 @@ def _bytes_at(model: int) -> str:
         llama.llama_free(context)
     parts = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
     rest = "".join(f", {name} {format_bytes(size)}" for name, size in parts.items() if size)
-    return f"with a budget of {BUDGET:,} KV {format_bytes(stats.kv_bytes)} and {format_bytes(stats.meta_bytes)} of positions{rest}"
+    kv, meta = format_bytes(stats.kv_bytes), format_bytes(stats.meta_bytes)
+    return f"with a budget of {BUDGET:,} KV {kv} and {meta} of positions{rest}"
 
 
 def _trial_run(model: Optional[Path]) -> list[Finding]:

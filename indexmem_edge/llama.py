@@ -160,7 +160,7 @@ class Llama(llama_cpp.Llama):
             self._turn.evaluated = len(tokens)
         if self._cache is not None:
             self._cache.settle()
-            self._cache.evaluate(tokens)
+            self._cache.read(tokens)
             return
         if len(tokens) > 0:
             self._calls.logits = None

@@ -268,6 +268,23 @@ def test_memory_of_layers_of_several_kinds(tiny: Any, tmp_path: Path) -> None:
         assert [word for word in ("window", "recurrent") if word in shown.split("\nok")[0]] == [part.split("_")[0]]
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen35"])
+def test_quality_of_layers_of_several_kinds(tiny: Any, tmp_path: Path, name: str) -> None:
+    """Shares of bytes count windows and recurrent states, which are there without a budget, too."""
+    book = tmp_path / "book.txt"
+    book.write_text(builtin_text(2000))
+    words = ["quality", "--data", ruler_folder(tmp_path / "data"), "-m", tiny(name)[0], "--lengths", 256, "--budgets", "0.7"]
+    words += ["--policies", "full,streaming", "--samples", 1, "-ub", 64, "-t", 1, "--out", tmp_path, "--json"]
+    invoke(*words, "--nll-text", book, "--nll-tokens", 512)
+    rows = [json.loads(line) for line in (tmp_path / "quality.rows.jsonl").read_text().splitlines()]
+    part = "window_bytes" if name == "gemma3" else "recurrent_bytes"
+    assert {row["policy"] for row in rows} == {"full", "streaming"}
+    for row in rows:
+        assert row[part] > 0 and row["nll"] > 0
+        if row["policy"] == "streaming":
+            assert row["bytes_share"] <= 0.7 and row["used_bytes"] > row[part]
+
+
 def test_quality_runs_on_a_tiny_model_and_goes_on_where_it_stopped(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     words = [

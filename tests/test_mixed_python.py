@@ -39,8 +39,8 @@ def load(tiny: Tiny) -> Load:
     return make
 
 
-def load_read(load: Load, name: str, n: int) -> Any:
-    llm = load(name)
+def load_read(load: Load, name: str, n: int, **options: Any) -> Any:
+    llm = load(name, **options)
     llm.prefill(TOKENS[:n])
     return llm
 
@@ -88,14 +88,36 @@ def test_a_prompt_that_departs(load: Load, name: str) -> None:
     other = [*TOKENS[:50], *OTHER[:15]]
     llm.prefill(other)
     stats, recurrent = llm.kv_stats(), TABLE[name].recurrent
-    assert stats.reevaluated == (50 if recurrent else 0)
+    assert stats.reevaluated == (2 if recurrent else 0)  # behind the checkpoint
     assert np.allclose(logits(llm), fresh(load, name, other), atol=1e-2)
     if not recurrent:
         llm.prefill(TOKENS[:400])
         llm.prefill([*TOKENS[:390], *OTHER[:20]])
         stats = llm.kv_stats()
         assert stats.reevaluated > 0
+    else:
+        llm.prefill([*TOKENS[:20], *OTHER[:20]])  # too early
+        assert llm.kv_stats().reevaluated == 2 + 20
     assert stats.reevaluated_reason.endswith(NO_WAY[recurrent])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if TABLE[name].recurrent])
+def test_another_answer_reads_the_end_of_the_prompt_only(load: Load, name: str) -> None:
+    """And so does a next prompt that leaves out what the model thought in its answer."""
+    llm = load(name)
+    prompt = TOKENS[:300]
+    first = [token for _, token in zip(range(20), llm.generate(prompt, temp=0.0))]
+    again = [token for _, token in zip(range(20), llm.generate(prompt, temp=0.0))]
+    assert first == again and 0 < llm.kv_stats().reevaluated <= 32
+    longer = [*prompt, *first[10:], *OTHER[:60]]
+    list(zip(range(20), llm.generate(longer, temp=0.0)))
+    assert llm.kv_stats().reevaluated <= 64 and llm.kv_stats().turn_evaluated <= 32 + 10 + 60
+    llm.prefill([*longer[:-1], 9])
+    twin = load(name)
+    twin.prefill([*longer[:-1], 9])
+    assert np.corrcoef(logits(llm), logits(twin))[0, 1] > 0.9  # other batches have evicted other entries
+    assert llm.kv_stats().cancel_bytes > 0
+    assert load(name, kv_cancel=False)._cache.checkpoint_bytes == 0
 
 
 @each
@@ -115,7 +137,7 @@ def test_a_cancelled_call_without_a_copy(load: Load, name: str) -> None:
     llm = load(name, kv_cancel=False)
     for n in (60, 200):  # before something is evicted, and after
         llm.prefill(TOKENS[:n])
-        uncancelled = load_read(load, name, n)
+        uncancelled = load_read(load, name, n, kv_cancel=False)
         with Nodes(uncancelled) as whole:
             uncancelled.prefill(TOKENS[: n + 96])
         for share in (0.0, 0.35, 0.9):
@@ -125,7 +147,7 @@ def test_a_cancelled_call_without_a_copy(load: Load, name: str) -> None:
             assert llm._input_ids.tolist() == TOKENS[:n] and llm._cache.length() == 0
             assert llm.kv_stats().reevaluated_reason.startswith("a call was cancelled")
             llm.prefill(TOKENS[:n])
-    same_from_here(llm, load_read(load, name, 200), 90)
+    same_from_here(llm, load_read(load, name, 200, kv_cancel=False), 90)
 
 
 @each
@@ -145,7 +167,8 @@ def test_evaluating_fails_in_the_middle(load: Load, name: str) -> None:
     assert llm._input_ids.tolist() == TOKENS[:200]
     llm.eval(TOKENS[200:230])
     stats = llm.kv_stats()
-    assert (stats.tokens_seen, stats.reevaluated) == (230, 200) and "interrupted" in stats.reevaluated_reason
+    assert (stats.tokens_seen, stats.reevaluated) == (230, 8 if TABLE[name].recurrent else 200)
+    assert "interrupted" in stats.reevaluated_reason
     twin = load_read(load, name, 200)
     twin.eval(TOKENS[200:230])
     assert np.array_equal(logits(llm), logits(twin)) and held(llm, False) == held(twin, False)

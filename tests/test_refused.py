@@ -12,7 +12,7 @@ from tiny_models import REFUSED, SUPPORTED
 from indexmem_edge import Llama, _capi
 from indexmem_edge.errors import BudgetError, ContextError
 
-REASONS = {"grok": "soft cap", "mamba": "recurrent", "bloom": "ALiBi", "t5": "encoder"}
+REASONS = {"grok": "soft cap", "mamba": "recurrent", "bloom": "ALiBi", "t5": "encoder", "llama-embed": "without a cache"}
 assert REASONS.keys() == REFUSED.keys()
 REASONS |= {name: str(TABLE[name].reason) for name in REFUSED_YET}
 

@@ -89,6 +89,7 @@ REFUSED: dict[str, tuple[Writer, dict[str, Any]]] = {
     "mamba": (_mamba, {"n_embd": 64}),
     "bloom": (_bloom, {"n_embd": 96}),
     "t5": (_t5, {"n_embd": 96}),
+    "llama-embed": (decoder, {}),  # a decoder's tensors: only its graph has no cache
 }
 UNROTATABLE: dict[str, tuple[Writer, dict[str, Any]]] = {
     "hunyuan-dense": (decoder, {"rope_neox": True, "qk_norm": True}),  # a norm with weights behind the rotation
