@@ -218,7 +218,7 @@ def test_sequences_of_different_lengths_together(made: Made) -> None:
 @pytest.mark.parametrize("seen,batch", [(30, 1), (30, 10), (44, 10), (300, 24), (20, 60)], ids=str)
 def test_what_is_stopped_has_not_happened_or_breaks_the_sequence(made: Made, seen: int, batch: int) -> None:
     tokens = made.text(seen + batch + 60)
-    for after in (0, 5, 25, 60, 120, 250):
+    for after in (0, 25, 60, 200):
         with made.context(n_seq=2) as c, made.context(n_seq=2) as twin:
             for x in (c, twin):
                 x.feed(tokens[:50], 24, seq=1)
