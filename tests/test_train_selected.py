@@ -156,7 +156,7 @@ def test_what_stays_has_outlived_the_pages(share: float) -> None:
     """Entry by entry: as few others as there are places may be better, of the context or of pages that came after it."""
     decoder = random_decoder()
     objective = prepared(OutliveKL(decoder, modules_of(Retention, decoder), 2, 4))
-    assert [page.shape for page in objective.pages] == [(98 + 58, decoder.config.n_embd)] * decoder.config.n_layer
+    assert [page.shape for page in objective.pages.values()] == [(98 + 58, decoder.config.n_embd)] * decoder.config.n_layer
     hidden = torch.randn(40, decoder.config.n_embd, generator=torch.Generator().manual_seed(3))
     soon, late = objective.factors(1, hidden, (0.5, share))
     assert torch.equal(soon, SelectKL.factors(objective, 1, hidden, (0.5,))[0])

@@ -96,6 +96,19 @@ int64_t recurrent_place(llama_memory_recurrent & recurrent, llama_seq_id seq_id,
 
 } // namespace
 
+void llama_memory_mixed::copy_snapshot(llama_seq_id src, llama_seq_id dst) {
+    std::vector<std::vector<uint8_t>> rows;
+    for (const auto & piece : recurrent_rows(*recurrent, recurrent_row(*recurrent, src))) {
+        rows.emplace_back(piece.size);
+        ggml_backend_tensor_get(piece.tensor, rows.back().data(), piece.offset, piece.size);
+    }
+    const int64_t row = recurrent_place(*recurrent, dst, bounded->get_seq(dst)->n_seen, bounded->get_model().hparams.n_pos_per_embd());
+    size_t i = 0;
+    for (const auto & piece : recurrent_rows(*recurrent, row)) {
+        ggml_backend_tensor_set(piece.tensor, rows[i++].data(), piece.offset, piece.size);
+    }
+}
+
 void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     const bool on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
 

@@ -126,15 +126,19 @@ void llama_memory_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         return;
     }
     bounded->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
     if (window) {
-        if (lctx) {
-            llama_synchronize(lctx);
-        }
         window->copy(seq_id_src, seq_id_dst, bounded->get_seq(seq_id_dst)->n_seen);
     }
     if (recurrent) {
         recurrent->seq_rm(seq_id_dst, -1, -1);
-        recurrent->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+        if (recurrent->rs_idx[seq_id_src] > 0) {
+            copy_snapshot(seq_id_src, seq_id_dst);
+        } else {
+            recurrent->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+        }
         n_latest[seq_id_dst] = 0;
     }
 }

@@ -78,6 +78,9 @@ public:
     void abandon(const llama_kv_cache_bounded::step & st);
 
 private:
+    // a snapshot that a sequence has gone back to: it lies apart, and a copy would not know. The device is idle
+    void copy_snapshot(llama_seq_id src, llama_seq_id dst);
+
     const std::unique_ptr<llama_kv_cache_bounded> bounded;
     const std::unique_ptr<indexmem_window>        window;
     const std::unique_ptr<llama_memory_recurrent> recurrent;
