@@ -81,7 +81,7 @@ def attend(
     softcap: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """q [N, G, T, D], k and v [N, n, D], mask f16 [1 or N, T, n], count [N, R] -> [N, T, G, D]"""
-    arrays = (q, k[:, None], v[:, None], mask[:, None].astype(np.float16), count)
+    arrays = (q, k[:, None], v[:, None], mask[:, None].astype(np.float16), count, None)  # no sinks
     return _run("attend", *arrays, ctypes.c_float(scale), ctypes.c_float(softcap))[0]
 
 
