@@ -5,7 +5,6 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-#include <algorithm>
 #include <stdexcept>
 
 //
@@ -83,13 +82,7 @@ int64_t recurrent_place(llama_memory_recurrent & recurrent, llama_seq_id seq_id,
     recurrent.seq_rm(seq_id, -1, -1);
 
     llama_batch_allocr balloc(n_pos);
-    llama_ubatch ubatch = balloc.ubatch_reserve(1, 1);
-    std::fill(ubatch.pos, ubatch.pos + n_pos, n_seen - 1);
-    ubatch.n_seq_id[0]   = 1;
-    ubatch.seq_id[0]     = &seq_id;
-    ubatch.seq_id_unq[0] = seq_id;
-
-    GGML_ASSERT(recurrent.find_slot(ubatch));
+    GGML_ASSERT(recurrent.find_slot(indexmem_ubatch_of(balloc, seq_id, n_seen - 1, n_seen)));
     recurrent.cells[recurrent.head].src = recurrent.head; // its row is not to be cleared by the next ubatch
     return recurrent.head;
 }
@@ -97,16 +90,9 @@ int64_t recurrent_place(llama_memory_recurrent & recurrent, llama_seq_id seq_id,
 } // namespace
 
 void llama_memory_mixed::copy_snapshot(llama_seq_id src, llama_seq_id dst) {
-    std::vector<std::vector<uint8_t>> rows;
-    for (const auto & piece : recurrent_rows(*recurrent, recurrent_row(*recurrent, src))) {
-        rows.emplace_back(piece.size);
-        ggml_backend_tensor_get(piece.tensor, rows.back().data(), piece.offset, piece.size);
-    }
+    const auto bytes = indexmem_state_get(recurrent_rows(*recurrent, recurrent_row(*recurrent, src)));
     const int64_t row = recurrent_place(*recurrent, dst, bounded->get_seq(dst)->n_seen, bounded->get_model().hparams.n_pos_per_embd());
-    size_t i = 0;
-    for (const auto & piece : recurrent_rows(*recurrent, row)) {
-        ggml_backend_tensor_set(piece.tensor, rows[i++].data(), piece.offset, piece.size);
-    }
+    indexmem_state_set(recurrent_rows(*recurrent, row), bytes);
 }
 
 void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -206,13 +192,6 @@ void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     indexmem_state_end(io);
 
     // nothing below fails
-    const auto set = [](const std::vector<indexmem_state_piece> & pieces, const std::vector<uint8_t> & data) {
-        size_t done = 0;
-        for (const auto & piece : pieces) {
-            ggml_backend_tensor_set(piece.tensor, data.data() + done, piece.offset, piece.size);
-            done += piece.size;
-        }
-    };
     if (seq_id == -1) {
         clear(false);
     }
@@ -222,9 +201,10 @@ void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     bounded->apply_state(*state);
     for (const auto & p : windows) {
         window->place(p.id, p.n_seen - p.n, p.n_seen);
-        set(window->rows(p.id, p.n_seen - p.n, p.n_seen), p.data);
+        indexmem_state_set(window->rows(p.id, p.n_seen - p.n, p.n_seen), p.data);
     }
+    const uint32_t n_pos = bounded->get_model().hparams.n_pos_per_embd();
     for (const auto & p : states) {
-        set(recurrent_rows(*recurrent, recurrent_place(*recurrent, p.id, p.n_seen, bounded->get_model().hparams.n_pos_per_embd())), p.data);
+        indexmem_state_set(recurrent_rows(*recurrent, recurrent_place(*recurrent, p.id, p.n_seen, n_pos)), p.data);
     }
 }

@@ -8,6 +8,23 @@ std::string indexmem_state_name(const indexmem_memory * memory) {
     return memory ? memory->kind() : "off";
 }
 
+std::vector<uint8_t> indexmem_state_get(const std::vector<indexmem_state_piece> & pieces) {
+    std::vector<uint8_t> res;
+    for (const auto & piece : pieces) {
+        res.resize(res.size() + piece.size);
+        ggml_backend_tensor_get(piece.tensor, res.data() + res.size() - piece.size, piece.offset, piece.size);
+    }
+    return res;
+}
+
+void indexmem_state_set(const std::vector<indexmem_state_piece> & pieces, const std::vector<uint8_t> & data) {
+    size_t done = 0;
+    for (const auto & piece : pieces) {
+        ggml_backend_tensor_set(piece.tensor, data.data() + done, piece.offset, piece.size);
+        done += piece.size;
+    }
+}
+
 std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
     std::vector<indexmem_state_piece> res;
     for (ggml_tensor * t : { l.pos, seq.n_rebases > 0 ? l.rotary : nullptr }) {

@@ -72,5 +72,9 @@ void indexmem_state_put(llama_io_write_i & io, const std::vector<indexmem_state_
 
 indexmem_state_held indexmem_state_hold(llama_io_read_i & io, const indexmem_state_piece & piece);
 
+// the bytes of pieces, one after the other, and the same back into pieces of the same size in all
+std::vector<uint8_t> indexmem_state_get(const std::vector<indexmem_state_piece> & pieces);
+void                 indexmem_state_set(const std::vector<indexmem_state_piece> & pieces, const std::vector<uint8_t> & data);
+
 // Throws unless this is the end of what is read: llama.cpp refuses what follows in a file too late, when the cache has changed.
 void indexmem_state_end(llama_io_read_i & io);

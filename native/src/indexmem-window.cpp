@@ -65,25 +65,30 @@ std::vector<indexmem_state_piece> indexmem_window::rows(llama_seq_id seq_id, lla
     return res;
 }
 
+llama_ubatch indexmem_ubatch_of(llama_batch_allocr & balloc, llama_seq_id & seq_id, llama_pos p0, llama_pos p1) {
+    const int64_t n = p1 - p0;
+
+    llama_ubatch res = balloc.ubatch_reserve(n, 1);
+    res.seq_id_unq[0] = seq_id;
+    for (int64_t i = 0; i < n; ++i) {
+        for (uint32_t j = 0; j < res.n_pos; ++j) {
+            res.pos[j*n + i] = p0 + i;
+        }
+        res.n_seq_id[i] = 1;
+        res.seq_id[i]   = &seq_id;
+    }
+    return res;
+}
+
 void indexmem_window::place(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     cache.seq_rm(seq_id, -1, -1);
     if (p0 >= p1) {
         return;
     }
-    const int64_t n = p1 - p0;
-    GGML_ASSERT(n <= cache.get_size());
+    GGML_ASSERT(p1 - p0 <= (llama_pos) cache.get_size());
 
     llama_batch_allocr balloc(model.hparams.n_pos_per_embd());
-    llama_ubatch ubatch = balloc.ubatch_reserve(n, 1);
-
-    ubatch.seq_id_unq[0] = seq_id;
-    for (int64_t i = 0; i < n; ++i) {
-        for (uint32_t j = 0; j < ubatch.n_pos; ++j) {
-            ubatch.pos[j*n + i] = p0 + i;
-        }
-        ubatch.n_seq_id[i] = 1;
-        ubatch.seq_id[i]   = &seq_id;
-    }
+    const auto ubatch = indexmem_ubatch_of(balloc, seq_id, p0, p1);
     const auto slots = cache.find_slot(ubatch, false);
     GGML_ASSERT(!slots.empty()); // the stream of the sequence is empty
     cache.apply_ubatch(slots, ubatch);
@@ -95,17 +100,9 @@ void indexmem_window::copy(llama_seq_id src, llama_seq_id dst, llama_pos p1) {
         place(dst, 0, 0);
         return;
     }
-    std::vector<uint8_t> bytes;
-    for (const auto & piece : rows(src, p0, p1)) {
-        bytes.resize(bytes.size() + piece.size);
-        ggml_backend_tensor_get(piece.tensor, bytes.data() + bytes.size() - piece.size, piece.offset, piece.size);
-    }
+    const auto bytes = indexmem_state_get(rows(src, p0, p1));
     place(dst, p0, p1);
-    size_t done = 0;
-    for (const auto & piece : rows(dst, p0, p1)) {
-        ggml_backend_tensor_set(piece.tensor, bytes.data() + done, piece.offset, piece.size);
-        done += piece.size;
-    }
+    indexmem_state_set(rows(dst, p0, p1), bytes);
 }
 
 void indexmem_window::learn_rotation(llama_kv_cache_bounded & bounded, int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) {

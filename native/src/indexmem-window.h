@@ -76,3 +76,6 @@ private:
 
     std::map<int32_t, layer> layers; // those that are known
 };
+
+// A ubatch of the positions [p0, p1) of one sequence, as caches take them up without a graph. It refers to seq_id.
+llama_ubatch indexmem_ubatch_of(llama_batch_allocr & balloc, llama_seq_id & seq_id, llama_pos p0, llama_pos p1);
