@@ -16,7 +16,7 @@ from .architectures import in_words
 from .demo import demo_model
 from .errors import DemoModelMissing, IndexMemError
 from .options import DEFAULT_SINKS, DEFAULT_WINDOW
-from .stats import format_bytes
+from .stats import fixed_parts, format_bytes
 
 BUDGET = 1024
 
@@ -195,8 +195,7 @@ def _bytes_at(model: int) -> str:
             return f"no context with a budget of {BUDGET:,}: {_capi.last_error() or reason(log)}"
         stats = _capi.get_stats(context)
         llama.llama_free(context)
-    parts = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
-    rest = "".join(f", {name} {format_bytes(size)}" for name, size in parts.items() if size)
+    rest = "".join(f", {part}" for part in fixed_parts(stats))
     kv, meta = format_bytes(stats.kv_bytes), format_bytes(stats.meta_bytes)
     return f"with a budget of {BUDGET:,} KV {kv} and {meta} of positions{rest}"
 

@@ -135,12 +135,17 @@ def _memory(stats: KVStats) -> str:
     parts = {"indexer": stats.indexer_bytes, "memory": stats.memory_bytes}
     sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     state = "positions and state" + (f" ({sizes})" if sizes else "")
-    others = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
-    rest = "".join(f" + {name} {format_bytes(size)}" for name, size in others.items() if size)
+    rest = "".join(f" + {part}" for part in fixed_parts(stats))
     return (
         f"{format_bytes(stats.kv_bytes)} + {format_bytes(stats.meta_bytes)} of {state}{rest}, "
         f"fixed ({stats.slots:,} slots per KV head)"
     )
+
+
+def fixed_parts(stats: Any) -> list[str]:
+    """What layers keep that a budget does not bound, in words: of a `KVStats`, or of the library's own counts."""
+    parts = {"window caches": stats.window_bytes, "recurrent states": stats.recurrent_bytes}
+    return [f"{name} {format_bytes(size)}" for name, size in parts.items() if size]
 
 
 def format_bytes(n: int) -> str:
