@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import _families
 from .train.architectures import trainable
 
 # What layers keep of the past. A budget bounds the first; the size of the others does not depend on the text.
@@ -27,33 +28,29 @@ _LAYERS: dict[tuple[str, ...], str] = {
     (BOUNDED, WINDOW):
         "afmoe cohere2 cohere2moe exaone-moe gemma2 gemma3n gemma4 gpt-oss granite_swa maple mimo2 muse-glimmer spark2_5 "
         "step35",
-    (BOUNDED, RECURRENT):
-        "bailingmoe3 falcon-h1 granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h nemotron_h_moe "
-        "plamo2 qwen35 qwen35moe qwen3next",
+    (BOUNDED, RECURRENT): _families.HYBRID,
 }  # fmt: skip
 _REFUSED = {  # in the words of the library, where it has some
-    "sparse attention with an indexer of its own":
-        "deepseek32 deepseek4 dots3note glm-dsa glm5-next hy_v4 minimax-m3 qwen4exp",
-    "a recurrent model: its state has a fixed size already": "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
-    "ALiBi position biases, which need the distance to every key": "bloom jais mpt refact",
+    "sparse attention with an indexer of its own": _families.SPARSE,
+    "a recurrent model: its state has a fixed size already": _families.RECURRENT,
+    "ALiBi position biases, which need the distance to every key": _families.ALIBI,
     "a scale and a soft cap on its attention that flash attention does not have": "grok",
     "a router layer behind its last layer, with a cache of its own": "graniteswitch",
-    "a draft head that shares the cache of another model": "dflash eagle3 gemma4-assistant",
-    "a diffusion model without a KV cache": "dream llada llada-moe rnd1",
-    "an encoder and relative position buckets": "t5 t5encoder",
-    "attention without a cache (an encoder)": "llama-embed",
-    "attention that is not causal (an encoder)":
-        "bert eurobert gemma-embedding jina-bert-v2 jina-bert-v3 modern-bert neo-bert nomic-bert nomic-bert-moe",
+    "a draft head that shares the cache of another model": _families.DRAFT,
+    "a diffusion model without a KV cache": _families.DIFFUSION,
+    "an encoder and relative position buckets": _families.BUCKETS,
+    "attention without a cache (an encoder)": _families.EMBEDDING,
+    "attention that is not causal (an encoder)": _families.ENCODERS,
     "no layer with a KV cache": "clip gptj wavtokenizer-dec",
 }  # fmt: skip
 _LATENT = "latent attention (MLA): one row for all heads; no memory of what was evicted"
 _TEXT = "text only: images are refused"
 _NOTES = {
-    **dict.fromkeys("bailingmoe3 deepseek2 deepseek2-ocr kimi-k3 kimi-linear mistral4".split(), _LATENT),
+    **dict.fromkeys(f"{_families.LATENT} {_families.LATENT_HYBRID}".split(), _LATENT),
     **dict.fromkeys("paddleocr qwen2vl qwen35 qwen35moe qwen3tts qwen3vl qwen3vlmoe".split(), _TEXT),
     **dict.fromkeys("glm4 glm4moe hunyuan_vl".split(), "files with M-RoPE: " + _TEXT),
-    **dict.fromkeys("gemma3n gemma4".split(), "the last layers may read the entries of others"),
-    **dict.fromkeys("gpt-oss granite_swa mimo2".split(), "attention sinks"),
+    **dict.fromkeys(_families.SHARED.split(), "the last layers may read the entries of others"),
+    **dict.fromkeys(_families.SINKS.split(), "attention sinks"),
     **dict.fromkeys("lfm2 lfm2moe".split(), "files whose attention has windows need no budget, and are refused"),
     "baichuan": "the 13B has ALiBi and is refused",
     "gemma2": "soft cap",

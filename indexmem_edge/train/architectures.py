@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .. import _families
 from ..convert.text import quote, some
 from ..errors import ModelFileError, ModelNotSupported
 
@@ -72,25 +73,21 @@ KNOWN = ", ".join(sorted(ARCHITECTURES))
 
 _GRAPH = f"its graph is not among those that training computes ({KNOWN})"
 _REASONS = {  # why nothing can be trained for an architecture, where more can be said than that
-    "it has recurrent layers beside its attention, which training does not compute":
-        "bailingmoe3 falcon-h1 granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h nemotron_h_moe "
-        "plamo2 qwen35 qwen35moe qwen3next",
-    "it is recurrent: there are no keys and values to choose from": "arwkv7 mamba mamba2 rwkv6 rwkv6qwen2 rwkv7",
+    "it has recurrent layers beside its attention, which training does not compute": _families.HYBRID,
+    "it is recurrent: there are no keys and values to choose from": _families.RECURRENT,
     "its attention is latent (MLA), one vector for the keys and values of all heads, which training does not compute":
-        "deepseek2 deepseek2-ocr mistral4",
-    "its attention has sinks, logits beside those of keys, which training does not compute": "gpt-oss granite_swa mimo2",
+        _families.LATENT,
+    "its attention has sinks, logits beside those of keys, which training does not compute": _families.SINKS,
     "its positions have several dimensions (M-RoPE), which training knows in Qwen2-VL and Qwen3-VL alone":
         "hunyuan_vl paddleocr qwen3tts",
-    "some of its layers read the keys and values of others, which training does not compute": "gemma3n gemma4",
+    "some of its layers read the keys and values of others, which training does not compute": _families.SHARED,
     "its attention logits have a soft cap, which training does not compute": "gemma2 grok",
     "its layers attend in chunks, which training does not compute": "llama4",
-    "it has sparse attention with an indexer of its own":
-        "deepseek32 deepseek4 dots3note glm-dsa glm5-next hy_v4 minimax-m3 qwen4exp",
-    "its attention is biased by distance (ALiBi), and no budget can bound that": "bloom jais mpt refact",
+    "it has sparse attention with an indexer of its own": _families.SPARSE,
+    "its attention is biased by distance (ALiBi), and no budget can bound that": _families.ALIBI,
     "it is an encoder or a diffusion model, without a cache to bound":
-        "bert dream eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llada llada-moe llama-embed modern-bert neo-bert "
-        "nomic-bert nomic-bert-moe rnd1 t5 t5encoder wavtokenizer-dec",
-    "it is a draft head that works with the cache of another model": "dflash eagle3 gemma4-assistant",
+        " ".join((_families.ENCODERS, _families.DIFFUSION, _families.BUCKETS, _families.EMBEDDING, "wavtokenizer-dec")),
+    "it is a draft head that works with the cache of another model": _families.DRAFT,
 }  # fmt: skip
 _UNTRAINABLE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 WITHOUT_TRAINING = "policies such as --kv-policy keydiff need no training"
