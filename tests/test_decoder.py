@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ def library_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
     exact: dict[str, Any] = {"type_k": F32, "type_v": F32, "flash_attn": False}
     with open_model(path) as model, Context(model, n_threads=1, n_ubatch=512, **exact) as context:
         return context.decode(tokens)
+
+
+def slope(loss: Callable[[], Any], gates: Any, i: int, ahead: float = 1e-5) -> float:
+    """How the loss changes with one of the gates, by a difference."""
+    measured = []
+    for step in (-ahead, ahead):
+        gates[i] += step
+        measured.append(loss().item())
+        gates[i] -= step
+    return (measured[1] - measured[0]) / (2 * ahead)
 
 
 def our_logits(decoder: Decoder, tokens: Sequence[int], **kwargs: Any) -> np.ndarray:
@@ -149,7 +159,7 @@ def test_gradients_flow_through_attention(tiny: Tiny, arch: str) -> None:
     def attend(heads: Heads) -> Any:
         return causal(heads) * (1 + gates[heads.layer]) + 0 * heads.hidden.sum()
 
-    tokens, ahead = torch.tensor([text(12)]), 1e-5
+    tokens = torch.tensor([text(12)])
 
     def loss() -> Any:
         return decoder.logits(decoder(tokens, attend)).logsumexp(-1).sum()
@@ -158,12 +168,7 @@ def test_gradients_flow_through_attention(tiny: Tiny, arch: str) -> None:
         loss().backward()
     assert not any(w.requires_grad for w in decoder.weights.values())
     for il in range(len(gates)):
-        measured = []
-        for step in (-ahead, ahead):
-            gates[il] += step
-            measured.append(loss().item())
-            gates[il] -= step
-        assert gates.grad[il].item() == pytest.approx((measured[1] - measured[0]) / (2 * ahead), rel=1e-3)
+        assert gates.grad[il].item() == pytest.approx(slope(loss, gates, il), rel=1e-3)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
