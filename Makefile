@@ -156,10 +156,10 @@ OP_TESTS := test_attend test_evict test_indexer test_matmul test_memory test_ran
 test-wheel: wheel
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/wheel -DINDEXMEM_TESTS=ON && \
 	    $(RUN) cmake --build build/wheel --target $(OP_TESTS) demo_answer)
-	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/test_wheel.py
+	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/packaging/test_wheel.py
 
 models: setup
-	@cd docs && ../.venv/bin/python -m indexmem_edge._models_page > models.md.new && mv models.md.new models.md
+	@cd docs && ../.venv/bin/python -m indexmem_edge.models.page > models.md.new && mv models.md.new models.md
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check

@@ -14,11 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from indexmem_edge import _capi, _logs  # loads the library, before llama_cpp would
+from indexmem_edge import llama_cpp
+from indexmem_edge._vendor.llama_cpp._internals import LlamaModel
 from indexmem_edge.errors import IndexMemError
-
-import llama_cpp  # isort: skip
-from llama_cpp._internals import LlamaModel  # isort: skip
+from indexmem_edge.native import api, logs  # loads the library, before llama_cpp would
 
 LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
@@ -93,7 +92,7 @@ class Model:
             try:
                 self.raw = LlamaModel(path_model=str(path), params=params, verbose=False)
             except ValueError as error:
-                raise BenchError(f"cannot load {path.name}: {_logs.reason(lines) or error}") from None
+                raise BenchError(f"cannot load {path.name}: {logs.reason(lines) or error}") from None
         self.n_vocab = self.raw.n_vocab()
 
     def tokens(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
@@ -129,30 +128,30 @@ class Model:
     def token_bytes(self, cache_type: str, window: bool = False) -> int:
         """Bytes of K and V of one token, in the layers that attend to all of the text; or in those with a window."""
         types = kv_types(cache_type)
-        rows = self._rows(_capi.LAYER_WINDOW if window else _capi.LAYER_BOUNDED)
+        rows = self._rows(api.LAYER_WINDOW if window else api.LAYER_BOUNDED)
         return sum(n * CACHE_TYPES[t][1] // 32 for row in rows for n, t in zip(row, types))
 
     def has_fixed(self) -> bool:
         """Whether there are layers whose cache does not grow with the text."""
-        kinds = _capi.LAYER_WINDOW | _capi.LAYER_RECURRENT
-        return not self._stock and any(flags & kinds for flags in _capi.model_layers(self.raw.model))
+        kinds = api.LAYER_WINDOW | api.LAYER_RECURRENT
+        return not self._stock and any(flags & kinds for flags in api.model_layers(self.raw.model))
 
     @property
     def _stock(self) -> bool:
         """Whether the library is a llama.cpp without the bounded cache."""
-        return not hasattr(_capi.llama_lib._lib, "indexmem_api_version")
+        return not hasattr(api.llama_lib._lib, "indexmem_api_version")
 
     def _rows(self, kind: int) -> list[tuple[int, int]]:
         """Numbers that a token leaves in keys and values of each layer of a kind."""
         raw = self.raw.model
         if not self._stock:
-            return [row for row, flags in zip(_capi.model_rows(raw), _capi.model_layers(raw)) if flags & kind]
+            return [row for row, flags in zip(api.model_rows(raw), api.model_layers(raw)) if flags & kind]
         meta = self.raw.metadata()
         heads, layers = llama_cpp.llama_model_n_head_kv(raw), llama_cpp.llama_model_n_layer(raw)
         size = llama_cpp.llama_model_n_embd(raw) // llama_cpp.llama_model_n_head(raw)
         arch = meta.get("general.architecture", "")
         k, v = (heads * int(meta.get(f"{arch}.attention.{name}_length", size)) for name in ("key", "value"))
-        return [(k, v)] * layers if kind == _capi.LAYER_BOUNDED else []
+        return [(k, v)] * layers if kind == api.LAYER_BOUNDED else []
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a token reads: all, but for a table of embeddings that is not the output matrix, too."""
@@ -182,15 +181,15 @@ class System:
         params.no_perf = True
         if setup.budget:
             sidecar = str(setup.sidecar) if setup.sidecar else None
-            span = _capi.SPAN_TRAINED if setup.span is None else setup.span
-            _capi.Request(
+            span = api.SPAN_TRAINED if setup.span is None else setup.span
+            api.Request(
                 setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar,
                 setup.memory, setup.memory_slots, span,
             ).submit()  # fmt: skip
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
         if not self.ctx:
-            why = (_capi.last_error() if setup.budget else "") or _logs.reason(lines)
+            why = (api.last_error() if setup.budget else "") or logs.reason(lines)
             raise BenchError(f"no context for {setup.label}: {why or 'the library gave no reason'}")
         self.batch = llama_cpp.llama_batch_init(setup.ubatch, 0, 1)
         shape = (setup.ubatch,)
@@ -298,7 +297,7 @@ class System:
 
     def stats(self) -> dict[str, int]:
         if self.setup.budget:
-            stats = _capi.get_stats(self.ctx)
+            stats = api.get_stats(self.ctx)
             return {
                 "kv_bytes": stats.kv_bytes,
                 "meta_bytes": stats.meta_bytes,
@@ -322,7 +321,7 @@ class System:
         return {
             "kv_bytes": kv,
             "window_bytes": window,  # the stock cache is made with swa_full, so that it can go back
-            "recurrent_bytes": _capi.cache_bytes(self.ctx) - kv - window if self.model.has_fixed() else 0,
+            "recurrent_bytes": api.cache_bytes(self.ctx) - kv - window if self.model.has_fixed() else 0,
             "meta_bytes": 0,
             "indexer_bytes": 0,
             "memory_bytes": 0,
@@ -339,11 +338,11 @@ class System:
 
     def evict_step(self) -> int:
         """Entries that leave at once during decode."""
-        return int(_capi.get_stats(self.ctx).evict_step) if self.setup.budget else 0
+        return int(api.get_stats(self.ctx).evict_step) if self.setup.budget else 0
 
     def span_reason(self) -> str:
         """Why there is no span although the trained length was to be one; "" otherwise."""
-        return _capi.span_reason(self.ctx) if self.setup.budget else ""
+        return api.span_reason(self.ctx) if self.setup.budget else ""
 
     def close(self) -> None:
         if self.ctx:
@@ -367,7 +366,7 @@ def token_nll(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
 def library() -> str:
     """What is measured: the build, and the features of the CPU that it uses."""
     try:
-        return f"{_capi.build_info()}; {llama_cpp.llama_print_system_info().decode().strip()}"
+        return f"{api.build_info()}; {llama_cpp.llama_print_system_info().decode().strip()}"
     except IndexMemError:
         return f"stock llama.cpp; {llama_cpp.llama_print_system_info().decode().strip()}"
 
@@ -381,7 +380,7 @@ def _no_log(level: int, text: bytes, data: Any) -> None:
 def _quiet() -> Iterator[list[str]]:
     """Errors of llama.cpp are collected, then and later nothing is printed."""
     try:
-        with _logs.collected_errors(False) as lines:
+        with logs.collected_errors(False) as lines:
             yield lines
     finally:
         llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))

@@ -13,9 +13,10 @@ are untrusted throughout, and every failure is a ConvertError. Neither the nativ
 
 from __future__ import annotations
 
+from indexmem_edge.errors import ConvertError
+
 from .basemodel import BaseModel, bind, read_base_model
 from .checkpoint import read_checkpoint, write_checkpoint
-from .errors import ConvertError
 from .formats import FORMATS, read_source
 from .model import Checkpoint, Geometry, Provenance
 from .sidecar import Sidecar, read_sidecar

@@ -8,13 +8,13 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from indexmem_edge._modelfile import check_model_file
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.fingerprint import norms_fingerprint
+from indexmem_edge.files.gguffile import F32, GGUFFile
+from indexmem_edge.files.modelfile import check_model_file
+from indexmem_edge.files.untrusted import MAX_TEXT, check_text, quote
 
-from .errors import ConvertError
-from .fingerprint import norms_fingerprint
-from .gguffile import F32, GGUFFile
 from .model import UNKNOWN, Checkpoint, Geometry
-from .text import MAX_TEXT, check_text, quote
 
 _INTEGERS = ("u32", "i32", "u64")
 

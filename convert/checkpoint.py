@@ -24,12 +24,13 @@ from typing import Any, Union
 
 import numpy as np
 
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.atomic import replacing
+from indexmem_edge.files.untrusted import check_text, show
+
 from . import safefile
-from .atomic import replacing
-from .errors import ConvertError
 from .model import UNKNOWN, Checkpoint, Geometry, Provenance, check_only, layers_from
 from .safefile import SafeFile
-from .text import check_text, show
 from .writer import SCHEMA_ALL, SCHEMA_SOME
 
 METADATA_KEY = "indexmem"

@@ -14,19 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from indexmem_edge import __version__
-from indexmem_edge._streams import make_forgiving
-from indexmem_edge.cli_options import one_line_errors
+from indexmem_edge.cli.options import one_line_errors
+from indexmem_edge.cli.streams import make_forgiving
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.atomic import check_target
+from indexmem_edge.files.untrusted import check_text
 
-from .atomic import check_target
 from .basemodel import read_base_model
 from .checkpoint import write_checkpoint
-from .errors import ConvertError
 from .formats import FORMATS, read_source
 from .model import UNKNOWN, Checkpoint
 from .report import notes, print_summary, to_dict
 from .sidecar import read_sidecar
 from .sources import ReadOptions
-from .text import check_text
 from .writer import OUTTYPES, write_sidecar
 
 app = typer.Typer(

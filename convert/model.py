@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from indexmem_edge import __version__
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import check_text, quote, show, some
 
-from .errors import ConvertError
 from .spec import INDEXERS, LIMITS, MEMORIES, Kind, check_constants, check_f32, check_u32, find
-from .text import check_text, quote, show, some
 
 Array = npt.NDArray[np.float32]
 Layer = dict[str, Array]

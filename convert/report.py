@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from indexmem_edge.files.untrusted import quote
+
 from .checkpoint import describe
 from .model import UNKNOWN, Checkpoint
-from .text import quote
 from .writer import Written
 
 NO_MODEL = (

@@ -10,9 +10,10 @@ from typing import Any, Union
 
 import numpy as np
 
-from .errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote, show
+
 from .model import Array
-from .text import quote, show
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _MAX_HEADER = 100_000_000  # of the safetensors library

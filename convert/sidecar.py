@@ -9,11 +9,12 @@ from typing import Any, Optional, Union
 import gguf
 import numpy as np
 
-from .errors import ConvertError
-from .gguffile import F16, F32, TYPE_NAMES, GGUFFile, TensorInfo
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.gguffile import F16, F32, TYPE_NAMES, GGUFFile, TensorInfo
+from indexmem_edge.files.untrusted import quote, show
+
 from .model import Array, Checkpoint, Geometry, Provenance, check_only, layers_from
 from .spec import INDEXERS, MEMORIES, Kind, find
-from .text import quote, show
 from .writer import GEOMETRY_KEYS, LAYERS_KEY, SCHEMA_ALL, SCHEMA_SOME
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import check_text, quote, show
+
 from . import safefile, torchfile
 from .basemodel import BaseModel
-from .errors import ConvertError
 from .model import Array, Provenance
 from .safefile import SafeFile, SafeTensor
-from .text import check_text, quote, show
 
 _MAX_JSON = 4 << 20
 _CHUNK = 1 << 20

@@ -14,8 +14,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from .errors import ConvertError
-from .text import check_text, show
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import check_text, show
 
 U32, F32, BOOL, STRING, F32S, BOOLS = "u32", "f32", "bool", "string", "f32 array", "bool array"
 MAX_U32 = 2**32 - 1

@@ -14,9 +14,10 @@ from typing import Any, Union
 
 import numpy as np
 
-from .errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote
+
 from .model import Array
-from .text import quote
 
 _HOW = "pip install 'indexmem-edge[train]'"
 _MIN_TORCH = (2, 6)

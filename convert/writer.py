@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from .atomic import replacing
-from .errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.atomic import replacing
+
 from .model import Array, Checkpoint
 from .spec import BOOL, BOOLS, F32, F32S, STRING, U32, Kind
 

@@ -6,15 +6,14 @@
     llm.create_chat_completion([{"role": "user", "content": "Hello"}])
     print(llm.kv_stats())
 
-Importing the package is cheap: it only points llama-cpp-python at our library. The library is loaded, and checked,
-when `Llama` is first used.
+Importing the package is cheap: the library is loaded, and checked, when `Llama` is first used. `indexmem_edge.llama_cpp` is the
+copy of llama-cpp-python that runs on it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _native
 from .errors import (
     BudgetError,
     BudgetExhausted,
@@ -61,21 +60,19 @@ __all__ = [
     "policies",
 ]
 
-_native.prepare()
-
 
 def policies() -> dict[str, str]:
     """The eviction policies of the loaded library, each with one line of help."""
-    from . import _capi
+    from .native import api
 
-    return _capi.policies()
+    return api.policies()
 
 
 def indexers() -> dict[str, str]:
     """The kinds of indexers that a sidecar can hold, each with one line of help."""
-    from . import _capi
+    from .native import api
 
-    return _capi.indexers()
+    return api.indexers()
 
 
 def __getattr__(name: str) -> Any:
@@ -87,4 +84,8 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
+    if name == "llama_cpp":
+        from ._vendor import llama_cpp
+
+        return llama_cpp
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

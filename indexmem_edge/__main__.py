@@ -1,5 +1,5 @@
 """`python -m indexmem_edge` is `indexmem`."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -81,3 +81,7 @@ class DemoModelMissing(IndexMemError):
 
 class TorchMissing(IndexMemError, ImportError):
     """PyTorch, which training needs, is not installed or does not start."""
+
+
+class ConvertError(IndexMemError, ValueError):
+    """A checkpoint or sidecar cannot be read, converted or written; the message says why and what to do."""

@@ -9,18 +9,19 @@ from typing import Any, Callable, Generator, Optional, Sequence, Union
 import numpy as np
 import numpy.typing as npt
 
-from . import _capi, _cache, _prompts, session
-from ._align import align
-from ._cancel import Calls, one_call
-from ._creation import explain
-from ._logs import collected_errors, quiet
-from ._modelfile import check_model_file
+from ._vendor import llama_cpp
+from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
 from .errors import BudgetError
+from .files.modelfile import check_model_file
+from .native import api
+from .native.logs import collected_errors, quiet
 from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
+from .runtime import cache, prompts
+from .runtime.align import align
+from .runtime.cancel import Calls, one_call
+from .runtime.creation import explain
+from .sessions import session
 from .stats import KVStats
-
-import llama_cpp
-from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
@@ -101,8 +102,8 @@ class Llama(llama_cpp.Llama):
         )  # fmt: skip
         path = check_model_file(model_path)
         self.kv_options = options
-        self._cache: Optional[_cache.BoundedCache] = None
-        self._turn = _cache.Turn()
+        self._cache: Optional[cache.BoundedCache] = None
+        self._turn = cache.Turn()
         self._calls = Calls(self, kv_cancel)
         self._aligning = False
         self._pieces: dict[tuple[int, bool], bytes] = {}
@@ -110,7 +111,7 @@ class Llama(llama_cpp.Llama):
             kwargs = bounded_keywords(kwargs)
         with collected_errors(kwargs.get("verbose", True)) as log:
             try:
-                _capi.require_cpu()
+                api.require_cpu()
                 if options.bounded:
                     options.request().submit()
                 super().__init__(path, **kwargs)
@@ -122,10 +123,10 @@ class Llama(llama_cpp.Llama):
                 raise explained from error
             finally:
                 if options.bounded:
-                    _capi.Request.withdraw()
+                    api.Request.withdraw()
         if options.bounded:
             self.context_params.n_ctx = kwargs["n_ctx"]
-            self._cache = _cache.BoundedCache(self, options)
+            self._cache = cache.BoundedCache(self, options)
         self._calls.attach()
 
     @property
@@ -181,7 +182,7 @@ class Llama(llama_cpp.Llama):
             call.arguments["tokens"] = self._cache.reuse(tokens)
             call.arguments["reset"] = False
         else:
-            self._turn = _cache.Turn(prompt=len(tokens), evaluated=-1)
+            self._turn = cache.Turn(prompt=len(tokens), evaluated=-1)
         yield from super().generate(*call.args[1:], **call.kwargs)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
@@ -204,7 +205,7 @@ class Llama(llama_cpp.Llama):
         if self._cache is not None:
             rest = self._cache.reuse(tokens)
         else:
-            rest = _cache.reuse_unbounded(self, tokens)
+            rest = cache.reuse_unbounded(self, tokens)
         for start in range(0, len(rest), self.n_batch):
             self.eval(rest[start : start + self.n_batch])
             if progress is not None:
@@ -226,7 +227,7 @@ class Llama(llama_cpp.Llama):
     def reset(self) -> None:
         """Forgets the conversation."""
         super().reset()
-        self._turn = _cache.Turn()
+        self._turn = cache.Turn()
         if self._cache is not None:
             self._cache.clear()
 
@@ -256,7 +257,7 @@ class Llama(llama_cpp.Llama):
         if self.kv_options.auto_pin:
             given = _CHAT.bind(self, messages, *args, **kwargs).arguments
             template = {name: given[name] for name in _TEMPLATE_ARGUMENTS if name in given}
-            self._pin_system(messages, _prompts.chat_tokens(self, messages, **template), template)
+            self._pin_system(messages, prompts.chat_tokens(self, messages, **template), template)
         self._aligning = True
         try:
             return super().create_chat_completion(messages, *args, **kwargs)
@@ -270,7 +271,7 @@ class Llama(llama_cpp.Llama):
         For reading a long document now and asking about it later: paragraphs that the caller then adds to the last
         message cost only themselves.
         """
-        prompt = _prompts.open_prefix(self, messages)
+        prompt = prompts.open_prefix(self, messages)
         if prompt is None:
             return 0
         if self._cache is not None:
@@ -281,7 +282,7 @@ class Llama(llama_cpp.Llama):
 
     def _pin_system(self, messages: Any, prompt: Optional[list[int]], template: dict[str, Any]) -> None:
         assert self._cache is not None
-        pin = 0 if prompt is None else _prompts.system_prefix(self, messages, prompt, **template)
+        pin = 0 if prompt is None else prompts.system_prefix(self, messages, prompt, **template)
         self.kv_options.require_room(pin, "the system prompt of")
         self._cache.wanted_pin = pin
 
@@ -296,7 +297,7 @@ class Llama(llama_cpp.Llama):
     def _piece(self, token: int, special: bool) -> bytes:
         piece = self._pieces.get((token, special))
         if piece is None:
-            piece = self._pieces[(token, special)] = _cache.token_piece(self._model.vocab, token, special)
+            piece = self._pieces[(token, special)] = cache.token_piece(self._model.vocab, token, special)
         return piece
 
     def detokenize(self, tokens: list[int], prev_tokens: Optional[list[int]] = None, special: bool = False) -> bytes:
@@ -311,7 +312,7 @@ class Llama(llama_cpp.Llama):
 
     def kv_stats(self) -> KVStats:
         """What the cache has seen, kept, dropped and evaluated again, and what it costs."""
-        return self._cache.stats() if self._cache is not None else _cache.unbounded_stats(self)
+        return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self)
 
     def kv_snapshot(self, rotary: bool = False) -> dict[int, list[npt.NDArray[np.int32]]]:
         """Positions in the text that are held now: for each layer with a cache, one ascending array per KV head.
@@ -329,7 +330,7 @@ class Llama(llama_cpp.Llama):
         """
         self._bounded("set_pin").set_pin(n)
 
-    def _bounded(self, what: str) -> _cache.BoundedCache:
+    def _bounded(self, what: str) -> cache.BoundedCache:
         if self._cache is None:
             raise BudgetError(f"{what} needs a bounded KV cache: give Llama a kv_budget")
         return self._cache

@@ -7,12 +7,12 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from ._modelfile import check_sidecar_file
-from ._parts import DEFAULT_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds
 from .errors import BudgetError, PolicyError
+from .files.modelfile import check_sidecar_file
+from .runtime.choice import DEFAULT_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds
 
 if TYPE_CHECKING:
-    from ._capi import Request
+    from .native.api import Request
 
 DEFAULT_BUDGET = 1024  # of the command line; Llama itself is unbounded unless told otherwise
 DEFAULT_SINKS = 4
@@ -109,12 +109,12 @@ class CacheOptions:
         if isinstance(pin, str) and pin != PIN_AUTO:
             raise BudgetError(f'kv_pin must be a number of tokens or "{PIN_AUTO}", found {pin!r}')
         fixed_pin = PIN_AUTO if pin == PIN_AUTO else _count("kv_pin", pin)
-        from . import _capi  # here, because it loads the library: --help needs only the defaults
+        from .native import api  # here, because it loads the library: --help needs only the defaults
 
         kinds = sidecar_kinds(path)
         if memory_slots is not None and _count("memory_slots", memory_slots) == 0:
             raise BudgetError("memory_slots must be at least 1, found 0: memory 'off' is none")
-        kind, slots = choose_memory(memory, memory_slots, kinds, _capi.memories())
+        kind, slots = choose_memory(memory, memory_slots, kinds, api.memories())
         options = cls(
             budget=size,
             policy=choose_policy(policy, kind, path, kinds),
@@ -130,7 +130,7 @@ class CacheOptions:
             span=None if span is None else _count("kv_span", span),
         )
         options.require_room(options.fixed_pin, "kv_pin")
-        known = _capi.policies()
+        known = api.policies()
         if options.policy not in known:
             raise PolicyError(f"unknown kv_policy {options.policy!r}: choose one of {', '.join(sorted(known))}")
         return options
@@ -163,7 +163,7 @@ class CacheOptions:
 
     def request(self) -> Request:
         """The same, as the native library takes it."""
-        from ._capi import SPAN_TRAINED, Request
+        from .native.api import SPAN_TRAINED, Request
 
         return Request(
             self.budget,

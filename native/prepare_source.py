@@ -45,6 +45,15 @@ WANTED = re.compile(
     r"|ggml/(CMakeLists\.txt|(cmake|include)/.+)|ggml/src/([^/]+|ggml-(cpu|blas|cuda|metal)/.+)"
 )
 WANTED_PYTHON = re.compile(r"[^/]+\.py|py\.typed")
+# Imports of itself, made relative: the copy has a name of its own (indexmem_edge/_vendor). And it asks us where its library is.
+OWN_NAME = [
+    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+) as (\w+)$", rb"\1from . import \2 as \3"),
+    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+)$", rb"\1from .. import llama_cpp\n\1from . import \2 as _\2"),
+    (rb"(?m)^([ \t]*)import llama_cpp$", rb"\1from .. import llama_cpp"),
+    (rb"(?m)^([ \t]*)from llama_cpp\.(\w+) import ", rb"\1from .\2 import "),
+    (rb'os\.environ\.get\("LLAMA_CPP_LIB_PATH"\)', rb"_library_dir()"),
+    (rb'(?m)^_lib_base_name = "llama"$', rb'from ...native.find import library_dir as _library_dir\n\n_lib_base_name = "llama"'),
+]
 
 
 class Problem(Exception):
@@ -278,6 +287,19 @@ def read_patch(name, patch, files):
     return res
 
 
+def rename_python(files):
+    """Makes llama_cpp one that can live beside another of the same name."""
+    for name, content in files.items():
+        if name.startswith("python/") and name.endswith(".py"):
+            for old, new in OWN_NAME:
+                content = re.sub(old, new, content)
+            left = re.search(rb"(?m)^[ \t]*(import llama_cpp|from llama_cpp).*$|LLAMA_CPP_LIB_PATH", content)
+            if left:
+                raise Problem(f"{name}: {left.group().decode(errors='replace').strip()!r} is none of the imports that are "
+                              f"made relative (OWN_NAME)")
+            files[name] = content
+
+
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
@@ -311,6 +333,7 @@ def prepare(out, source, patches):
         return "up to date"
     files = read()
     apply_patches(patches, files)
+    rename_python(files)
     out.mkdir(parents=True, exist_ok=True)
     told = {"key": "", "files": sorted({*files, *before["files"]})}
     stamp.write_text(json.dumps(told), encoding="utf-8")  # in case it is interrupted

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import TinyConfig, write_model
 
 import indexmem_edge  # noqa: F401  names the library to load, before any test imports llama_cpp
+from tiny.models import TinyConfig, write_model
 
 Tiny = Callable[..., tuple[Path, TinyConfig]]
 

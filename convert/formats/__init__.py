@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional, Union
 
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote, some
+
 from ..basemodel import bind
-from ..errors import ConvertError
 from ..model import Checkpoint
 from ..sources import ReadOptions, Sources, open_sources
-from ..text import quote, some
 from . import edge, fast_kvzip, indexmem, kvzap, legacy, v1
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConvertError
+from indexmem_edge.errors import ConvertError
+
 from ..model import Array, Checkpoint, Geometry, Layer
 from ..sources import TORCH, ReadOptions, Sources, expect_keys, mapping, to_array
 from ..spec import LIMITS

@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote, show
+
 from ..model import Checkpoint, Geometry, Layer, Provenance, contiguous
 from ..sources import TORCH, ReadOptions, Sources, expect_keys, mapping, to_array
 from ..spec import LIMITS, check_u32
-from ..text import quote, show
 
 NAME = "indexmem"
 CONFIG = (

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 
-from ..errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote
+
 from ..model import Checkpoint, Geometry, Layer, contiguous
 from ..safefile import SafeFile
 from ..sources import JSON, SAFETENSORS, ReadOptions, SourceFile, Sources, mapping, to_array
 from ..spec import LIMITS, check_u32
-from ..text import quote
 
 NAME = "kvzap"
 _PARAM = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.((?:[02]\.)?(?:weight|bias))")

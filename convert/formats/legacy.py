@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote
+
 from ..model import Checkpoint, Layer
 from ..sources import JSON, TORCH, ReadOptions, SourceFile, Sources, expect_keys, mapping, to_array
-from ..text import quote
 from .indexmem import build, check_config, refuse_joint
 
 NAME = "indexmem-legacy"

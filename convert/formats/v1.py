@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from typing import Any, Optional
 
-from ..errors import ConvertError
+from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.untrusted import quote
+
 from ..model import Array, Checkpoint, Geometry, Layer, contiguous
 from ..safefile import SafeFile
 from ..sources import SAFETENSORS, TORCH, ReadOptions, SourceFile, Sources, mapping, to_array
-from ..text import quote
 
 NAME = "v1"
 _PARAM = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.self_attn\.(indexer|kvpress_memory)\.(.+)", re.S)

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined,
 from safetensors.torch import save
 from torch import Tensor
 
-from ..convert.atomic import replacing
-from ..convert.errors import ConvertError
-from ..errors import TrainingCheckpointError
+from ..errors import ConvertError, TrainingCheckpointError
+from ..files.atomic import replacing
 from .options import difference
 
 NAME = "checkpoint.safetensors"

@@ -9,12 +9,13 @@ from typing import Any, Optional
 import numpy as np
 from torch import nn
 
-from ..convert.basemodel import BaseModel
-from ..convert.model import Checkpoint, Layer, Provenance
-from ..convert.sources import file_sha256
-from ..convert.spec import BOOLS, F32S, INDEXERS, MEMORIES, Kind, find
-from ..convert.text import MAX_TEXT
+from indexmem_edge.convert.basemodel import BaseModel
+from indexmem_edge.convert.model import Checkpoint, Layer, Provenance
+from indexmem_edge.convert.sources import file_sha256
+from indexmem_edge.convert.spec import BOOLS, F32S, INDEXERS, MEMORIES, Kind, find
+
 from ..errors import TrainingError
+from ..files.untrusted import MAX_TEXT
 from .options import TrainOptions
 from .parts import Parts
 

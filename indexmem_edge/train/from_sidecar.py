@@ -9,10 +9,11 @@ from typing import Optional, Union
 import torch
 from torch import nn
 
-from ..convert.sidecar import read_sidecar
+from indexmem_edge.convert.sidecar import read_sidecar
+
 from ..errors import SidecarError
-from .decoder import Config
-from .scorers import SCORERS
+from .indexers.scorers import SCORERS
+from .model.decoder import Config
 
 
 def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Config] = None) -> nn.ModuleList:

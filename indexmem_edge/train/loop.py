@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..errors import TrainingCheckpointError, TrainingError
 from .checkpoints import Position, Snapshot, optimizer_tensors, restore_optimizer
-from .data import Data
-from .decoder import Decoder
-from .metrics import Metrics
-from .objective import Objective
+from .data.sample import Sample
+from .data.stream import Data
+from .judge.metrics import Metrics
+from .model.decoder import Decoder
+from .objectives.objective import Objective
 from .options import TrainOptions
 from .parts import Parts, make_objective, trains_memory
 from .processes import Processes
-from .sample import Sample
 from .schedule import lr_multiplier
 from .watch import Interrupt, Watcher
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
-from .._parts import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 from ..errors import TrainingCheckpointError, TrainingError
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ..runtime.choice import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
 MEMORIES = {MEMORY_OFF: None, "centroid": None, "residual": "residual-mse"}
@@ -75,7 +75,7 @@ class TrainOptions:
         Raises:
             TrainingError: an option is impossible; the message names it.
         """
-        from ..convert.writer import OUTTYPES  # not above: it takes a while, and the command line reads this page
+        from indexmem_edge.convert.writer import OUTTYPES  # not above: it takes a while, and the command line reads this page
 
         _check_choice("--kind", self.kind, KINDS)
         _check_choice("--memory", self.memory, MEMORIES)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .decoder import Config, Decoder
 from .from_sidecar import modules_from_sidecar
-from .objective import Objective
+from .indexers.scorers import SCORERS
+from .model.decoder import Config, Decoder
+from .objectives.objective import Objective
 from .options import TrainOptions
-from .scorers import SCORERS
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def build_parts(config: Config, options: TrainOptions, device: torch.device) -> 
         indexer = nn.ModuleList([scorer(config.n_embd, config.n_head_kv, constants) for _ in layers])
     memory = None
     if options.memory == "residual":
-        from .residual import Residual
+        from .indexers.residual import Residual
 
         memory = nn.ModuleList([Residual(Residual.defaults(config.head_dim)) for _ in layers]).to(device)
     return Parts(indexer.to(device), memory)

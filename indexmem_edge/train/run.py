@@ -24,30 +24,31 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from .._modelfile import check_model_file, fingerprint
-from ..convert.atomic import check_target, replacing
-from ..convert.basemodel import BaseModel, read_base_model
-from ..convert.gguffile import GGUFFile
-from ..convert.sources import file_sha256
-from ..convert.writer import write_sidecar
+from indexmem_edge.convert.basemodel import BaseModel, read_base_model
+from indexmem_edge.convert.sources import file_sha256
+from indexmem_edge.convert.writer import write_sidecar
+
 from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
-from .architectures import architecture
-from .books import books_digest, find_books, read_books
+from ..files.atomic import check_target, replacing
+from ..files.gguffile import GGUFFile
+from ..files.modelfile import check_model_file, fingerprint
 from .checkpoints import NAME as CHECKPOINT
 from .checkpoints import Position, load_snapshot, remove_snapshot, save_snapshot
-from .data import Data, Generate
-from .decoder import Decoder
+from .data.books import books_digest, find_books, read_books
+from .data.sample import Sample
+from .data.stream import Data, Generate
 from .export import to_checkpoint
-from .load import load_decoder
+from .judge.metrics import NAME as METRICS
+from .judge.metrics import Metrics
 from .loop import Evaluate, Loop
-from .metrics import NAME as METRICS
-from .metrics import Metrics
-from .objective import Objective, Progress
+from .model.architectures import architecture
+from .model.decoder import Decoder
+from .model.load import load_decoder
+from .model.tokenizer import open_tokenizer
+from .objectives.objective import Objective, Progress
 from .options import RUN_FILE, TrainOptions
 from .parts import Parts, build_parts
 from .processes import Processes, open_processes
-from .sample import Sample
-from .tokenizer import open_tokenizer
 from .watch import Interrupt, Watcher
 
 PREPARED = "prepared"
@@ -91,10 +92,10 @@ class TrainResult:
 
 def default_tools(options: TrainOptions) -> Tools:
     """The objectives, the generator and the measure of this package."""
-    from . import recall_report
-    from .generated import generate
+    from .data.generated import generate
+    from .judge import recall_report
+    from .judge.recall import held_out_recall
     from .objectives import OBJECTIVES
-    from .recall import held_out_recall
 
     how = options.budgets, options.sinks, options.window
 

@@ -1,5 +1,5 @@
 // What a model answers with the CPU backend in use: a few greedy tokens, and all logits on the way, for comparing CPUs
-// (tests/test_wheel.py).
+// (tests/packaging/test_wheel.py).
 //
 //     demo_answer MODEL LOGITS [TOKENS]     TOKENS: an earlier answer, whose tokens are read instead of one's own
 //

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..objective import Objective
 from .gated_kl import GatedKL
+from .objective import Objective
 from .outlive_kl import OutliveKL
 from .pooled_kl import PooledKL
 from .regress import Regress

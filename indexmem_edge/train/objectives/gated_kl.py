@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import Heads, causal
-from ..gated import Pins, gated_attention
-from ..losses import reverse_kl
-from ..objective import Objective
-from ..sample import Sample
+from ..data.sample import Sample
+from ..model.attention import Heads, causal
+from .gated import Pins, gated_attention
+from .losses import reverse_kl
+from .objective import Objective
 
 RECOMPUTE = 4096
 POSITIONS = 384  # of a sequence whose outputs are compared: all that answer a question, the others drawn

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ...errors import TrainingError
-from ..decoder import Heads, causal
-from ..objective import Progress
-from ..sample import Sample
-from ..selected import choose
+from ..data.sample import Sample
+from ..model.decoder import Heads, causal
+from .objective import Progress
 from .select_kl import RATIOS, SelectKL
+from .selected import choose
 
 COMPETITORS = 4096  # tokens of the pages
 SHARES = (0.012, 0.02, 0.035, 0.06)  # of context and pages together, that stay beside what is never evicted

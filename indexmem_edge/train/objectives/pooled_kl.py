@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import TrainingError
-from ..attention import Heads
-from ..decoder import Decoder
-from ..objective import Objective
-from ..operands import operands
-from ..pairwise import Pairwise
-from ..sample import Sample
+from ..data.sample import Sample
+from ..indexers.pairwise import Pairwise
+from ..model.attention import Heads
+from ..model.decoder import Decoder
+from .objective import Objective
+from .operands import operands
 
 TEACHERS = ("logits", "attention")
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..attention import Heads, causal
-from ..decoder import Decoder
-from ..future import future_attention
-from ..objective import Objective, Progress
-from ..sample import Sample
+from ..cache.future import future_attention
+from ..data.sample import Sample
+from ..model.attention import Heads, causal
+from ..model.decoder import Decoder
+from .objective import Objective, Progress
 
 FLOOR = 1e-6  # attention below it is not told apart: bf16 operands do not resolve it
 TOKENS = 1024  # of each sequence that are written

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ..attention import Heads
-from ..decoder import Decoder
-from ..eviction import Schedule, attend_block, evictions, pick
-from ..objective import Objective
-from ..operands import operands
-from ..residual import Residual
-from ..sample import Sample
+from ..cache.eviction import Schedule, attend_block, evictions, pick
+from ..data.sample import Sample
+from ..indexers.residual import Residual
+from ..model.attention import Heads
+from ..model.decoder import Decoder
+from .objective import Objective
+from .operands import operands
 
 
 @dataclass

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import Heads, attention, causal
-from ..eviction import Schedule
-from ..losses import both_kl
-from ..objective import Objective
-from ..sample import Sample
-from ..selected import choose, selected_attention
+from ..cache.eviction import Schedule
+from ..data.sample import Sample
+from ..model.attention import Heads, attention, causal
+from .losses import both_kl
+from .objective import Objective
+from .selected import choose, selected_attention
 
 ROWS = 256  # after the context that are read
 RATIOS = (0.08, 0.12, 0.18, 0.3)  # shares of the context that stay

@@ -1,0 +1,139 @@
+"""The command `indexmem bench speed`: which systems it measures, of which model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import typer
+
+from .options import (
+    BUDGET,
+    CACHE,
+    GEOMETRY,
+    GPU,
+    INDEXMEM,
+    JSON,
+    LAYERS,
+    MEMORY,
+    MODEL,
+    OUT,
+    POLICY,
+    RATIO,
+    SINKS,
+    SLOTS,
+    TEXT,
+    THREADS,
+    TYPE,
+    UBATCH,
+    WEIGHTS,
+    WINDOW,
+    finish,
+    numbers,
+    random_model,
+    session,
+    setup_of,
+)
+
+
+def speed(
+    model: Optional[Path] = MODEL,
+    geometry: Optional[str] = GEOMETRY,
+    layers: int = LAYERS,
+    weights: str = WEIGHTS,
+    cache: Optional[Path] = CACHE,
+    kv_budget: int = BUDGET,
+    kv_policy: Optional[str] = POLICY,
+    indexmem: Optional[Path] = INDEXMEM,
+    latent: Optional[str] = MEMORY,
+    memory_slots: Optional[int] = SLOTS,
+    kv_budget_ratio: Optional[float] = RATIO,
+    kv_sinks: int = SINKS,
+    kv_window: int = WINDOW,
+    parts: str = typer.Option(
+        "depths,rows,latency,prefill",
+        help="What to measure: decode and prefill at growing depths, tokens evaluated at once, latency of single "
+        "tokens, time of a long prompt.",
+    ),
+    depths: str = typer.Option(
+        "0,1024,2048,4096,8192", help="Tokens seen before each measurement; 32768,131072 take minutes a system."
+    ),
+    full_depth_max: int = typer.Option(8192, min=0, help="The unbounded systems, slow by then, stop at this depth."),
+    prefill_tokens: int = typer.Option(32768, min=1, help="Length of the long prompt."),
+    prefill_full_tokens: Optional[int] = typer.Option(
+        None,
+        min=1,
+        help="How much of it the unbounded cache reads; it is compared with the others there.",
+        show_default="all",
+    ),
+    latency_tokens: int = typer.Option(320, min=1, help="Tokens whose latency is taken, at least."),
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    gpu_layers: Optional[int] = GPU,
+    decode_tokens: int = typer.Option(64, help="Tokens decoded in one repeat."),
+    repeats: int = typer.Option(3, help="Repeats at each depth."),
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Speed at growing depths, of several tokens at once, of single tokens and long prompts, against the unbounded cache.
+
+    The bounded systems are the policy streaming, and an indexer with the memory centroid (the sidecar of the demo model;
+    for other models a random one): or the one that --kv-policy, --indexmem and --memory name.
+    """
+    from .. import synthetic
+    from ..speed import run as bench
+
+    def setup(policy: Optional[str], sidecar: Optional[Path], memory: Optional[str]) -> Any:
+        return setup_of(
+            policy,
+            kv_budget,
+            cache_type,
+            kv_sinks,
+            kv_window,
+            threads,
+            ubatch,
+            indexmem=sidecar,
+            ratio=kv_budget_ratio,
+            memory=memory,
+            slots=memory_slots if memory != "off" else None,
+        )
+
+    make = random_model(geometry, model, layers, weights, cache)
+    with session(model, as_json, make, gpu_layers) as (loaded, progress), tempfile.TemporaryDirectory() as folder:
+        if any(given is not None for given in (kv_policy, indexmem, latent)):
+            systems = [setup(kv_policy, indexmem, latent)]
+        else:
+            sidecar = _demo_sidecar() if model is None and geometry is None else None
+            sidecar = sidecar or synthetic.random_sidecar(
+                Path(folder) / "random.indexmem.gguf", synthetic.shape_of(loaded), "retention"
+            )
+            systems = [setup("streaming", None, "off"), setup(None, sidecar, "centroid")]
+        report = bench.run_speed(
+            loaded,
+            systems,
+            numbers(depths, int),
+            parts=[part for part in parts.split(",") if part],
+            full_depth_max=full_depth_max,
+            prefill_tokens=prefill_tokens,
+            prefill_full_tokens=prefill_full_tokens,
+            latency_tokens=latency_tokens,
+            text=text,
+            decode_tokens=decode_tokens,
+            repeats=repeats,
+            no_flash=cache_type in ("f16", "f32"),
+            name=bench.report_name(geometry, cache_type),
+            progress=progress,
+            out=out,
+        )
+    if not as_json:
+        bench.print_parts(report)
+    finish(report, bench.COLUMNS, out, bench.plot, as_json)
+
+
+def _demo_sidecar() -> Path:
+    from indexmem_edge.models import demo
+
+    return demo.demo_sidecar()

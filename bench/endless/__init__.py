@@ -1,0 +1,1 @@
+"""Conversations past the trained length."""

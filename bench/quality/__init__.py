@@ -1,0 +1,1 @@
+"""Scores and likelihoods of tasks at equal bytes."""

@@ -1,0 +1,216 @@
+"""What selection alone can reach: the indexer beside an oracle that has seen question and answer, one layer group at a time.
+
+In PyTorch, with the weights of the GGUF file: the context is read once with everything kept, then each policy chooses once
+among all of its entries, the others are really left out, and question and answer are read. The oracle keeps what these
+will attend to most; nothing that only chooses can be expected to do better. Where the indexer falls short of it, exchanging
+the indexer's choice for the oracle's in a few layers at a time says which layers are to blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
+from indexmem_edge.train.cache.eviction import pick
+from indexmem_edge.train.cache.future import kept_mask
+from indexmem_edge.train.cache.policies import POLICIES, Context
+from indexmem_edge.train.from_sidecar import modules_from_sidecar
+from indexmem_edge.train.model.decoder import Decoder, Heads, causal
+from indexmem_edge.train.model.load import load_decoder
+
+from .. import ruler
+from ..machine import describe
+from ..report import Report, Row
+from ..runner import BenchError, Model, library
+from .trial import split_tokens
+
+ORACLE, FULL = "oracle", "full"
+COLUMNS = ("length", "ratio", "policy", "n", "score", "nll")
+Cache = list[tuple[Tensor, Tensor]]  # K and V [H, n, D] of every layer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is read after the context, and where in `answer` each expected string lies."""
+
+    question: list[int]
+    answer: list[int]
+    spans: list[tuple[int, int]]
+
+
+def read_context(decoder: Decoder, tokens: Sequence[int]) -> list[tuple[Context, Tensor]]:
+    """Operands of every layer, and V [H, n, D], when the context has been read with everything kept."""
+    found: list[tuple[Context, Tensor]] = []
+
+    def attend(heads: Heads) -> Tensor:
+        scale = decoder.config.scale
+        found.append((Context(heads.layer, heads.hidden[0], heads.q[0], heads.k[0], scale), heads.v[0]))
+        return causal(heads)
+
+    decoder(torch.tensor([list(tokens)], device=decoder.device), attend)
+    return found
+
+
+def ask(decoder: Decoder, cache: Cache, n_seen: int, asked: Question) -> tuple[float, float, list[Tensor]]:
+    """Reads question and answer after `cache`.
+
+    Returns the share of expected strings of which every token is the likeliest, the answer's NLL (nats per token), and the
+    attention that each entry got, [H, n] per layer, summed over queries and the group.
+    """
+    c = decoder.config
+    tokens = torch.tensor([asked.question + asked.answer], device=decoder.device)
+    total, mass = tokens.shape[1], []
+
+    def attend(heads: Heads) -> Tensor:
+        k, v = (torch.cat((old[None], new), 2) for old, new in zip(cache[heads.layer], (heads.k, heads.v)))
+        held = k.shape[2] - total
+        seen = torch.ones(total, held + total, dtype=torch.bool, device=k.device).tril(held)
+        q = heads.q[0].unflatten(0, (c.n_head_kv, c.group))
+        s = (q @ k[0, :, None].mT).float() * c.scale
+        p = s.masked_fill_(~seen, -torch.inf).softmax(-1)
+        mass.append(p[..., :held].sum((1, 2)))
+        return (p.to(v.dtype) @ v[0, :, None]).flatten(0, 1)[None]
+
+    hidden = decoder(tokens, attend, first=n_seen)[0, len(asked.question) - 1 : -1]
+    logits, answer = decoder.logits(hidden).float(), torch.tensor(asked.answer, device=decoder.device)
+    right = (logits.argmax(-1) == answer).cpu().numpy()
+    nll = float(F.cross_entropy(logits, answer))
+    return float(np.mean([right[a:b].all() for a, b in asked.spans])), nll, mass
+
+
+def compress(contexts: Sequence[tuple[Context, Tensor]], ranks: Sequence[Tensor], budget: int) -> Cache:
+    """The best `budget` entries of every layer and head; sinks and a window of at most a quarter are among them."""
+    cache: Cache = []
+    for (context, v), rank in zip(contexts, ranks):
+        heads = context.k.shape[0]
+        mask = kept_mask(rank.expand(heads, -1), budget, DEFAULT_SINKS, min(DEFAULT_WINDOW, budget // 4))
+        kept = mask.nonzero()[:, 1].view(heads, -1)
+        cache.append((pick(context.k, kept), pick(v, kept)))
+    return cache
+
+
+@torch.no_grad()
+def run_ceiling(
+    model: Model,
+    data: Path,
+    lengths: Sequence[int],
+    tasks: Sequence[str],
+    samples: int,
+    sidecars: Sequence[Path],
+    budgets: Sequence[float],
+    *,
+    groups: int = 0,
+    policies: Sequence[str] = (),
+    progress: Any = None,
+    out: Path = Path("."),
+) -> Report:
+    """Scores of the full cache, the oracle, the indexers and `policies`; with `groups`, of exchanges in so many layer groups.
+
+    Raises:
+        BenchError: the model has layers with a window.
+    """
+    decoder = load_decoder(model.path)
+    if decoder.config.windowed:
+        raise BenchError("this measures models in which every layer attends to all of the text, and this one has window layers")
+    indexers = {path.name.split(".")[0]: modules_from_sidecar(path, decoder.config) for path in sidecars}
+    rows: list[Row] = []
+    todo = [(length, task, i) for i in range(samples) for length in lengths for task in tasks]
+    task_bar = progress.add_task("ceiling", total=len(todo)) if progress else None
+    for length, task, i in todo:
+        sample = ruler.load(data, length, task, i + 1)[i]
+        for row in _trials(decoder, model, sample, indexers, policies, budgets, groups):
+            rows.append({"length": length, "task": task, "sample": i, **row})
+        if progress:
+            progress.advance(task_bar)
+    how = (
+        "PyTorch, weights of the file in bfloat16; context read with everything kept, entries chosen once at its end and left "
+        "out; question and answer teacher-forced; score: share of expected strings of which every token is the likeliest"
+    )
+    report = Report(
+        "ceiling", describe(model.path.name, library(), torch.get_num_threads(), how=how, data=data.name, tasks=list(tasks))
+    )
+    report.rows = summarise(rows)
+    report.extra = {"trials": rows}
+    report.save(out)
+    return report
+
+
+def _trials(
+    decoder: Decoder,
+    model: Model,
+    sample: ruler.Sample,
+    indexers: Mapping[str, nn.ModuleList],
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    groups: int,
+) -> Iterator[Row]:
+    context, asked = question_of(model, sample)
+    contexts = read_context(decoder, context)
+    n = len(context)
+    score, nll, mass = ask(decoder, [(c.k, v) for c, v in contexts], n, asked)
+    yield {"policy": FULL, "ratio": 1.0, "score": score, "nll": nll}
+    ranks = {ORACLE: mass} | {name: [POLICIES[name](c) for c, _ in contexts] for name in policies}
+    for name, modules in indexers.items():
+        ranks[name] = [m.ranks(c.hidden, c.positions, n - 1) for m, (c, _) in zip(modules, contexts)]
+    for name in indexers:
+        for a, b in layer_groups(decoder.config.n_layer, groups):
+            ranks[f"{name}, oracle in {a} to {b - 1}"] = [*ranks[name][:a], *mass[a:b], *ranks[name][b:]]
+    for ratio in budgets:
+        for name, rank in ranks.items():
+            score, nll, _ = ask(decoder, compress(contexts, rank, int(np.ceil(ratio * n))), n, asked)
+            yield {"policy": name, "ratio": ratio, "score": score, "nll": nll}
+
+
+def question_of(model: Model, sample: ruler.Sample) -> tuple[list[int], Question]:
+    """Tokens of the context, and the question with the true answer."""
+    context, question = split_tokens(model, sample.context, sample.question)
+    prompt = sample.context + sample.question
+    answer = split_tokens(model, prompt, sample.answer)[1]
+    spans, text = [], ""
+    ends = np.cumsum([len(model.piece(token)) for token in answer])
+    for expected in sample.outputs:
+        begin = sample.answer.index(expected, len(text))
+        text = sample.answer[: begin + len(expected)]
+        spans.append((int(np.searchsorted(ends, len(sample.answer[:begin].encode()), "right")),
+                      int(np.searchsorted(ends, len(text.encode()), "left")) + 1))  # fmt: skip
+    return context, Question(question, answer, spans)
+
+
+def layer_groups(n_layer: int, groups: int) -> list[tuple[int, int]]:
+    edges = [n_layer * i // groups for i in range(groups + 1)] if groups else []
+    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Means over tasks of the means over samples."""
+    out = []
+    for key in dict.fromkeys((row["length"], row["ratio"], row["policy"]) for row in rows):
+        mine = [row for row in rows if (row["length"], row["ratio"], row["policy"]) == key]
+        by_task = [[row for row in mine if row["task"] == task] for task in dict.fromkeys(row["task"] for row in mine)]
+        means = {what: float(np.mean([np.mean([row[what] for row in group]) for group in by_task])) for what in ("score", "nll")}
+        out.append({"length": key[0], "ratio": key[1], "policy": key[2], "n": len(mine), **means})
+    return sorted(out, key=lambda row: (row["length"], -row["ratio"], row["nll"]))
+
+
+def plot(figure: Any, report: Report) -> None:
+    """NLL of the answer over the budget, a line per policy that is no exchange."""
+    lengths = list(dict.fromkeys(row["length"] for row in report.rows))
+    for axis, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths):
+        here = [row for row in report.rows if row["length"] == length and ", oracle in" not in row["policy"]]
+        for policy in dict.fromkeys(row["policy"] for row in here):
+            mine = sorted((row for row in here if row["policy"] == policy), key=lambda row: row["ratio"])
+            if policy == FULL:
+                axis.axhline(mine[0]["nll"], color="black", linestyle="--", label=FULL)
+                continue
+            axis.plot([100 * row["ratio"] for row in mine], [row["nll"] for row in mine], marker="o", label=policy)
+        axis.set(xlabel="% of entries kept", ylabel=f"NLL of the answer, {length} tokens")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)

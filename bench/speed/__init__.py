@@ -1,0 +1,1 @@
+"""Speed, memory, and what a part of the cache costs."""

@@ -1,0 +1,254 @@
+"""The bounded cache on a GPU: does it compute what the CPU computes, wherever model and cache lie, and how fast is it?
+
+    python -m indexmem_edge.bench.speed.gpu check -m model.gguf
+    python -m indexmem_edge.bench.speed.gpu speed -m model.gguf
+    python -m indexmem_edge.bench.speed.gpu speed --geometry qwen3-8b --kv-budget 4096 --depths 2048,8192,32768,131072
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import typer
+
+from indexmem_edge.errors import IndexMemError
+from indexmem_edge.native import api
+from indexmem_edge.native.ggml import ggml_function
+
+from .. import synthetic
+from ..machine import describe
+from ..report import Report, Verdict
+from ..runner import BenchError, Model, Setup, System, library, llama_cpp
+from ..text import TokenStream, read_text
+from . import run as speed_bench
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
+OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON files.")
+THREADS = typer.Option(8, "-t", "--threads", help="CPU threads.")
+
+PREFILL, DECODE = 1024, 96  # tokens of the check: those before its logits are looked at, and those of single steps
+BUDGET = 512
+CHECK_COLUMNS = ("system", "placement", "kl", "nll", "nll_change", "same_top", "kept_alike", "noise")
+SPEED_COLUMNS = (
+    "system",
+    "budget",
+    "depth",
+    "kv_bytes",
+    "prefill_tps",
+    "decode_tps",
+    "decode_vs_flash",
+    "prefill_vs_flash",
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    name: str
+    gpu_layers: int | None  # None: all
+    offload: bool  # of the cache
+
+
+@dataclass
+class Outcome:
+    """What a system computed at a placement."""
+
+    log_probs: np.ndarray  # [DECODE, n_vocab]
+    nll: float
+    kept: list[np.ndarray]  # positions, of each layer and KV head
+
+
+def placements(model: Model) -> list[Placement]:
+    """The first is what the others are compared with."""
+    half = llama_cpp.llama_model_n_layer(model.raw.model) // 2
+    return [
+        Placement("CPU", 0, False),
+        Placement("GPU", None, True),
+        Placement(f"{half} layers on the GPU", half, True),
+        Placement("GPU, cache on the CPU", None, False),
+    ]
+
+
+def systems(threads: int) -> list[Setup]:
+    """The first is the stock cache, which says how much of a difference is the arithmetic of the model itself."""
+    base = Setup("streaming", BUDGET, window=64, threads=threads, ubatch=256)
+    stock = Setup(n_ctx=PREFILL + DECODE, threads=threads, ubatch=256)
+    policies = [name for name in api.policies() if name not in ("full", "indexer")]
+    return [
+        stock,
+        *(replace(base, policy=name) for name in policies),
+        replace(base, memory="centroid"),
+        replace(base, policy="knorm", memory="centroid"),
+        replace(base, cache_type="q8_0"),
+        replace(base, policy="snapkv", cache_type="q8_0"),
+    ]
+
+
+def label(setup: Setup) -> str:
+    return setup.label + ("" if setup.cache_type == "f16" else f", {setup.cache_type}")
+
+
+def run_system(model: Model, setup: Setup, tokens: list[int]) -> Outcome:
+    """Prefill, then single steps with the tokens of the text, so that all systems see the same."""
+    rows = []
+    with System(model, setup) as system:
+        system.feed(tokens[:PREFILL], last_logits=True)
+        for token in tokens[PREFILL : PREFILL + DECODE]:
+            assert system.logits is not None
+            rows.append(system.logits)
+            system.step(token)
+        kept = kept_positions(system) if setup.budget else []
+    logits = np.stack(rows).astype(np.float64)
+    top = logits.max(axis=1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    nll = -log_probs[np.arange(DECODE), tokens[PREFILL : PREFILL + DECODE]].mean()
+    return Outcome(log_probs, float(nll), kept)
+
+
+def kept_positions(system: System) -> list[np.ndarray]:
+    n_layer = llama_cpp.llama_model_n_layer(system.model.raw.model)
+    heads = [(il, h) for il in range(n_layer) for h in range(api.library().indexmem_n_head_kv(system.ctx, il))]
+    return [api.positions(system.ctx, il, h) for il, h in heads]
+
+
+def compare(found: Outcome, expected: Outcome) -> dict[str, float]:
+    """Differences of two outcomes: the mean KL divergence of the next token, and what each head kept."""
+    kl = (np.exp(expected.log_probs) * (expected.log_probs - found.log_probs)).sum(axis=1).mean()
+    both = zip(found.kept, expected.kept, strict=True)
+    alike = [np.intersect1d(a, b).size / max(a.size, b.size, 1) for a, b in both]
+    return {
+        "kl": float(kl),
+        "nll": found.nll,
+        "nll_change": found.nll - expected.nll,
+        "same_top": float((found.log_probs.argmax(axis=1) == expected.log_probs.argmax(axis=1)).mean()),
+        "kept_alike": float(np.mean(alike)) if alike else 1.0,
+    }
+
+
+def verdict(setup: Setup, row: dict[str, Any]) -> list[Verdict]:
+    """What is kept by position alone is the same everywhere; what is kept by numbers may differ where they nearly tie."""
+    name = f"{row['system']}, {row['placement']}"
+    if not setup.budget:
+        return [Verdict(f"{name}: KL divergence from the CPU", row["kl"], 0.05, at_most=True)]
+    exact = setup.policy in ("streaming", "random")
+    bound = 3 * row["noise"] + (0.002 if exact else 0.05)
+    return [
+        Verdict(f"{name}: entries kept as on the CPU", row["kept_alike"], 1.0 if exact else 0.9),
+        Verdict(f"{name}: KL divergence from the CPU", row["kl"], bound, at_most=True),
+    ]
+
+
+def run_check(path: Path, where: list[Placement], setups: list[Setup], out: Path, name: str = "cuda-check") -> Report:
+    how = f"{PREFILL} tokens, then {DECODE} single steps"
+    meta = describe(path.name, library(), setups[0].threads, how=how, device=devices())
+    report = Report(name, meta)
+    tokens: list[int] = []
+    expected: dict[Setup, Outcome] = {}
+    noise: dict[Placement, float] = {}
+    for place in where:
+        model = Model(path, place.gpu_layers)
+        tokens = tokens or TokenStream(model.tokens(read_text(None))).take(PREFILL + DECODE)
+        for setup in setups:
+            print(f"check: {place.name}: {label(setup)}", flush=True)
+            found = run_system(model, replace(setup, offload=place.offload), tokens)
+            if place == where[0]:
+                expected[setup] = found
+                continue
+            difference = compare(found, expected[setup])
+            noise.setdefault(place, difference["kl"])
+            row = report.add(
+                policy=setup.policy,
+                budget=setup.budget,
+                system=label(setup),
+                placement=place.name,
+                noise=noise[place],
+                **difference,
+            )
+            report.verdicts += verdict(setup, row)
+            report.save(out)
+        model.close()
+    return report
+
+
+def devices() -> str:
+    """Names of the devices that ggml found."""
+    count = ggml_function("ggml_backend_dev_count", ctypes.c_size_t)
+    get = ggml_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    describe_device = ggml_function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+    return ", ".join(describe_device(get(i)).decode("utf-8", "replace").strip() for i in range(count()))
+
+
+def _require_gpu() -> None:
+    if not llama_cpp.llama_supports_gpu_offload():
+        raise BenchError(f"no GPU: this build of the library has found {devices()}")
+    if not api.library().indexmem_device_supported(0):  # GPUs come before the CPU
+        raise BenchError(f"the first of these devices lacks kernels of the bounded cache: {devices()}")
+
+
+def _demo() -> Path:
+    from indexmem_edge.models import demo
+
+    return demo.demo_model()
+
+
+def _end(report: Report, columns: tuple[str, ...], out: Path) -> None:
+    print("wrote", report.save(out)[0])
+    report.print(columns)
+    if any(v.ok is False for v in report.verdicts):
+        raise BenchError(f"{report.name}: {sum(v.ok is False for v in report.verdicts)} checks failed, see above")
+
+
+@app.command()
+def check(model: Optional[Path] = MODEL, out: Path = OUT, threads: int = THREADS) -> None:
+    """The same logits as on the CPU: all layers on the GPU, half of them, the cache in host memory."""
+    _require_gpu()
+    path = model or _demo()
+    loaded = Model(path, 0)
+    where = placements(loaded)
+    loaded.close()
+    _end(run_check(path, where, systems(threads), out), CHECK_COLUMNS, out)
+
+
+@app.command()
+def speed(
+    model: Optional[Path] = MODEL,
+    geometry: Optional[str] = typer.Option(None, help="Random weights of this shape: qwen3-4b, qwen3-8b."),
+    kv_budget: int = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps."),
+    systems: str = typer.Option("streaming/off,snapkv/off,knorm/centroid", help="Policy/memory of each run."),
+    depths: str = typer.Option("1024,4096,16384", help="Tokens seen before each measurement."),
+    cache: Optional[Path] = typer.Option(None, help="Folder for the model with random weights."),
+    out: Path = OUT,
+    threads: int = THREADS,
+) -> None:
+    """Decode and prefill at growing depths, bounded and unbounded."""
+    _require_gpu()
+    if geometry and geometry not in synthetic.GEOMETRIES:
+        raise BenchError(f"unknown geometry {geometry!r}: choose one of {', '.join(synthetic.GEOMETRIES)}")
+    path = synthetic.cached_model(synthetic.GEOMETRIES[geometry], folder=cache) if geometry else model or _demo()
+    loaded = Model(path)
+    for wanted in systems.split(","):
+        policy, _, memory = wanted.partition("/")
+        setup = Setup(policy, kv_budget, threads=threads, memory=memory or "off")
+        name = "-".join(["cuda-speed", geometry or "demo", policy, *([memory] if memory not in ("", "off") else [])])
+        print(f"speed: {name}", flush=True)
+        report = speed_bench.run_speed(
+            loaded, [setup], [int(d) for d in depths.split(",")], repeats=3, no_flash=False, name=name, out=out
+        )
+        report.meta["device"] = devices()
+        report.verdicts = []  # the goals are those of the CPU
+        _end(report, SPEED_COLUMNS, out)
+    loaded.close()
+
+
+if __name__ == "__main__":
+    try:
+        app(standalone_mode=False)
+    except IndexMemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""A memory calibrated for a model with passages of text."""

@@ -1,0 +1,1 @@
+"""The command line. Nothing that a program imports imports this room."""

@@ -1,0 +1,139 @@
+"""What `indexmem train` shows: bars while it goes on, a table at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Optional
+
+from ..train.options import TrainOptions
+from ..train.watch import Watcher
+from .terminal import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from ..train.run import TrainResult
+
+
+@contextlib.contextmanager
+def watching(wanted: bool) -> Iterator[Watcher]:
+    """Bars on standard error for a person at a terminal, a line now and then for a log file; nothing if not wanted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not wanted:
+        yield Watcher()
+    elif not console.is_terminal:
+        yield Lines()
+    else:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=console, transient=True) as bars:
+            yield Bars(bars)
+
+
+class Lines(Watcher):
+    """For a log: beginnings, evaluations and notes."""
+
+    def __init__(self) -> None:
+        self._name, self._steps, self._loss = "", 0, ""
+        self._work: set[str] = set()  # that was told of this objective
+
+    def note(self, text: str) -> None:
+        self.say(f"note: {text}")
+
+    def stage(self, objective: str, steps: int, done: int) -> None:
+        self._name, self._steps, self._loss = objective, steps, ""
+        self._work.clear()
+        self.say(f"{objective}: {f'after {done} of ' if done else ''}{steps} steps")
+
+    def work(self, done: int, total: int, what: str) -> None:
+        if what not in self._work:
+            self._work.add(what)
+            self.say(f"{what} ...")
+
+    def step(self, step: int, figures: Mapping[str, float]) -> None:
+        self._loss = f"loss {figures['loss']:.4g}, "
+
+    def evaluated(self, step: int, recall: float, best: bool) -> None:
+        self.say(
+            f"{self._name}: step {step} of {self._steps}, {self._loss}recall {recall:.4f}{', the best so far' if best else ''}"
+        )
+
+    def say(self, text: str) -> None:
+        """One line."""
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+class Bars(Lines):
+    """For a person: a bar of the steps, one of what has to be done beside them, and the lines above."""
+
+    def __init__(self, bars: Progress) -> None:
+        super().__init__()
+        self._bars = bars
+        self._steps_bar: Optional[TaskID] = None
+        self._work_bar: Optional[TaskID] = None
+
+    def stage(self, objective: str, steps: int, done: int) -> None:
+        super().stage(objective, steps, done)
+        if self._steps_bar is not None:
+            self._bars.remove_task(self._steps_bar)
+        self._steps_bar = self._bars.add_task(objective, total=steps, completed=done, figures="")
+
+    def work(self, done: int, total: int, what: str) -> None:
+        if self._work_bar is None:
+            self._work_bar = self._bars.add_task(what, figures="")
+        self._bars.update(self._work_bar, description=what, completed=done, total=total)
+        if done >= total:
+            self._bars.remove_task(self._work_bar)
+            self._work_bar = None
+
+    def step(self, step: int, figures: Mapping[str, float]) -> None:
+        super().step(step, figures)
+        if self._steps_bar is not None:
+            told = f"loss {figures['loss']:.4g}, {figures['tokens_per_second']:,.0f} tokens/s"
+            self._bars.update(self._steps_bar, completed=step, figures=told)
+
+    def say(self, text: str) -> None:
+        self._bars.console.print(printable(text), markup=False)
+
+
+def show(result: TrainResult, options: TrainOptions) -> None:
+    """What was trained and how well, where it is, and how to use it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(title="Training", title_justify="left", title_style="bold", box=box.SIMPLE)
+    for name in ("objective", "steps", "loss", "held-out recall", "of step"):
+        table.add_column(name, justify="left" if name == "objective" else "right")
+    for stage in result.stages:
+        early = f"{stage['done']:,}" + (f" of {stage['steps']:,}" if stage["done"] < stage["steps"] else "")
+        table.add_row(stage["objective"], early, _number(stage["loss"]), _number(stage.get("recall")), _count(stage))
+    console.print(table)
+    if result.recall is not None:
+        console.print(
+            f"held-out recall {_number(result.recall_before)} before, {_number(result.recall)} after: of the attention "
+            "that the best choice of entries keeps, this share"
+        )
+    console.print(f"{result.tokens:,} tokens in {result.seconds:,.0f} s of steps")
+    for what, path in (*(("report", path) for path in result.reports), ("run", result.run)):
+        console.print(f"{what}: {printable(path)}", markup=False)
+    console.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)
+    console.print(
+        f"indexmem chat -m {printable(str(options.model))} --indexmem {printable(result.path)}", markup=False
+    )
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _count(stage: Mapping[str, Any]) -> str:
+    return f"{stage['best_step']:,}" if "best_step" in stage else "-"

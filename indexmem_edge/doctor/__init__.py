@@ -1,0 +1,1 @@
+"""Does this machine run the library, and the model?"""

@@ -1,0 +1,1 @@
+"""Readers and writers of files that all rooms share. Files are untrusted."""

@@ -1,0 +1,1 @@
+"""Which models: architectures, the demo model."""

@@ -1,0 +1,1 @@
+"""All ctypes: the library is found, loaded and called here."""

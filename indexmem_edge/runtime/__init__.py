@@ -1,0 +1,1 @@
+"""What runs beside a cache: its history, prompts, cancels and copies."""

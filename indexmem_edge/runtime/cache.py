@@ -1,0 +1,333 @@
+"""Keeps the tokens that Python knows and the entries that the native cache holds in step."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .._vendor.llama_cpp import llama_cpp as llama_lib
+from ..errors import BudgetExhausted, ContextError, DecodeError, LibraryError
+from ..native import api
+from ..native.logs import quiet
+from ..options import CacheOptions
+from ..stats import KVStats, trained_length_warning
+from .align import common_prefix
+from .choice import INDEXER_POLICY, sidecar_kinds
+from .statecopy import Checkpoint
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+_NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
+_ABORTED = 2  # llama_decode: the callback that it asks after every node said so
+
+
+@dataclass
+class Turn:
+    """The last prompt: its length, and how much of it was evaluated (-1: not known yet)."""
+
+    prompt: int = 0
+    evaluated: int = 0
+
+
+class BoundedCache:
+    """The bounded cache of one `Llama`, sequence 0.
+
+    Invariant between calls: the native cache has seen exactly `llm.input_ids[:llm.n_tokens]`. Where a caller or an
+    interrupt breaks it, `settle` restores it.
+    """
+
+    def __init__(self, llm: Llama, options: CacheOptions) -> None:
+        if not api.is_bounded(llm.ctx):
+            raise ContextError("the library made an unbounded KV cache although a budget was requested")
+        self._llm = llm
+        self._options = options
+        self._indexer = sidecar_kinds(options.sidecar).indexer if options.policy == INDEXER_POLICY else ""
+        self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
+        self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
+        self.wanted_pin: Optional[int] = None
+        kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
+        self.mixed = bool(kinds & (api.LAYER_WINDOW | api.LAYER_RECURRENT))  # not all that is kept can be taken out
+        self._no_way_back = (
+            "and recurrent layers have no way back"
+            if kinds & api.LAYER_RECURRENT
+            else "from where entries had already been evicted, got new positions, or left a window"
+            if kinds & api.LAYER_WINDOW
+            else "from where entries had already been evicted, or got new positions"
+        )
+        self._checkpoint = Checkpoint() if kinds & api.LAYER_RECURRENT and llm._calls.keep else None
+        llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
+        if not llm._logits_all:
+            llm.scores = np.zeros((1, llm._n_vocab), dtype=np.single)
+
+    @property
+    def _memory(self) -> Any:
+        return llama_lib.llama_get_memory(self._llm.ctx)
+
+    def length(self) -> int:
+        """Logical length according to the native cache."""
+        return int(llama_lib.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def clear(self) -> None:
+        """Empties the native cache."""
+        self._llm._calls.before_cut(0)
+        self._llm.n_tokens = 0
+        self._llm._requires_eval = True
+        llama_lib.llama_memory_clear(self._memory, True)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes kept for going back."""
+        return self._checkpoint.nbytes if self._checkpoint is not None else 0
+
+    def _rewind(self, target: int) -> int:
+        """Takes the tokens from `target` on out of the cache. Where that cannot be done exactly, more have to go; returns
+        how many.
+        """
+        llm = self._llm
+        llm._calls.before_cut(target)
+        llm._requires_eval = True
+        if target > 0 and llama_lib.llama_memory_seq_rm(self._memory, 0, target, -1):
+            llm.n_tokens = target
+        elif n := self._to_checkpoint(target):
+            llm.n_tokens = n
+        else:
+            self.clear()
+        return target - llm.n_tokens
+
+    def _to_checkpoint(self, target: int) -> int:
+        """Makes the cache that of as many of the first `target` tokens as there is a checkpoint of; 0: it is as it was."""
+        llm = self._llm
+        return self._checkpoint.give_back(llm.ctx, llm.input_ids[:target]) if self._checkpoint is not None else 0
+
+    def lose(self, tokens: int, why: str) -> None:
+        """Counts tokens of the history that have to be evaluated again."""
+        self.reevaluations = self.reevaluations[0] + tokens, why
+
+    def settle(self) -> None:
+        """Makes the native cache hold exactly the first `n_tokens` tokens of the history."""
+        llm, length = self._llm, self.length()
+        if length == llm.n_tokens:
+            return
+        history = llm.input_ids[: llm.n_tokens].copy()
+        if length < llm.n_tokens:
+            llm.n_tokens = length
+        elif lost := self._rewind(llm.n_tokens):
+            self.lose(lost, f"the conversation was cut at token {len(history):,}, {self._no_way_back}")
+        self.evaluate(history[llm.n_tokens :].tolist())
+
+    def reuse(self, tokens: Sequence[int]) -> list[int]:
+        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated."""
+        llm, length = self._llm, self.length()
+        prompt = list(tokens)
+        known = min(llm.n_tokens, length)
+        same = common_prefix(llm.input_ids[:known], prompt)
+        fresh = same == length and not llm._requires_eval  # the logits of the prompt's last token are at hand
+        keep = same if same < len(prompt) or fresh else max(same - 1, 0)
+        if keep < length and (lost := self._rewind(keep)):
+            self.lose(
+                lost,
+                f"the prompt departs from the cached text at token {same:,} of {known:,}, {self._no_way_back}",
+            )
+        elif keep == length:
+            llm.n_tokens = keep
+        self._apply_pin()
+        rest = prompt[llm.n_tokens :]
+        llm._turn = Turn(prompt=len(prompt), evaluated=len(rest))
+        return rest
+
+    def _apply_pin(self) -> None:
+        if not self._options.auto_pin or self.wanted_pin is None:
+            return
+        native = api.get_stats(self._llm.ctx)
+        if native.pin != self.wanted_pin and native.n_evicted == 0:
+            api.set_pin(self._llm.ctx, self.wanted_pin)
+
+    def set_pin(self, n: int) -> None:
+        """Pins the first `n` tokens."""
+        self._options.require_room(n, "a pinned prefix of")
+        api.set_pin(self._llm.ctx, n)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Evaluates what the application gives. Near the end of a prompt a recurrent model's state is kept, to go back to."""
+        llm = self._llm
+        if self._checkpoint is not None and llm.n_tokens + len(tokens) == llm._turn.prompt:
+            first = max(len(tokens) - _NEAR_END, 0)
+            self.evaluate(tokens[:first])
+            self._checkpoint.take(llm.ctx, llm._input_ids)
+            tokens = tokens[first:]
+        self.evaluate(tokens)
+
+    def evaluate(self, tokens: Sequence[int]) -> None:
+        """Runs tokens through the model, batch by batch."""
+        n_batch = self._llm.n_batch
+        for start in range(0, len(tokens), n_batch):
+            self._decode(tokens[start : start + n_batch])
+
+    def _decode(self, batch: Sequence[int]) -> None:
+        llm = self._llm
+        llm._calls.check()
+        past, end = llm.n_tokens, llm.n_tokens + len(batch)
+        if end > self._limit:
+            raise DecodeError(
+                f"n_ctx is {self._limit:,} and {end:,} tokens were to be evaluated: give Llama a larger n_ctx "
+                "(with a kv_budget it costs no KV memory)"
+            )
+        llm._calls.before_growth(len(batch))
+        llm._calls.logits = None
+        llm.input_ids[past:end] = batch  # first, so that the history is right however far the decode gets
+        llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
+        code = 0
+        try:
+            with quiet(llm.verbose):
+                code = llama_lib.llama_decode(llm.ctx, llm._batch.batch)
+        finally:
+            llm.n_tokens = min(self.length(), end)
+            llm._requires_eval = llm.n_tokens != end
+        if code != 0:
+            said = api.last_error()
+            if api.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
+                llama_lib.llama_memory_clear(self._memory, True)
+                self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), "evaluating was interrupted, and what was cached could not be used any more")
+            if code == _ABORTED:
+                llm._calls.check()
+            raise self._failure(code, len(batch), said)
+        if llm._logits_all:
+            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm._n_vocab))
+            llm.scores[past:end] = logits
+
+    def _failure(self, code: int, n: int, said: str) -> DecodeError:
+        seen = self._llm.n_tokens
+        if code == 1 and self._options.policy == "full":
+            return BudgetExhausted(
+                f"the KV budget of {self._options.budget:,} entries is used up ({seen:,} tokens seen, {n:,} more to "
+                "evaluate) and the policy `full` never evicts: raise kv_budget or choose another kv_policy"
+            )
+        return DecodeError(f"evaluating {n:,} tokens after {seen:,} failed with code {code}" + (said and f": {said}"))
+
+    def snapshot(self, rotary: bool) -> dict[int, list[npt.NDArray[np.int32]]]:
+        """Positions held, per layer and KV head: in the text, or those that keys are rotated by."""
+        ctx, read = self._llm.ctx, api.rotary if rotary else api.positions
+        heads = {layer: api.n_head_kv(ctx, layer) for layer in range(llama_lib.llama_model_n_layer(self._llm.model))}
+        return {layer: [read(ctx, layer, h) for h in range(n)] for layer, n in heads.items() if n > 0}
+
+    def stats(self) -> KVStats:
+        """Counts of the sequence."""
+        native, reason = api.get_stats(self._llm.ctx), api.span_reason(self._llm.ctx)
+        return KVStats(
+            policy=self._options.policy,
+            budget=native.budget,
+            tokens_seen=native.n_seen,
+            kept=native.n_kept,
+            evicted=native.n_evicted,
+            reevaluated=self.reevaluations[0],
+            reevaluated_reason=self.reevaluations[1],
+            kv_bytes=native.kv_bytes,
+            window_bytes=native.window_bytes,
+            recurrent_bytes=native.recurrent_bytes,
+            meta_bytes=native.meta_bytes,
+            slots=native.n_slots,
+            sinks=native.sinks,
+            window=native.window,
+            pin=native.pin,
+            evict_step=native.evict_step,
+            evict_seconds=native.evict_us / 1e6,
+            evictions=native.n_evictions,
+            indexer=self._indexer,
+            sidecar=os.path.basename(self._options.sidecar or ""),
+            sidecar_bytes=native.sidecar_bytes,
+            indexer_bytes=native.indexer_bytes,
+            memory=native.memory.decode(),
+            memory_slots=native.memory_slots,
+            memory_layers=native.memory_layers,
+            memory_bytes=native.memory_bytes,
+            cancel_bytes=self._llm._calls.nbytes + self.checkpoint_bytes,
+            budget_now=native.budget_now,
+            compute_bytes=native.compute_bytes,
+            work_bytes=native.work_bytes,
+            span=native.span,
+            span_reason=reason,
+            rebases=native.n_rebases,
+            rebase_seconds=native.rebase_us / 1e6,
+            **_common(self._llm, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
+        )
+
+
+def _common(llm: Llama, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
+    trained = llm._model.n_ctx_train()
+    warning = None if span else trained_length_warning(position, trained, why_no_span)
+    turn = llm._turn
+    evaluated = max(turn.evaluated, 0)
+    return {
+        "turn_evaluated": evaluated,
+        "turn_reused": turn.prompt - evaluated,
+        "turn_generated": max(seen - turn.prompt, 0),
+        "n_ctx": llm._n_ctx,
+        "n_ctx_train": trained,
+        "next_position": position,
+        "warnings": (warning,) if warning else (),
+    }
+
+
+def unbounded_stats(llm: Llama) -> KVStats:
+    """The same counts for llama.cpp's own cache, which keeps everything."""
+    n = llm.n_tokens
+    return KVStats(
+        policy="unbounded",
+        budget=0,
+        tokens_seen=n,
+        kept=n,
+        evicted=0,
+        kv_bytes=_unbounded_bytes(llm),
+        slots=llm._n_ctx,
+        **_common(llm, n, n, 0, "only a cache with a kv_budget renews them"),
+    )
+
+
+def _unbounded_bytes(llm: Llama) -> Optional[int]:
+    """Keys, values and states of llama.cpp's own cache; None if somebody's own library does not say."""
+    try:
+        return api.cache_bytes(llm.ctx)
+    except LibraryError:
+        return None
+
+
+def rewind_unbounded(llm: Llama, target: int) -> None:
+    """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
+    memory, n_swa = llama_lib.llama_get_memory(llm.ctx), llama_lib.llama_model_n_swa(llm.model)
+    first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
+    exact = n_swa == 0 or first <= max(0, target - n_swa)
+    if not exact or not llama_lib.llama_memory_seq_rm(memory, 0, target, -1):
+        target = 0
+        llama_lib.llama_memory_clear(memory, True)
+    llm.n_tokens = target
+
+
+def reuse_unbounded(llm: Llama, tokens: Sequence[int]) -> list[int]:
+    """Like `BoundedCache.reuse`, for llama.cpp's own cache."""
+    if len(tokens) > llm._n_ctx:
+        raise DecodeError(
+            f"the prompt has {len(tokens):,} tokens and n_ctx is {llm._n_ctx:,}: raise n_ctx, or use kv_budget"
+        )
+    prompt = list(tokens)
+    rewind_unbounded(llm, min(common_prefix(llm._input_ids, prompt), max(len(prompt) - 1, 0)))
+    llm._turn = Turn(prompt=len(prompt), evaluated=len(prompt) - llm.n_tokens)
+    return prompt[llm.n_tokens :]
+
+
+def token_piece(vocab: Any, token: int, special: bool) -> bytes:
+    """The bytes of one token."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_lib.llama_token_to_piece(vocab, llama_lib.llama_token(token), buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n

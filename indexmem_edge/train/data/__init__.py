@@ -1,0 +1,1 @@
+"""What is trained on: books, and texts made up on the spot."""

@@ -1,0 +1,1 @@
+"""How good is an indexer? Against an oracle and the policies."""

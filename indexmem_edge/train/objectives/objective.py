@@ -1,0 +1,64 @@
+"""What an objective is. Each is a module of its own in `objectives/`, and a line in its table.
+
+The loop gives an objective its samples, once to prepare and then step by step; the objective computes a loss and leaves
+gradients in the parameters of the modules that it trains. How it does so, layer by layer or block by block, is its own
+affair: that is what keeps memory small. Optimiser, schedule, clipping, checkpoints and several processes are the loop's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import torch
+from torch import nn
+
+from ..data.sample import Sample
+from ..model.decoder import Decoder
+
+Progress = Callable[[int, int, str], None]  # done, of how many, of what
+
+
+class Objective(ABC):
+    """Trains `modules`, one for each bounded layer of `decoder`, on the device that the decoder is on.
+
+    `sinks` and `window` are the tokens that are never evicted, in training as later in use. Layers with a window of their
+    own are computed as they are.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
+        self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that the modules are for."""
+        return self.decoder.config.bounded
+
+    def module_of(self, layer: int) -> Optional[nn.Module]:
+        """The module of a layer, None if nothing is ever evicted there."""
+        return self.modules[self.layers.index(layer)] if layer in self.layers else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
+        """Once before the first step, and again after a resume: work that all steps share, kept in `folder`.
+
+        What is there already, from this call with the same samples, is not computed again.
+        """
+
+    def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:
+        """What says better than recall which weights are best, the lowest ones; None: recall does."""
+        return None
+
+    @abstractmethod
+    def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
+        """Adds gradients of the mean loss over `samples` to the parameters; returns figures for the log, with `loss`.
+
+        Everything random depends on `step` and `seed` alone, so that a resumed run repeats itself.
+        """

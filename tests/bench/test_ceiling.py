@@ -1,0 +1,77 @@
+"""The ceiling of selection: an oracle is no worse than what only guesses, and nothing is left out that is not to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from conftest import Tiny  # noqa: E402
+from indexmem_edge.bench import ruler  # noqa: E402
+from indexmem_edge.bench.cli.app import app  # noqa: E402
+from indexmem_edge.bench.quality import ceiling
+from indexmem_edge.bench.runner import Model  # noqa: E402
+from indexmem_edge.train.model.load import load_decoder  # noqa: E402
+from reference.indexers import random_indexer, write_sidecar  # noqa: E402
+from support.bench_data import ruler_folder  # noqa: E402
+
+
+def test_groups_cover_all_layers() -> None:
+    assert ceiling.layer_groups(30, 0) == []
+    assert ceiling.layer_groups(5, 2) == [(0, 2), (2, 5)]
+    assert ceiling.layer_groups(2, 5) == [(0, 1), (1, 2)]
+
+
+def test_expected_strings_are_found_among_the_tokens_of_the_answer(tiny: Tiny) -> None:
+    model = Model(tiny("llama")[0])
+    sample = ruler.Sample("niah_multiquery", 0, "some context\n", "which numbers? they are", ("123", "4567"))
+    _, asked = ceiling.question_of(model, sample)
+    pieces = [model.piece(token).decode() for token in asked.answer]
+    assert ["".join(pieces[a:b]).strip(" ,") for a, b in asked.spans] == ["123", "4567"]
+    model.close()
+
+
+def test_a_cache_that_lost_nothing_answers_like_one_reading(tiny: Tiny) -> None:
+    decoder = load_decoder(tiny("llama")[0], torch.float32)
+    tokens = list(range(5, 45))
+    asked = ceiling.Question(tokens[:6], tokens[6:10], [(0, 2), (2, 4)])
+    with torch.no_grad():
+        contexts = ceiling.read_context(decoder, tokens)
+        _, nll, mass = ceiling.ask(decoder, [(c.k, v) for c, v in contexts], 40, asked)
+        whole = decoder.logits(decoder(torch.tensor([tokens + asked.question + asked.answer])))[0, 45:49].log_softmax(-1)
+        assert nll == pytest.approx(float(-whole[range(4), asked.answer].mean()), abs=1e-4)
+        everything = ceiling.compress(contexts, mass, 40)
+        for (k, v), (c, value) in zip(everything, contexts):
+            assert torch.equal(k, c.k) and torch.equal(v, value)
+        half = ceiling.compress(contexts, mass, 20)
+        assert all(k.shape == (c.k.shape[0], 20, c.k.shape[2]) for (k, _), (c, _) in zip(half, contexts))
+        assert all(torch.equal(k[:, :4], c.k[:, :4]) and torch.equal(k[:, -5:], c.k[:, -5:]) for (k, _), (c, _) in zip(half, contexts))
+
+
+def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("llama")
+    ruler_folder(tmp_path / "data")
+    sidecar = tmp_path / "mine.indexmem.gguf"
+    write_sidecar(sidecar, random_indexer("retention-mlp", config.n_layer, config.n_embd, config.n_head_kv, 0))
+    words = ["ceiling", "-m", path, "--data", tmp_path / "data", "--lengths", 256, "--indexmem", sidecar, "--samples", 2]
+    words += ["--groups", 2, "--out", tmp_path, "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "ceiling.json").read_text())["rows"]
+    by = {(row["policy"], row["ratio"]): row for row in rows}
+    assert {name for name, _ in by} == {"full", "oracle", "mine", "keydiff", "mine, oracle in 0 to 0", "mine, oracle in 1 to 1"}
+    assert all(0 <= row["score"] <= 1 and row["nll"] > 0 for row in rows)
+    both = CliRunner().invoke(app, [str(word) for word in [*words, "--policies", "nope"]])
+    assert both.exit_code == 1 and "unknown policy 'nope'" in both.output
+
+
+def test_models_with_window_layers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    ruler_folder(tmp_path / "data")
+    words = ["ceiling", "-m", tiny("gemma3")[0], "--data", tmp_path / "data", "--lengths", 256, "--out", tmp_path]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 1 and "this one has window layers" in result.output
