@@ -9,6 +9,8 @@
 # make models         writes docs/models.md, the table of architectures
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
+# make server         like make, with llama.cpp's server (indexmem serve), perplexity and bench; they stay until make clean
+# make test-server    builds the server and runs its tests
 # make clean          remove all that make has made
 #
 # V=1 shows the whole output, PYTHON=... chooses another Python, CMAKE_BUILD_PARALLEL_LEVEL=n limits the compilers.
@@ -23,6 +25,10 @@ CUDA := $(wildcard build/.cuda)
 ifdef CUDA
 BUILD   := build/cuda
 OPTIONS := --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.INDEXMEM_CUDA=ON
+endif
+
+ifneq ($(wildcard build/.server),)
+OPTIONS += --config-settings=cmake.define.INDEXMEM_SERVER=ON
 endif
 
 # Folders are among them because removing a file changes its folder alone.
@@ -51,7 +57,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel models patches-check cuda clean
+.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel models patches-check cuda server test-server clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -75,7 +81,7 @@ setup: .venv/.installed .venv/.model
 	@command -v ninja > /dev/null || $(PIP) install --quiet ninja
 	@touch $@
 
-.venv/.installed: .venv/.tools $(SOURCES) $(CUDA)
+.venv/.installed: .venv/.tools $(SOURCES) $(CUDA) $(wildcard build/.server)
 	@echo "building and installing indexmem-edge (the first time takes minutes)"
 	@$(call QUIETLY,$(RUN) $(PIP) install --verbose --no-build-isolation $(OPTIONS) "$(WHAT)")
 	@touch $@
@@ -168,6 +174,14 @@ cuda:
 	@mkdir -p build
 	@test -e build/.cuda || touch build/.cuda
 	@$(MAKE) --no-print-directory setup
+
+server:
+	@mkdir -p build
+	@test -e build/.server || touch build/.server
+	@$(MAKE) --no-print-directory setup
+
+test-server: server
+	.venv/bin/pytest -q tests/server
 
 clean:
 	rm -rf build dist .venv .pytest_cache .hypothesis
