@@ -193,13 +193,13 @@ static int32_t get_table(llama_context * ctx, int32_t seq_id, int32_t il, int32_
     if (!pos) {
         return (int32_t) seq->n_used;
     }
-    if (capacity < (int32_t) seq->n_used) {
-        indexmem_error_is(format("room for %d positions, %u are needed", capacity, seq->n_used));
-        return -1;
-    }
     llama_synchronize(ctx);
 
-    const auto res = get(*kv, *layer);
+    const auto res = get(*kv, *layer); // what is copied, and not another count of it, has to fit
+    if (capacity < 0 || (size_t) capacity < res.size()) {
+        indexmem_error_is(format("room for %d positions, %zu are needed", capacity, res.size()));
+        return -1;
+    }
     std::copy(res.begin(), res.end(), pos);
     return (int32_t) res.size();
 }
