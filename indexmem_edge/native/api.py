@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
@@ -195,10 +196,14 @@ def cpu_variant() -> str:
     return _text(name)
 
 
+_loading = threading.Lock()  # of the CPU backend, by whichever thread comes first
+
+
 def require_cpu() -> None:
     """Loads the CPU backend, if that is not part of the library; raises what `cpu_variant` raises."""
     if hasattr(llama_lib._lib, "indexmem_cpu_variant"):
-        cpu_variant()
+        with _loading:
+            cpu_variant()
 
 
 def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) -> IndexMemError:

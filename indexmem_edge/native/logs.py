@@ -1,9 +1,15 @@
-"""What becomes of llama.cpp's log: collected, to put its reason into our error, or kept from the terminal."""
+"""What becomes of llama.cpp's log: collected, to put its reason into our error, or kept from the terminal.
+
+llama.cpp has one callback for the whole process, and calls it in the thread that has something to say. So ours is one for the
+life of the process, which can never be called after it has been freed, and what it does is each thread's own affair.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
+from dataclasses import dataclass, field
 from typing import Any, Iterator
 
 from .._vendor.llama_cpp import _logger as base_logger
@@ -13,30 +19,55 @@ from . import api  # noqa: F401  (chooses the library)
 _ERROR, _CONTINUATION = 4, 5
 
 
-@contextlib.contextmanager
-def collected_errors(verbose: bool) -> Iterator[list[str]]:
-    """Yields a list that receives llama.cpp's error lines; they reach the terminal only if `verbose`."""
-    lines: list[str] = []
-    last = [0]
+@dataclass
+class _Listener:
+    """What a part of a program wants done with the log, while it runs in this thread."""
 
-    @llama_lib.llama_log_callback
-    def collect(level: int, text: bytes, user_data: Any) -> None:
-        last[0] = level if level != _CONTINUATION else last[0]
-        if last[0] == _ERROR:
-            lines.append(text.decode("utf-8", "replace").strip())
-        if verbose:
-            base_logger.llama_log_callback(level, text, user_data)
+    print: bool
+    errors: list[str] = field(default_factory=list)
+    level: int = 0  # of the last line: a continuation has the level of what it continues
 
-    llama_lib.llama_log_set(collect, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama_lib.llama_log_set(base_logger.llama_log_callback, ctypes.c_void_p(0))
+    def hear(self, level: int, text: bytes) -> None:
+        self.level = level if level != _CONTINUATION else self.level
+        if self.level == _ERROR:
+            self.errors.append(text.decode("utf-8", "replace").strip())
+
+
+class _Listeners(threading.local):
+    """Of this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Listener] = []
+
+
+_listeners = _Listeners()
 
 
 @llama_lib.llama_log_callback
-def _drop(level: int, text: bytes, user_data: Any) -> None:
-    pass
+def _log(level: int, text: bytes, user_data: Any) -> None:
+    stack = _listeners.stack
+    if stack:
+        stack[-1].hear(level, text)
+    if not stack or stack[-1].print:
+        base_logger.llama_log_callback(level, text, user_data)
+
+
+@contextlib.contextmanager
+def _listening(listener: _Listener) -> Iterator[None]:
+    llama_lib.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python, or the application, may have set another
+    _listeners.stack.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.stack.remove(listener)
+
+
+@contextlib.contextmanager
+def collected_errors(verbose: bool) -> Iterator[list[str]]:
+    """Yields a list that receives llama.cpp's error lines of this thread; they reach the terminal only if `verbose`."""
+    listener = _Listener(print=verbose)
+    with _listening(listener):
+        yield listener.errors
 
 
 @contextlib.contextmanager
@@ -45,13 +76,8 @@ def quiet(verbose: bool) -> Iterator[None]:
 
     llama-cpp-python's own filter takes llama.cpp's warnings for errors, and prints them whatever `verbose` is.
     """
-    if not verbose:
-        llama_lib.llama_log_set(_drop, ctypes.c_void_p(0))
-    try:
+    with contextlib.nullcontext() if verbose else _listening(_Listener(print=False)):
         yield
-    finally:
-        if not verbose:
-            llama_lib.llama_log_set(base_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def reason(lines: list[str]) -> str:
