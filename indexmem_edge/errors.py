@@ -67,6 +67,22 @@ class Cancelled(IndexMemError):
     """`Llama.cancel()` stopped the call in progress. The conversation is as it was before that call."""
 
 
+class GenerationSuperseded(IndexMemError, RuntimeError):
+    """Another call has started since: what a stream was in the middle of is not in the cache any more."""
+
+
+class ModelClosed(IndexMemError, RuntimeError):
+    """The `Llama` has been closed, or belongs to the process that this one was forked from."""
+
+
+class RequestError(IndexMemError, ValueError):
+    """A prompt, messages or an option of a request that no model can answer; the message says what to give instead."""
+
+
+class GrammarError(RequestError):
+    """A grammar, or a JSON schema that was to become one, has a mistake; the message says which."""
+
+
 class BudgetExhausted(DecodeError):
     """The policy `full` never evicts, and the budget is used up."""
 

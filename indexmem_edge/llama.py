@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+import secrets
+import warnings
 from typing import Any, Callable, Generator, Optional, Sequence, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from ._vendor import llama_cpp
 from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
-from .errors import BudgetError
+from .errors import BudgetError, RequestError
 from .files.modelfile import check_model_file
 from .native import api
 from .native.logs import collected_errors, quiet
 from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
-from .runtime import cache, prompts
+from .runtime import answers, cache, inside, prompts, requests
+from .runtime.access import Access
 from .runtime.align import align
 from .runtime.cancel import Calls, one_call
 from .runtime.creation import explain
+from .runtime.grammar import check_grammar
+from .runtime.inside import Inside
+from .runtime.kept_logits import KeptLogits
 from .sessions import session
 from .stats import KVStats
 
-_GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
-_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 _TEMPLATE_ARGUMENTS = ("functions", "function_call", "tools", "tool_choice")
 
 PathLike = Union[str, "os.PathLike[str]"]
 Progress = Callable[[int, int], None]
 
 
-class Llama(llama_cpp.Llama):
+class Llama(inside.Base):
     """A llama.cpp model whose KV memory has the size you choose, however long the text gets.
 
     Takes everything that `llama_cpp.Llama` takes, has the same methods, and adds:
@@ -69,6 +70,10 @@ class Llama(llama_cpp.Llama):
     Conversations append: what a prompt shares with the cached text is not evaluated again. When the caller edits text
     that can no longer be taken out of the cache exactly, everything is evaluated again, and `kv_stats()` says so.
 
+    Threads may share one: a call waits until that of another thread has ended, a stream only holds it while its next item
+    is computed. Answers differ from one to the next and from process to process, unless `seed` is given. `close()`, or the
+    end of `with Llama(...) as llm:`, frees it.
+
     Raises:
         BudgetError, PolicyError: an option is impossible; the message names the minimum or lists the choices.
         SidecarError: the sidecar is damaged, or for another model.
@@ -104,19 +109,25 @@ class Llama(llama_cpp.Llama):
         self.kv_options = options
         self._cache: Optional[cache.BoundedCache] = None
         self._turn = cache.Turn()
-        self._calls = Calls(self, kv_cancel)
+        self._access = Access()
+        self._inside = Inside(self)
+        self._kept = KeptLogits(self._inside)
+        self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
+        self._reads_tools: dict[Any, bool] = {}  # by chat format
+        self._one_sequence_per_token = options.bounded
         self._pieces: dict[tuple[int, bool], bytes] = {}
         if options.bounded:
             kwargs = bounded_keywords(kwargs)
+        seed = _seed(kwargs.get("seed"))
         with collected_errors(kwargs.get("verbose", True)) as log:
             try:
                 api.require_cpu()
                 if options.bounded:
                     options.request().submit()
-                super().__init__(path, **kwargs)
+                super().__init__(path, **{**kwargs, "seed": seed})
             except (ValueError, RuntimeError, MemoryError) as error:
-                explained = explain(self, error, path, log)
+                explained = explain(self._inside, options.bounded, error, path, log)
                 self.close()
                 if explained is None:
                     raise
@@ -124,22 +135,12 @@ class Llama(llama_cpp.Llama):
             finally:
                 if options.bounded:
                     api.Request.withdraw()
+        self._inside.seed = seed  # llama_cpp takes 0 for none
         if options.bounded:
             self.context_params.n_ctx = kwargs["n_ctx"]
-            self._cache = cache.BoundedCache(self, options)
-        self._calls.attach()
-
-    @property
-    def _ctx(self) -> Any:
-        return self.__dict__["_ctx"]
-
-    @_ctx.setter
-    def _ctx(self, context: Any) -> None:
-        self.__dict__["_ctx"] = context
-        if self.kv_options.bounded:
-            # The base class now sizes its batch by n_ctx sequence ids per token, of which it uses one. The context
-            # has its own copy of the parameters, and __init__ puts the true value back.
-            self.context_params.n_ctx = 1
+            self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls)
+        self._calls.attach(self._cache)
+        self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept)
 
     # evaluation and generation
 
@@ -151,8 +152,9 @@ class Llama(llama_cpp.Llama):
             DecodeError: evaluation failed. The cache holds the tokens evaluated before the failure.
         """
         if len(tokens) > 1:
-            self._calls.run(lambda: self._evaluate(tokens))
-        else:  # by itself as short as a call can be, and not worth the way back
+            self._calls.run(lambda: self._evaluate(tokens), self)
+            return
+        with self._access.alone():  # by itself as short as a call can be, and not worth the way back
             self._calls.overtake()
             self._evaluate(tokens)
 
@@ -164,7 +166,7 @@ class Llama(llama_cpp.Llama):
             self._cache.read(tokens)
             return
         if len(tokens) > 0:
-            self._calls.logits = None
+            self._kept.forget()
         for start in range(0, max(len(tokens), 1), self.n_batch):
             self._calls.check()
             try:
@@ -176,23 +178,69 @@ class Llama(llama_cpp.Llama):
 
     @one_call
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
-        """See `llama_cpp.Llama.generate`. What the cache already holds of `tokens` is not evaluated again."""
-        call = _GENERATE.bind(self, tokens, *args, **kwargs)
-        if self._cache is not None and call.arguments.get("reset", True):
-            call.arguments["tokens"] = self._cache.reuse(tokens)
+        """See `llama_cpp.Llama.generate`. What the cache already holds of `tokens` is not evaluated again.
+
+        Raises:
+            GenerationSuperseded: another call has been made since the last token, and the conversation is another.
+            GrammarError: the grammar has a mistake.
+        """
+        prompt = requests.plain_tokens(tokens)
+        call = inside.GENERATE.bind(self, prompt, *args, **kwargs)
+        reset = call.arguments.get("reset", True)
+        if not prompt and (reset or self.n_tokens == 0):
+            raise RequestError("the prompt is empty, and there is nothing to go on from: give it at least one token")
+        return self._generated(prompt, call, reset)
+
+    def _generated(self, prompt: list[int], call: Any, reset: bool) -> Generator[int, Any, None]:
+        if self._cache is not None and reset:
+            call.arguments["tokens"] = self._cache.reuse(prompt)
             call.arguments["reset"] = False
         else:
-            self._turn = cache.Turn(prompt=len(tokens), evaluated=-1)
-        yield from super().generate(*call.args[1:], **call.kwargs)
+            self._turn.begin(len(prompt), -1)
+        tokens, before, own = super().generate(*call.args[1:], **call.kwargs), self._inside.stream_sampler, None
+        sent = None
+        try:
+            while True:
+                try:
+                    token = tokens.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    if own is None and self._inside.stream_sampler is not before:
+                        own = self._inside.stream_sampler
+                sent = yield token
+        finally:
+            tokens.close()
+            if own is not None:
+                self._inside.end_stream(own)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """See `llama_cpp.Llama.sample`."""
-        kept = self._calls.logits
-        if kept is None or self._requires_eval:
-            return int(super().sample(*args, **kwargs))
-        given = _SAMPLE.bind(self, *args, **kwargs).arguments
+        """See `llama_cpp.Llama.sample`: a token after the last of the conversation, whose logits are computed if they are gone."""
+        given = inside.SAMPLE.bind(self, *args, **kwargs).arguments
         options = {name: value for name, value in given.items() if name not in ("self", "idx")}
-        return kept.sample(self._sampler or self._init_sampler(**options))
+        with self._access.alone():
+            if self.n_tokens == 0:
+                raise RequestError("there is nothing to sample from: eval() a prompt first")
+            if not self._inside.fresh:
+                self._refresh()
+            if self._calls.in_progress:
+                return self._sampled(given.get("idx"), options)
+            with self._inside.no_stream():
+                return self._sampled(given.get("idx"), options)
+
+    def _sampled(self, idx: Optional[int], options: dict[str, Any]) -> int:
+        if self._kept and idx in (None, self.n_tokens - 1):
+            return self._kept.sample(self._inside.sampler(**options))
+        return int(super().sample(**options, idx=idx))
+
+    def _refresh(self) -> None:
+        """Evaluates the last token again, or, where that cannot be taken out by itself, what has to be."""
+        history = self._inside.history.tolist()
+        if self._cache is not None:
+            self._cache.evaluate(self._cache.reuse(history))
+        else:
+            cache.rewind_unbounded(self._inside, len(history) - 1)
+            self._evaluate(history[self.n_tokens :])
 
     @one_call
     def prefill(self, tokens: Sequence[int], progress: Optional[Progress] = None) -> int:
@@ -202,10 +250,11 @@ class Llama(llama_cpp.Llama):
             tokens: the whole prompt; what is already cached of it is not evaluated again.
             progress: called with (tokens evaluated, tokens to evaluate) after every batch.
         """
+        prompt = requests.plain_tokens(tokens)
         if self._cache is not None:
-            rest = self._cache.reuse(tokens)
+            rest = self._cache.reuse(prompt)
         else:
-            rest = cache.reuse_unbounded(self, tokens)
+            rest = cache.reuse_unbounded(self._inside, self._turn, prompt)
         for start in range(0, len(rest), self.n_batch):
             self.eval(rest[start : start + self.n_batch])
             if progress is not None:
@@ -219,6 +268,7 @@ class Llama(llama_cpp.Llama):
         Without a budget, cached text that the call's prompt had replaced is evaluated again when it is asked for.
         A call is an `eval`, `generate`, `prefill`, `prefill_chat`, `create_completion` or `create_chat_completion`. One
         that streams lasts until its iterator ends, is closed, or another call is made; its next item raises `Cancelled`.
+        Calls that wait for the one in progress go on.
         An `eval` of one token by itself ends; a cancel without a call in progress is forgotten. On the CPU a call stops
         after the node of the graph that it is at, on a GPU after a batch.
         """
@@ -226,43 +276,125 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """Forgets the conversation."""
-        super().reset()
-        self._turn = cache.Turn()
-        if self._cache is not None:
-            self._cache.clear()
+        with self._access.alone():
+            self._calls.overtake()
+            super().reset()
+            if not self._calls.in_progress:  # what a call resets belongs to its own prompt
+                self._turn.begin()
+            self._kept.forget()
+            self._kept.all_known = True
+            if self._cache is not None:
+                self._cache.clear()
 
-    # chat
+    # completions
 
     @one_call
     def create_completion(self, prompt: Union[str, list[int]], *args: Any, **kwargs: Any) -> Any:
-        """See `llama_cpp.Llama.create_completion`."""
+        """See `llama_cpp.Llama.create_completion`.
+
+        Args:
+            prompt: text, or token ids.
+            max_tokens: 0 evaluates the prompt and generates nothing; None or -1: no limit but n_ctx.
+            echo: the answer begins with the prompt; with `logprobs` its tokens have the log-probabilities that they had
+                after those before them.
+
+        Raises:
+            RequestError: the prompt is empty, or not text.
+            GrammarError: the grammar has a mistake.
+        """
+        call = inside.COMPLETE.bind(self, requests.plain_prompt(prompt), *args, **kwargs)
+        given = call.arguments
+        self._check_completion(given)
+        plain_prompt = given["prompt"]
         if self._cache is not None:
-            if self._aligning and isinstance(prompt, list):
-                prompt = self._align(prompt)
+            if self._aligning and isinstance(plain_prompt, list):
+                given["prompt"] = self._align(plain_prompt)
             elif not self._aligning:
                 self._cache.wanted_pin = 0
-        return super().create_completion(prompt, *args, **kwargs)
+        reads = given.get("max_tokens") == 0
+        if reads:
+            given |= {"max_tokens": 1, "stopping_criteria": requests.ReadOnly()}
+        if given.get("stream"):
+            return super().create_completion(*call.args[1:], **call.kwargs)
+        echo, given["echo"] = given.get("echo", False), False
+        if echo and given.get("logprobs") is not None and not self._kept.all_known:
+            self.reset()  # those of the prompt that are not known have to be computed
+        answer = answers.plain(super().create_completion(*call.args[1:], **call.kwargs))
+        if reads:
+            answer["usage"] |= {"completion_tokens": 0, "total_tokens": answer["usage"]["prompt_tokens"]}
+        if echo:
+            answer["choices"] = [self._echoed(answer["choices"][0], given, answer["usage"]["prompt_tokens"])]
+        return answer
+
+    def _check_completion(self, given: dict[str, Any]) -> None:
+        prompt, grammar = given["prompt"], given.get("grammar")
+        if len(prompt) == 0 and given.get("suffix") is None and (isinstance(prompt, list) or not self._inside.adds_bos):
+            raise RequestError("the prompt is empty, and this model needs at least one token to go on from: give it some text")
+        if grammar is not None:
+            check_grammar(self._inside.vocab, *inside.grammar_text(grammar))
+
+    def _echoed(self, choice: dict[str, Any], given: dict[str, Any], n: int) -> dict[str, Any]:
+        tokens, prompt = self._inside.history[:n].tolist(), given["prompt"]
+        first = 1 if tokens[:1] == [self.token_bos()] else 0  # which is no text
+        text = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8", "ignore")
+        return answers.echoed(
+            choice, tokens[first:], self.scores[first:n], lambda token: self.detokenize([token]).decode("utf-8", "ignore"),
+            text, len(prompt), given.get("logprobs"),
+        )  # fmt: skip
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """See `llama_cpp.Llama.embed`."""
+        with self._access.alone():
+            self._calls.overtake()
+            return super().embed(*args, **kwargs)
+
+    # chat
 
     @one_call
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """See `llama_cpp.Llama.create_chat_completion`.
 
-        The cached text is reused even where the tokenizer would now cut the model's own answers differently.
+        The cached text is reused even where the tokenizer would now cut the model's own answers differently. Contents may
+        be lists of text parts, and `response_format` OpenAI's `json_schema`.
 
         Raises:
             BudgetError: with kv_pin="auto", the system prompt is too long for the budget.
+            RequestError: messages, tools or response_format cannot be read by the chat format.
+            GrammarError: there is a mistake in a grammar or a schema.
         """
+        call = inside.CHAT.bind(self, messages, *args, **kwargs)
+        given = call.arguments
+        given["messages"] = requests.plain_messages(messages, parts=self.chat_handler is not None)
+        if given.get("response_format") is not None:
+            given["response_format"] = requests.plain_response_format(given["response_format"])
+        if given.get("tools") or given.get("tool_choice"):
+            given["tool_choice"] = requests.plain_tool_choice(given.get("tool_choice"), given.get("tools"))
+            self._warn_of_tools(given)
         if self._cache is None:
-            return super().create_chat_completion(messages, *args, **kwargs)
+            return super().create_chat_completion(*call.args[1:], **call.kwargs)
         if self.kv_options.auto_pin:
-            given = _CHAT.bind(self, messages, *args, **kwargs).arguments
             template = {name: given[name] for name in _TEMPLATE_ARGUMENTS if name in given}
-            self._pin_system(messages, prompts.chat_tokens(self, messages, **template), template)
+            prompt = prompts.chat_tokens(self._inside, given["messages"], **template)
+            self._pin_system(given["messages"], prompt, template)
         self._aligning = True
         try:
-            return super().create_chat_completion(messages, *args, **kwargs)
+            return super().create_chat_completion(*call.args[1:], **call.kwargs)
         finally:
             self._aligning = False
+
+    def _warn_of_tools(self, given: dict[str, Any]) -> None:
+        """Once for each chat format: it does not tell the model about tools. The one that is named is made up for by a grammar."""
+        kind = (self.chat_format, self.chat_handler)
+        if not given.get("tools") or given["tool_choice"] not in (None, "auto") or kind in self._reads_tools:
+            return
+        self._reads_tools[kind] = prompts.reads_tools(self._inside, given["tools"])
+        if not self._reads_tools[kind]:
+            warnings.warn(
+                f"the chat format {self.chat_format!r} of this model knows no tools: the model will not hear of them. Name the one to "
+                "be called in tool_choice, describe them in the system message, or take another chat_format",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     @one_call
     def prefill_chat(self, messages: list[dict[str, Any]], progress: Optional[Progress] = None) -> int:
@@ -271,7 +403,10 @@ class Llama(llama_cpp.Llama):
         For reading a long document now and asking about it later: paragraphs that the caller then adds to the last
         message cost only themselves.
         """
-        prompt = prompts.open_prefix(self, messages)
+        messages = requests.plain_messages(messages, parts=False)
+        if not messages:
+            raise RequestError("there are no messages to read: the last one of them is the one that is still open")
+        prompt = prompts.open_prefix(self._inside, messages)
         if prompt is None:
             return 0
         if self._cache is not None:
@@ -282,13 +417,13 @@ class Llama(llama_cpp.Llama):
 
     def _pin_system(self, messages: Any, prompt: Optional[list[int]], template: dict[str, Any]) -> None:
         assert self._cache is not None
-        pin = 0 if prompt is None else prompts.system_prefix(self, messages, prompt, **template)
+        pin = 0 if prompt is None else prompts.system_prefix(self._inside, messages, prompt, **template)
         self.kv_options.require_room(pin, "the system prompt of")
         self._cache.wanted_pin = pin
 
     def _align(self, prompt: list[int]) -> list[int]:
         return align(
-            self._input_ids,
+            self._inside.history,
             prompt,
             piece=lambda token: self._piece(token, True),
             tokenize=lambda text: self.tokenize(text, add_bos=False, special=True),
@@ -297,14 +432,20 @@ class Llama(llama_cpp.Llama):
     def _piece(self, token: int, special: bool) -> bytes:
         piece = self._pieces.get((token, special))
         if piece is None:
-            piece = self._pieces[(token, special)] = cache.token_piece(self._model.vocab, token, special)
+            piece = self._pieces[(token, special)] = cache.token_piece(self._inside.vocab, token, special)
         return piece
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """See `llama_cpp.Llama.tokenize`."""
+        with self._access.beside():
+            return super().tokenize(text, add_bos, special)
 
     def detokenize(self, tokens: list[int], prev_tokens: Optional[list[int]] = None, special: bool = False) -> bytes:
         """See `llama_cpp.Llama.detokenize`; the same bytes, fast enough for very long answers."""
-        if self._cache is None or type(self.tokenizer_) is not LlamaTokenizer:
-            return super().detokenize(tokens, prev_tokens=prev_tokens, special=special)
-        text = b"".join([self._piece(token, special) for token in tokens])
+        with self._access.beside():
+            if self._cache is None or type(self.tokenizer_) is not LlamaTokenizer:
+                return super().detokenize(tokens, prev_tokens=prev_tokens, special=special)
+            text = b"".join([self._piece(token, special) for token in tokens])
         leading_space = len(tokens) > 0 and tokens[0] == self.token_bos() and text[:1] == b" "
         return text[1:] if leading_space else text
 
@@ -312,7 +453,8 @@ class Llama(llama_cpp.Llama):
 
     def kv_stats(self) -> KVStats:
         """What the cache has seen, kept, dropped and evaluated again, and what it costs."""
-        return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self)
+        with self._access.between():
+            return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self._inside, self._turn)
 
     def kv_snapshot(self, rotary: bool = False) -> dict[int, list[npt.NDArray[np.int32]]]:
         """Positions in the text that are held now: for each layer with a cache, one ascending array per KV head.
@@ -321,14 +463,16 @@ class Llama(llama_cpp.Llama):
             rotary: instead, for the same entries in the same order, the positions that their keys are rotated by. They
                 are equal until positions are renewed (`kv_stats().rebases`), and stay below `kv_stats().span`.
         """
-        return self._bounded("kv_snapshot").snapshot(rotary)
+        with self._access.between():
+            return self._bounded("kv_snapshot").snapshot(rotary)
 
     def set_pin(self, n: int) -> None:
         """Pins the first `n` tokens. Possible until something has been evicted; later only to make the pin shorter.
 
         With kv_pin="auto" the next chat completion chooses again.
         """
-        self._bounded("set_pin").set_pin(n)
+        with self._access.alone():
+            self._bounded("set_pin").set_pin(n)
 
     def _bounded(self, what: str) -> cache.BoundedCache:
         if self._cache is None:
@@ -349,44 +493,74 @@ class Llama(llama_cpp.Llama):
         Raises:
             SessionError: the file could not be written; a file that was there before is intact.
         """
-        return session.save(self, path, extra)
+        with self._access.alone():
+            return session.save(self._talk, path, extra)
 
     def load_session(self, path: PathLike) -> Any:
         """Continues a saved conversation: only tokens after it will be evaluated. Returns what `extra` was.
+
+        Of one that was saved by an older release the last token may have to be evaluated again.
 
         Raises:
             SessionError: the file is not a session of this model with these cache options, or is damaged. The
                 conversation in memory is as it was.
         """
-        return session.load(self, path)
+        with self._access.alone():
+            self._calls.overtake()
+            return session.load(self._talk, path)
 
     def save_state(self) -> Any:
         """See `llama_cpp.Llama.save_state`."""
-        state = super().save_state()
-        if self._cache is not None:
+        with self._access.alone():
+            state = super().save_state()
             state.input_ids = state.input_ids[: state.n_tokens].copy()
-        return state
+            state.__dict__["logits"] = self._kept.now()  # where llama_cpp leaves it alone, and pickles it
+            return state
 
     def load_state(self, state: Any) -> None:
         """See `llama_cpp.Llama.load_state`. If it fails, the conversation is empty."""
-        if self._cache is None:
-            super().load_state(state)
-            return
-        self._calls.before_cut(0)
-        ids = self.input_ids
-        try:
-            super().load_state(state)
-            ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        except BaseException:
-            self.reset()
-            raise
-        finally:
-            self.input_ids = ids
+        with self._access.alone():
+            self._calls.overtake()
+            self._calls.before_cut(0)
+            ids = self.input_ids
+            try:
+                super().load_state(state)
+                ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+            except BaseException:
+                self.reset()
+                raise
+            finally:
+                self.input_ids = ids
+            self._kept.restore(state.__dict__.get("logits"))
+            self._kept.all_known = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep}
 
+    # the end
+
     def close(self) -> None:
-        """Frees the model."""
-        if "_stack" in self.__dict__:
-            super().close()
+        """Frees the model, when the call in progress has ended; every method but this one raises `ModelClosed` from then on."""
+        if not inside.opened(self):
+            return
+        if self._access.forked:
+            inside.leave(self)
+        else:
+            self._calls.close(self._free)
+
+    def _free(self) -> None:
+        super().close()
+        inside.shut(self)
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _seed(given: Optional[int]) -> int:
+    """Of a `Llama`: another for every one that is asked for none."""
+    if given is not None and given % (1 << 32) != inside.DEFAULT_SEED:
+        return given
+    return secrets.randbelow(inside.DEFAULT_SEED)

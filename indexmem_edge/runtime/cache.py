@@ -6,8 +6,9 @@ import ctypes
 import functools
 import operator
 import os
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import Any, Optional, Protocol, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,9 @@ from ..options import CacheOptions
 from ..stats import KVStats, trained_length_warning
 from .align import common_prefix
 from .choice import INDEXER_POLICY, sidecar_kinds
+from .inside import Inside
+from .kept_logits import KeptLogits
 from .statecopy import Checkpoint
-
-if TYPE_CHECKING:
-    from ..llama import Llama
 
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
@@ -36,6 +36,33 @@ class Turn:
     prompt: int = 0
     evaluated: int = 0
 
+    def begin(self, prompt: int = 0, evaluated: int = 0) -> None:
+        """There is another."""
+        self.prompt, self.evaluated = prompt, evaluated
+
+
+class Watch(Protocol):
+    """Who wants to know what happens to a cache, before it happens: the call in progress."""
+
+    keep: bool  # whether copies of the state are wanted, where there is no other way back
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps."""
+        ...
+
+    def check(self) -> None:
+        """Between two batches; raises if there is to be no other."""
+        ...
+
+    def before_growth(self, n: int) -> None:
+        """`n` tokens are about to be evaluated."""
+        ...
+
+    def before_cut(self, start: int) -> None:
+        """The history from `start` on is about to be replaced."""
+        ...
+
 
 class BoundedCache:
     """The bounded cache of one `Llama`, sequence 0.
@@ -44,13 +71,16 @@ class BoundedCache:
     interrupt breaks it, `settle` restores it.
     """
 
-    def __init__(self, llm: Llama, options: CacheOptions) -> None:
+    def __init__(self, llm: Inside, options: CacheOptions, turn: Turn, kept: KeptLogits, watch: Watch) -> None:
         if not api.is_bounded(llm.ctx):
             raise ContextError("the library made an unbounded KV cache although a budget was requested")
         self._llm = llm
         self._options = options
+        self._turn = turn
+        self._kept = kept
+        self._watch: Watch = weakref.proxy(watch)  # which knows this cache
         self._indexer = sidecar_kinds(options.sidecar).indexer if options.policy == INDEXER_POLICY else ""
-        self._limit = len(llm.scores) if llm._logits_all else llm._n_ctx
+        self._limit = len(llm.scores) if llm.logits_all else llm.n_ctx
         self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
         kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
@@ -62,25 +92,26 @@ class BoundedCache:
             if kinds & api.LAYER_WINDOW
             else "from where entries had already been evicted, or got new positions"
         )
-        self._checkpoint = Checkpoint() if kinds & api.LAYER_RECURRENT and llm._calls.keep else None
-        llm.input_ids = np.empty(llm._n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
-        if not llm._logits_all:
-            llm.scores = np.zeros((1, llm._n_vocab), dtype=np.single)
+        self._checkpoint = Checkpoint() if kinds & api.LAYER_RECURRENT and watch.keep else None
+        llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
+        if not llm.logits_all:
+            llm.scores = np.zeros((1, llm.n_vocab), dtype=np.single)
 
     @property
-    def _memory(self) -> Any:
-        return llama_lib.llama_get_memory(self._llm.ctx)
+    def never_evicts(self) -> bool:
+        """Whether the policy fails instead."""
+        return self._options.policy == "full"
 
     def length(self) -> int:
         """Logical length according to the native cache."""
-        return int(llama_lib.llama_memory_seq_pos_max(self._memory, 0)) + 1
+        return int(llama_lib.llama_memory_seq_pos_max(self._llm.memory, 0)) + 1
 
     def clear(self) -> None:
         """Empties the native cache."""
-        self._llm._calls.before_cut(0)
+        self._watch.before_cut(0)
         self._llm.n_tokens = 0
-        self._llm._requires_eval = True
-        llama_lib.llama_memory_clear(self._memory, True)
+        self._llm.fresh = False
+        llama_lib.llama_memory_clear(self._llm.memory, True)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -92,9 +123,9 @@ class BoundedCache:
         how many.
         """
         llm = self._llm
-        llm._calls.before_cut(target)
-        llm._requires_eval = True
-        if target > 0 and llama_lib.llama_memory_seq_rm(self._memory, 0, target, -1):
+        self._watch.before_cut(target)
+        llm.fresh = False
+        if target > 0 and llama_lib.llama_memory_seq_rm(llm.memory, 0, target, -1):
             llm.n_tokens = target
         elif n := self._to_checkpoint(target):
             llm.n_tokens = n
@@ -105,7 +136,7 @@ class BoundedCache:
     def _to_checkpoint(self, target: int) -> int:
         """Makes the cache that of as many of the first `target` tokens as there is a checkpoint of; 0: it is as it was."""
         llm = self._llm
-        return self._checkpoint.give_back(llm.ctx, llm.input_ids[:target]) if self._checkpoint is not None else 0
+        return self._checkpoint.give_back(llm.ctx, llm.tokens[:target]) if self._checkpoint is not None else 0
 
     def lose(self, tokens: int, why: str) -> None:
         """Counts tokens of the history that have to be evaluated again."""
@@ -116,7 +147,7 @@ class BoundedCache:
         llm, length = self._llm, self.length()
         if length == llm.n_tokens:
             return
-        history = llm.input_ids[: llm.n_tokens].copy()
+        history = llm.history.copy()
         if length < llm.n_tokens:
             llm.n_tokens = length
         elif lost := self._rewind(llm.n_tokens):
@@ -128,8 +159,8 @@ class BoundedCache:
         llm, length = self._llm, self.length()
         prompt = list(tokens)
         known = min(llm.n_tokens, length)
-        same = common_prefix(llm.input_ids[:known], prompt)
-        fresh = same == length and not llm._requires_eval  # the logits of the prompt's last token are at hand
+        same = common_prefix(llm.tokens[:known], prompt)
+        fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
         keep = same if same < len(prompt) or fresh else max(same - 1, 0)
         if keep < length and (lost := self._rewind(keep)):
             self.lose(
@@ -140,7 +171,7 @@ class BoundedCache:
             llm.n_tokens = keep
         self._apply_pin()
         rest = prompt[llm.n_tokens :]
-        llm._turn = Turn(prompt=len(prompt), evaluated=len(rest))
+        self._turn.begin(len(prompt), len(rest))
         return rest
 
     def _apply_pin(self) -> None:
@@ -158,10 +189,10 @@ class BoundedCache:
     def read(self, tokens: Sequence[int]) -> None:
         """Evaluates what the application gives. Near the end of a prompt a recurrent model's state is kept, to go back to."""
         llm = self._llm
-        if self._checkpoint is not None and llm.n_tokens + len(tokens) == llm._turn.prompt:
+        if self._checkpoint is not None and llm.n_tokens + len(tokens) == self._turn.prompt:
             first = max(len(tokens) - _NEAR_END, 0)
             self.evaluate(tokens[:first])
-            self._checkpoint.take(llm.ctx, llm._input_ids)
+            self._checkpoint.take(llm.ctx, llm.history)
             tokens = tokens[first:]
         self.evaluate(tokens)
 
@@ -173,39 +204,37 @@ class BoundedCache:
 
     def _decode(self, batch: Sequence[int]) -> None:
         llm = self._llm
-        llm._calls.check()
+        self._watch.check()
         past, end = llm.n_tokens, llm.n_tokens + len(batch)
         if end > self._limit:
             raise DecodeError(
                 f"n_ctx is {self._limit:,} and {end:,} tokens were to be evaluated: give Llama a larger n_ctx "
                 "(with a kv_budget it costs no KV memory)"
             )
-        llm._calls.before_growth(len(batch))
-        llm._calls.logits = None
-        llm.input_ids[past:end] = batch  # first, so that the history is right however far the decode gets
-        llm._batch.set_batch(batch=batch, n_past=past, logits_all=llm._logits_all)
+        self._watch.before_growth(len(batch))
+        self._kept.forget()
+        llm.tokens[past:end] = batch  # first, so that the history is right however far the decode gets
         code = 0
         try:
             with quiet(llm.verbose):
-                code = llama_lib.llama_decode(llm.ctx, llm._batch.batch)
+                code = llm.decode(batch, past)
         finally:
             llm.n_tokens = min(self.length(), end)
-            llm._requires_eval = llm.n_tokens != end
+            llm.fresh = llm.n_tokens == end
         if code != 0:
             said = api.last_error()
             if api.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
-                llama_lib.llama_memory_clear(self._memory, True)
+                llama_lib.llama_memory_clear(llm.memory, True)
                 self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), "evaluating was interrupted, and what was cached could not be used any more")
             if code == _ABORTED:
-                llm._calls.check()
+                self._watch.check()
             raise self._failure(code, len(batch), said)
-        if llm._logits_all:
-            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm._n_vocab))
-            llm.scores[past:end] = logits
+        if llm.logits_all:
+            llm.scores[past:end] = llm.batch_logits(len(batch))
 
     def _failure(self, code: int, n: int, said: str) -> DecodeError:
         seen = self._llm.n_tokens
-        if code == 1 and self._options.policy == "full":
+        if code == 1 and self.never_evicts:
             return BudgetExhausted(
                 f"the KV budget of {self._options.budget:,} entries is used up ({seen:,} tokens seen, {n:,} more to "
                 "evaluate) and the policy `full` never evicts: raise kv_budget or choose another kv_policy"
@@ -248,7 +277,7 @@ class BoundedCache:
             memory_slots=native.memory_slots,
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
-            cancel_bytes=self._llm._calls.nbytes + self.checkpoint_bytes,
+            cancel_bytes=self._watch.nbytes + self.checkpoint_bytes,
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,
             work_bytes=native.work_bytes,
@@ -256,27 +285,26 @@ class BoundedCache:
             span_reason=reason,
             rebases=native.n_rebases,
             rebase_seconds=native.rebase_us / 1e6,
-            **_common(self._llm, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
+            **_common(self._llm, self._turn, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
         )
 
 
-def _common(llm: Llama, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
-    trained = llm._model.n_ctx_train()
+def _common(llm: Inside, turn: Turn, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
+    trained = llm.n_ctx_train
     warning = None if span else trained_length_warning(position, trained, why_no_span)
-    turn = llm._turn
     evaluated = max(turn.evaluated, 0)
     return {
         "turn_evaluated": evaluated,
         "turn_reused": turn.prompt - evaluated,
         "turn_generated": max(seen - turn.prompt, 0),
-        "n_ctx": llm._n_ctx,
+        "n_ctx": llm.n_ctx,
         "n_ctx_train": trained,
         "next_position": position,
         "warnings": (warning,) if warning else (),
     }
 
 
-def unbounded_stats(llm: Llama) -> KVStats:
+def unbounded_stats(llm: Inside, turn: Turn) -> KVStats:
     """The same counts for llama.cpp's own cache, which keeps everything."""
     n = llm.n_tokens
     return KVStats(
@@ -286,12 +314,12 @@ def unbounded_stats(llm: Llama) -> KVStats:
         kept=n,
         evicted=0,
         kv_bytes=_unbounded_bytes(llm),
-        slots=llm._n_ctx,
-        **_common(llm, n, n, 0, "only a cache with a kv_budget renews them"),
+        slots=llm.n_ctx,
+        **_common(llm, turn, n, n, 0, "only a cache with a kv_budget renews them"),
     )
 
 
-def _unbounded_bytes(llm: Llama) -> Optional[int]:
+def _unbounded_bytes(llm: Inside) -> Optional[int]:
     """Keys, values and states of llama.cpp's own cache; None if somebody's own library does not say."""
     try:
         return api.cache_bytes(llm.ctx)
@@ -299,26 +327,27 @@ def _unbounded_bytes(llm: Llama) -> Optional[int]:
         return None
 
 
-def rewind_unbounded(llm: Llama, target: int) -> None:
+def rewind_unbounded(llm: Inside, target: int) -> None:
     """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
-    memory, n_swa = llama_lib.llama_get_memory(llm.ctx), llama_lib.llama_model_n_swa(llm.model)
+    memory, n_swa = llm.memory, llama_lib.llama_model_n_swa(llm.model)
     first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
     exact = n_swa == 0 or first <= max(0, target - n_swa)
     if not exact or not llama_lib.llama_memory_seq_rm(memory, 0, target, -1):
         target = 0
         llama_lib.llama_memory_clear(memory, True)
+    llm.fresh = llm.fresh and target == llm.n_tokens
     llm.n_tokens = target
 
 
-def reuse_unbounded(llm: Llama, tokens: Sequence[int]) -> list[int]:
+def reuse_unbounded(llm: Inside, turn: Turn, tokens: Sequence[int]) -> list[int]:
     """Like `BoundedCache.reuse`, for llama.cpp's own cache."""
-    if len(tokens) > llm._n_ctx:
+    if len(tokens) > llm.n_ctx:
         raise DecodeError(
-            f"the prompt has {len(tokens):,} tokens and n_ctx is {llm._n_ctx:,}: raise n_ctx, or use kv_budget"
+            f"the prompt has {len(tokens):,} tokens and n_ctx is {llm.n_ctx:,}: raise n_ctx, or use kv_budget"
         )
     prompt = list(tokens)
-    rewind_unbounded(llm, min(common_prefix(llm._input_ids, prompt), max(len(prompt) - 1, 0)))
-    llm._turn = Turn(prompt=len(prompt), evaluated=len(prompt) - llm.n_tokens)
+    rewind_unbounded(llm, min(common_prefix(llm.history, prompt), max(len(prompt) - 1, 0)))
+    turn.begin(len(prompt), len(prompt) - llm.n_tokens)
     return prompt[llm.n_tokens :]
 
 

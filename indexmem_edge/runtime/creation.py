@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 from ..errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
 from ..native import api
 from ..native.logs import reason
-
-if TYPE_CHECKING:
-    from ..llama import Llama
+from .inside import Inside
 
 
-def explain(llm: Llama, error: Exception, path: str, log: list[str]) -> Optional[IndexMemError]:
+def explain(llm: Inside, bounded: bool, error: Exception, path: str, log: list[str]) -> Optional[IndexMemError]:
     """The error to raise in place of one of the base class's constructor; None to let that one through."""
     if isinstance(error, IndexMemError):
         return None
-    options = llm.kv_options
-    said, kind = (api.last_error(), api.last_error_kind()) if options.bounded else ("", api.ERROR_NONE)
-    model = getattr(llm, "_model", None)
+    said, kind = (api.last_error(), api.last_error_kind()) if bounded else ("", api.ERROR_NONE)
+    model = llm.loaded_model
     if model is None:
         if str(error).startswith("Failed to load model"):
             why = reason(log) or "llama.cpp gave no reason"
             return ModelFileError(f"cannot load the model {path}: {why}. Is the file complete?")
         return None
-    if "_ctx" in llm.__dict__ or not str(error).startswith("Failed to create llama_context"):
+    if llm.has_context or not str(error).startswith("Failed to create llama_context"):
         return None
-    unsupported = api.model_unsupported_reason(model.model) if options.bounded else None
+    unsupported = api.model_unsupported_reason(model) if bounded else None
     if unsupported is not None:
         return ModelNotSupported(f"{path} cannot have a bounded KV cache: {unsupported}. Load it without kv_budget")
     if kind == api.ERROR_SIDECAR:

@@ -1,43 +1,49 @@
-"""Logits that the library no longer has, because a call that was cancelled has overwritten them."""
+"""Logits after the last token that the library does not have: another text, or a cancelled call, has overwritten its own."""
 
 from __future__ import annotations
 
-import ctypes
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
-from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..native import api  # noqa: F401  (chooses the library)
+from .inside import Inside, sample_from
 
-if TYPE_CHECKING:
-    from ..llama import Llama
-
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+Logits = Optional[npt.NDArray[np.single]]
 
 
 class KeptLogits:
-    """Those after the last token of the conversation."""
+    """Those after the last token of the conversation of one `Llama`, as long as no other token is evaluated."""
 
-    def __init__(self, values: npt.NDArray[np.float32]) -> None:
-        self._values = values
+    def __init__(self, inside: Inside) -> None:
+        self._inside = inside
+        self._values: Logits = None
+        self.all_known = True  # with `logits_all`: those after each token of the history are what `scores` has
 
-    @classmethod
-    def of(cls, llm: Llama) -> Optional[KeptLogits]:
-        """A copy, where there are any."""
-        if llm.n_tokens == 0 or llm._requires_eval:
+    def __bool__(self) -> bool:
+        return self._values is not None
+
+    def now(self) -> Logits:
+        """A copy of the logits after the last token, whoever has them; None if nobody has."""
+        inside = self._inside
+        if inside.n_tokens == 0 or not inside.fresh:
             return None
-        found = llama_lib.llama_get_logits_ith(llm.ctx, -1)
-        return cls(np.ctypeslib.as_array(found, shape=(llm._n_vocab,)).copy()) if found else None
+        return self._values if self._values is not None else inside.last_logits()
+
+    def restore(self, values: Logits) -> None:
+        """The conversation is another now, with these logits after its last token; None: they have to be computed."""
+        inside = self._inside
+        self._values = values
+        inside.fresh = values is not None
+        self.all_known = False
+        if values is not None and inside.logits_all:
+            inside.scores[inside.n_tokens - 1] = values
+
+    def forget(self) -> None:
+        """A token is evaluated: from now on the library has them."""
+        self._values = None
 
     def sample(self, sampler: Any) -> int:
-        """What llama_sampler_sample does with logits of a context."""
-        candidates = np.zeros(len(self._values), dtype=_CANDIDATE)
-        candidates["id"], candidates["logit"] = np.arange(len(self._values)), self._values
-        data = candidates.ctypes.data_as(llama_lib.llama_token_data_p)
-        array = llama_lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
-        llama_lib.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
-        llama_lib.llama_sampler_accept(sampler.sampler, token)
-        return token
+        """A token, drawn from what is kept as the library would draw it."""
+        assert self._values is not None
+        return sample_from(self._values, sampler)

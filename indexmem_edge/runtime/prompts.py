@@ -1,50 +1,20 @@
-"""What a chat template makes of messages, for any chat format: the prompt is caught on its way to the model."""
+"""What a chat template makes of messages, for any chat format."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
-from .._vendor.llama_cpp import llama_chat_format as chat_format
 from .align import common_prefix
-
-if TYPE_CHECKING:
-    from ..llama import Llama
+from .inside import Inside
 
 Messages = list[dict[str, Any]]
 _SYSTEM_ROLES = ("system", "developer")
 
 
-class _Caught(Exception):
-    def __init__(self, prompt: Any) -> None:
-        super().__init__()
-        self.prompt = prompt
-
-
-class _Catcher:
-    """Stands in for a `Llama` in a chat handler and stops it when it is about to generate."""
-
-    def __init__(self, llm: Llama) -> None:
-        self._llm = llm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
-
-    def create_completion(self, prompt: Any, **_: Any) -> Any:
-        raise _Caught(prompt)
-
-
-def chat_tokens(llm: Llama, messages: Messages, **template: Any) -> Optional[list[int]]:
+def chat_tokens(llm: Inside, messages: Messages, **template: Any) -> Optional[list[int]]:
     """Tokens of the prompt for the next answer, or None if the chat format does not work in tokens."""
-    handler = (
-        llm.chat_handler
-        or llm._chat_handlers.get(llm.chat_format)
-        or chat_format.get_chat_completion_handler(llm.chat_format)
-    )
-    try:
-        handler(llama=_Catcher(llm), messages=messages, **template)
-    except _Caught as caught:
-        return caught.prompt if isinstance(caught.prompt, list) else None
-    return None
+    prompt = llm.prompt_of(messages, **template)
+    return prompt if isinstance(prompt, list) else None
 
 
 def _lead(content: Any) -> str:
@@ -52,7 +22,7 @@ def _lead(content: Any) -> str:
     return "A" if not (isinstance(content, str) and content.lstrip()[:1] == "A") else "0"
 
 
-def system_prefix(llm: Llama, messages: Messages, prompt: list[int], **template: Any) -> int:
+def system_prefix(llm: Inside, messages: Messages, prompt: list[int], **template: Any) -> int:
     """Number of leading tokens of `prompt` that the template makes of the leading system messages.
 
     Includes a system prompt that the template adds by itself. May include the first tokens of the next message's
@@ -75,7 +45,7 @@ def system_prefix(llm: Llama, messages: Messages, prompt: list[int], **template:
     return 0
 
 
-def open_prefix(llm: Llama, messages: Messages, **template: Any) -> Optional[list[int]]:
+def open_prefix(llm: Inside, messages: Messages, **template: Any) -> Optional[list[int]]:
     """Tokens that stay the same when a new paragraph is added to the last message."""
     ends = []
     for lead in ("A", "0"):
@@ -84,3 +54,12 @@ def open_prefix(llm: Llama, messages: Messages, **template: Any) -> Optional[lis
     if ends[0] is None or ends[1] is None:
         return None
     return ends[0][: common_prefix(ends[0], ends[1])]
+
+
+def reads_tools(llm: Inside, tools: list[Any]) -> bool:
+    """Whether the chat format tells the model which tools there are; True if there is no telling."""
+    message = {"role": "user", "content": "A"}
+    try:
+        return chat_tokens(llm, [message], tools=tools) != chat_tokens(llm, [message])
+    except Exception:  # templates may want more of a conversation, or of tools
+        return True

@@ -1,7 +1,9 @@
 """The session file: bytes on disk, without any knowledge of models.
 
     magic "IMEMSESS" | u32 version | u32 header bytes | header: JSON | token ids: i32 each | extra: JSON | KV state
-    | SHA-256 of everything before it
+    | logits after the last token: f32 each | SHA-256 of everything before it
+
+Version 1 had no logits, and is read, too.
 
 All numbers are little-endian. The header says how long the other parts are, so the size of the file is known before
 anything is read, and nothing larger than the file is ever allocated.
@@ -17,7 +19,7 @@ import stat
 import struct
 import tempfile
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +27,13 @@ import numpy.typing as npt
 from ..errors import SessionError
 
 MAGIC = b"IMEMSESS"
-VERSION = 1
+VERSION = 2
+_OLDEST = 1
 _FIXED = struct.Struct("<8sII")
 _DIGEST = hashlib.sha256().digest_size
 _MAX_HEADER = 1 << 20
 _TOKEN = np.dtype("<i4")
+_LOGIT = np.dtype("<f4")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,14 @@ class SessionData:
     tokens: npt.NDArray[np.int32]
     extra: Any
     state: bytes
+    logits: Optional[npt.NDArray[np.single]] = None  # after the last token, one per token of the vocabulary
+
+
+def _name(path: Union[str, os.PathLike[str]]) -> str:
+    name = os.fspath(path)
+    if "\0" in name:
+        raise SessionError(f"a path cannot have a NUL character in it: {name!r}")
+    return name
 
 
 def _why(error: OSError) -> str:
@@ -52,17 +64,19 @@ def write(path: Union[str, os.PathLike[str]], data: SessionData) -> int:
     Raises:
         SessionError: it could not be written; a file that was there before is intact.
     """
-    target = os.path.realpath(os.fspath(path))
+    target = os.path.realpath(_name(path))
     tokens = np.ascontiguousarray(data.tokens, dtype=_TOKEN).tobytes()
     try:
         extra = json.dumps(data.extra, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except (TypeError, ValueError) as error:
         raise SessionError(f"`extra` must be something that JSON can hold: {error}") from None
+    logits = b"" if data.logits is None else np.ascontiguousarray(data.logits, dtype=_LOGIT).tobytes()
     sizes = {"n_tokens": len(data.tokens), "extra_bytes": len(extra), "state_bytes": len(data.state)}
+    sizes["n_logits"] = len(logits) // _LOGIT.itemsize
     header = json.dumps({**data.header, **sizes}).encode()
     if os.path.isdir(target):
         raise SessionError(f"cannot save the session to {target}: it is a folder; name a file in it")
-    parts = (_FIXED.pack(MAGIC, VERSION, len(header)), header, tokens, extra, data.state)
+    parts = (_FIXED.pack(MAGIC, VERSION, len(header)), header, tokens, extra, data.state, logits)
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=".indexmem-", suffix=".tmp", dir=os.path.dirname(target))
@@ -103,7 +117,7 @@ def read(path: Union[str, os.PathLike[str]]) -> SessionData:
     Raises:
         SessionError: it cannot be read, is not a session file, is of another version, is truncated or was altered.
     """
-    name = os.fspath(path)
+    name = _name(path)
     try:
         with open(name, "rb") as file:
             info = os.fstat(file.fileno())
@@ -123,9 +137,9 @@ def _parse(name: str, file: BinaryIO, size: int) -> SessionData:
     if len(fixed) < _FIXED.size:
         raise SessionError(f"{name} is truncated: {size} bytes")
     _, version, header_bytes = _FIXED.unpack(fixed)
-    if version != VERSION:
+    if not _OLDEST <= version <= VERSION:
         raise SessionError(
-            f"{name} has session format {version}, this program reads format {VERSION}: "
+            f"{name} has session format {version}, this program reads formats {_OLDEST} to {VERSION}: "
             "use the version of indexmem-edge that saved it"
         )
     room = size - _FIXED.size - _DIGEST
@@ -135,12 +149,13 @@ def _parse(name: str, file: BinaryIO, size: int) -> SessionData:
     fields = _fields(name, header)
     lengths = [_TOKEN.itemsize * _size(name, fields, "n_tokens")]
     lengths += [_size(name, fields, key) for key in ("extra_bytes", "state_bytes")]
+    lengths.append(_LOGIT.itemsize * _size(name, fields, "n_logits") if version > 1 else 0)
     if sum(lengths) != room - header_bytes:
         expected = sum(lengths) + size - (room - header_bytes)
         raise SessionError(f"{name} is truncated or damaged: expected {expected} bytes, found {size}")
-    tokens, extra, state = (file.read(n) for n in lengths)
+    tokens, extra, state, logits = (file.read(n) for n in lengths)
     digest = hashlib.sha256()
-    for part in (fixed, header, tokens, extra, state):
+    for part in (fixed, header, tokens, extra, state, logits):
         digest.update(part)
     if digest.digest() != file.read():
         raise SessionError(f"{name} is damaged: its checksum does not match its content")
@@ -149,10 +164,11 @@ def _parse(name: str, file: BinaryIO, size: int) -> SessionData:
     except ValueError:
         raise SessionError(f"{name} is damaged: its extra part is not JSON") from None
     ids = np.frombuffer(tokens, dtype=_TOKEN).astype(np.int32)
-    return SessionData({k: v for k, v in fields.items() if k not in _SIZES}, ids, note, state)
+    after = np.frombuffer(logits, dtype=_LOGIT).astype(np.single) if logits else None
+    return SessionData({k: v for k, v in fields.items() if k not in _SIZES}, ids, note, state, after)
 
 
-_SIZES = ("n_tokens", "extra_bytes", "state_bytes")
+_SIZES = ("n_tokens", "extra_bytes", "state_bytes", "n_logits")
 
 
 def _fields(name: str, header: bytes) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(sealed(b"{}", b"", version=7))
-    with pytest.raises(SessionError, match="format 7, this program reads format 1"):
+    with pytest.raises(SessionError, match="format 7, this program reads formats 1 to 2"):
         read(tmp_path / "x")
 
 

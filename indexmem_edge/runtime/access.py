@@ -1,0 +1,140 @@
+"""Who may use a `Llama` now: threads wait for each other, and nobody gets hold of one that is closed.
+
+Three ways to use it, each for a `with`:
+    alone     for what computes or changes the conversation: one thread at a time, which may enter again and again
+    between   for what reads counts and positions: while nobody computes, or between two batches of who does
+    beside    for what needs nothing but the vocabulary: at any time, but the model is not freed meanwhile
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Optional
+
+from ..errors import ModelClosed
+
+_CLOSED = "this Llama has been closed: make another one"
+_FORKED = (
+    "this Llama was made in another process, from which this one was forked without its threads: make one here, or start "
+    "processes with the method `spawn`"
+)
+
+
+class Access:
+    """The lock of one `Llama`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # reentrant, because finalizers of streams may run anywhere
+        self._owner: Optional[int] = None  # the thread that is alone with it
+        self._depth = 0
+        self._reading = 0
+        self._wanting_to_read = 0
+        self._reading_now = False  # the owner stands aside for readers
+        self._beside = 0
+        self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is another process than that of the `Llama`."""
+        return os.getpid() != self._process
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be used no more."""
+        return self._closed
+
+    def require_open(self) -> None:
+        """Raises ModelClosed if the model is gone. Before any lock is asked for: in a fork nobody will release it."""
+        if self.forked:
+            raise ModelClosed(_FORKED)
+        if self._closed:
+            raise ModelClosed(_CLOSED)
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        self._changed.wait_for(ready)
+        self.require_open()
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread is alone with it."""
+        return self._owner == threading.get_ident()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other thread computes or reads."""
+        self.require_open()
+        with self._changed:
+            if not self.mine:
+                self._wait(lambda: self._owner is None and self._reading == 0)
+                self._owner = threading.get_ident()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._owner = None
+                    self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Waits until no other thread computes, or until that stands aside."""
+        self.require_open()
+        if self.mine:
+            yield
+            return
+        with self._changed:
+            self._wanting_to_read += 1
+            try:
+                self._wait(lambda: self._owner is None or self._reading_now)
+                self._reading += 1
+            finally:
+                self._wanting_to_read -= 1
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reading -= 1
+                self._changed.notify_all()
+
+    def stand_aside(self) -> None:
+        """Between two batches: who wants to read may do so now."""
+        if not self._wanting_to_read:
+            return
+        with self._changed:
+            self._reading_now = True
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: not self._wanting_to_read and not self._reading)
+            finally:
+                self._reading_now = False
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Waits for nothing."""
+        self.require_open()
+        with self._changed:
+            self.require_open()
+            self._beside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._beside -= 1
+                self._changed.notify_all()
+
+    def close(self) -> bool:
+        """Waits until nobody uses it, and lets nobody in any more; whether it was open."""
+        with self._changed:
+            if self._closed:
+                return False
+            self._changed.wait_for(lambda: (self._owner is None or self.mine) and not self._reading and not self._beside)
+            was_open, self._closed = not self._closed, True
+            self._changed.notify_all()
+            return was_open
