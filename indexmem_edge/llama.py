@@ -212,7 +212,7 @@ class Llama(inside.Base):
         finally:
             tokens.close()
             if own is not None:
-                self._inside.end_stream(own)
+                inside.end_stream(self, own)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """See `llama_cpp.Llama.sample`: a token after the last of the conversation, whose logits are computed if they are gone."""
@@ -387,13 +387,13 @@ class Llama(inside.Base):
         kind = (self.chat_format, self.chat_handler)
         if not given.get("tools") or given["tool_choice"] not in (None, "auto") or kind in self._reads_tools:
             return
-        self._reads_tools[kind] = prompts.reads_tools(self._inside, given["tools"])
+        self._reads_tools[kind] = prompts.reads_tools(self._inside, given["messages"], given["tools"], given["tool_choice"])
         if not self._reads_tools[kind]:
             warnings.warn(
                 f"the chat format {self.chat_format!r} of this model knows no tools: the model will not hear of them. Name the one to "
                 "be called in tool_choice, describe them in the system message, or take another chat_format",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,  # the application, seen through `one_call`
             )
 
     @one_call

@@ -22,7 +22,7 @@ from ..stats import KVStats, trained_length_warning
 from .align import common_prefix
 from .choice import INDEXER_POLICY, sidecar_kinds
 from .inside import Inside
-from .kept_logits import KeptLogits
+from .kept_logits import KeptLogits, Logits
 from .statecopy import Checkpoint
 
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
@@ -83,6 +83,8 @@ class BoundedCache:
         self._limit = len(llm.scores) if llm.logits_all else llm.n_ctx
         self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
+        self._prompt: list[int] = []  # the last one, and the logits after it: for another answer
+        self._after_prompt: Logits = None
         kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
         self.mixed = bool(kinds & (api.LAYER_WINDOW | api.LAYER_RECURRENT))  # not all that is kept can be taken out
         self._no_way_back = (
@@ -161,7 +163,8 @@ class BoundedCache:
         known = min(llm.n_tokens, length)
         same = common_prefix(llm.tokens[:known], prompt)
         fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
-        keep = same if same < len(prompt) or fresh else max(same - 1, 0)
+        asked_again = same == len(prompt) and self._after_prompt is not None and prompt == self._prompt
+        keep = same if same < len(prompt) or fresh or asked_again else max(same - 1, 0)
         if keep < length and (lost := self._rewind(keep)):
             self.lose(
                 lost,
@@ -169,8 +172,11 @@ class BoundedCache:
             )
         elif keep == length:
             llm.n_tokens = keep
+        if asked_again and llm.n_tokens == same and not llm.fresh:
+            self._kept.restore(self._after_prompt)
         self._apply_pin()
         rest = prompt[llm.n_tokens :]
+        self._prompt, self._after_prompt = prompt, None if rest else self._kept.now()
         self._turn.begin(len(prompt), len(rest))
         return rest
 
@@ -195,6 +201,8 @@ class BoundedCache:
             self._checkpoint.take(llm.ctx, llm.history)
             tokens = tokens[first:]
         self.evaluate(tokens)
+        if self._after_prompt is None and llm.n_tokens == len(self._prompt) > 0:
+            self._after_prompt = self._kept.now()
 
     def evaluate(self, tokens: Sequence[int]) -> None:
         """Runs tokens through the model, batch by batch."""

@@ -254,12 +254,6 @@ class Inside:
         finally:
             self._llm._sampler = left
 
-    def end_stream(self, sampler: Any) -> None:
-        """Frees the sampler of a stream that has ended, now: it is a cycle of references."""
-        if self._llm._sampler is sampler:
-            self._llm._sampler = None
-        free_sampler(sampler)
-
     # chat formats
 
     @property
@@ -306,7 +300,7 @@ def shut(llm: Base) -> None:
     """After the model has been freed: neither this `Llama` nor a tokenizer that somebody still has can reach it."""
     closed = Closed()
     if (model := llm.__dict__.get("_model")) is not None:
-        model.vocab = closed
+        model.model = model.vocab = closed
     if (sampler := llm.__dict__.get("_sampler")) is not None:
         llm._sampler = None
         free_sampler(sampler)
@@ -322,11 +316,18 @@ def leave(llm: Base) -> None:
     llm._lora_adapter = None
 
 
+def end_stream(llm: Base, sampler: Any) -> None:
+    """Frees the sampler of a stream that has ended, now: it is a cycle of references."""
+    if llm._sampler is sampler:
+        llm._sampler = None
+    free_sampler(sampler)
+
+
 def free_sampler(sampler: Any) -> None:
     """Frees a llama_cpp sampler without the help of the collector of garbage."""
     sampler.close()
     for _, custom in sampler.custom_samplers:
-        custom.apply_func = custom._apply_wrapper_ref = None
+        custom.apply_func = custom._apply_wrapper_ref = custom.sampler = None
     sampler.custom_samplers.clear()
 
 

@@ -24,7 +24,7 @@ class KeptLogits:
         return self._values is not None
 
     def now(self) -> Logits:
-        """A copy of the logits after the last token, whoever has them; None if nobody has."""
+        """The logits after the last token, whoever has them; None if nobody has. Not to be written to."""
         inside = self._inside
         if inside.n_tokens == 0 or not inside.fresh:
             return None

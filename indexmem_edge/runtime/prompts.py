@@ -56,10 +56,10 @@ def open_prefix(llm: Inside, messages: Messages, **template: Any) -> Optional[li
     return ends[0][: common_prefix(ends[0], ends[1])]
 
 
-def reads_tools(llm: Inside, tools: list[Any]) -> bool:
+def reads_tools(llm: Inside, messages: Messages, tools: list[Any], choice: Any) -> bool:
     """Whether the chat format tells the model which tools there are; True if there is no telling."""
-    message = {"role": "user", "content": "A"}
     try:
-        return chat_tokens(llm, [message], tools=tools) != chat_tokens(llm, [message])
-    except Exception:  # templates may want more of a conversation, or of tools
+        told = llm.prompt_of(messages, tools=tools, tool_choice=choice)
+        return told is None or bool(told != llm.prompt_of(messages))
+    except Exception:  # the template refuses the messages, and will say so
         return True
