@@ -59,9 +59,9 @@ class Llama(inside.Base):
             that are kept are rotated to smaller ones, in their order. It takes at least kv_budget + n_ubatch. None: the
             length that the model was trained for, where its keys can be rotated; `kv_stats()` says if not. 0: positions
             grow with the text.
-        kv_cancel: copy the KV state before a call evicts or renews positions, so that `cancel` can bring it back. That
-            takes as much memory as the state, from the first such call on. False: after a cancel the history is
-            evaluated again instead.
+        kv_cancel: copy the KV state before a call evicts or renews positions, so that `cancel` can bring it back, and
+            before an answer does, so that another can be given to the same prompt. Each takes as much memory as the
+            state, from the first such call on. False: the history is evaluated again instead.
 
     With a budget, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory,
     `flash_attn` is on, and `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx`

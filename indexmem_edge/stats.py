@@ -32,7 +32,7 @@ class KVStats:
     memory_slots: int = 0  # its slots, which are part of the budget; 0 of a kind that has none
     memory_layers: int = 0  # layers that have it
     memory_bytes: int = 0  # the part of meta_bytes that it keeps
-    cancel_bytes: int = 0  # of copies: what a cancelled call is brought back from, what a recurrent model goes back to
+    cancel_bytes: int = 0  # of copies: what a cancelled call is brought back from, and the end of the last prompt
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     compute_bytes: int = 0  # compute buffers of the context, whatever the length
     work_bytes: int = 0  # what the CPU takes for the cache's own ops, from the first eviction on

@@ -25,6 +25,7 @@ from .inside import Inside
 from .kept_logits import KeptLogits, Logits
 from .statecopy import Checkpoint
 
+_ANY = 1 << 62  # tokens: no limit
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
 
@@ -83,8 +84,9 @@ class BoundedCache:
         self._limit = len(llm.scores) if llm.logits_all else llm.n_ctx
         self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
-        self._prompt: list[int] = []  # the last one, and the logits after it: for another answer
+        self._prompt: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # the last one, and the logits after it: for another answer
         self._after_prompt: Logits = None
+        self._exact_until: Optional[int] = None  # tokens: as long, what follows it can be taken out; None: no copy is wanted
         kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
         self.mixed = bool(kinds & (api.LAYER_WINDOW | api.LAYER_RECURRENT))  # not all that is kept can be taken out
         self._no_way_back = (
@@ -94,7 +96,8 @@ class BoundedCache:
             if kinds & api.LAYER_WINDOW
             else "from where entries had already been evicted, or got new positions"
         )
-        self._checkpoint = Checkpoint() if kinds & api.LAYER_RECURRENT and watch.keep else None
+        self._recurrent = bool(kinds & api.LAYER_RECURRENT)
+        self._checkpoint = Checkpoint() if watch.keep else None
         llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm.logits_all:
             llm.scores = np.zeros((1, llm.n_vocab), dtype=np.single)
@@ -111,6 +114,7 @@ class BoundedCache:
     def clear(self) -> None:
         """Empties the native cache."""
         self._watch.before_cut(0)
+        self._exact_until = None
         self._llm.n_tokens = 0
         self._llm.fresh = False
         llama_lib.llama_memory_clear(self._llm.memory, True)
@@ -126,6 +130,7 @@ class BoundedCache:
         """
         llm = self._llm
         self._watch.before_cut(target)
+        self._exact_until = None
         llm.fresh = False
         if target > 0 and llama_lib.llama_memory_seq_rm(llm.memory, 0, target, -1):
             llm.n_tokens = target
@@ -159,11 +164,12 @@ class BoundedCache:
     def reuse(self, tokens: Sequence[int]) -> list[int]:
         """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated."""
         llm, length = self._llm, self.length()
+        self._exact_until = None
         prompt = list(tokens)
         known = min(llm.n_tokens, length)
         same = common_prefix(llm.tokens[:known], prompt)
         fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
-        asked_again = same == len(prompt) and self._after_prompt is not None and prompt == self._prompt
+        asked_again = self._after_prompt is not None and same == len(prompt) and np.array_equal(self._prompt, prompt)
         keep = same if same < len(prompt) or fresh or asked_again else max(same - 1, 0)
         if keep < length and (lost := self._rewind(keep)):
             self.lose(
@@ -176,7 +182,9 @@ class BoundedCache:
             self._kept.restore(self._after_prompt)
         self._apply_pin()
         rest = prompt[llm.n_tokens :]
-        self._prompt, self._after_prompt = prompt, None if rest else self._kept.now()
+        self._prompt, self._after_prompt = np.array(prompt, dtype=np.intc), None
+        if not rest:
+            self._end_of_prompt()
         self._turn.begin(len(prompt), len(rest))
         return rest
 
@@ -195,14 +203,29 @@ class BoundedCache:
     def read(self, tokens: Sequence[int]) -> None:
         """Evaluates what the application gives. Near the end of a prompt a recurrent model's state is kept, to go back to."""
         llm = self._llm
-        if self._checkpoint is not None and llm.n_tokens + len(tokens) == self._turn.prompt:
+        if self._recurrent and self._checkpoint is not None and llm.n_tokens + len(tokens) == self._turn.prompt:
             first = max(len(tokens) - _NEAR_END, 0)
             self.evaluate(tokens[:first])
-            self._checkpoint.take(llm.ctx, llm.history)
+            self._checkpoint.take(llm.ctx, llm.history, llm.n_tokens)
             tokens = tokens[first:]
         self.evaluate(tokens)
         if self._after_prompt is None and llm.n_tokens == len(self._prompt) > 0:
-            self._after_prompt = self._kept.now()
+            self._end_of_prompt()
+
+    def _end_of_prompt(self) -> None:
+        """Another answer may be wanted: the logits are kept, and, before the first eviction, the state."""
+        self._after_prompt = self._kept.now()
+        if self._checkpoint is not None and not self._recurrent:
+            self._exact_until = self.exact_until(api.get_stats(self._llm.ctx))
+
+    def exact_until(self, native: api.Stats) -> int:
+        """The length until which nothing is evicted and no position renewed: what is appended can be taken out again."""
+        if self.mixed:
+            return int(native.n_seen)  # recurrent layers have no way back, and windows a short one
+        room = _ANY if self.never_evicts else int(native.budget_now) - int(native.memory_slots) - int(native.n_kept)
+        if native.span:
+            room = min(room, int(native.span) - int(native.next_position))
+        return int(native.n_seen) + room
 
     def evaluate(self, tokens: Sequence[int]) -> None:
         """Runs tokens through the model, batch by batch."""
@@ -220,6 +243,9 @@ class BoundedCache:
                 "(with a kv_budget it costs no KV memory)"
             )
         self._watch.before_growth(len(batch))
+        if self._checkpoint is not None and self._exact_until is not None and end > self._exact_until:
+            self._checkpoint.take(llm.ctx, llm.history, len(self._prompt))
+            self._exact_until = None
         self._kept.forget()
         llm.tokens[past:end] = batch  # first, so that the history is right however far the decode gets
         code = 0

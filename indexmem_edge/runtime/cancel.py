@@ -31,8 +31,6 @@ from .statecopy import StateCopy
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_ANY = 1 << 62
-
 
 class Call:
     """What a call found, and the way back there."""
@@ -76,14 +74,7 @@ class BoundedCall(Call):
         self._cut: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # what it was from there on
         if native.n_seen != self.n_tokens:
             self.logits = None  # the history has been moved by hand: they belong to another token
-        room = int(native.budget_now) - int(native.memory_slots) - int(native.n_kept)
-        if cache.never_evicts:
-            room = _ANY
-        if native.span:
-            room = min(room, int(native.span) - int(native.next_position))
-        if cache.mixed:
-            room = 0  # recurrent layers have no way back, and windows a short one
-        self._reach = int(native.n_seen) + room  # tokens, until which nothing is evicted and no position renewed
+        self._reach = cache.exact_until(native)
 
     def before_growth(self, llm: Inside, n: int) -> None:
         """`n` tokens are about to be evaluated: the last moment for a copy, if they cannot be taken out again."""

@@ -166,7 +166,7 @@ def test_the_copy_is_made_when_something_is_evicted_and_counted(load: Load) -> N
     for token in TOKENS[:60]:
         llm.eval([token])
         llm.prefill([*llm._input_ids.tolist(), *TOKENS[:20]])
-    assert llm.kv_stats().cancel_bytes < 1.2 * (stats.kv_bytes + stats.meta_bytes)  # one buffer
+    assert llm.kv_stats().cancel_bytes < 2.4 * (stats.kv_bytes + stats.meta_bytes)  # two buffers: of calls, of the last prompt
 
 
 @pytest.mark.parametrize("work", [prefill, chat], ids=lambda work: work.__name__)

@@ -162,6 +162,7 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(internals.llama_cpp, name, lambda *a, name=name, free=free: (calls.append(name), free(*a))[1])
     gc.collect()
     gc.disable()
+    calls.clear()
     yield calls
     gc.enable()
 

@@ -133,10 +133,30 @@ def test_a_prompt_that_is_asked_twice_in_a_row(load: Load, kind: str) -> None:
         llm.set_seed(seed)
         twin.reset()
         twin.set_seed(seed)
-        answers = [[token for token, _ in zip(other.generate(prompt, **DRAWN), range(4))] for other in (llm, twin)]
+        answers = [[token for token, _ in zip(other.generate(prompt, **DRAWN), range(40))] for other in (llm, twin)]
         assert answers[0] == answers[1]
         if seed == 2:
             assert llm.kv_stats().turn_evaluated <= 1
+
+
+@each
+def test_a_next_prompt_without_what_the_model_thought(load: Load, kind: str) -> None:
+    """It departs where the answer begins: what is evaluated is what it says instead, every time."""
+    llm, prompt = load(kind), TOKENS[100:400]
+    for turn in range(4):
+        answer = [token for token, _ in zip(llm.generate(prompt, **DRAWN), range(40))]
+        prompt = [*prompt, *answer[30:], *TOKENS[500 + 20 * turn : 520 + 20 * turn]]
+        llm.prefill(prompt)
+        stats = llm.kv_stats()
+        assert stats.turn_evaluated <= 30 and stats.reevaluated <= turn + 1  # a token that both begin with by chance
+        prompt = [*prompt, 9]
+
+
+def test_without_copies_it_is_read_again(load: Load) -> None:
+    llm = load("keydiff", kv_cancel=False)
+    for evaluated in (300, 300):
+        assert len(list(zip(llm.generate(TOKENS[:300], **DRAWN), range(60)))) == 60
+        assert (llm.kv_stats().turn_evaluated, llm.kv_stats().cancel_bytes) == (evaluated, 0)
 
 
 @pytest.mark.parametrize("kind", ["keydiff", "unbounded"])

@@ -96,6 +96,9 @@ def held(llm: Any, rotary: bool) -> dict[int, list[list[int]]]:
 
 
 def logits(llm: Any) -> np.ndarray:
+    """After the last token: those that the next one is drawn from."""
+    if llm._kept:
+        return llm._kept.now()
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 
 
