@@ -216,9 +216,11 @@ class Llama(inside.Base):
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """See `llama_cpp.Llama.sample`: a token after the last of the conversation, whose logits are computed if they are gone."""
-        given = inside.SAMPLE.bind(self, *args, **kwargs).arguments
-        options = {name: value for name, value in given.items() if name not in ("self", "idx")}
         with self._access.alone():
+            if self._inside.fresh and self._calls.in_progress and not self._kept:  # once for each token of an answer
+                return int(super().sample(*args, **kwargs))
+            given = inside.SAMPLE.bind(self, *args, **kwargs).arguments
+            options = {name: value for name, value in given.items() if name not in ("self", "idx")}
             if self.n_tokens == 0:
                 raise RequestError("there is nothing to sample from: eval() a prompt first")
             if not self._inside.fresh:

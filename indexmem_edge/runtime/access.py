@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Optional
 
 from ..errors import ModelClosed
@@ -21,6 +21,19 @@ _FORKED = (
     "this Llama was made in another process, from which this one was forked without its threads: make one here, or start "
     "processes with the method `spawn`"
 )
+
+
+class _Alone:
+    """What `alone` gives: of a class, because it is asked for several times a token, and generators cost as much as the rest."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    def __enter__(self) -> None:
+        self._access._enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._access._leave()
 
 
 class Access:
@@ -54,32 +67,32 @@ class Access:
         if self._closed:
             raise ModelClosed(_CLOSED)
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        self._changed.wait_for(ready)
-        self.require_open()
-
     @property
     def mine(self) -> bool:
         """Whether this thread is alone with it."""
         return self._owner == threading.get_ident()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """Waits until no other thread computes or reads."""
+        return _Alone(self)
+
+    def _enter(self) -> None:
+        if self.mine and not self.forked:
+            self._depth += 1
+            return
         self.require_open()
         with self._changed:
-            if not self.mine:
-                self._wait(lambda: self._owner is None and self._reading == 0)
-                self._owner = threading.get_ident()
-            self._depth += 1
-        try:
-            yield
-        finally:
+            if self._owner is not None or self._reading:
+                self._changed.wait_for(lambda: self._owner is None and self._reading == 0)
+            self.require_open()
+            self._owner, self._depth = threading.get_ident(), 1
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
             with self._changed:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._owner = None
-                    self._changed.notify_all()
+                self._owner = None
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def between(self) -> Iterator[None]:
@@ -91,7 +104,8 @@ class Access:
         with self._changed:
             self._wanting_to_read += 1
             try:
-                self._wait(lambda: self._owner is None or self._reading_now)
+                self._changed.wait_for(lambda: self._owner is None or self._reading_now)
+                self.require_open()
                 self._reading += 1
             finally:
                 self._wanting_to_read -= 1
