@@ -43,9 +43,10 @@ class Access:
         self._changed = threading.Condition()  # reentrant, because finalizers of streams may run anywhere
         self._owner: Optional[int] = None  # the thread that is alone with it
         self._depth = 0
+        self._wanting_alone = 0  # threads that wait to be
         self._reading = 0
         self._wanting_to_read = 0
-        self._reading_now = False  # the owner stands aside for readers
+        self._admitted = 0  # of those that want to read, how many may: no others, or who looks all the time would stop who computes
         self._beside = 0
         self._closed = False
         self._process = os.getpid()
@@ -54,11 +55,6 @@ class Access:
     def forked(self) -> bool:
         """Whether this is another process than that of the `Llama`."""
         return os.getpid() != self._process
-
-    @property
-    def closed(self) -> bool:
-        """Whether it can be used no more."""
-        return self._closed
 
     def require_open(self) -> None:
         """Raises ModelClosed if the model is gone. Before any lock is asked for: in a fork nobody will release it."""
@@ -82,8 +78,11 @@ class Access:
             return
         self.require_open()
         with self._changed:
-            if self._owner is not None or self._reading:
-                self._changed.wait_for(lambda: self._owner is None and self._reading == 0)
+            self._wanting_alone += 1
+            try:
+                self._changed.wait_for(lambda: self._owner is None and not self._reading and not self._admitted)
+            finally:
+                self._wanting_alone -= 1
             self.require_open()
             self._owner, self._depth = threading.get_ident(), 1
 
@@ -92,6 +91,7 @@ class Access:
         if self._depth == 0:
             with self._changed:
                 self._owner = None
+                self._admitted = self._wanting_to_read
                 self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -104,11 +104,13 @@ class Access:
         with self._changed:
             self._wanting_to_read += 1
             try:
-                self._changed.wait_for(lambda: self._owner is None or self._reading_now)
+                self._changed.wait_for(lambda: self._admitted or (self._owner is None and not self._wanting_alone))
+                self._admitted = max(self._admitted - 1, 0)
                 self.require_open()
                 self._reading += 1
             finally:
                 self._wanting_to_read -= 1
+                self._admitted = min(self._admitted, self._wanting_to_read)
                 self._changed.notify_all()
         try:
             yield
@@ -122,12 +124,14 @@ class Access:
         if not self._wanting_to_read:
             return
         with self._changed:
-            self._reading_now = True
+            self._admitted = self._wanting_to_read
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: not self._wanting_to_read and not self._reading)
-            finally:
-                self._reading_now = False
+                self._changed.wait_for(lambda: not self._admitted and not self._reading)
+            except BaseException:  # an interrupt: who reads already is soon done
+                self._admitted = 0
+                self._changed.wait_for(lambda: not self._reading)
+                raise
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:

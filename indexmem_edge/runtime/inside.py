@@ -52,10 +52,26 @@ class _Untouched:
 internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc,assignment]
 
 
+class _Stack(contextlib.ExitStack):
+    """What is freed at the end. llama_cpp has it call a function that holds the `Llama`, for a LoRA adapter, which the library
+    frees with the model anyway."""
+
+    def callback(self, callback: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return callback
+
+
 class Base(llama_cpp.Llama):
     """llama_cpp.Llama, where a subclass has to take part in its private doings."""
 
     _one_sequence_per_token = False
+
+    @property
+    def _stack(self) -> contextlib.ExitStack:
+        return self.__dict__["_stack"]  # type: ignore[no-any-return]
+
+    @_stack.setter
+    def _stack(self, stack: contextlib.ExitStack) -> None:
+        self.__dict__["_stack"] = _Stack()
 
     @property
     def _ctx(self) -> Any:

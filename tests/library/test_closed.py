@@ -10,11 +10,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 import indexmem_edge
+from conftest import Tiny
 from indexmem_edge import ModelClosed, llama_cpp
 from indexmem_edge.native import find
 from support.cancelling import BATCH, QUESTION, TOKENS, Load, load
@@ -226,6 +230,31 @@ def test_what_is_deleted_is_freed_at_once(load: Load, kind: str, use: Any, freed
     del llm
     assert freed == ["llama_free", "llama_model_free"]
     assert [part() for part in parts] == [None] * len(parts)
+
+
+@both
+def test_one_with_a_lora_is_freed_at_once(tiny: Tiny, kind: str, tmp_path: Path, freed: list[str]) -> None:
+    path, config = tiny("llama")
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 4.0)
+    draw = np.random.default_rng(0)
+    for name, n in (("a", (2, config.n_embd)), ("b", (config.n_head * config.head_dim, 2))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", draw.normal(size=n).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    options = {"kv_budget": 96, "kv_window": 16} if kind != "unbounded" else {"n_ctx": 512}
+    answers = []
+    for more in ({}, {"lora_path": str(tmp_path / "lora.gguf")}):
+        llm = indexmem_edge.Llama(path, n_threads=1, verbose=False, **options, **more)
+        answers.append(llm.create_completion(TOKENS[:50], max_tokens=10, temperature=0.0, **NO_END)["choices"])
+        freed.clear()
+        del llm
+        assert freed == ["llama_free", "llama_model_free"]
+    assert answers[0] != answers[1]
 
 
 @both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 import indexmem_edge
 from conftest import Tiny
 from indexmem_edge import Cancelled, GenerationSuperseded, ModelClosed
-from indexmem_edge.native import find
+from indexmem_edge.native import api, find
 from indexmem_edge.runtime.access import Access
 from support.cancelling import BATCH, QUESTION, TOKENS, Load, condition, load, logits
 
@@ -254,6 +255,21 @@ def test_what_is_held_can_be_read_at_any_time(load: Load) -> None:
     assert not failures and len(set(seen)) > 3
 
 
+def test_positions_are_copied_only_where_there_is_room(load: Load) -> None:
+    """What is copied is counted after the context has finished: it may have grown since the caller asked."""
+    llm = load("keydiff")
+    llm.prefill(TOKENS[:50])
+    found = np.full(50, -7, dtype=np.int32)
+    pointer = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    for name in ("positions", "rotary"):
+        get = getattr(api.library(), f"indexmem_get_{name}")
+        for room in (49, 0, -1):
+            assert get(llm.ctx, 0, 0, 0, pointer, room) == -1 and "50 are needed" in api.last_error()
+        assert (found == -7).all()
+        assert get(llm.ctx, 0, 0, 0, pointer, 50) == 50 and sorted(found) == list(range(50))
+        found[:] = -7
+
+
 @both
 def test_readers_need_not_wait_for_the_end_of_a_call(load: Load, kind: str) -> None:
     llm, counts = load(kind), []
@@ -276,6 +292,27 @@ def test_readers_need_not_wait_for_the_end_of_a_call(load: Load, kind: str) -> N
     llm.prefill(TOKENS[: 10 * BATCH], progress)
     thread.join()
     assert counts == [2 * BATCH]
+
+
+@both
+def test_who_looks_all_the_time_stops_nobody(load: Load, kind: str) -> None:
+    llm, done = load(kind), threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            llm.kv_stats()
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            llm.reset()
+            assert llm.create_completion(TOKENS[:300], max_tokens=20, **NO_END)["usage"]["completion_tokens"] >= 20
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 # the lock by itself

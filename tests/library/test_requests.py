@@ -375,6 +375,8 @@ def test_log_probabilities_of_a_prompt(demo: Any, budget: int | None) -> None:
         assert [choice["text"][at:].startswith(name) for at, name in zip(found["text_offset"], found["tokens"])] == [True] * len(found["tokens"])
         for own, name, top in list(zip(found["token_logprobs"], found["tokens"], found["top_logprobs"]))[1:]:
             assert top[name] == own and max(top.values()) >= own and 2 <= len(top) <= 3
+    chunks = list(llm.create_completion(text, max_tokens=2, logprobs=2, temperature=0.0, stream=True))
+    assert json.loads(json.dumps(chunks)) == chunks
     alone = llm.create_completion(text, max_tokens=2, logprobs=2, temperature=0.0)
     assert json.dumps(alone) and len(alone["choices"][0]["logprobs"]["tokens"]) == 2
     assert alone["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(found["token_logprobs"][-2:], abs=0.05)
