@@ -67,7 +67,7 @@ class Base(llama_cpp.Llama):
 
     @property
     def _stack(self) -> contextlib.ExitStack:
-        return self.__dict__["_stack"]  # type: ignore[no-any-return]
+        return self.__dict__["_stack"]
 
     @_stack.setter
     def _stack(self, stack: contextlib.ExitStack) -> None:
