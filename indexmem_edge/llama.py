@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
-import warnings
 from typing import Any, Callable, Generator, Optional, Sequence, Union
 
 import numpy as np
@@ -24,6 +24,7 @@ from .runtime.creation import explain
 from .runtime.grammar import check_grammar
 from .runtime.inside import Inside
 from .runtime.kept_logits import KeptLogits
+from .runtime.tools import Tools
 from .sessions import session
 from .stats import KVStats
 
@@ -67,8 +68,9 @@ class Llama(inside.Base):
     `flash_attn` is on, and `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx`
     tokens are kept, so `n_ctx` then defaults to the length that the model was trained for.
 
-    Conversations append: what a prompt shares with the cached text is not evaluated again. When the caller edits text
-    that can no longer be taken out of the cache exactly, everything is evaluated again, and `kv_stats()` says so.
+    Conversations append: what a prompt shares with the cached text is not evaluated again, nor the last prompt for another
+    answer. When the caller edits text that can no longer be taken out of the cache exactly, everything is evaluated again,
+    and `kv_stats()` says so.
 
     Threads may share one: a call waits until that of another thread has ended, a stream only holds it while its next item
     is computed. Answers differ from one to the next and from process to process, unless `seed` is given. `close()`, or the
@@ -114,7 +116,7 @@ class Llama(inside.Base):
         self._kept = KeptLogits(self._inside)
         self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
-        self._reads_tools: dict[Any, bool] = {}  # by chat format
+        self._tools = Tools(self._inside)
         self._one_sequence_per_token = options.bounded
         self._pieces: dict[tuple[int, bool], bytes] = {}
         if options.bounded:
@@ -306,7 +308,9 @@ class Llama(inside.Base):
         """
         call = inside.COMPLETE.bind(self, requests.plain_prompt(prompt), *args, **kwargs)
         given = call.arguments
-        self._check_completion(given)
+        requests.check_completion(given, self._inside.adds_bos)
+        if given.get("grammar") is not None:
+            check_grammar(self._inside.vocab, *inside.grammar_text(given["grammar"]))
         plain_prompt = given["prompt"]
         if self._cache is not None:
             if self._aligning and isinstance(plain_prompt, list):
@@ -327,13 +331,6 @@ class Llama(inside.Base):
         if echo:
             answer["choices"] = [self._echoed(answer["choices"][0], given, answer["usage"]["prompt_tokens"])]
         return answer
-
-    def _check_completion(self, given: dict[str, Any]) -> None:
-        prompt, grammar = given["prompt"], given.get("grammar")
-        if len(prompt) == 0 and given.get("suffix") is None and (isinstance(prompt, list) or not self._inside.adds_bos):
-            raise RequestError("the prompt is empty, and this model needs at least one token to go on from: give it some text")
-        if grammar is not None:
-            check_grammar(self._inside.vocab, *inside.grammar_text(grammar))
 
     def _echoed(self, choice: dict[str, Any], given: dict[str, Any], n: int) -> dict[str, Any]:
         tokens, prompt = self._inside.history[:n].tolist(), given["prompt"]
@@ -366,12 +363,8 @@ class Llama(inside.Base):
         """
         call = inside.CHAT.bind(self, messages, *args, **kwargs)
         given = call.arguments
-        given["messages"] = requests.plain_messages(messages, parts=self.chat_handler is not None)
-        if given.get("response_format") is not None:
-            given["response_format"] = requests.plain_response_format(given["response_format"])
-        if given.get("tools") or given.get("tool_choice"):
-            given["tool_choice"] = requests.plain_tool_choice(given.get("tool_choice"), given.get("tools"))
-            self._warn_of_tools(given)
+        requests.make_chat_plain(given, parts=self.chat_handler is not None)
+        self._tools.warn(given, stacklevel=6)  # in the line of the application, which `one_call` is between
         if self._cache is None:
             return super().create_chat_completion(*call.args[1:], **call.kwargs)
         if self.kv_options.auto_pin:
@@ -383,20 +376,6 @@ class Llama(inside.Base):
             return super().create_chat_completion(*call.args[1:], **call.kwargs)
         finally:
             self._aligning = False
-
-    def _warn_of_tools(self, given: dict[str, Any]) -> None:
-        """Once for each chat format: it does not tell the model about tools. The one that is named is made up for by a grammar."""
-        kind = (self.chat_format, self.chat_handler)
-        if not given.get("tools") or given["tool_choice"] not in (None, "auto") or kind in self._reads_tools:
-            return
-        self._reads_tools[kind] = prompts.reads_tools(self._inside, given["messages"], given["tools"], given["tool_choice"])
-        if not self._reads_tools[kind]:
-            warnings.warn(
-                f"the chat format {self.chat_format!r} of this model knows no tools: the model will not hear of them. Name the one to "
-                "be called in tool_choice, describe them in the system message, or take another chat_format",
-                RuntimeWarning,
-                stacklevel=7,  # the application, seen through `one_call`
-            )
 
     @one_call
     def prefill_chat(self, messages: list[dict[str, Any]], progress: Optional[Progress] = None) -> int:
@@ -559,6 +538,21 @@ class Llama(inside.Base):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _beside(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The method of llama_cpp, which asks the model something small: it is not freed meanwhile."""
+
+    @functools.wraps(method)
+    def ask(self: Llama) -> Any:
+        with self._access.beside():
+            return method(self)
+
+    return ask
+
+
+for _name in ("n_ctx", "n_embd", "n_vocab", "token_bos", "token_eos", "token_nl", "pooling_type"):
+    setattr(Llama, _name, _beside(getattr(inside.Base, _name)))
 
 
 def _seed(given: Optional[int]) -> int:

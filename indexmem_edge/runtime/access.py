@@ -4,6 +4,9 @@ Three ways to use it, each for a `with`:
     alone     for what computes or changes the conversation: one thread at a time, which may enter again and again
     between   for what reads counts and positions: while nobody computes, or between two batches of who does
     beside    for what needs nothing but the vocabulary: at any time, but the model is not freed meanwhile
+
+Who wants to be alone goes before who wants to read, and who wanted to read when that one leaves, or ends a batch, before whoever
+comes then: neither can keep the other waiting for ever.
 """
 
 from __future__ import annotations
@@ -81,9 +84,12 @@ class Access:
             self._wanting_alone += 1
             try:
                 self._changed.wait_for(lambda: self._owner is None and not self._reading and not self._admitted)
+                self.require_open()
+            except BaseException:
+                self._changed.notify_all()  # those that let this one go first
+                raise
             finally:
                 self._wanting_alone -= 1
-            self.require_open()
             self._owner, self._depth = threading.get_ident(), 1
 
     def _leave(self) -> None:
@@ -97,10 +103,10 @@ class Access:
     @contextlib.contextmanager
     def between(self) -> Iterator[None]:
         """Waits until no other thread computes, or until that stands aside."""
-        self.require_open()
-        if self.mine:
+        if self.mine and not self.forked:
             yield
             return
+        self.require_open()
         with self._changed:
             self._wanting_to_read += 1
             try:
@@ -136,6 +142,9 @@ class Access:
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """Waits for nothing."""
+        if self.mine and not self.forked:
+            yield
+            return
         self.require_open()
         with self._changed:
             self.require_open()
@@ -148,11 +157,11 @@ class Access:
                 self._changed.notify_all()
 
     def close(self) -> bool:
-        """Waits until nobody uses it, and lets nobody in any more; whether it was open."""
+        """Lets nobody in any more, and waits until those who are have left; whether it was open."""
         with self._changed:
             if self._closed:
                 return False
-            self._changed.wait_for(lambda: (self._owner is None or self.mine) and not self._reading and not self._beside)
-            was_open, self._closed = not self._closed, True
+            self._closed = True
             self._changed.notify_all()
-            return was_open
+            self._changed.wait_for(lambda: (self._owner is None or self.mine) and not self._reading and not self._beside)
+            return True

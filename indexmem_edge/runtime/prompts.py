@@ -54,12 +54,3 @@ def open_prefix(llm: Inside, messages: Messages, **template: Any) -> Optional[li
     if ends[0] is None or ends[1] is None:
         return None
     return ends[0][: common_prefix(ends[0], ends[1])]
-
-
-def reads_tools(llm: Inside, messages: Messages, tools: list[Any], choice: Any) -> bool:
-    """Whether the chat format tells the model which tools there are; True if there is no telling."""
-    try:
-        told = llm.prompt_of(messages, tools=tools, tool_choice=choice)
-        return told is None or bool(told != llm.prompt_of(messages))
-    except Exception:  # the template refuses the messages, and will say so
-        return True

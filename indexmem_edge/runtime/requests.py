@@ -85,6 +85,26 @@ def _text_of(part: Any, what: str) -> str:
     )
 
 
+def check_completion(given: dict[str, Any], adds_bos: bool) -> None:
+    """Raises RequestError if there is nothing to go on from: some models begin with a token of their own."""
+    prompt = given["prompt"]
+    if len(prompt) == 0 and given.get("suffix") is None and (isinstance(prompt, list) or not adds_bos):
+        raise RequestError("the prompt is empty, and this model needs at least one token to go on from: give it some text")
+
+
+def make_chat_plain(given: dict[str, Any], parts: bool) -> None:
+    """Brings the arguments of a chat completion into the form that chat formats take; `parts` as in `plain_messages`.
+
+    Raises:
+        RequestError, GrammarError: one of them cannot be.
+    """
+    given["messages"] = plain_messages(given["messages"], parts)
+    if given.get("response_format") is not None:
+        given["response_format"] = plain_response_format(given["response_format"])
+    if given.get("tools") or given.get("tool_choice"):
+        given["tool_choice"] = plain_tool_choice(given.get("tool_choice"), given.get("tools"))
+
+
 def plain_response_format(wanted: Any) -> Optional[dict[str, Any]]:
     """`json_schema`, as OpenAI has it, becomes what llama_cpp calls a `json_object` with a schema.
 

@@ -138,6 +138,28 @@ def test_closing_from_another_thread_waits_for_the_call(load: Load, kind: str) -
         llm.prefill(TOKENS)
 
 
+@pytest.mark.parametrize("ask", ["n_ctx", "n_vocab", "token_eos", "tokenize", "detokenize", "kv_stats"])
+def test_closing_while_another_thread_asks(load: Load, ask: str) -> None:
+    arguments: tuple[Any, ...] = {"tokenize": (b"The sea" * 50,), "detokenize": (TOKENS,)}.get(ask, ())
+    for _ in range(5):
+        llm, asked, told = load("keydiff"), threading.Event(), []
+
+        def go_on(llm: Any, asked: threading.Event, told: list[Exception]) -> None:
+            try:
+                while True:
+                    getattr(llm, ask)(*arguments)
+                    asked.set()
+            except Exception as error:
+                told.append(error)
+
+        thread = threading.Thread(target=go_on, args=(llm, asked, told))
+        thread.start()
+        assert asked.wait(60)
+        llm.close()
+        thread.join()
+        assert [type(error) for error in told] == [ModelClosed]
+
+
 def test_one_that_could_not_be_made_can_be_closed(load: Load) -> None:
     llm = indexmem_edge.Llama.__new__(indexmem_edge.Llama)
     with pytest.raises(indexmem_edge.ModelFileError):
