@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from typing import Any, Callable, Generator, Optional, Sequence, Union
 
 import numpy as np
@@ -559,4 +558,4 @@ def _seed(given: Optional[int]) -> int:
     """Of a `Llama`: another for every one that is asked for none."""
     if given is not None and given % (1 << 32) != inside.DEFAULT_SEED:
         return given
-    return secrets.randbelow(inside.DEFAULT_SEED)
+    return int.from_bytes(os.urandom(4), "little") % inside.DEFAULT_SEED
