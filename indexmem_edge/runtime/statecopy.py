@@ -69,4 +69,7 @@ class Checkpoint:
         if n == 0 or n < self._least or not self._copy.give_back(ctx):
             return 0
         memory = llama_lib.llama_get_memory(ctx)
-        return n if n == len(self._tokens) or llama_lib.llama_memory_seq_rm(memory, 0, n, -1) else 0
+        if n == len(self._tokens) or llama_lib.llama_memory_seq_rm(memory, 0, n, -1):
+            return n
+        llama_lib.llama_memory_clear(memory, True)  # better none than that of other tokens
+        return 0
