@@ -140,6 +140,8 @@ class Llama(inside.Base):
         if options.bounded:
             self.context_params.n_ctx = kwargs["n_ctx"]
             self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls)
+        else:
+            cache.make_room_unbounded(self._inside)
         self._calls.attach(self._cache)
         self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept)
 

@@ -361,6 +361,14 @@ def _unbounded_bytes(llm: Inside) -> Optional[int]:
         return None
 
 
+def make_room_unbounded(llm: Inside) -> None:
+    """llama.cpp rounds n_ctx up, and llama_cpp lets a history become as long, but not the arrays that it keeps it in."""
+    if len(llm.tokens) < llm.n_ctx:
+        llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)
+        if llm.logits_all:
+            llm.scores = np.empty((llm.n_ctx, llm.n_vocab), dtype=np.single)
+
+
 def rewind_unbounded(llm: Inside, target: int) -> None:
     """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
     memory, n_swa = llm.memory, llama_lib.llama_model_n_swa(llm.model)

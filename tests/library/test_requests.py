@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native 
 both = pytest.mark.parametrize("kind", ["keydiff", "unbounded"])
 budgets = pytest.mark.parametrize("budget", [None, 512])
 GREEDY = {"temperature": 0.0, "max_tokens": 6}
+UNENDING = {2: -1000.0, 261: -1000.0}  # </s> and <|im_end|>
 HELLO = {"role": "user", "content": "Hello, who are you?"}
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}
 
@@ -346,8 +347,16 @@ def test_no_tokens_are_no_tokens(load: Load, kind: str, stream: bool, chat: bool
 @pytest.mark.parametrize("limit", [None, -1])
 def test_no_limit_is_no_limit(load: Load, kind: str, limit: int | None) -> None:
     llm = load(kind, n_ctx=512)
-    answer = llm.create_completion(TOKENS[:480], max_tokens=limit, logit_bias={2: -1000.0}, temperature=0.0)
+    answer = llm.create_completion(TOKENS[:480], max_tokens=limit, logit_bias=UNENDING, temperature=0.0)
     assert answer["usage"]["completion_tokens"] == 512 - 480
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_a_length_that_the_library_rounds_up(load: Load, logits_all: bool) -> None:
+    llm = load("unbounded", n_ctx=100, logits_all=logits_all)
+    assert llm.n_ctx() == 256
+    answer = llm.create_completion(TOKENS[:150], max_tokens=None, logit_bias=UNENDING, temperature=0.0)
+    assert answer["usage"]["completion_tokens"] == 256 - 150
 
 
 @budgets
