@@ -18,8 +18,8 @@ from indexmem_edge import llama_cpp
 from indexmem_edge._vendor.llama_cpp._internals import LlamaModel
 from indexmem_edge.errors import IndexMemError
 from indexmem_edge.native import api, logs  # loads the library, before llama_cpp would
+from indexmem_edge.options import LOGICAL_MAX, CacheOptions
 
-LOGICAL_MAX = 1 << 21  # n_ctx of a bounded context: a length, not memory
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
 # name -> (ggml type, bytes of 32 values)
 CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
@@ -50,32 +50,25 @@ def kv_types(cache_type: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """One system under test. Budget 0 is the stock cache, which needs `n_ctx`."""
+class Setup(CacheOptions):
+    """One system under test: options of the cache, and of the context around it. Budget 0 is the stock cache, which needs
+    `n_ctx`.
+    """
 
     policy: str = UNBOUNDED
-    budget: int = 0
     n_ctx: int = 0
     flash: bool = True
     cache_type: str = F16  # of K and V, or K/V
-    sinks: int = 4
-    window: int = 128
-    seed: int = 0
     threads: int = 2
     ubatch: int = 512
-    sidecar: Path | None = None  # of the policy `indexer`
-    ratio: float = 0.0  # of the tokens seen, that are kept at most; 0: no such limit
-    memory: str = "off"
-    memory_slots: int = 0  # 0: as the sidecar says, or the default
     offload: bool = True  # the cache of a layer that is on a GPU lies there, too
-    span: int | None = None  # rotary positions that are used; None: the trained length, 0: they grow without end
 
     @property
     def label(self) -> str:
         if not self.budget:
             return "unbounded" + ("" if self.flash else ", no flash")
         memory = f", memory {self.memory}" if self.memory != "off" else ""
-        return f"{self.policy} {self.budget}" + (f", at most {self.ratio:.0%}" if self.ratio else "") + memory
+        return f"{self.policy} {self.budget}" + (f", at most {self.budget_ratio:.0%}" if self.budget_ratio else "") + memory
 
 
 class Model:
@@ -179,13 +172,7 @@ class System:
         params.type_k, params.type_v = (CACHE_TYPES[name][0] for name in kv_types(setup.cache_type))
         params.offload_kqv = params.op_offload = setup.offload
         params.no_perf = True
-        if setup.budget:
-            sidecar = str(setup.sidecar) if setup.sidecar else None
-            span = api.SPAN_TRAINED if setup.span is None else setup.span
-            api.Request(
-                setup.budget, setup.policy, setup.sinks, setup.window, 0, 0, setup.seed, setup.ratio, sidecar,
-                setup.memory, setup.memory_slots, span,
-            ).submit()  # fmt: skip
+        setup.request()
         with _quiet() as lines:
             self.ctx = llama_cpp.llama_init_from_model(model.raw.model, params)
         if not self.ctx:

@@ -12,11 +12,13 @@ copy of llama-cpp-python that runs on it.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
     BudgetError,
     BudgetExhausted,
+    CacheWarning,
     Cancelled,
     ContextError,
     DecodeError,
@@ -38,6 +40,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .llama import Llama
+    from .options import CacheOptions
     from .stats import KVStats
 
 __version__ = "0.1.0"
@@ -45,6 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "BudgetExhausted",
+    "CacheOptions",
+    "CacheWarning",
     "Cancelled",
     "ContextError",
     "DecodeError",
@@ -65,6 +70,7 @@ __all__ = [
     "SidecarError",
     "VersionError",
     "indexers",
+    "kv_bytes",
     "policies",
 ]
 
@@ -83,6 +89,20 @@ def indexers() -> dict[str, str]:
     return api.indexers()
 
 
+def kv_bytes(model_path: str | os.PathLike[str], **keywords: Any) -> int:
+    """Bytes that the cache of a model would take, computed without loading the weights.
+
+    Args:
+        model_path: the GGUF file.
+        keywords: as `Llama` takes them; n_ctx, n_ubatch, type_k and type_v count, too.
+
+    Raises what `Llama` does for options that are impossible and models that cannot be loaded.
+    """
+    from .runtime.sizes import kv_bytes as computed
+
+    return computed(model_path, keywords).total
+
+
 def __getattr__(name: str) -> Any:
     if name == "Llama":
         from .llama import Llama
@@ -92,6 +112,10 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
+    if name == "CacheOptions":
+        from .options import CacheOptions
+
+        return CacheOptions
     if name == "llama_cpp":
         from ._vendor import llama_cpp
 

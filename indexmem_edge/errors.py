@@ -101,3 +101,14 @@ class TorchMissing(IndexMemError, ImportError):
 
 class ConvertError(IndexMemError, ValueError):
     """A checkpoint or sidecar cannot be read, converted or written; the message says why and what to do."""
+
+
+class CacheWarning(UserWarning):
+    """Nothing failed, but a person would want to know: text is dropped or evaluated again, a prompt is not what it seems.
+
+    `kind` says in a word or two what it is about; kinds are those of `indexmem_edge.runtime.notices`.
+    """
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind

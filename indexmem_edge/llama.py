@@ -10,19 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
-from .errors import BudgetError, RequestError
+from .errors import BudgetError, RequestError, SidecarError
 from .files.modelfile import check_model_file
 from .native import api
 from .native.logs import collected_errors, quiet
-from .options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, bounded_keywords
-from .runtime import answers, cache, inside, prompts, requests
+from .options import SIDECAR_OFF, described, require_known, signature_of, split_keywords
+from .runtime import answers, cache, inside, requests
 from .runtime.access import Access
 from .runtime.align import align
 from .runtime.cancel import Calls, one_call
-from .runtime.creation import explain
+from .runtime.creation import base_keywords, explain, lacks_template, options_for, require_lora
+from .runtime.formats import use_format
 from .runtime.grammar import check_grammar
 from .runtime.inside import Inside
 from .runtime.kept_logits import KeptLogits
+from .runtime.notices import SIDECAR, Hook, Notices
+from .runtime.prompts import ChatPrompts
 from .runtime.tools import Tools
 from .sessions import session
 from .stats import KVStats
@@ -40,32 +43,21 @@ class Llama(inside.Base):
 
     Args:
         model_path: the GGUF file.
-        kv_budget: entries kept per KV head, protected ones included; None or 0: llama.cpp's own cache, untouched.
-        kv_budget_ratio: keep no more than this share of the tokens seen, either, nor fewer than the protected ones;
-            kv_budget remains the most that is kept, and what is allocated.
-        kv_policy: which entries leave when the budget is reached; `indexmem_edge.policies()` lists them. None: the
-            indexer with a sidecar, else streaming.
-        indexmem: a sidecar, the file with an indexer or a memory for this model (docs/sidecar.md).
-        memory: what becomes of evicted entries: "centroid" keeps them as running means in `memory_slots` slots of the
-            budget and needs no training, "residual" needs the trained weights of a sidecar, "off" forgets them. None:
-            that of the sidecar, without one off.
-        memory_slots: of the memory "centroid"; None: as the sidecar says, without one 64.
-        kv_sinks: first tokens that are never evicted.
-        kv_window: most recent tokens that are never evicted.
-        kv_pin: length of a prefix that is never evicted; "auto": the system prompt, in chat completions.
-        kv_evict_step: entries evicted at once during generation; 0: chosen from the budget.
-        kv_seed: for policies that draw numbers.
-        kv_span: number of positions that are used, however long the text gets: before new tokens would pass it, the keys
-            that are kept are rotated to smaller ones, in their order. It takes at least kv_budget + n_ubatch. None: the
-            length that the model was trained for, where its keys can be rotated; `kv_stats()` says if not. 0: positions
-            grow with the text.
+{options}
         kv_cancel: copy the KV state before a call evicts or renews positions, so that `cancel` can bring it back, and
             before an answer does, so that another can be given to the same prompt. Each takes as much memory as the
             state, from the first such call on. False: the history is evaluated again instead.
+        kv_warn: called with a `CacheWarning` when text is dropped for the first time in a conversation, when text is
+            evaluated again, and when a prompt is not what it seems. None: `warnings.warn`, once for each kind.
 
-    With a budget, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory,
-    `flash_attn` is on, and `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx`
-    tokens are kept, so `n_ctx` then defaults to the length that the model was trained for.
+    Options of the cache are refused without a budget. Threads are as many as the process may use, unless n_threads says
+    otherwise. With a budget, `n_ubatch` follows the budget (512 from 1024 on), so that the working room does not outweigh
+    it, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory, `flash_attn` is on, and
+    `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx` tokens are kept, so `n_ctx`
+    then defaults to the length that the model was trained for.
+
+    What is in messages is text, even where it is spelled like a control token; a prompt that is given as text to
+    `create_completion` is raw, as in llama_cpp.
 
     Conversations append: what a prompt shares with the cached text is not evaluated again, nor the last prompt for another
     answer. When the caller edits text that can no longer be taken out of the cache exactly, everything is evaluated again,
@@ -87,63 +79,61 @@ class Llama(inside.Base):
         self,
         model_path: PathLike,
         *,
-        kv_budget: Optional[int] = None,
-        kv_budget_ratio: Optional[float] = None,
-        kv_policy: Optional[str] = None,
-        kv_sinks: int = DEFAULT_SINKS,
-        kv_window: int = DEFAULT_WINDOW,
-        kv_pin: Union[int, str] = 0,
-        kv_evict_step: int = 0,
-        kv_seed: int = 0,
-        kv_span: Optional[int] = None,
         kv_cancel: bool = True,
-        indexmem: Optional[PathLike] = None,
-        memory: Optional[str] = None,
-        memory_slots: Optional[int] = None,
+        kv_warn: Optional[Hook] = None,
         **kwargs: Any,
     ) -> None:
-        options = CacheOptions.checked(
-            kv_budget, kv_policy, kv_sinks, kv_window, kv_pin, kv_evict_step, kv_seed, kv_budget_ratio, indexmem, memory,
-            memory_slots, kv_span,
-        )  # fmt: skip
+        asked, others = split_keywords(kwargs)
+        require_known(others, inside.MAKE.parameters)
         path = check_model_file(model_path)
+        options, found = options_for(path, asked)
+        base = {**base_keywords(others, options), "seed": _seed(others.get("seed"))}
         self.kv_options = options
         self._cache: Optional[cache.BoundedCache] = None
         self._turn = cache.Turn()
+        self._notices = Notices(kv_warn)
         self._access = Access()
         self._inside = Inside(self)
         self._kept = KeptLogits(self._inside)
         self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
-        self._tools = Tools(self._inside)
         self._one_sequence_per_token = options.bounded
         self._pieces: dict[tuple[int, bool], bytes] = {}
-        if options.bounded:
-            kwargs = bounded_keywords(kwargs)
-        seed = _seed(kwargs.get("seed"))
-        with collected_errors(kwargs.get("verbose", True)) as log:
+        refused: Optional[SidecarError] = None
+        with collected_errors(base.get("verbose", True)) as log:
             try:
                 api.require_cpu()
-                if options.bounded:
-                    options.request().submit()
-                super().__init__(path, **{**kwargs, "seed": seed})
+                options.request()
+                super().__init__(path, **base)
+                require_lora(self._inside, log)
             except (ValueError, RuntimeError, MemoryError) as error:
                 explained = explain(self._inside, options.bounded, error, path, log)
                 self.close()
                 if explained is None:
                     raise
-                raise explained from error
+                if not (isinstance(explained, SidecarError) and found.path):
+                    raise explained from error
+                refused = explained  # nobody asked for that one
             finally:
                 if options.bounded:
-                    api.Request.withdraw()
-        self._inside.seed = seed  # llama_cpp takes 0 for none
+                    api.withdraw_request()
+        if refused is not None:
+            Llama.__init__(self, path, kv_cancel=kv_cancel, kv_warn=kv_warn, **{**kwargs, "indexmem": SIDECAR_OFF})
+            self._notices.tell(SIDECAR, f"the sidecar {found.path} is not used: {refused}")
+            return
+        self._inside.seed = base["seed"]  # llama_cpp takes 0 for none
         if options.bounded:
-            self.context_params.n_ctx = kwargs["n_ctx"]
-            self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls)
+            self.context_params.n_ctx = base["n_ctx"]
+            self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls, self._notices)
         else:
             cache.make_room_unbounded(self._inside)
+        self.sidecar_where = found.where  # "" if it was named, or there is none
+        self._prompts = ChatPrompts(self._inside, options, self._notices, lacks_template(self._inside, base))
+        self._tools = Tools(self._inside, self._prompts)
         self._calls.attach(self._cache)
         self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept)
+        for problem in found.problems:
+            self._notices.tell(SIDECAR, problem)
 
     # evaluation and generation
 
@@ -167,6 +157,7 @@ class Llama(inside.Base):
         if self._cache is not None:
             self._cache.settle()
             self._cache.read(tokens)
+            self._look()
             return
         if len(tokens) > 0:
             self._kept.forget()
@@ -178,6 +169,10 @@ class Llama(inside.Base):
             except RuntimeError:
                 self._calls.check()
                 raise
+        self._look()
+
+    def _look(self) -> None:
+        self._notices.look(self._inside, self.kv_options, self._stats)
 
     @one_call
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
@@ -286,6 +281,7 @@ class Llama(inside.Base):
             super().reset()
             if not self._calls.in_progress:  # what a call resets belongs to its own prompt
                 self._turn.begin()
+            self._notices.start_over()
             self._kept.forget()
             self._kept.all_known = True
             if self._cache is not None:
@@ -363,18 +359,22 @@ class Llama(inside.Base):
             GrammarError: there is a mistake in a grammar or a schema.
         """
         call = inside.CHAT.bind(self, messages, *args, **kwargs)
+        call.apply_defaults()
         given = call.arguments
         requests.make_chat_plain(given, parts=self.chat_handler is not None)
         self._tools.warn(given, stacklevel=6)  # in the line of the application, which `one_call` is between
-        if self._cache is None:
-            return super().create_chat_completion(*call.args[1:], **call.kwargs)
-        if self.kv_options.auto_pin:
-            template = {name: given[name] for name in _TEMPLATE_ARGUMENTS if name in given}
-            prompt = prompts.chat_tokens(self._inside, given["messages"], **template)
-            self._pin_system(given["messages"], prompt, template)
+        arguments = {name: value for name, value in given.items() if name != "self"}
+        template = {name: given[name] for name in _TEMPLATE_ARGUMENTS}
+        self._prompts.check(given["messages"], **template)
+
+        def finish(prompt: Any, **sampling: Any) -> Any:
+            if isinstance(prompt, list):
+                self._pin_system(given["messages"], prompt, template)
+            return self.create_completion(prompt, **sampling)
+
         self._aligning = True
         try:
-            return super().create_chat_completion(*call.args[1:], **call.kwargs)
+            return self._prompts.run(finish=finish, **arguments)
         finally:
             self._aligning = False
 
@@ -388,27 +388,47 @@ class Llama(inside.Base):
         messages = requests.plain_messages(messages, parts=False)
         if not messages:
             raise RequestError("there are no messages to read: the last one of them is the one that is still open")
-        prompt = prompts.open_prefix(self._inside, messages)
+        prompt = self._prompts.open_prefix(messages)
         if prompt is None:
             return 0
         if self._cache is not None:
-            if self.kv_options.auto_pin:
-                self._pin_system(messages, prompt, {})
+            self._pin_system(messages, prompt, {})
             prompt = self._align(prompt)
         return self.prefill(prompt, progress)
 
-    def _pin_system(self, messages: Any, prompt: Optional[list[int]], template: dict[str, Any]) -> None:
-        assert self._cache is not None
-        pin = 0 if prompt is None else prompts.system_prefix(self._inside, messages, prompt, **template)
+    def rehearse(self, system: Optional[str] = None) -> None:
+        """Says what would be wrong with a chat that has not begun: no chat template, no room for the system prompt, ...
+
+        Raises:
+            BudgetError: with kv_pin="auto", the system prompt is too long for the budget.
+        """
+        with self._access.alone():
+            self._prompts.rehearse(system)
+
+    def use_chat_format(self, name_or_file: str) -> None:
+        """Has messages written in another format: one that llama_cpp knows by name, or the Jinja template in a file.
+
+        Raises:
+            ModelFileError: it is neither; the message lists the names.
+        """
+        with self._access.alone():
+            use_format(self._inside, name_or_file)
+
+    def _pin_system(self, messages: Any, prompt: list[int], template: dict[str, Any]) -> None:
+        if self._cache is None or not self.kv_options.auto_pin:
+            return
+        pin = self._prompts.system_prefix(messages, prompt, **template)
         self.kv_options.require_room(pin, "the system prompt of")
         self._cache.wanted_pin = pin
 
     def _align(self, prompt: list[int]) -> list[int]:
+        """Where the text is the same. A control token is not: what a person wrote can be spelled like one."""
+        control = self._prompts.control.spelled
         return align(
             self._inside.history,
             prompt,
-            piece=lambda token: self._piece(token, True),
-            tokenize=lambda text: self.tokenize(text, add_bos=False, special=True),
+            piece=lambda token: control.get(token) or self._piece(token, True),
+            tokenize=lambda text: self.tokenize(text, add_bos=False, special=False),
         )
 
     def _piece(self, token: int, special: bool) -> bytes:
@@ -436,7 +456,19 @@ class Llama(inside.Base):
     def kv_stats(self) -> KVStats:
         """What the cache has seen, kept, dropped and evaluated again, and what it costs."""
         with self._access.between():
-            return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self._inside, self._turn)
+            return self._stats()
+
+    def _stats(self) -> KVStats:
+        return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self._inside, self._turn)
+
+    @property
+    def kv_warn(self) -> Optional[Hook]:
+        """What is called with warnings about the cache; None: `warnings.warn`, once for each kind."""
+        return self._notices.hook
+
+    @kv_warn.setter
+    def kv_warn(self, hook: Optional[Hook]) -> None:
+        self._notices.hook = hook
 
     def kv_snapshot(self, rotary: bool = False) -> dict[int, list[npt.NDArray[np.int32]]]:
         """Positions in the text that are held now: for each layer with a cache, one ascending array per KV head.
@@ -489,7 +521,9 @@ class Llama(inside.Base):
         """
         with self._access.alone():
             self._calls.overtake()
-            return session.load(self._talk, path)
+            extra = session.load(self._talk, path)
+            self._notices.start_over(self._stats().rebases)
+            return extra
 
     def save_state(self) -> Any:
         """See `llama_cpp.Llama.save_state`."""
@@ -561,3 +595,7 @@ def _seed(given: Optional[int]) -> int:
     if given is not None and given % (1 << 32) != inside.DEFAULT_SEED:
         return given
     return int.from_bytes(os.urandom(4), "little") % inside.DEFAULT_SEED
+
+
+Llama.__doc__ = str(Llama.__doc__).replace("{options}", described())
+Llama.__init__.__signature__ = signature_of(Llama.__init__, inside.Base.__init__)  # type: ignore[attr-defined]

@@ -1,31 +1,70 @@
-"""The options of the bounded cache: their defaults, and what is wrong with a combination of them."""
+"""The options of the bounded cache: the one list of them, their defaults, and what is wrong with a combination.
+
+`CacheOptions` is that list. What else has to know an option takes it from there: the keywords of `Llama`, what the native
+library is asked for, the flags of the command line, the benchmarks. docs/design.md says how to add one.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import operator
 import os
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Optional, Union
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional, Union
 
 from .errors import BudgetError, PolicyError
 from .files.modelfile import check_sidecar_file
-from .runtime.choice import DEFAULT_POLICY, MEMORY_OFF, choose_memory, choose_policy, sidecar_kinds
-
-if TYPE_CHECKING:
-    from .native.api import Request
+from .runtime.choice import (
+    DEFAULT_MEMORY_SLOTS,
+    DEFAULT_POLICY,
+    INDEXER_POLICY,
+    MEMORY_OFF,
+    choose_memory,
+    choose_policy,
+    sidecar_kinds,
+)
 
 DEFAULT_BUDGET = 1024  # of the command line; Llama itself is unbounded unless told otherwise
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
 PIN_AUTO = "auto"
+SIDECAR_OFF = "off"
 LOGICAL_MAX = 1 << 21  # default n_ctx with a budget: a limit on positions, not on memory
+DEFAULT_UBATCH = 512
 
 _MAX_COUNT = (1 << 31) - 1
+_LEAST_UBATCH = 32
+_SLOTS_PAD = 256  # N_KV_PAD: slots come in multiples of it
+
+PathLike = Union[str, "os.PathLike[str]"]
 
 
 def minimum_budget(sinks: int, pin: int, window: int, memory_slots: int = 0) -> int:
     """The smallest budget that protects these, has slots for a memory, and still has something to evict."""
     return max(sinks, pin) + window + memory_slots + 1
+
+
+def default_ubatch(budget: int) -> int:
+    """Tokens evaluated at once with a budget: they take working room, so not much more than half of it, a power of two.
+
+    Slots come in multiples of 256, so a ubatch that fits into what that leaves costs nothing. Without a budget 512.
+    """
+    if budget <= 0:
+        return DEFAULT_UBATCH
+    n = _LEAST_UBATCH
+    while n < DEFAULT_UBATCH and (2 * n <= budget // 2 or _padded(budget + 2 * n) == _padded(budget + n)):
+        n *= 2
+    return n
+
+
+def _padded(n: int) -> int:
+    return -(-n // _SLOTS_PAD) * _SLOTS_PAD
+
+
+# what a value has to be; each takes the option's keyword and the value, and returns the value that is meant
 
 
 def _count(name: str, value: Any, largest: int = _MAX_COUNT) -> int:
@@ -38,6 +77,36 @@ def _count(name: str, value: Any, largest: int = _MAX_COUNT) -> int:
     if not 0 <= number <= largest:
         raise BudgetError(f"{name} must be from 0 to {largest}, found {number}")
     return number
+
+
+def _seed(name: str, value: Any) -> int:
+    return _count(name, value, (1 << 64) - 1)
+
+
+def _slots(name: str, value: Any) -> int:
+    if _count(name, value) == 0:
+        raise BudgetError(f"{name} must be at least 1, found 0: memory 'off' is none")
+    return int(value)
+
+
+def _pin(name: str, value: Any) -> Union[int, str]:
+    if isinstance(value, str):
+        if value == PIN_AUTO:
+            return value
+        if not (value.isascii() and value.isdigit()):
+            raise BudgetError(f'{name} must be a number of tokens or "{PIN_AUTO}", found {value!r}')
+        value = int(value)
+    return _count(name, value)
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BudgetError(f"{name} must be a name, found {value!r}")
+    return value
+
+
+def _sidecar(name: str, value: Any) -> Optional[str]:
+    return None if value == SIDECAR_OFF else check_sidecar_file(value)
 
 
 def check_share(name: str, value: Any) -> float:
@@ -54,81 +123,128 @@ def check_share(name: str, value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class CacheOptions:
-    """What the user asked of the KV cache. `budget` 0 means unbounded: llama.cpp's own cache."""
+class Option:
+    """What there is to know of one option, beside the default."""
 
-    budget: int = 0
-    policy: str = DEFAULT_POLICY
-    sinks: int = DEFAULT_SINKS
-    window: int = DEFAULT_WINDOW
-    pin: Union[int, str] = 0
-    evict_step: int = 0
-    seed: int = 0
-    budget_ratio: Optional[float] = None  # of the tokens seen
-    sidecar: Optional[str] = None
-    memory: str = MEMORY_OFF
-    memory_slots: int = 0  # 0: none, or as the sidecar says
-    span: Optional[int] = None  # positions that are used; None: as many as the model was trained for, 0: they grow
+    keyword: str  # of `Llama`
+    help: str  # for the command line and for the docstring of `Llama`
+    check: Callable[[str, Any], Any]
+    kind: Any = int  # of a value on the command line
+    takes: Any = int  # of the keyword, beside None
+    least: Optional[int] = None  # on the command line
+    shown: Optional[str] = None  # as the default, where that is not a value
+    metavar: Optional[str] = None
+    of_state: bool = False  # whether a KV state can only go on with the same value
+    nothing: Any = None  # a value that asks for nothing, and so needs no budget
+
+    @property
+    def flag(self) -> str:
+        """Of the command line."""
+        return "--" + self.keyword.replace("_", "-")
+
+
+def _option(default: Any, keyword: str, help: str, check: Callable[[str, Any], Any], **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(keyword, help, check, **more)})
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is asked of the KV cache. `budget` 0 means unbounded: llama.cpp's own cache.
+
+    The fields are named as in the native library (indexmem_params), which is filled from them. `from_keywords` is how one
+    is made of what a person gave; by itself the class checks nothing.
+    """
+
+    budget: int = _option(
+        0, "kv_budget",
+        "Entries that each KV head keeps, however long the text gets. 0: llama.cpp's own cache, unbounded.",
+        _count, least=0, of_state=True,
+    )  # fmt: skip
+    budget_ratio: Optional[float] = _option(
+        None, "kv_budget_ratio",
+        "Keep no more than this share of the tokens seen, either (0.25: a quarter of them), nor fewer than the protected "
+        "ones; the budget remains the most that is kept.",
+        check_share, kind=float, takes=float,
+    )  # fmt: skip
+    sidecar: Optional[str] = _option(
+        None, "indexmem",
+        "Sidecar with an indexer or a memory for the model; `indexmem inspect` shows what is in it. `off`: none.",
+        _sidecar, kind=str, takes=PathLike, metavar="FILE", nothing=SIDECAR_OFF,
+        shown="one for this model that lies beside it or comes with this package",
+    )  # fmt: skip
+    memory: str = _option(
+        MEMORY_OFF, "memory",
+        "What becomes of evicted entries: `centroid` keeps running means of them and needs no training, `residual` needs a "
+        "trained sidecar, `off` forgets them.",
+        _name, kind=str, takes=str, of_state=True, nothing=MEMORY_OFF,
+        shown=f"that of the sidecar, without one {MEMORY_OFF}",
+    )  # fmt: skip
+    memory_slots: int = _option(  # 0: none, or as the sidecar says
+        0, "memory_slots", "Slots of the memory `centroid` per KV head, out of the budget.", _slots, least=1,
+        shown=f"that of the sidecar, without one {DEFAULT_MEMORY_SLOTS}",
+    )  # fmt: skip
+    policy: str = _option(
+        DEFAULT_POLICY, "kv_policy",
+        "Who is evicted when the budget is reached; `indexmem doctor` lists the policies.",
+        _name, kind=str, takes=str, of_state=True,
+        shown=f"{INDEXER_POLICY} with a sidecar that has one, else {DEFAULT_POLICY}",
+    )  # fmt: skip
+    sinks: int = _option(
+        DEFAULT_SINKS, "kv_sinks", "First tokens, which are never evicted.", _count, least=0, of_state=True
+    )
+    window: int = _option(
+        DEFAULT_WINDOW, "kv_window", "Most recent tokens, which are never evicted.", _count, least=0, of_state=True
+    )
+    pin: Union[int, str] = _option(
+        PIN_AUTO, "kv_pin", "Tokens of a prefix that is never evicted; `auto`: the system prompt of a chat.", _pin,
+        kind=str, takes=Union[int, str],
+    )  # fmt: skip
+    evict_step: int = _option(
+        0, "kv_evict_step", "Entries evicted at once while an answer is generated.", _count, least=0, of_state=True,
+        shown="chosen from the budget",
+    )  # fmt: skip
+    seed: int = _option(0, "kv_seed", "Of policies that draw numbers.", _seed, least=0, of_state=True)
+    span: Optional[int] = _option(  # None: as many as the model was trained for
+        None, "kv_span",
+        "Positions that are used: what is kept gets new ones, in its order, before the text passes them. At least the budget "
+        "and the ubatch. 0: positions grow with the text.",
+        _count, least=0, nothing=0, shown="the length the model was trained for",
+    )  # fmt: skip
 
     @classmethod
-    def checked(
-        cls,
-        budget: Optional[int],
-        policy: Optional[str],
-        sinks: int,
-        window: int,
-        pin: Union[int, str],
-        evict_step: int,
-        seed: int,
-        budget_ratio: Optional[float] = None,
-        sidecar: Union[str, os.PathLike[str], None] = None,
-        memory: Optional[str] = None,
-        memory_slots: Optional[int] = None,
-        span: Optional[int] = None,
-    ) -> CacheOptions:
-        """Validates what does not depend on the model.
+    def from_keywords(cls, given: Mapping[str, Any]) -> CacheOptions:
+        """What keywords of `Llama` come to. Those that are None, or not there, are not given.
+
+        Validates what does not depend on the model.
 
         Raises:
-            BudgetError: a value is out of range, or the budget is too small; the message names the minimum.
+            BudgetError: a value is out of range, there is none such, it needs a budget, or the budget is too small; the
+                message names the minimum.
             PolicyError: no such policy (the message lists them), or one that contradicts the sidecar.
             SidecarError: the sidecar is not there, or not a GGUF file.
             LatentMemoryError: no such memory (the message lists them), or not without trained weights.
         """
-        size = 0 if budget is None else _count("kv_budget", budget)
-        if size == 0:
-            asked = {
-                "a sidecar (indexmem)": sidecar is not None, "kv_budget_ratio": budget_ratio is not None,
-                "a latent memory (memory)": memory not in (None, MEMORY_OFF), "memory_slots": memory_slots is not None,
-                "kv_span": span not in (None, 0),
-            }  # fmt: skip
-            for name, given in asked.items():
-                if given:
-                    raise BudgetError(f"{name} needs a bounded KV cache: give a kv_budget, or leave it out")
+        keywords = {option.keyword for option in OPTIONS.values()}
+        require_known([name for name in given if name not in keywords], ())
+        asked = {
+            name: option.check(option.keyword, given[option.keyword])
+            for name, option in OPTIONS.items()
+            if given.get(option.keyword) is not None
+        }
+        if not asked.get("budget"):
+            for name, option in OPTIONS.items():
+                if name in asked and name != "budget" and given[option.keyword] != option.nothing:
+                    raise BudgetError(
+                        f"{option.keyword} needs a bounded KV cache: give a kv_budget ({OPTIONS['budget'].flag}), or leave "
+                        f"{option.keyword} out"
+                    )
             return cls()
-        path = None if sidecar is None else check_sidecar_file(sidecar)
-        if isinstance(pin, str) and pin != PIN_AUTO:
-            raise BudgetError(f'kv_pin must be a number of tokens or "{PIN_AUTO}", found {pin!r}')
-        fixed_pin = PIN_AUTO if pin == PIN_AUTO else _count("kv_pin", pin)
         from .native import api  # here, because it loads the library: --help needs only the defaults
 
-        kinds = sidecar_kinds(path)
-        if memory_slots is not None and _count("memory_slots", memory_slots) == 0:
-            raise BudgetError("memory_slots must be at least 1, found 0: memory 'off' is none")
-        kind, slots = choose_memory(memory, memory_slots, kinds, api.memories())
-        options = cls(
-            budget=size,
-            policy=choose_policy(policy, kind, path, kinds),
-            sinks=_count("kv_sinks", sinks),
-            window=_count("kv_window", window),
-            pin=fixed_pin,
-            evict_step=_count("kv_evict_step", evict_step),
-            seed=_count("kv_seed", seed, (1 << 64) - 1),
-            budget_ratio=None if budget_ratio is None else check_share("kv_budget_ratio", budget_ratio),
-            sidecar=path,
-            memory=kind,
-            memory_slots=slots,
-            span=None if span is None else _count("kv_span", span),
-        )
+        kinds = sidecar_kinds(asked.get("sidecar"))
+        memory, slots = choose_memory(asked.get("memory"), asked.get("memory_slots"), kinds, api.memories())
+        policy = choose_policy(asked.get("policy"), memory, asked.get("sidecar"), kinds)
+        options = cls(**{**asked, "memory": memory, "memory_slots": slots, "policy": policy})
         options.require_room(options.fixed_pin, "kv_pin")
         known = api.policies()
         if options.policy not in known:
@@ -161,42 +277,79 @@ class CacheOptions:
                 f"to {least} or more, or lower the others"
             )
 
-    def request(self) -> Request:
-        """The same, as the native library takes it."""
-        from .native.api import SPAN_TRAINED, Request
+    def request(self) -> None:
+        """Asks the native library that the next context of this thread have this cache; one without a budget asks nothing."""
+        if self.bounded:
+            from .native import api
 
-        return Request(
-            self.budget,
-            self.policy,
-            self.sinks,
-            self.window,
-            self.fixed_pin,
-            self.evict_step,
-            self.seed,
-            self.budget_ratio or 0.0,
-            self.sidecar,
-            self.memory,
-            self.memory_slots,
-            SPAN_TRAINED if self.span is None else self.span,
-        )
+            values = {name: getattr(self, name) for name in OPTIONS}
+            api.request_context(**{**values, "pin": self.fixed_pin})
 
     def keywords(self) -> dict[str, Any]:
         """The same as keyword arguments of `Llama`."""
-        values = asdict(self)
-        own = {"indexmem": values.pop("sidecar"), "memory": values.pop("memory")}
-        own["memory_slots"] = values.pop("memory_slots") or None
-        return {**own, **{f"kv_{name}": value for name, value in values.items()}}
+        if not self.bounded:
+            return {}
+        values = {option.keyword: getattr(self, name) for name, option in OPTIONS.items()}
+        return {**values, "indexmem": self.sidecar or SIDECAR_OFF, "memory_slots": self.memory_slots or None}
 
     def fixed_for_state(self) -> dict[str, Any]:
-        """What must be equal to continue a KV state: all but the ratio, the span, and the sidecar, which goes by content.
+        """What must be equal to continue a KV state, by keyword.
 
-        The number of memory slots is the cache's to say, and whether it needs a span the state's.
+        The sidecar goes by its content, the number of memory slots is the cache's to say, whether a span is needed the
+        state's, which has its own pinned prefix, too.
         """
-        free = ("indexmem", "kv_budget_ratio", "kv_span", "memory_slots")
-        return {name: value for name, value in self.keywords().items() if name not in free}
+        return {option.keyword: getattr(self, name) for name, option in OPTIONS.items() if option.of_state}
 
 
-def bounded_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(CacheOptions)}  # by the name of the field
+
+
+def split_keywords(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of `Llama`: those of the cache, and the others."""
+    ours = {option.keyword for option in OPTIONS.values()}
+    return {k: v for k, v in kwargs.items() if k in ours}, {k: v for k, v in kwargs.items() if k not in ours}
+
+
+def require_known(names: Collection[str], others: Collection[str]) -> None:
+    """Raises BudgetError for a keyword that was meant to be one of the cache's, and is none.
+
+    Such are all that begin with `kv_`, or are nearly spelled like one of ours. `others` are llama_cpp's, which takes any
+    further keyword without a word.
+    """
+    ours = [*(option.keyword for option in OPTIONS.values()), "kv_cancel", "kv_warn"]
+    for name in names:
+        if name in others:
+            continue
+        near = difflib.get_close_matches(name, ours, 1, 0.8)
+        if near or name.startswith("kv_"):
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(ours))}"
+            raise BudgetError(f"unknown option {name} of the KV cache: {meant}")
+
+
+def signature_of(method: Callable[..., Any], base: Callable[..., Any]) -> inspect.Signature:
+    """That of a method that takes the options of the cache, and keywords of `base`, among its own `**kwargs`."""
+    own = list(inspect.signature(method).parameters.values())
+    named = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    only = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(option.keyword, only, default=None, annotation=Optional[option.takes])
+        for option in OPTIONS.values()
+    ]
+    known = {p.name for p in (*named, *options)}
+    others = [p for p in inspect.signature(base).parameters.values() if p.name not in known]
+    return inspect.Signature([*named, *options, *others])
+
+
+def described(indent: str = " " * 8) -> str:
+    """The options as lines of a docstring."""
+    lines = []
+    for name, option in OPTIONS.items():
+        default = option.shown or getattr(CacheOptions, name)
+        lines.append(f"{indent}{option.keyword}: {option.help}" + ("" if name == "budget" else f" Default: {default}."))
+    return "\n".join(lines)
+
+
+def bounded_keywords(kwargs: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """Keyword arguments of `llama_cpp.Llama`, with what a bounded cache needs.
 
     Raises:
@@ -208,7 +361,9 @@ def bounded_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
         raise BudgetError("draft_model cannot be combined with kv_budget: rejected drafts cannot be taken out again")
     if kwargs.get("flash_attn") is not None and not kwargs["flash_attn"]:
         raise BudgetError("flash_attn=False cannot be combined with kv_budget: leave flash_attn out")
-    n_ctx = kwargs.get("n_ctx")
+    n_ctx, n_ubatch = kwargs.get("n_ctx"), kwargs.get("n_ubatch")
     if n_ctx is None:
         n_ctx = 0 if kwargs.get("logits_all") else LOGICAL_MAX
-    return {**kwargs, "flash_attn": True, "n_ctx": n_ctx}
+    if n_ubatch is None:
+        n_ubatch = default_ubatch(budget)
+    return {**kwargs, "flash_attn": True, "n_ctx": n_ctx, "n_ubatch": n_ubatch}

@@ -12,36 +12,34 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from indexmem_edge.cli.options import cache_option
 from indexmem_edge.cli.terminal import printable
 from indexmem_edge.errors import IndexMemError
+from indexmem_edge.options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW
 
 MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
-BUDGET = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps.")
-POLICY = typer.Option(
-    None,
-    "--kv-policy",
-    "--policy",
-    help="Who is evicted.",
-    show_default="indexer with a sidecar, else streaming",
-)
+
+
+def _cache(name: str, default: Any = None, *names: str) -> Any:
+    """The option of a field of CacheOptions, as the default value of an argument."""
+    option = cache_option(name, default, *names)
+    option.param_decls, option.default = (option.default, *option.param_decls), default
+    return option
+
+
+BUDGET = _cache("budget", DEFAULT_BUDGET, "-b", "--kv-budget")
+POLICY = _cache("policy", None, "--kv-policy", "--policy")
 INDEXMEM = typer.Option(
     None, "--indexmem", metavar="FILE", help="Sidecar with an indexer trained for the model.", show_default=False
 )
 INDEXMEMS = typer.Option(
     None, "--indexmem", metavar="FILE", help="Sidecar of the model; can be given several times.", show_default=False
 )
-MEMORY = typer.Option(
-    None,
-    "--memory",
-    help="Latent memory: centroid, residual or off.",
-    show_default="that of the sidecar, without one off",
-)
-SLOTS = typer.Option(None, "--memory-slots", min=1, help="Slots of the memory centroid.", show_default=False)
-RATIO = typer.Option(
-    None, "--kv-budget-ratio", help="Keep no more than this share of the tokens seen, either.", show_default=False
-)
-SINKS = typer.Option(4, "--kv-sinks", help="First tokens that always stay.")
-WINDOW = typer.Option(128, "--kv-window", help="Most recent tokens that always stay.")
+MEMORY = _cache("memory")
+SLOTS = _cache("memory_slots")
+RATIO = _cache("budget_ratio")
+SINKS = _cache("sinks", DEFAULT_SINKS)
+WINDOW = _cache("window", DEFAULT_WINDOW)
 TYPE = typer.Option("f16", "--cache-type", help="Type of the entries: f32, f16, q8_0 or q4_0; K/V for two.")
 THREADS = typer.Option(2, "-t", "--threads", help="CPU threads.")
 GPU = typer.Option(None, "-ngl", "--gpu-layers", help="Layers on the GPU, in a build that has one.", show_default="all")
@@ -152,8 +150,8 @@ def setup_of(
         threads=threads,
         ubatch=ubatch,
         seed=seed,
-        sidecar=indexmem,
-        ratio=0.0 if ratio is None else check_share("--kv-budget-ratio", ratio),
+        sidecar=sidecar,
+        budget_ratio=None if ratio is None else check_share("--kv-budget-ratio", ratio),
         memory=memory,
         memory_slots=n_slots,
     )

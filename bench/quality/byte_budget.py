@@ -143,7 +143,7 @@ class Budgets:
     def _full(self, context_tokens: int, cache_type: str) -> int:
         """K and V of so many tokens, windows and recurrent states: these as they are beside a bounded cache."""
         if cache_type not in self._others:
-            small = Setup("streaming", budget=256, ubatch=32, cache_type=cache_type, threads=self.base.threads)
+            small = Setup(policy="streaming", budget=256, ubatch=32, cache_type=cache_type, threads=self.base.threads)
             others = 0
             if self.model.has_fixed():
                 with System(self.model, small) as system:

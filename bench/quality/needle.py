@@ -142,8 +142,8 @@ def run_needle(
         f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {seed} text {haystack.essay.identity} {haystack.words.source}"
     )
-    if base.ratio:
-        settings += f" at most {base.ratio:g} of the tokens seen"
+    if base.budget_ratio:
+        settings += f" at most {base.budget_ratio:g} of the tokens seen"
     log = Log(out / "needle.rows.jsonl", settings, grid.sidecars)
     report = Report(
         TASK,
@@ -160,7 +160,7 @@ def run_needle(
             text=text.name if text else "sentences made up on the spot",
             memories=list(grid.memories),
             sidecars=grid.sidecars.describe() or None,
-            budget_ratio=base.ratio or None,
+            budget_ratio=base.budget_ratio,
         ),
     )
     jobs = list(grid.jobs())

@@ -193,8 +193,8 @@ def run_quality(
         f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {base.seed} budgets in {plan.budget_in}"
     )
-    if base.ratio:
-        settings += f" at most {base.ratio:g} of the tokens seen"
+    if base.budget_ratio:
+        settings += f" at most {base.budget_ratio:g} of the tokens seen"
     if plan.made:
         settings += f" samples {plan.made}"
     runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed, seconds)
@@ -224,7 +224,7 @@ def run_quality(
             memory_slots="min(64 or as asked, budget / 4 in whole eights), part of the budget",
             cache_types=list(plan.cache_types),
             sidecars=plan.sidecars.describe() or None,
-            budget_ratio=base.ratio or None,
+            budget_ratio=base.budget_ratio,
             text=plan.book.name if plan.book else None,
         ),
     )

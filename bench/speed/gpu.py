@@ -77,7 +77,7 @@ def placements(model: Model) -> list[Placement]:
 
 def systems(threads: int) -> list[Setup]:
     """The first is the stock cache, which says how much of a difference is the arithmetic of the model itself."""
-    base = Setup("streaming", BUDGET, window=64, threads=threads, ubatch=256)
+    base = Setup(policy="streaming", budget=BUDGET, window=64, threads=threads, ubatch=256)
     stock = Setup(n_ctx=PREFILL + DECODE, threads=threads, ubatch=256)
     policies = [name for name in api.policies() if name not in ("full", "indexer")]
     return [
@@ -234,7 +234,7 @@ def speed(
     loaded = Model(path)
     for wanted in systems.split(","):
         policy, _, memory = wanted.partition("/")
-        setup = Setup(policy, kv_budget, threads=threads, memory=memory or "off")
+        setup = Setup(policy=policy, budget=kv_budget, threads=threads, memory=memory or "off")
         name = "-".join(["cuda-speed", geometry or "demo", policy, *([memory] if memory not in ("", "off") else [])])
         print(f"speed: {name}", flush=True)
         report = speed_bench.run_speed(

@@ -96,7 +96,7 @@ def run_speed(
         ),
     )
     corpus = model.tokens(read_text(text))
-    stock = replace(base, policy=UNBOUNDED, budget=0, sidecar=None, ratio=0.0, memory="off", memory_slots=0)
+    stock = replace(base, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
 
     def save() -> None:
         report.verdicts = verdicts(report)

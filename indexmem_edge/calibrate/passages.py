@@ -42,13 +42,13 @@ class _Context:
         with collected_errors(False) as log:
             try:
                 if options is not None:
-                    options.request().submit()
+                    options.request()
                 self._ctx = llama_lib.llama_init_from_model(model, params)
                 if not self._ctx:
                     why = f"cannot create a context of {n_ctx:,} tokens: {reason(log) or 'is there enough memory?'}"
                     raise ContextError(why) if options is None else api.failure(why, ContextError)
             finally:
-                api.Request.withdraw()
+                api.withdraw_request()
 
     def close(self) -> None:
         with collected_errors(False):

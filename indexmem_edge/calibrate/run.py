@@ -134,9 +134,11 @@ def calibrate_memory(
     source = files.open_source(name, indexmem, fingerprint)
     _check_memory(memory, source.checkpoint)
     ranks = source.checkpoint.kind != "none" and kv_policy in (None, INDEXER_POLICY)
-    options = CacheOptions.checked(  # with the positions of the text: what is kept is compared with the whole of it
-        kv_budget, kv_policy, kv_sinks, kv_window, 0, 0, 0, None, indexmem if ranks else None, MEMORY_OFF, span=0
-    )
+    asked: dict[str, Any] = {} if kv_budget == 0 else {  # span: what is kept is compared with the whole of the text
+        "kv_budget": kv_budget, "kv_policy": kv_policy, "kv_sinks": kv_sinks, "kv_window": kv_window, "kv_pin": 0,
+        "indexmem": indexmem if ranks else None, "memory": MEMORY_OFF, "kv_span": 0,
+    }  # fmt: skip
+    options = CacheOptions.from_keywords(asked)
     exact = _exact(options, slots if memory == "centroid" else 0)
     contents = [read_text(text) for text in names]
     least = (options.budget // n_ubatch + 2) * n_ubatch  # then all rows of a ubatch see that something has left

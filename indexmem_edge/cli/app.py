@@ -68,6 +68,7 @@ def chat(options: RunOptions) -> None:
 
     firststart.require_trial(options.model)
     llm = options.load()
+    options.rehearse(llm)
     status = Chat(llm, options).run()
     llm.close()
     raise typer.Exit(status)
@@ -87,6 +88,10 @@ def generate(
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Take the text as a message and answer it (implied by --system).")
     ] = False,
+    special: Annotated[
+        bool,
+        typer.Option("--special", help="Control tokens in the text, such as <|im_end|>, are control tokens and not text."),
+    ] = False,
 ) -> None:
     """Continue a text, or answer one message, and exit.
 
@@ -105,9 +110,11 @@ def generate(
     if as_chat or options.system is not None:
         system = [{"role": "system", "content": options.system}] if options.system is not None else []
         messages = [*system, {"role": "user", "content": text}]
+        options.rehearse(llm)
         chunks = llm.create_chat_completion(messages, stream=True, **options.sampling())
     else:
-        chunks = llm.create_completion(text, stream=True, **options.sampling())
+        tokens = llm.tokenize(text.encode(), special=special)
+        chunks = llm.create_completion(tokens, stream=True, **options.sampling())
     written, finish = [], None
     for chunk in chunks:
         choice = chunk["choices"][0]
@@ -118,7 +125,7 @@ def generate(
             print(piece, end="", flush=True)
     stats = llm.kv_stats()
     if options.as_json:
-        print(json.dumps({"text": "".join(written), "finish_reason": finish, "stats": stats.to_dict()}))
+        print(json.dumps({"text": "".join(written), "finish_reason": finish, **options.cut_by(finish, stats), "stats": stats.to_dict()}))
     else:
         print(flush=True)
         print(stats, file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from typing_extensions import Annotated
 
 from ..models.demo import demo_model
+from ..native.processors import usable_processors
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
 from .options import one_line_errors
@@ -122,7 +122,7 @@ def calibrate_memory(
                 n_ctx=ctx_size,
                 n_ubatch=ubatch_size,
                 n_passages=passages,
-                n_threads=threads or os.cpu_count(),
+                n_threads=threads or usable_processors(),
                 fingerprint=not no_fingerprint,
                 force=force,
                 progress=progress,

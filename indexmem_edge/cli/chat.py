@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from ..errors import Cancelled, IndexMemError, SessionError
+from ..errors import CacheWarning, Cancelled, IndexMemError, SessionError
 from ..files.textfile import read_text
 from ..llama import Llama
 from ..sessions import file as sessionfile
-from ..stats import KVStats
 from .interrupt import ctrl_c_cancels
 from .options import RunOptions, describe
 from .terminal import LEAVE, ProgressBar, Terminal
@@ -39,10 +38,8 @@ class Chat:
         self._terminal = Terminal(options.as_json)
         self._messages: list[Message] = []
         self._document = ""  # read, but not asked about yet: the beginning of the next message
-        self._told_evicted = self._told_renewed = False
-        self._told: set[str] = set()
-        self._rebases = 0  # of a loaded conversation, before it was loaded
-        self._reevaluated = 0
+        self._warnings: list[CacheWarning] = []  # said after the answer
+        llm.kv_warn = self._warnings.append
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/stats": self._stats,
@@ -120,7 +117,7 @@ class Chat:
         if finish == "stopped":
             self._terminal.note("stopped")
         elif finish == "length":
-            self._terminal.note(f"the answer was cut at {self._options.predict} tokens: -n sets another limit")
+            self._terminal.note(self._options.why_cut(self._llm.kv_stats()))
         self._account("".join(text), finish, time.perf_counter() - first if first else 0.0)
 
     def _chunks(self, messages: list[Message]) -> Iterator[Any]:
@@ -135,40 +132,16 @@ class Chat:
         stats = self._llm.kv_stats()
         speed = stats.turn_generated / seconds if seconds > 0 else 0.0
         if self._options.as_json:
-            answer = {"answer": text, "finish_reason": finish, "tokens_per_second": round(speed, 2)}
+            answer = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats), "tokens_per_second": round(speed, 2)}
             self._terminal.write(json.dumps({**answer, "stats": stats.to_dict()}))
-        self._tell(stats)
+        self._tell()
         self._terminal.footer(stats.line() + (f" · {speed:.0f} tok/s" if speed else ""))
 
-    def _tell(self, stats: KVStats) -> None:
+    def _tell(self) -> None:
         """Nothing is dropped silently."""
-        if stats.evicted > 0 and not self._told_evicted:
-            self._told_evicted = True
-            first = max(stats.sinks, stats.pin)
-            ratio = self._llm.kv_options.budget_ratio
-            reached = f"the KV budget of {stats.budget:,} is reached"
-            if ratio is not None and stats.budget_now < stats.budget:
-                reached = f"the KV cache keeps a share of {ratio:g} of the text, at most {stats.budget:,} entries"
-            self._terminal.note(
-                f"{reached}: from now on the policy `{stats.policy}` drops entries"
-                + (f", and the memory `{stats.memory}` takes them up. " if stats.remembers else ". ")
-                + f"The first {first:,} and the last {stats.window:,} tokens always stay; /stats counts the rest"
-            )
-        if stats.rebases > self._rebases and not self._told_renewed:
-            self._told_renewed = True
-            self._terminal.note(
-                f"position {stats.span:,} has been reached: what is kept gets new positions, in its order but closer "
-                "together, so that all stay below that. /stats counts how often"
-            )
-        if stats.reevaluated > self._reevaluated:
-            n = stats.reevaluated - self._reevaluated
-            self._terminal.note(f"{n:,} cached tokens had to be evaluated again: {stats.reevaluated_reason}")
-            self._reevaluated = stats.reevaluated
-        for warning in stats.warnings:
-            kind = warning.partition(" is ")[2]  # once, not again for every position
-            if kind not in self._told:
-                self._told.add(kind)
-                self._terminal.note(warning)
+        for warning in self._warnings:
+            self._terminal.note(str(warning))
+        self._warnings.clear()
 
     # commands
 
@@ -176,9 +149,6 @@ class Chat:
         system = self._options.system
         self._messages = [{"role": "system", "content": system}] if system is not None else []
         self._document = ""
-        self._told_evicted = self._told_renewed = False
-        self._told.clear()
-        self._rebases = 0
 
     def _stats(self, _: str) -> None:
         stats = self._llm.kv_stats()
@@ -202,7 +172,6 @@ class Chat:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
         self._llm.load_session(path)
         self._start_over()
-        self._rebases = self._llm.kv_stats().rebases
         self._messages, self._document = messages, str(extra.get("document") or "")
         self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(messages)} messages")
         if messages and messages[-1]["role"] == "assistant":
@@ -226,7 +195,7 @@ class Chat:
         seconds = time.perf_counter() - started
         self._terminal.note(f"read {n:,} tokens in {seconds:.1f} s; now ask about them")
         stats = self._llm.kv_stats()
-        self._tell(stats)
+        self._tell()
         self._terminal.footer(stats.line())
 
 

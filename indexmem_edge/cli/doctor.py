@@ -16,7 +16,7 @@ from ..errors import DemoModelMissing, IndexMemError
 from ..models.architectures import in_words
 from ..models.demo import demo_model
 from ..native import find
-from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ..native.processors import usable_processors
 from ..stats import fixed_parts, format_bytes
 from .terminal import printable
 
@@ -159,7 +159,7 @@ def _cpu() -> list[Finding]:
     features = [part.strip() for part in info.replace("CPU : ", "").split("|") if part.strip().endswith("= 1")]
     names = " ".join(feature.split("=")[0].split(":")[-1].strip() for feature in features)
     how = built.get(variant, f"variant {variant}")
-    return [Finding("CPU", "ok", f"{os.cpu_count()} processors; {how}: {names or 'no vector features'}")]
+    return [Finding("CPU", "ok", f"{usable_processors()} processors; {how}: {names or 'no vector features'}")]
 
 
 def _model(path: Path) -> list[Finding]:
@@ -188,10 +188,10 @@ def _bytes_at(model: int) -> str:
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with collected_errors(False) as log:
         try:
-            api.Request(BUDGET, None, DEFAULT_SINKS, DEFAULT_WINDOW, 0, 0, 0).submit()
+            api.request_context(budget=BUDGET)
             context = llama.llama_init_from_model(model, params)
         finally:
-            api.Request.withdraw()
+            api.withdraw_request()
         if not context:
             return f"no context with a budget of {BUDGET:,}: {api.last_error() or reason(log)}"
         stats = api.get_stats(context)

@@ -6,7 +6,6 @@ escaped before a terminal gets it.
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 from ..errors import ModelFileError, SidecarError
 from ..files.modelfile import check_gguf_file, check_model_file, gguf_strings, loaded_model
 from ..models.architectures import in_words, kinds
+from ..models.sidecars import named_after
 from ..native import api
 from ..stats import format_bytes
 from ..train.model.architectures import trainable
@@ -146,7 +146,7 @@ def _model_facts(name: str) -> Facts:
         )
         trained = int(llama.llama_model_n_ctx_train(model))
         flags, rows = api.model_layers(model), api.model_rows(model)
-        beside = [_beside(path, model) for path in _sidecars(name)]
+        beside = [_beside(path, model) for path in named_after(name)]
     meta = _Metadata(name)
     arch = meta.get("general.architecture")
     kv_heads = meta.get(f"{arch}.attention.head_count_kv")
@@ -191,12 +191,6 @@ def _by_type(tensors: Iterable[tuple[str, str, list[int], int]]) -> list[Facts]:
         count[kind] += 1
         size[kind] += n
     return [{"type": kind, "tensors": count[kind], "bytes": n} for kind, n in size.most_common()]
-
-
-def _sidecars(model: str) -> list[str]:
-    """Sidecars that are named after a model and lie beside it."""
-    path = Path(model)
-    return sorted(str(p) for p in path.parent.glob(f"{glob.escape(path.stem)}*.indexmem.gguf"))
 
 
 def _beside(path: str, model: int) -> Facts:

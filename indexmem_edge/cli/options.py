@@ -7,7 +7,8 @@ import functools
 import inspect
 import os
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
 
@@ -19,15 +20,17 @@ else:
 import typer
 from typing_extensions import Annotated
 
-from ..errors import BudgetError, IndexMemError
-from ..models.demo import demo_model, demo_sidecar
-from ..options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW, PIN_AUTO
-from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF
+from ..errors import BudgetError, ContextError, IndexMemError
+from ..models.demo import demo_model
+from ..options import DEFAULT_BUDGET, OPTIONS, CacheOptions
+from ..stats import format_bytes
 from .streams import reader_left
 from .terminal import printable
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from ..runtime.sizes import Sizes
+    from ..stats import KVStats
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _PLAIN_TYPES = ("f32", "f16", "bf16")
@@ -37,6 +40,41 @@ _MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "KV cache", "Sampling", "Output"
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def cache_option(name: str, default: Any = None, *names: str) -> Any:
+    """The typer option of a field of CacheOptions, for an annotation.
+
+    Args:
+        default: of the command, where that is another than of `Llama`.
+        names: other flags than the usual one.
+    """
+    option, usual = OPTIONS[name], getattr(CacheOptions, name)
+    shown: Any = True if default is not None else option.shown or (False if usual is None else str(usual))
+    return typer.Option(
+        *(names or (option.flag,)),
+        help=option.help,
+        rich_help_panel=_CACHE,
+        min=option.least,
+        metavar=option.metavar,
+        show_default=shown,
+    )
+
+
+def _cache_parameters() -> list[inspect.Parameter]:
+    """An argument of a command for each option of the cache."""
+    defaults = {"budget": DEFAULT_BUDGET}
+    return [
+        inspect.Parameter(
+            option.keyword,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(name),
+            annotation=Annotated[
+                option.kind if name in defaults else Optional[option.kind], cache_option(name, defaults.get(name))
+            ],
+        )
+        for name, option in OPTIONS.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,99 +101,41 @@ class RunOptions:
         int, _option(_MODEL, "-b", "--batch-size", min=1, help="Tokens handed over at once in prefill.")
     ] = 512
     ubatch_size: Annotated[
-        int,
+        Optional[int],
         _option(
-            _MODEL, "-ub", "--ubatch-size", min=1, help="Tokens evaluated at once; the working room of the KV cache."
+            _MODEL,
+            "-ub",
+            "--ubatch-size",
+            min=1,
+            show_default="follows the budget; 512 from a budget of 1024 on, and without one",
+            help="Tokens evaluated at once; the working room of the KV cache.",
         ),
-    ] = 512
+    ] = None
     gpu_layers: Annotated[
-        int, _option(_MODEL, "-ngl", "--gpu-layers", help="Layers to put on the GPU; -1: all of them.")
+        int, _option(_MODEL, "-ngl", "--gpu-layers", min=-1, help="Layers to put on the GPU; -1: all of them.")
     ] = 0
     threads: Annotated[
         Optional[int],
-        _option(_MODEL, "-t", "--threads", min=1, help="CPU threads. Default: chosen.", show_default=False),
+        _option(
+            _MODEL,
+            "-t",
+            "--threads",
+            min=1,
+            show_default="those that this process may use; of more than two, half for single tokens",
+            help="CPU threads.",
+        ),
+    ] = None
+    chat_template: Annotated[
+        Optional[str],
+        _option(
+            _MODEL,
+            "--chat-template",
+            metavar="NAME|FILE",
+            show_default="that of the model",
+            help="How messages are written: a format by name (chatml, llama-3, ...), or a file with a Jinja template.",
+        ),
     ] = None
 
-    kv_budget: Annotated[
-        int,
-        _option(
-            _CACHE,
-            "--kv-budget",
-            min=0,
-            help="Entries that each KV head keeps, however long the text gets. 0: llama.cpp's own cache, unbounded.",
-        ),
-    ] = DEFAULT_BUDGET
-    kv_budget_ratio: Annotated[
-        Optional[float],
-        _option(
-            _CACHE,
-            "--kv-budget-ratio",
-            show_default=False,
-            help="Keep no more than this share of the tokens seen, either (0.25: a quarter of them).",
-        ),
-    ] = None
-    indexmem: Annotated[
-        Optional[Path],
-        _option(
-            _CACHE,
-            "--indexmem",
-            metavar="FILE",
-            show_default="for the demo model, its own",
-            help="Sidecar with an indexer or a memory for the model; `indexmem inspect` shows what is in it.",
-        ),
-    ] = None
-    memory: Annotated[
-        Optional[str],
-        _option(
-            _CACHE,
-            "--memory",
-            show_default=f"that of the sidecar, without one {MEMORY_OFF}",
-            help="What becomes of evicted entries: `centroid` keeps running means of them and needs no training, "
-            "`residual` needs a trained sidecar, `off` forgets them.",
-        ),
-    ] = None
-    memory_slots: Annotated[
-        Optional[int],
-        _option(
-            _CACHE,
-            "--memory-slots",
-            min=1,
-            show_default=f"that of the sidecar, without one {DEFAULT_MEMORY_SLOTS}",
-            help="Slots of the memory `centroid` per KV head, out of the budget.",
-        ),
-    ] = None
-    kv_policy: Annotated[
-        Optional[str],
-        _option(
-            _CACHE,
-            "--kv-policy",
-            show_default=f"{INDEXER_POLICY} with a sidecar that has one, else {DEFAULT_POLICY}",
-            help="Who is evicted when the budget is reached; `indexmem doctor` lists and explains the policies.",
-        ),
-    ] = None
-    kv_sinks: Annotated[int, _option(_CACHE, "--kv-sinks", min=0, help="First tokens, which are never evicted.")] = (
-        DEFAULT_SINKS
-    )
-    kv_window: Annotated[
-        int, _option(_CACHE, "--kv-window", min=0, help="Most recent tokens, which are never evicted.")
-    ] = DEFAULT_WINDOW
-    kv_pin: Annotated[
-        str,
-        _option(
-            _CACHE, "--kv-pin", help="Tokens of a prefix that is never evicted; `auto`: the system prompt of a chat."
-        ),
-    ] = PIN_AUTO
-    kv_span: Annotated[
-        Optional[int],
-        _option(
-            _CACHE,
-            "--kv-span",
-            min=0,
-            show_default="the length the model was trained for",
-            help="Positions that are used: what is kept gets new ones before the text passes them. At least the budget "
-            "and --ubatch-size. 0: positions grow with the text.",
-        ),
-    ] = None
     cache_type_k: Annotated[
         str, _option(_CACHE, "-ctk", "--cache-type-k", help="Type of the cached keys: f32, f16, q8_0, q4_0.")
     ] = "f16"
@@ -164,18 +144,21 @@ class RunOptions:
     ] = "f16"
 
     predict: Annotated[
-        int, _option(_SAMPLING, "-n", "--predict", help="Tokens of an answer at most; -1: no limit.")
+        int, _option(_SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; -1: no limit.")
     ] = 512
-    temp: Annotated[float, _option(_SAMPLING, "--temp", help="Temperature; 0: always the likeliest token.")] = 0.3
-    top_k: Annotated[int, _option(_SAMPLING, "--top-k", help="Only the k likeliest tokens; 0: all.")] = 40
-    top_p: Annotated[float, _option(_SAMPLING, "--top-p", help="Only the likeliest tokens up to this mass.")] = 0.95
+    temp: Annotated[float, _option(_SAMPLING, "--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.3
+    top_k: Annotated[int, _option(_SAMPLING, "--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = 40
+    top_p: Annotated[
+        float, _option(_SAMPLING, "--top-p", min=0, max=1, help="Only the likeliest tokens up to this mass; 1: all.")
+    ] = 0.95
     min_p: Annotated[
-        float, _option(_SAMPLING, "--min-p", help="Only tokens at least this likely, relative to the likeliest.")
+        float,
+        _option(_SAMPLING, "--min-p", min=0, max=1, help="Only tokens at least this likely, relative to the likeliest."),
     ] = 0.05
     repeat_penalty: Annotated[
-        float, _option(_SAMPLING, "--repeat-penalty", help="Makes the last 64 tokens less likely; 1: off.")
+        float, _option(_SAMPLING, "--repeat-penalty", min=0.01, help="Makes the last 64 tokens less likely; 1: off.")
     ] = 1.1
-    seed: Annotated[int, _option(_SAMPLING, "--seed", help="Of the random numbers; -1: a new one each time.")] = -1
+    seed: Annotated[int, _option(_SAMPLING, "--seed", min=-1, max=2**32 - 1, help="Of the random numbers; -1: a new one each time.")] = -1
 
     system: Annotated[
         Optional[str], _option(_OUTPUT, "-sys", "--system", help="System prompt.", show_default=False)
@@ -187,51 +170,74 @@ class RunOptions:
         bool, _option(_OUTPUT, "-v", "--verbose", help="Show what llama.cpp says (on standard error).")
     ] = False
 
+    cache: Mapping[str, Any] = field(default_factory=dict)  # keywords of `Llama`, those that were given
+
     def load(self) -> Llama:
-        """Loads the model.
+        """Loads the model. What a person should know beforehand goes to standard error: the size of the cache, the sidecar.
 
         Raises:
             IndexMemError: it cannot be loaded with these options.
         """
         from ..llama import Llama
+        from ..runtime.sizes import kv_bytes
 
         path = str(self.model) if self.model is not None else str(demo_model())
-        types = {name: _cache_type(name, getattr(self, name)) for name in ("cache_type_k", "cache_type_v")}
-        n_ctx = self.ctx_size
-        if n_ctx is None and not self.kv_budget:
-            n_ctx = 0
-        quantised_v = self.cache_type_v not in _PLAIN_TYPES
-        llm = Llama(
-            path,
-            kv_budget=self.kv_budget,
-            kv_budget_ratio=self.kv_budget_ratio,
-            kv_policy=self.kv_policy,
-            kv_sinks=self.kv_sinks,
-            kv_window=self.kv_window,
-            kv_pin=_pin(self.kv_pin),
-            kv_span=self.kv_span,
-            indexmem=self.indexmem or self._own_sidecar(),
-            memory=self.memory,
-            memory_slots=self.memory_slots,
-            n_batch=self.batch_size,
-            n_ubatch=self.ubatch_size,
-            n_gpu_layers=self.gpu_layers,
-            n_threads=self.threads or _default_threads(),
-            n_threads_batch=self.threads,
-            type_k=types["cache_type_k"],
-            type_v=types["cache_type_v"],
-            verbose=self.verbose,
-            **({} if n_ctx is None else {"n_ctx": n_ctx}),
-            **({"flash_attn": True} if self.kv_budget or quantised_v else {}),
-        )
+        keywords = self._keywords()
+        with contextlib.suppress(ContextError):  # whether there is one, loading will tell
+            _note(_size(kv_bytes(path, keywords), keywords))
+        if self.gpu_layers and not _has_gpu():
+            _note(f"-ngl {self.gpu_layers} has no effect: this build of the library has no GPU backend")
+        llm = Llama(path, **keywords, kv_warn=lambda warning: _note(str(warning)))
+        if llm.sidecar_where:
+            name = os.path.basename(llm.kv_options.sidecar or "")
+            _note(f"using the sidecar {name}, which {llm.sidecar_where} (--indexmem off: none)")
+        if self.chat_template is not None:
+            llm.use_chat_format(self.chat_template)
         if not self.verbose:
             _silence()
         return llm
 
-    def _own_sidecar(self) -> Optional[Path]:
-        """The demo model brings its sidecar along, unless another policy was asked for or there is no budget."""
-        wanted = self.model is None and bool(self.kv_budget) and self.kv_policy in (None, INDEXER_POLICY)
-        return demo_sidecar() if wanted and demo_sidecar().is_file() else None
+    def rehearse(self, llm: Llama) -> None:
+        """Says before the first message what would be wrong with it: no chat template, a system prompt without room.
+
+        Raises:
+            BudgetError: the system prompt is too long for the budget.
+        """
+        llm.rehearse(self.system)
+
+    def cut_by(self, finish: Optional[str], stats: KVStats) -> dict[str, str]:
+        """For programs: the option that cut an answer whose `finish_reason` is "length"."""
+        if finish != "length":
+            return {}
+        return {"cut_by": "ctx-size" if stats.tokens_seen + 1 >= stats.n_ctx else "predict"}
+
+    def why_cut(self, stats: KVStats) -> str:
+        """Why an answer ended before the model ended it, and what to do."""
+        if self.cut_by("length", stats)["cut_by"] == "ctx-size":
+            return (
+                f"the answer was cut because the conversation has reached the {stats.n_ctx:,} tokens of -c: -c sets another length"
+                + (", which costs no memory with a budget" if stats.budget else "")
+            )
+        return f"the answer was cut at {self.predict} tokens: -n sets another limit"
+
+    def _keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `Llama`."""
+        types = {name: _cache_type(name, getattr(self, name)) for name in ("cache_type_k", "cache_type_v")}
+        bounded = bool(self.cache.get("kv_budget"))
+        given = {
+            **self.cache,
+            "n_ctx": 0 if self.ctx_size is None and not bounded else self.ctx_size,
+            "n_batch": self.batch_size,
+            "n_ubatch": self.ubatch_size,
+            "n_gpu_layers": self.gpu_layers,
+            "n_threads": self.threads,
+            "n_threads_batch": self.threads,
+            "type_k": types["cache_type_k"],
+            "type_v": types["cache_type_v"],
+            "flash_attn": True if bounded or self.cache_type_v not in _PLAIN_TYPES else None,
+            "verbose": self.verbose,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of create_completion and create_chat_completion."""
@@ -253,14 +259,20 @@ def _cache_type(option: str, name: str) -> int:
     return CACHE_TYPES[name]
 
 
-def _pin(text: str) -> Any:
-    return int(text) if text.isascii() and text.isdigit() else text
+def _size(sizes: Sizes, keywords: Mapping[str, Any]) -> str:
+    if not keywords.get("kv_budget"):
+        return f"KV cache: {format_bytes(sizes.total)}, without a budget"
+    return f"KV cache: {format_bytes(sizes.total)}, however long the text gets (budget {keywords['kv_budget']:,}, {sizes.slots:,} slots per KV head)"
 
 
-def _default_threads() -> Optional[int]:
-    """llama-cpp-python halves the number of processors, which leaves one of two idle."""
-    processors = os.cpu_count() or 1
-    return processors if processors <= 2 else None
+def _has_gpu() -> bool:
+    from ..native import api
+
+    return bool(api.llama_lib.llama_supports_gpu_offload())
+
+
+def _note(text: str) -> None:
+    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _silence() -> None:
@@ -276,7 +288,7 @@ def describe(error: BaseException) -> str:
     """The error in words, on one line, with what to do where llama-cpp-python does not say."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     if text.startswith("Requested tokens"):
-        text += ": raise --ctx-size, or set a --kv-budget, with which the length does not matter"
+        text += ": raise --ctx-size, which costs no memory with a --kv-budget"
     return text
 
 
@@ -317,13 +329,16 @@ def with_run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
         for f in fields(RunOptions)
+        if f.name != "cache"
     ]
+    shared += _cache_parameters()
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
-        options = RunOptions(**{f.name: given.pop(f.name) for f in fields(RunOptions)})
+        values = {p.name: given.pop(p.name) for p in shared}
+        cache = {o.keyword: value for o in OPTIONS.values() if (value := values.pop(o.keyword)) is not None}
         with one_line_errors():
-            return command(options=options, **given)
+            return command(options=RunOptions(**values, cache=cache), **given)
 
     run.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own + shared}

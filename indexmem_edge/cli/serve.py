@@ -7,14 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 import typer
 
 from ..errors import IndexMemError
 from ..files.modelfile import check_model_file
-from ..models.demo import demo_model, demo_sidecar
+from ..models.demo import demo_model
+from ..models.sidecars import find_sidecar
 from ..native.find import program
-from ..options import DEFAULT_BUDGET
+from ..options import DEFAULT_BUDGET, SIDECAR_OFF
 
 SERVER = "llama-server"
 _MODEL = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-dr", "--docker-repo", "--models-dir", "--models-preset")
@@ -27,27 +29,42 @@ def given(arguments: Sequence[str], *names: str) -> bool:
 
 
 def complete(arguments: Sequence[str]) -> list[str]:
-    """The server's arguments, with a model, a budget and the sidecar of the demo model where none is named."""
+    """The server's arguments, with a model, a budget and the sidecar that is found for the model, where none is named."""
     added = list(arguments)
     if given(added, *_ABOUT):
         return added
-    demo = not given(added, *_MODEL)
-    if demo:
+    if not given(added, *_MODEL):
         added += ["-m", check_model_file(demo_model())]
     if not given(added, "--kv-budget"):
         added += ["--kv-budget", str(DEFAULT_BUDGET)]
-    if demo and not given(added, "--indexmem", "--kv-policy") and demo_sidecar().is_file() and _budget(added) > 0:
-        added += ["--indexmem", str(demo_sidecar())]
-    return added
+    if value_of(added, "--indexmem") == SIDECAR_OFF:
+        return _without(added, "--indexmem")
+    model, budget = value_of(added, "-m", "--model"), value_of(added, "--kv-budget")
+    if given(added, "--indexmem", "--kv-policy") or budget in (None, "0") or model is None or not os.path.isfile(model):
+        return added
+    found = find_sidecar(model)
+    for problem in found.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    return added if found.path is None else [*added, "--indexmem", found.path]
 
 
-def _budget(arguments: Sequence[str]) -> int:
+def value_of(arguments: Sequence[str], *names: str) -> Optional[str]:
+    """What an option that has one of these names is given, or None."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--kv-budget":
-            value = value if equals else "".join(arguments[i + 1 : i + 2])
-            return int(value) if value.isdecimal() else 1  # what is wrong with it the server says
-    return 0
+        if name in names:
+            return value if equals else "".join(arguments[i + 1 : i + 2])
+    return None
+
+
+def _without(arguments: Sequence[str], name: str) -> list[str]:
+    """The same without an option and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument.partition("=")[0] != name:
+            kept.append(argument)
+        skip = not skip and argument == name
+    return kept
 
 
 def serve(context: typer.Context) -> None:

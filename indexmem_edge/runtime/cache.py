@@ -23,6 +23,7 @@ from .align import common_prefix
 from .choice import INDEXER_POLICY, sidecar_kinds
 from .inside import Inside
 from .kept_logits import KeptLogits, Logits
+from .notices import REEVALUATED, Notices, evaluated_again
 from .statecopy import Checkpoint
 
 _ANY = 1 << 62  # tokens: no limit
@@ -72,13 +73,14 @@ class BoundedCache:
     interrupt breaks it, `settle` restores it.
     """
 
-    def __init__(self, llm: Inside, options: CacheOptions, turn: Turn, kept: KeptLogits, watch: Watch) -> None:
+    def __init__(self, llm: Inside, options: CacheOptions, turn: Turn, kept: KeptLogits, watch: Watch, notices: Notices) -> None:
         if not api.is_bounded(llm.ctx):
             raise ContextError("the library made an unbounded KV cache although a budget was requested")
         self._llm = llm
         self._options = options
         self._turn = turn
         self._kept = kept
+        self._notices = notices
         self._watch: Watch = weakref.proxy(watch)  # which knows this cache
         self._indexer = sidecar_kinds(options.sidecar).indexer if options.policy == INDEXER_POLICY else ""
         self._limit = len(llm.scores) if llm.logits_all else llm.n_ctx
@@ -148,6 +150,7 @@ class BoundedCache:
     def lose(self, tokens: int, why: str) -> None:
         """Counts tokens of the history that have to be evaluated again."""
         self.reevaluations = self.reevaluations[0] + tokens, why
+        self._notices.tell_later(REEVALUATED, evaluated_again(tokens, why))
 
     def settle(self) -> None:
         """Makes the native cache hold exactly the first `n_tokens` tokens of the history."""

@@ -26,6 +26,7 @@ from ..errors import ModelClosed, RequestError
 from ..native import api  # noqa: F401  (chooses the library)
 from .grammar import check_grammar
 
+MAKE = inspect.signature(llama_cpp.Llama)
 GENERATE = inspect.signature(llama_cpp.Llama.generate)
 SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 COMPLETE = inspect.signature(llama_cpp.Llama.create_completion)
@@ -278,33 +279,19 @@ class Inside:
         llm, name = self._llm, self._llm.chat_format or ""
         return llm.chat_handler or llm._chat_handlers.get(name) or chat_format.get_chat_completion_handler(name)
 
-    def prompt_of(self, messages: Any, **template: Any) -> Any:
-        """What the chat format makes of messages, for any format: the prompt is caught on its way to the model. None if there
-        is no such way."""
-        try:
-            self.chat_function(llama=_Catcher(self._llm), messages=messages, **template)
-        except _Caught as caught:
-            return caught.prompt
-        return None
+    @property
+    def chat_formats(self) -> list[str]:
+        """The names that `chat_format` may have."""
+        return sorted({*chat_format.LlamaChatCompletionHandlerRegistry()._chat_handlers, *self._llm._chat_handlers})
 
+    def token_text(self, token: int) -> str:
+        """How the vocabulary spells a token; "" for -1, which is none."""
+        return str(self._llm._model.token_get_text(token)) if token != -1 else ""
 
-class _Caught(Exception):
-    def __init__(self, prompt: Any) -> None:
-        super().__init__()
-        self.prompt = prompt
-
-
-class _Catcher:
-    """Stands in for a `Llama` in a chat handler and stops it when it is about to generate."""
-
-    def __init__(self, llm: Base) -> None:
-        self._llm = llm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llm, name)
-
-    def create_completion(self, prompt: Any, **_: Any) -> Any:
-        raise _Caught(prompt)
+    @property
+    def has_lora(self) -> bool:
+        """Whether the LoRA that was named has been loaded: llama_cpp goes on without one that could not be."""
+        return bool(self._llm._lora_adapter)
 
 
 def opened(llm: Base) -> bool:

@@ -6,13 +6,14 @@ import warnings
 from typing import Any
 
 from .inside import Inside
+from .prompts import ChatPrompts
 
 
 class Tools:
     """What is known of the chat formats of one `Llama`."""
 
-    def __init__(self, inside: Inside) -> None:
-        self._inside = inside
+    def __init__(self, inside: Inside, prompts: ChatPrompts) -> None:
+        self._inside, self._prompts = inside, prompts
         self._read: dict[Any, bool] = {}  # by chat format
 
     def warn(self, given: dict[str, Any], stacklevel: int) -> None:
@@ -34,7 +35,7 @@ class Tools:
         """Whether the prompt is another with them; True if there is no telling."""
         messages = given["messages"]
         try:
-            told = self._inside.prompt_of(messages, tools=given["tools"], tool_choice=given["tool_choice"])
-            return told is None or bool(told != self._inside.prompt_of(messages))
+            told = self._prompts.prompt_of(messages, tools=given["tools"], tool_choice=given["tool_choice"])
+            return told is None or bool(told != self._prompts.prompt_of(messages))
         except Exception:  # the template refuses the messages, and will say so
             return True

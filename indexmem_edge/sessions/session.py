@@ -162,7 +162,11 @@ def _require_match(talk: Talk, name: str, data: sessionfile.SessionData) -> None
             raise SessionError(
                 f"{name} was saved with {_sidecar(found, data.header.get(_SIDECAR_NAME))}, this one has "
                 f"{_sidecar(value, os.path.basename(talk.options.sidecar or ''))}: "
-                + ("name that one with --indexmem FILE (indexmem= in Python)" if found else "leave the sidecar out")
+                + (
+                    "name that one with --indexmem FILE (indexmem= in Python)"
+                    if found
+                    else 'leave it out with --indexmem off (indexmem="off" in Python)'
+                )
             )
         if found is None and (key == "rope_factors" or (key, value) in (("memory", "off"), ("memory_slots", 0))):
             continue  # saved before that was written down

@@ -338,7 +338,7 @@ def test_soak_passes_on_a_small_model(tmp_path: Path, monkeypatch: Any, memory: 
 
 def test_soak_sees_what_goes_wrong(tiny: Any) -> None:
     model = Model(tiny("llama")[0])
-    setup = Setup("streaming", 96, window=32, ubatch=64, threads=1, memory="centroid", memory_slots=16)
+    setup = Setup(policy="streaming", budget=96, window=32, ubatch=64, threads=1, memory="centroid", memory_slots=16)
     with System(model, setup) as system:
         start = system.stats()
         system.feed(model.tokens("Some text, any text. " * 20), last_logits=True)

@@ -104,7 +104,7 @@ def test_reports_of_other_geometries_and_types_have_names_of_their_own() -> None
 
 def test_unknown_parts_and_empty_lists_are_refused(tiny: Any) -> None:
     model = Model(tiny("llama")[0])
-    setup = Setup("streaming", 96)
+    setup = Setup(policy="streaming", budget=96)
     for parts, systems, depths, message in (
         (["depth"], [setup], [0], "unknown part depth"),
         ([], [setup], [0], "unknown part list"),

@@ -126,7 +126,7 @@ def test_layers_that_read_those_of_others_count_with_them(tiny: Tiny, text: Path
     from indexmem_edge.files.modelfile import loaded_model
 
     path, config = tiny("gemma4-shared")
-    options = CacheOptions.checked(BUDGET, None, 4, 8, 0, 0, 0, None, None, "off", span=0)
+    options = CacheOptions.from_keywords({"kv_budget": BUDGET, "kv_window": 8, "kv_span": 0})
     with loaded_model(str(path)) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
         tokens = np.array(tokenize(model, text.read_text())[:LENGTH], np.int32)
         passage, layers = reader.read(tokens, lambda: None)

@@ -20,7 +20,7 @@ BUDGET, SLOTS, UBATCH, LENGTH = 64, 8, 32, 192
 def test_the_operands_of_attention_are_those_of_the_model(tiny: Tiny, arch: str) -> None:
     """Attention computed from them is what the model's own graph computes, in the second text as well."""
     path, config = tiny(arch)
-    options = CacheOptions.checked(BUDGET, None, 4, 8, 0, 0, 0)
+    options = CacheOptions.from_keywords({"kv_budget": BUDGET, "kv_window": 8})
     texts = [np.array([1, *(3 + np.arange(n) * k % 250)], np.int32) for n, k in ((100, 7), (150, 11))]
     capture = Capture("kqv_out-")
     with open_model(path) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
@@ -48,7 +48,9 @@ def test_a_bounded_cache_keeps_what_the_product_keeps(tiny: Tiny) -> None:
     path, config = tiny("llama")
     tokens = np.array([3 + 7 * i % 250 for i in range(160)], np.int32)
     with open_model(path) as model:
-        bounded = [CacheOptions.checked(b, "keydiff", 4, 8, 0, 0, 0) for b in (BUDGET, BUDGET - SLOTS)]
+        bounded = [
+            CacheOptions.from_keywords({"kv_budget": b, "kv_policy": "keydiff", "kv_window": 8}) for b in (BUDGET, BUDGET - SLOTS)
+        ]
         with Reader(model, bounded, LENGTH, UBATCH, 1) as reader:
             reader.read(tokens[::-1].copy(), lambda: None)
             passage, _ = reader.read(tokens, lambda: None)

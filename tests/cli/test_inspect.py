@@ -75,8 +75,8 @@ def test_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["kv_bytes_per_1024"] == 1024 * 2 * 2 * (64 + 64) * 2
     assert facts["fingerprint"] == fingerprint(folder / "m.gguf")
     found = {s["file"]: s for s in facts["sidecars"]}
-    assert list(found) == ["m-cut.indexmem.gguf", "m-other.indexmem.gguf", "m.indexmem.gguf"]
-    assert [s["fits"] for s in found.values()] == [False, False, True]
+    assert list(found) == ["m.indexmem.gguf", "m-cut.indexmem.gguf", "m-other.indexmem.gguf"]
+    assert [s["fits"] for s in found.values()] == [True, False, False]
     assert "ffffffffffffffff" in found["m-other.indexmem.gguf"]["why_not"]
     text = shown(facts, capsys)
     for word in (

@@ -46,10 +46,10 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 @pytest.mark.parametrize(
     "options, kind, words",
     [
-        ({"kv_budget": None}, BudgetError, "sidecar.*needs a bounded KV cache: give a kv_budget"),
+        ({"kv_budget": None, "kv_window": None}, BudgetError, "indexmem needs a bounded KV cache: give a kv_budget"),
         ({"kv_policy": "snapkv"}, PolicyError, "nothing would be used: leave kv_policy out"),
         ({"indexmem": None, "kv_policy": "indexer"}, PolicyError, "--indexmem FILE"),
-        ({"indexmem": None, "kv_budget": 0, "kv_budget_ratio": 0.5}, BudgetError, "kv_budget_ratio needs"),
+        ({"indexmem": None, "kv_budget": 0, "kv_window": None, "kv_budget_ratio": 0.5}, BudgetError, "kv_budget_ratio needs"),
         ({"kv_budget_ratio": 0}, BudgetError, "above 0 and at most 1, found 0"),
         ({"kv_budget_ratio": 1.01}, BudgetError, "above 0 and at most 1"),
         ({"kv_budget_ratio": math.nan}, BudgetError, "above 0 and at most 1, found nan"),
@@ -98,15 +98,14 @@ def test_the_memory_that_is_meant() -> None:
 
 
 def test_options_survive_as_keywords(made: tuple[Path, Path]) -> None:
-    options = CacheOptions.checked(BUDGET, None, 4, WINDOW, 0, 0, 0, 0.5, made[1])
+    options = CacheOptions.from_keywords(
+        {"kv_budget": BUDGET, "kv_window": WINDOW, "kv_budget_ratio": 0.5, "indexmem": made[1]}
+    )
     assert options.sidecar == str(made[1]) and options.policy == "indexer"
     keywords = options.keywords()
     assert keywords["indexmem"] == str(made[1]) and keywords["kv_budget_ratio"] == 0.5
-    again = CacheOptions.checked(
-        *(keywords[f"kv_{n}"] for n in ("budget", "policy", "sinks", "window", "pin")), 0, 0, 0.5, made[1]
-    )
-    assert again == options
-    assert CacheOptions().keywords()["indexmem"] is None
+    assert CacheOptions.from_keywords(keywords) == options
+    assert CacheOptions().keywords() == {}
 
 
 # a cache with an indexer
@@ -249,7 +248,7 @@ def test_sessions_are_bound_to_the_sidecar(tiny: Tiny, made: tuple[Path, Path], 
     plain = load(model)
     plain.prefill(TOKENS)
     plain.save_session(tmp_path / "plain")
-    with pytest.raises(SessionError, match="no sidecar.*leave the sidecar out"):
+    with pytest.raises(SessionError, match="no sidecar.*leave it out with --indexmem off"):
         llm.load_session(tmp_path / "plain")
 
 

@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "eval": ([5, 6],), "generate": ([5, 6],), "prefill": ([5, 6],), "prefill_chat": (QUESTION,), "set_pin": (3,),
     "create_completion": ("The sea",), "__call__": ("The sea",), "create_chat_completion": (QUESTION,), "embed": ("The sea",),
     "create_chat_completion_openai_v1": (QUESTION,), "create_embedding": ("The sea",), "tokenize": (b"The sea",),
-    "detokenize": ([5, 6],), "save_session": ("none",), "load_session": ("none",), "load_state": (None,),
+    "use_chat_format": ("chatml",), "detokenize": ([5, 6],), "save_session": ("none",), "load_session": ("none",), "load_state": (None,),
 }  # fmt: skip
 WITHOUT_A_MODEL = {
     "cancel", "close", "set_cache", "set_seed", "tokenizer", "logits_to_logprobs", "longest_token_prefix", "from_pretrained",

@@ -15,8 +15,11 @@ from conftest import Tiny
 from indexmem_edge import ModelClosed, RequestError, llama_cpp
 from indexmem_edge._vendor.llama_cpp import _internals as internals
 from indexmem_edge.native import find
+from indexmem_edge.options import CacheOptions
 from indexmem_edge.runtime import inside
 from indexmem_edge.runtime.inside import Inside
+from indexmem_edge.runtime.notices import Notices
+from indexmem_edge.runtime.prompts import ChatPrompts
 
 pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
 
@@ -214,11 +217,12 @@ def test_a_prompt_is_caught_on_its_way_to_the_model(base: inside.Base, view: Ins
     messages = [{"role": "user", "content": "Hello"}]
     expected = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert base.chat_format == "chat_template.default" and view.chat_function is base._chat_handlers[base.chat_format]
-    assert base.detokenize(view.prompt_of(messages), special=True).decode().removeprefix("<s>").strip() == expected.strip()
+    caught = ChatPrompts(view, CacheOptions(), Notices(), False)
+    assert base.detokenize(caught.prompt_of(messages), special=True).decode().removeprefix("<s>").strip() == expected.strip()
     base.chat_format = "chatml"
-    assert view.chat_function is not base._chat_handlers["chat_template.default"] and view.prompt_of(messages)
+    assert view.chat_function is not base._chat_handlers["chat_template.default"] and caught.prompt_of(messages)
     base.chat_handler = lambda **_: "an answer without a prompt"
-    assert view.prompt_of(messages) is None
+    assert caught.prompt_of(messages) is None
     assert base.n_tokens == 0
 
 

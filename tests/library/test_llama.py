@@ -238,7 +238,7 @@ def test_states_and_pickles(llm: Any) -> None:
 
 
 def test_without_a_budget_nothing_is_different(demo_model: Path) -> None:
-    llm = load(demo_model, kv_budget=None, n_ctx=512)
+    llm = load(demo_model, kv_budget=None, kv_window=None, n_ctx=512)
     answer = llm.create_completion("The capital of France is", max_tokens=2, temperature=0.0)
     assert "Paris" in answer["choices"][0]["text"]
     stats = llm.kv_stats()

@@ -218,7 +218,7 @@ TEXT = "The tide comes in and the tide goes out, and the old boat waits for its 
 def load(model: Path, **options: Any) -> Any:
     from indexmem_edge import Llama
 
-    defaults = {"kv_budget": 96, "kv_window": 32, "n_threads": 1, "n_threads_batch": 1}
+    defaults = {"kv_budget": 96, "kv_window": 32, "indexmem": "off", "n_threads": 1, "n_threads_batch": 1}
     return Llama(str(model), verbose=False, **{**defaults, **options})
 
 
@@ -255,7 +255,7 @@ def test_continuing_evaluates_only_what_is_new(tmp_path: Path, demo_model: Path)
         ({"kv_budget": 97}, "kv_budget"),
         ({"kv_policy": "knorm"}, "kv_policy"),
         ({"kv_window": 33}, "kv_window"),
-        ({"kv_budget": None, "n_ctx": 2048}, "kv_budget"),
+        ({"kv_budget": None, "kv_window": None, "n_ctx": 2048}, "kv_budget"),
         ({"type_k": 8}, "type_k"),
         ({"rope_freq_base": 5000.0}, "rope_freq_base"),
     ],

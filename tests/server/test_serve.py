@@ -32,6 +32,18 @@ def test_what_is_named_stays(arguments: list[str], added: list[str]) -> None:
     assert complete(arguments) == arguments + added
 
 
+def test_the_sidecar_beside_a_model_is_found(demo_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").symlink_to(demo_model)
+    (tmp_path / "m.indexmem.gguf").symlink_to(demo_sidecar())
+    for arguments in (["-m", str(tmp_path / "m.gguf")], [f"--model={tmp_path}/m.gguf"]):
+        assert complete(arguments)[-2:] == ["--indexmem", str(tmp_path / "m.indexmem.gguf")]
+
+
+@pytest.mark.parametrize("off", [["--indexmem", "off"], ["--indexmem=off"]])
+def test_none_where_none_is_wanted(demo_model: Path, off: list[str]) -> None:
+    assert complete([*off, "--port", "1"]) == ["--port", "1", "-m", str(demo_model), "--kv-budget", "1024"]
+
+
 @pytest.mark.parametrize("arguments", [["--kv-budget", "0"], ["--kv-budget=0"], ["--kv-policy", "keydiff"]])
 def test_a_sidecar_only_where_it_is_of_use(demo_model: Path, arguments: list[str]) -> None:
     assert "--indexmem" not in complete(arguments)

@@ -53,7 +53,7 @@ def answer(llm: Any, prompt: list[int], n: int = 12) -> list[int]:
         ({"kv_span": 1 << 31}, "kv_span must be from 0 to"),
         ({"kv_span": "long"}, "kv_span must be a whole number"),
         ({"kv_span": True}, "kv_span must be a whole number"),
-        ({"kv_span": 300, "kv_budget": None}, "kv_span needs a bounded KV cache: give a kv_budget"),
+        ({"kv_span": 300, "kv_budget": None, "kv_window": None}, "kv_span needs a bounded KV cache: give a kv_budget"),
         ({"kv_span": SMALLEST - 1}, f"budget of {BUDGET} and a ubatch of {UBATCH} do not fit a span of {SMALLEST - 1}"),
         ({"kv_span": 300, "type_k": Q4_0}, "q4_0"),
     ],
@@ -65,12 +65,12 @@ def test_impossible_spans(model: Path, options: dict[str, Any], words: str) -> N
 
 def test_what_the_library_is_asked_for() -> None:
     def asked(**options: Any) -> CacheOptions:
-        return CacheOptions.checked(BUDGET, None, 4, WINDOW, 0, 0, 0, **options)
+        return CacheOptions.from_keywords({"kv_budget": BUDGET, "kv_window": WINDOW, **options})
 
-    assert [asked(span=span).request().span for span in (None, 0, 500)] == [api.SPAN_TRAINED, 0, 500]
-    assert asked().request().span == api.Request(BUDGET, None, 4, WINDOW, 0, 0, 0).span == api.SPAN_TRAINED
-    assert asked(span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(span=500).fixed_for_state()
-    assert CacheOptions.checked(0, None, 4, WINDOW, 0, 0, 0, span=0) == CacheOptions()
+    assert [asked(kv_span=span).span for span in (None, 0, 500)] == [None, 0, 500]
+    assert api.library().indexmem_default_params().span == api.SPAN_TRAINED  # what None leaves there
+    assert asked(kv_span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(kv_span=500).fixed_for_state()
+    assert CacheOptions.from_keywords({"kv_budget": 0, "kv_span": 0}) == CacheOptions()
 
 
 def test_a_pickle_has_the_span(model: Path) -> None:
@@ -108,7 +108,7 @@ def test_logits_of_all_tokens_are_kept_beyond_the_trained_length(model: Path) ->
 
 def test_without_a_span_positions_grow_and_the_reason_is_told(model: Path) -> None:
     asked, cannot = load(model, kv_span=0), load(model, type_k=Q4_0, type_v=Q4_0)
-    plain = load(model, kv_budget=None, kv_window=0, n_ctx=4 * TRAINED)
+    plain = load(model, kv_budget=None, kv_window=None, n_ctx=4 * TRAINED)
     for llm, why in ((asked, "kv_span is 0"), (cannot, "q4_0"), (plain, "only a cache with a kv_budget")):
         llm.eval(TOKENS[:TRAINED])
         assert llm.kv_stats().warnings == ()
@@ -338,7 +338,7 @@ def test_commands_take_a_span(tmp_path: Path, demo_model: Path) -> None:
     stats = json.loads(run("generate", *FLAGS, "--kv-span", "300", "--json", "-p", text).stdout)["stats"]
     assert stats["span"] == 300 and stats["rebases"] > 0 and 0 < stats["next_position"] <= 300 and stats["warnings"] == []
     one_error(run("generate", *FLAGS, "--kv-span", "200", "-p", text), "192", "64", "200")
-    one_error(run("generate", *FLAGS, "--kv-budget", "0", "--kv-span", "300", "-p", text), "kv_span needs", "kv_budget")
+    one_error(run("generate", "--kv-budget", "0", "--kv-span", "300", "-p", text), "kv_span needs", "kv_budget")
     for command in ("chat", "generate"):
         assert "--kv-span" in run(command, "--help").stdout
 

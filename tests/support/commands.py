@@ -27,8 +27,8 @@ def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.Comp
 
 
 def one_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """The whole complaint is one line that holds all the words."""
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    """The whole complaint is one line that holds all the words. Notes, on what was loaded, may come before."""
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
         assert word in lines[0]

@@ -87,14 +87,13 @@ class Context:
         self._capture = capture  # its callback is called until the context is freed
         if capture:
             params.cb_eval = capture.callback
-        request = api.Request(
-            budget, policy, sinks, window, pin, evict_step, seed, budget_ratio,
-            str(sidecar) if sidecar else None, memory, memory_slots, span,
+        api.request_context(
+            budget=budget, policy=policy, sinks=sinks, window=window, pin=pin, evict_step=evict_step, seed=seed,
+            budget_ratio=budget_ratio, sidecar=sidecar, memory=memory, memory_slots=memory_slots, span=span,
         )  # fmt: skip
-        request.submit()
         self.ctx = llama_cpp.llama_init_from_model(model, params)
         error = api.last_error()
-        request.withdraw()
+        api.withdraw_request()
         if not self.ctx:
             raise Refused(error)
         self.memory = llama_cpp.llama_get_memory(self.ctx)
