@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from typing import Any, Callable, Generator, Optional, Sequence, Union
+from typing import Any, Callable, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +170,7 @@ class Llama(inside.Base):
             except RuntimeError:
                 self._calls.check()
                 raise
+            self._calls.evaluated()
         self._look()
 
     def _look(self) -> None:
@@ -260,6 +262,17 @@ class Llama(inside.Base):
             if progress is not None:
                 progress(min(start + self.n_batch, len(rest)), len(rest))
         return len(rest)
+
+    @contextlib.contextmanager
+    def watch(self, progress: Progress) -> Iterator[None]:
+        """While this lasts, `progress` is called with (tokens evaluated, tokens to evaluate) after every batch of a prompt,
+        whatever call evaluates it: completions read theirs in silence otherwise.
+        """
+        before, self._calls.watcher = self._calls.watcher, progress
+        try:
+            yield
+        finally:
+            self._calls.watcher = before
 
     def cancel(self) -> bool:
         """Stops the call in progress, from any thread; returns whether there was one.

@@ -61,6 +61,10 @@ class Watch(Protocol):
         """`n` tokens are about to be evaluated."""
         ...
 
+    def evaluated(self) -> None:
+        """They have been."""
+        ...
+
     def before_cut(self, start: int) -> None:
         """The history from `start` on is about to be replaced."""
         ...
@@ -268,6 +272,7 @@ class BoundedCache:
             raise self._failure(code, len(batch), said)
         if llm.logits_all:
             llm.scores[past:end] = llm.batch_logits(len(batch))
+        self._watch.evaluated()
 
     def _failure(self, code: int, n: int, said: str) -> DecodeError:
         seen = self._llm.n_tokens

@@ -151,6 +151,7 @@ class Calls:
         self._flag = ctypes.c_int32(0)  # the library reads it after every node
         self._lock = threading.RLock()  # of what cancel reads; reentrant, because signal handlers call it
         self._call: Optional[Call] = None
+        self.watcher: Optional[Callable[[int, int], None]] = None  # is told of every batch of a prompt
         self._inside = False  # its code is running, or, between two items of a stream, the application's
         self._closing: Optional[Callable[[], None]] = None  # to be done when the call has ended
 
@@ -234,6 +235,12 @@ class Calls:
             raise ModelClosed("this Llama was closed by the call in progress, which ends here")
         if self._inside and self._flag.value:
             raise Cancelled("the call was cancelled")
+
+    def evaluated(self) -> None:
+        """A batch has been evaluated: tells the watcher, if it was of a prompt, how much of that is done."""
+        ahead = self._turn.prompt - self._llm.n_tokens
+        if self.watcher is not None and 0 <= ahead < self._turn.evaluated:
+            self.watcher(self._turn.evaluated - ahead, self._turn.evaluated)
 
     def overtake(self) -> None:
         """The conversation changes by something too short to be stopped: a stream that was left unfinished has ended."""

@@ -352,6 +352,18 @@ def test_no_limit_is_no_limit(load: Load, kind: str, limit: int | None) -> None:
     assert answer["usage"]["completion_tokens"] == 512 - 480
 
 
+@both
+def test_a_prompt_can_be_watched_whatever_reads_it(load: Load, kind: str) -> None:
+    llm, seen = load(kind), []
+    with llm.watch(lambda done, total: seen.append((done, total))):
+        list(llm.create_completion(TOKENS[:150], max_tokens=4, stream=True))
+        assert seen == [(48, 150), (96, 150), (144, 150), (150, 150)]  # and none of the answer
+        with llm.watch(lambda done, total: llm.cancel()), pytest.raises(indexmem_edge.Cancelled):
+            llm.create_completion(TOKENS[200:350], max_tokens=4)
+    llm.prefill(TOKENS[:300])
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("logits_all", [False, True])
 def test_a_length_that_the_library_rounds_up(load: Load, logits_all: bool) -> None:
     llm = load("unbounded", n_ctx=100, logits_all=logits_all)
