@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from typing import Any, Callable, Generator, Optional, Sequence, Union
+from typing import Any, Callable, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -173,6 +174,7 @@ class Llama(llama_cpp.Llama):
             except RuntimeError:
                 self._calls.check()
                 raise
+            self._calls.evaluated()
 
     @one_call
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
@@ -212,6 +214,17 @@ class Llama(llama_cpp.Llama):
                 progress(min(start + self.n_batch, len(rest)), len(rest))
         return len(rest)
 
+    @contextlib.contextmanager
+    def watch(self, progress: Progress) -> Iterator[None]:
+        """While this lasts, `progress` is called with (tokens evaluated, tokens to evaluate) after every batch of a prompt,
+        whatever call evaluates it: completions read theirs in silence otherwise.
+        """
+        before, self._calls.watcher = self._calls.watcher, progress
+        try:
+            yield
+        finally:
+            self._calls.watcher = before
+
     def cancel(self) -> bool:
         """Stops the call in progress, from any thread; returns whether there was one.
 
@@ -227,7 +240,8 @@ class Llama(llama_cpp.Llama):
     def reset(self) -> None:
         """Forgets the conversation."""
         super().reset()
-        self._turn = cache.Turn()
+        if not self._calls.in_progress:  # what a call resets belongs to its own prompt
+            self._turn = cache.Turn()
         if self._cache is not None:
             self._cache.clear()
 

@@ -202,6 +202,7 @@ class BoundedCache:
         if llm._logits_all:
             logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm._n_vocab))
             llm.scores[past:end] = logits
+        llm._calls.evaluated()
 
     def _failure(self, code: int, n: int, said: str) -> DecodeError:
         seen = self._llm.n_tokens

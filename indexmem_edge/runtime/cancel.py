@@ -155,6 +155,7 @@ class Calls:
         self._lock = threading.RLock()  # reentrant, because signal handlers call cancel
         self._call: Optional[Call] = None
         self.logits: Optional[KeptLogits] = None  # after the last token, if a cancelled call has overwritten them
+        self.watcher: Optional[Callable[[int, int], None]] = None  # is told of every batch of a prompt
         self._inside = False  # its code is running, or, between two items of a stream, the application's
 
     def attach(self) -> None:
@@ -216,6 +217,18 @@ class Calls:
         """Raises Cancelled if the call in progress is to stop."""
         if self._inside and self._flag.value:
             raise Cancelled("the call was cancelled")
+
+    def evaluated(self) -> None:
+        """A batch has been evaluated: tells the watcher, if it was of a prompt, how much of that is done."""
+        turn = self._llm._turn
+        ahead = turn.prompt - self._llm.n_tokens
+        if self.watcher is not None and 0 <= ahead < turn.evaluated:
+            self.watcher(turn.evaluated - ahead, turn.evaluated)
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether the code of a call is running."""
+        return self._inside
 
     def overtake(self) -> None:
         """Something too short to be stopped happens: a stream that was left unfinished is no longer in progress."""
