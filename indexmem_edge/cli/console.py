@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Optional, Type
+from typing import TYPE_CHECKING, Optional
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +73,7 @@ def _columns(width: int, figures: bool) -> list[ProgressColumn]:
 
 
 class Bar:
-    """A bar for one thing, on standard error, that vanishes at its end. It is not shown before it takes long.
-
-        with Bar("reading book.txt", wanted=True) as bar:
-            bar.update(512, 8072)
-    """
+    """A bar for one thing, on standard error, that vanishes at its end. It is not shown before it takes long."""
 
     def __init__(self, what: str, wanted: bool) -> None:
         self._what = what
@@ -106,7 +102,7 @@ class Bar:
                 self._progress.start()
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         self._timer.cancel()
         with self._lock:

@@ -164,7 +164,7 @@ class RunOptions:
     ] = "f16"
 
     predict: Annotated[
-        int, _option(_SAMPLING, "-n", "--predict", help="Tokens of an answer at most; -1: no limit.")
+        int, _option(_SAMPLING, "-n", "--predict", help="Tokens of an answer at most; 0: read the text, no more; -1: no limit.")
     ] = 512
     temp: Annotated[float, _option(_SAMPLING, "--temp", help="Temperature; 0: always the likeliest token.")] = 0.3
     top_k: Annotated[int, _option(_SAMPLING, "--top-k", help="Only the k likeliest tokens; 0: all.")] = 40
@@ -236,7 +236,7 @@ class RunOptions:
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of create_completion and create_chat_completion."""
         return {
-            "max_tokens": self.predict if self.predict > 0 else None,
+            "max_tokens": max(self.predict, 1) if self.predict >= 0 else None,  # of 0, what is drawn is not shown
             "temperature": self.temp,
             "top_k": self.top_k,
             "top_p": self.top_p,
