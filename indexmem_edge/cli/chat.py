@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import Cancelled, IndexMemError, SessionError
-from ..files.textfile import argument_text, read_text
+from ..files.textfile import read_text
 from ..llama import Llama
 from ..sessions import file as sessionfile
 from ..stats import format_bytes
@@ -38,7 +38,7 @@ class Chat:
         self._terminal = Terminal(options.as_json, form.quiet)
         self._reader: Reader = reader(self._terminal.interactive, keep_history)
         self._notes = CacheNotes(self._terminal, llm.kv_options.budget_ratio)
-        self._conversation = Conversation(options.system and argument_text("--system", options.system))
+        self._conversation = Conversation(options.system)
         self._again = 0  # answers to the last question so far, without the first
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {

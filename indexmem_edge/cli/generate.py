@@ -26,14 +26,13 @@ def generate(options: RunOptions, form: AnswerOptions, prompt: Optional[str], fi
     """Writes the text to standard output, and what the cache did to standard error; returns the exit status."""
     text = _prompt_text(prompt, file)
     sampling = {**options.sampling(), **form.keywords()}
-    system = None if options.system is None else argument_text("--system", options.system)
     with_messages = as_chat or options.system is not None
     llm = options.load()
 
     def begin() -> Any:
         if not with_messages:
             return llm.create_completion(text, stream=True, **sampling)
-        messages: Any = Conversation(system).asked(text).messages
+        messages: Any = Conversation(options.system).asked(text).messages
         return llm.create_chat_completion(messages, stream=True, **sampling)
 
     bar = Bar("reading", wanted=not (options.as_json or form.quiet))

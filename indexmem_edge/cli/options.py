@@ -20,6 +20,7 @@ import typer
 from typing_extensions import Annotated
 
 from ..errors import BudgetError, IndexMemError
+from ..files.textfile import argument_text
 from ..models.demo import demo_model, demo_sidecar
 from ..options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW, PIN_AUTO
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY, MEMORY_OFF
@@ -187,6 +188,10 @@ class RunOptions:
         bool, _option(_OUTPUT, "-v", "--verbose", help="Show what llama.cpp says (on standard error).")
     ] = False
 
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            object.__setattr__(self, "system", argument_text("--system", self.system))
+
     def load(self) -> Llama:
         """Loads the model.
 
@@ -321,9 +326,9 @@ def with_run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
-        options = RunOptions(**{f.name: given.pop(f.name) for f in fields(RunOptions)})
+        values = {f.name: given.pop(f.name) for f in fields(RunOptions)}
         with one_line_errors():
-            return command(options=options, **given)
+            return command(options=RunOptions(**values), **given)
 
     run.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own + shared}
