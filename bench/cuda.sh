@@ -43,7 +43,7 @@ built() { [ -x "$BUILD/${TESTS[0]}" ] || stop "nothing is built: bench/cuda.sh b
 
 # from the folder of the package, because python finds what lies in the present one first
 bench() {
-    (cd "$BUILD/python" && "$PYTHON" -m indexmem_edge.bench.speed.gpu "$@" --out "$OUT" --threads "$(nproc)") || stop "bench.gpu $1 failed"
+    (cd "$BUILD/python" && "$PYTHON" -m indexmem_edge bench gpu "$@" --out "$OUT" --threads "$(nproc)") || stop "bench gpu $1 failed"
 }
 
 need nvidia-smi "this is to be run on a machine with an NVIDIA GPU"

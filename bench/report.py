@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from indexmem_edge.cli.console import console
 
 Row = dict[str, Any]
 ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
+PIPE_WIDTH = 160  # columns of a table where there is no terminal
 WORDS = ("arm", "policy", "task", "system", "memory")  # columns of text
 QUALITY_KEYS = ("task", "length", "score", "nll", "n")
 
@@ -93,7 +95,7 @@ class Report:
         title = f"{self.name}: {self.meta['model']}, {self.meta['threads']} threads, {self.meta['cpu']}"
         print_rows(title, columns, self.rows if rows is None else rows)
         for verdict in self.verdicts:
-            console().print(str(verdict), highlight=False)
+            console(width_in_pipes=PIPE_WIDTH).print(str(verdict))
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
@@ -108,14 +110,7 @@ def print_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str
         table.add_column(name, justify="left" if name in WORDS else "right")
     for row in cells:
         table.add_row(*row)
-    console().print(table)
-
-
-def console() -> Console:
-    found = Console()
-    if not found.is_terminal:
-        found.width = 160
-    return found
+    console(width_in_pipes=PIPE_WIDTH).print(table)
 
 
 def show(name: str, value: Any) -> str:
@@ -143,7 +138,7 @@ def draw(path: Path, report: Report, plot: Callable[[Any, Report], None]) -> Pat
     try:
         import matplotlib
     except ImportError:
-        Console(stderr=True).print(
+        console(error=True).print(
             f"no {path.name}: it takes matplotlib (pip install matplotlib); the table and the JSON are complete"
         )
         return None

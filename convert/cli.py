@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from indexmem_edge import __version__
+from indexmem_edge.cli.console import Bar, console
 from indexmem_edge.cli.options import one_line_errors
 from indexmem_edge.cli.streams import make_forgiving
 from indexmem_edge.errors import ConvertError
@@ -124,12 +121,12 @@ def convert(
         if no_fingerprint:
             checkpoint = replace(checkpoint, fingerprint=None)
         _note(notes(checkpoint))
-        with _progress(not as_json) as progress:
-            written = write_sidecar(target, checkpoint, outtype, force, progress)
+        with Bar("writing tensors", wanted=not as_json) as bar:
+            written = write_sidecar(target, checkpoint, outtype, force, bar.update)
         if as_json:
             print(json.dumps(to_dict(checkpoint, written, outtype), indent=1))
         else:
-            print_summary(_console(), checkpoint, written, outtype)
+            print_summary(console(width_in_pipes=140), checkpoint, written, outtype)
 
 
 def _describe(
@@ -179,29 +176,9 @@ def _export(sources: list[Path], target: Path, force: bool, as_json: bool) -> No
 
 
 def _note(lines: list[str]) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    err = console(error=True)
     for line in lines:
-        console.print(f"note: {line}", markup=False)
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    return console
-
-
-@contextmanager
-def _progress(wanted: bool) -> Iterator[Optional[Callable[[int, int], None]]]:
-    """A bar on standard error for a person at a terminal; nothing otherwise."""
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tensors", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        err.print(f"note: {line}", markup=False)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from indexmem_edge.files.untrusted import quote
 
 from .model import Array
 
-_HOW = "pip install 'indexmem-edge[train]'"
+_HOW = "pip install --upgrade torch"
 _MIN_TORCH = (2, 6)
 _MAX_PICKLE = 64 << 20  # names and shapes of tensors, not their data
 

@@ -1,4 +1,4 @@
-"""`indexmem bench`: memory, speed, quality, indexers and latent memories: a table, a JSON file and a plot each."""
+"""`indexmem bench`: memory, speed, quality, indexers, latent memories, GPUs: a table, a JSON file and a plot each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from . import ruler as cli_ruler
 from .endless import endless
+from .gpu import app as gpu
 from .options import (
     BUDGET,
     CACHE,
@@ -106,6 +107,7 @@ def memory(
 app.command()(speed)
 app.command()(quality)
 app.command()(endless)
+app.add_typer(gpu, name="gpu")
 
 
 @app.command()

@@ -60,13 +60,14 @@ def endless(
     """What a conversation far past the trained length is worth: likelihood, facts told long ago, talk, cost. Against llama.cpp's
     context shift. Can be stopped and started again: what is finished is kept.
     """
+    from indexmem_edge.cli.console import console
     from indexmem_edge.runtime.choice import INDEXER_POLICY
 
     from ..endless import run as bench
     from ..endless import table as endless_table
     from ..endless.arms import SHIFT, arms_of, spans_of
     from ..quality.arms import Sidecars
-    from ..report import console, print_table
+    from ..report import PIPE_WIDTH, print_table
 
     with session(model, as_json) as (loaded, progress):
         words = [word for word in arms.split(",") if word]
@@ -97,7 +98,7 @@ def endless(
     for title, columns, cells in endless_table.tables(report):
         print_table(title, columns, cells)
     for verdict in report.verdicts:
-        console().print(str(verdict), highlight=False)
+        console(width_in_pipes=PIPE_WIDTH).print(str(verdict))
     for reason in report.meta["without_span"]:
         print(f"span trained: none is in force, {reason}")
     if repeated := report.meta["text_repeated"]:

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from indexmem_edge.cli.console import console, progress
 from indexmem_edge.cli.options import cache_option
 from indexmem_edge.cli.terminal import printable
 from indexmem_edge.errors import IndexMemError
 from indexmem_edge.options import DEFAULT_BUDGET, DEFAULT_SINKS, DEFAULT_WINDOW
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
 
@@ -185,15 +187,7 @@ def session(
     gpu_layers: Optional[int] = None,
 ) -> Iterator[tuple[Any, Progress]]:
     """The loaded model, which `make` makes if given, and a progress bar; errors become one line."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=as_json,
-    )
+    bar = progress(not as_json, transient=False)
     try:
         from ..runner import Model
 
@@ -202,12 +196,17 @@ def session(
             yield loaded, bar
         loaded.close()
     except IndexMemError as error:
-        text = printable(" ".join(str(error).split()))
-        Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", highlight=False, markup=False)
-        raise typer.Exit(1) from None
+        fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def fail(error: IndexMemError) -> None:
+    """One line on standard error, then exit status 1."""
+    text = printable(" ".join(str(error).split()))
+    console(error=True).print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(1) from None
 
 
 def demo_model() -> Path:

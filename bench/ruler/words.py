@@ -35,7 +35,7 @@ class Words:
         except ImportError:
             raise BenchError(
                 "the words of RULER tasks come from the package wonderwords, which is not installed: "
-                "pip install 'indexmem-edge[bench]'"
+                "pip install wonderwords"
             ) from None
         lists = RandomWord(enhanced_prefixes=False)
 

@@ -1,22 +1,20 @@
 """The bounded cache on a GPU: does it compute what the CPU computes, wherever model and cache lie, and how fast is it?
 
-    python -m indexmem_edge.bench.speed.gpu check -m model.gguf
-    python -m indexmem_edge.bench.speed.gpu speed -m model.gguf
-    python -m indexmem_edge.bench.speed.gpu speed --geometry qwen3-8b --kv-budget 4096 --depths 2048,8192,32768,131072
+    indexmem bench gpu check -m model.gguf
+    indexmem bench gpu speed -m model.gguf
+    indexmem bench gpu speed --geometry qwen3-8b --kv-budget 4096 --depths 2048,8192,32768,131072
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import typer
 
-from indexmem_edge.errors import IndexMemError
 from indexmem_edge.native import api
 from indexmem_edge.native.ggml import ggml_function
 
@@ -26,12 +24,6 @@ from ..report import Report, Verdict
 from ..runner import BenchError, Model, Setup, System, library, llama_cpp
 from ..text import TokenStream, read_text
 from . import run as speed_bench
-
-app = typer.Typer(no_args_is_help=True, help=__doc__)
-
-MODEL = typer.Option(None, "-m", "--model", help="GGUF file; default: the demo model.", show_default=False)
-OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON files.")
-THREADS = typer.Option(8, "-t", "--threads", help="CPU threads.")
 
 PREFILL, DECODE = 1024, 96  # tokens of the check: those before its logits are looked at, and those of single steps
 BUDGET = 512
@@ -184,71 +176,46 @@ def devices() -> str:
     return ", ".join(describe_device(get(i)).decode("utf-8", "replace").strip() for i in range(count()))
 
 
-def _require_gpu() -> None:
+def require_gpu() -> None:
+    """Raises:
+        BenchError: there is none, or not one that has the kernels.
+    """
     if not llama_cpp.llama_supports_gpu_offload():
         raise BenchError(f"no GPU: this build of the library has found {devices()}")
     if not api.library().indexmem_device_supported(0):  # GPUs come before the CPU
         raise BenchError(f"the first of these devices lacks kernels of the bounded cache: {devices()}")
 
 
-def _demo() -> Path:
-    from indexmem_edge.models import demo
-
-    return demo.demo_model()
-
-
-def _end(report: Report, columns: tuple[str, ...], out: Path) -> None:
-    print("wrote", report.save(out)[0])
-    report.print(columns)
-    if any(v.ok is False for v in report.verdicts):
-        raise BenchError(f"{report.name}: {sum(v.ok is False for v in report.verdicts)} checks failed, see above")
-
-
-@app.command()
-def check(model: Optional[Path] = MODEL, out: Path = OUT, threads: int = THREADS) -> None:
-    """The same logits as on the CPU: all layers on the GPU, half of them, the cache in host memory."""
-    _require_gpu()
-    path = model or _demo()
+def check(path: Path, out: Path, threads: int) -> Report:
+    """The same logits as on the CPU, at every placement."""
     loaded = Model(path, 0)
     where = placements(loaded)
     loaded.close()
-    _end(run_check(path, where, systems(threads), out), CHECK_COLUMNS, out)
+    return run_check(path, where, systems(threads), out)
 
 
-@app.command()
-def speed(
-    model: Optional[Path] = MODEL,
-    geometry: Optional[str] = typer.Option(None, help="Random weights of this shape: qwen3-4b, qwen3-8b."),
-    kv_budget: int = typer.Option(1024, "-b", "--kv-budget", help="Entries that each KV head keeps."),
-    systems: str = typer.Option("streaming/off,snapkv/off,knorm/centroid", help="Policy/memory of each run."),
-    depths: str = typer.Option("1024,4096,16384", help="Tokens seen before each measurement."),
-    cache: Optional[Path] = typer.Option(None, help="Folder for the model with random weights."),
-    out: Path = OUT,
-    threads: int = THREADS,
-) -> None:
-    """Decode and prefill at growing depths, bounded and unbounded."""
-    _require_gpu()
-    if geometry and geometry not in synthetic.GEOMETRIES:
+def model_of(geometry: Optional[str], path: Optional[Path], cache: Optional[Path]) -> Path:
+    """The model with random weights of that shape, written where there is none yet; without a shape `path`."""
+    if geometry is None:
+        assert path is not None
+        return path
+    if geometry not in synthetic.GEOMETRIES:
         raise BenchError(f"unknown geometry {geometry!r}: choose one of {', '.join(synthetic.GEOMETRIES)}")
-    path = synthetic.cached_model(synthetic.GEOMETRIES[geometry], folder=cache) if geometry else model or _demo()
+    return synthetic.cached_model(synthetic.GEOMETRIES[geometry], folder=cache)
+
+
+def speed(
+    path: Path, name: str, budget: int, wanted: list[str], depths: list[int], out: Path, threads: int
+) -> Iterator[Report]:
+    """A report for each policy/memory: decode and prefill at growing depths, bounded and unbounded."""
     loaded = Model(path)
-    for wanted in systems.split(","):
-        policy, _, memory = wanted.partition("/")
-        setup = Setup(policy=policy, budget=kv_budget, threads=threads, memory=memory or "off")
-        name = "-".join(["cuda-speed", geometry or "demo", policy, *([memory] if memory not in ("", "off") else [])])
-        print(f"speed: {name}", flush=True)
-        report = speed_bench.run_speed(
-            loaded, [setup], [int(d) for d in depths.split(",")], repeats=3, no_flash=False, name=name, out=out
-        )
+    for pair in wanted:
+        policy, _, memory = pair.partition("/")
+        setup = Setup(policy=policy, budget=budget, threads=threads, memory=memory or "off")
+        of_run = "-".join(["cuda-speed", name, policy, *([memory] if memory not in ("", "off") else [])])
+        print(f"speed: {of_run}", flush=True)
+        report = speed_bench.run_speed(loaded, [setup], depths, repeats=3, no_flash=False, name=of_run, out=out)
         report.meta["device"] = devices()
         report.verdicts = []  # the goals are those of the CPU
-        _end(report, SPEED_COLUMNS, out)
+        yield report
     loaded.close()
-
-
-if __name__ == "__main__":
-    try:
-        app(standalone_mode=False)
-    except IndexMemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

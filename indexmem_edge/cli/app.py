@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,9 +13,11 @@ from typing_extensions import Annotated
 from .. import __version__
 from ..errors import IndexMemError
 from .calibrate import calibrate_memory
+from .collect import collecting
 from .options import RunOptions, fail, one_line_errors, with_run_options
-from .streams import make_forgiving
+from .sampling import AnswerOptions
 from .serve import serve
+from .streams import make_forgiving
 from .train import train
 
 app = typer.Typer(
@@ -24,7 +25,6 @@ app = typer.Typer(
     help="llama.cpp with a KV cache of the size you choose: memory and speed stay the same however long the text gets.",
     epilog="Start with: indexmem chat",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,7 +39,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("-V", "--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -47,11 +47,25 @@ def _main(
 
 @app.command()
 @with_run_options
-def chat(options: RunOptions) -> None:
+@collecting(AnswerOptions, "form")
+def chat(
+    options: RunOptions,
+    form: AnswerOptions,
+    no_history: Annotated[
+        bool,
+        typer.Option(
+            "--no-history", help="Do not keep what is typed for the next chat; INDEXMEM_HISTORY=0 neither.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+) -> None:
     """Talk to a model in the terminal.
 
-    Commands inside: /stats /reset /save FILE /load FILE /read FILE /help /exit. Ctrl-C stops an answer, Ctrl-D leaves.
-    When standard input is not a terminal, every line is one message, and the answers go to standard output.
+    Commands inside: /stats /regen /edit [TEXT] /undo /system [TEXT] /reset /save FILE /load FILE /read FILE /help /exit.
+    Alt-Enter begins another line, pasted lines are one message. Ctrl-C stops an answer, Ctrl-D leaves.
+
+    When standard input is not a terminal, every line is one message, and the answers go to standard output. With --json
+    a line may also be an object {"role": ..., "content": ...}, or a list of such: roles, and line breaks in messages.
 
     Examples:
 
@@ -66,18 +80,21 @@ def chat(options: RunOptions) -> None:
     from ..doctor import firststart
     from .chat import Chat
 
+    form.keywords()  # what is wrong there is said before anything takes time
     firststart.require_trial(options.model)
-    llm = options.load()
+    llm = options.load(form.quiet)
     options.rehearse(llm)
-    status = Chat(llm, options).run()
+    status = Chat(llm, options, form, keep_history=not no_history).run()
     llm.close()
     raise typer.Exit(status)
 
 
 @app.command()
 @with_run_options
+@collecting(AnswerOptions, "form")
 def generate(
     options: RunOptions,
+    form: AnswerOptions,
     prompt: Annotated[
         Optional[str], typer.Option("-p", "--prompt", help="Text to continue.", show_default=False)
     ] = None,
@@ -104,47 +121,12 @@ def generate(
     indexmem generate -f book.txt --kv-budget 1024 --kv-policy snapkv
 
     indexmem generate --chat -p "Name three rivers." --json
+
+    indexmem generate --chat -p "Is the sea salty?" -q --json-schema '{"type": "boolean"}'
     """
-    text = _prompt_text(prompt, file)
-    llm = options.load()
-    if as_chat or options.system is not None:
-        system = [{"role": "system", "content": options.system}] if options.system is not None else []
-        messages = [*system, {"role": "user", "content": text}]
-        options.rehearse(llm)
-        chunks = llm.create_chat_completion(messages, stream=True, **options.sampling())
-    else:
-        tokens = llm.tokenize(text.encode(), special=special)
-        chunks = llm.create_completion(tokens, stream=True, **options.sampling())
-    written, finish = [], None
-    for chunk in chunks:
-        choice = chunk["choices"][0]
-        piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
-        written.append(piece)
-        finish = choice["finish_reason"] or finish
-        if not options.as_json:
-            print(piece, end="", flush=True)
-    stats = llm.kv_stats()
-    if options.as_json:
-        print(json.dumps({"text": "".join(written), "finish_reason": finish, **options.cut_by(finish, stats), "stats": stats.to_dict()}))
-    else:
-        print(flush=True)
-        print(stats, file=sys.stderr)
-    llm.close()
+    from .generate import generate as run
 
-
-def _prompt_text(prompt: Optional[str], file: Optional[Path]) -> str:
-    if (prompt is None) == (file is None):
-        raise IndexMemError("give the text with either -p TEXT or -f FILE (`-f -` reads standard input)")
-    if prompt is not None:
-        text = prompt
-    else:
-        from ..files.textfile import read_standard_input, read_text
-
-        assert file is not None
-        text = read_standard_input() if str(file) == "-" else read_text(file)
-    if not text.strip():
-        raise IndexMemError("the text is empty")
-    return text
+    raise typer.Exit(run(options, form, prompt, file, as_chat, special))
 
 
 @app.command()
@@ -187,6 +169,9 @@ def doctor(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Explain the policies, indexers and memories that there are.")
+    ] = False,
 ) -> None:
     """Say which library, backends and models are in use, what is wrong, and how to mend it.
 
@@ -198,7 +183,7 @@ def doctor(
     from .doctor import examine, report
 
     findings = examine(model)
-    report(findings, as_json)
+    report(findings, as_json, verbose)
     raise typer.Exit(0 if all(f.status != "wrong" for f in findings) else 1)
 
 
@@ -222,6 +207,20 @@ def _add_bench() -> None:
 
         return
     app.add_typer(bench_app, name="bench")
+
+
+@app.command(
+    "convert",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def convert(context: typer.Context) -> None:
+    """Turn a trained indexer or memory into a sidecar that the runtime can load; `indexmem-convert` is the same."""
+    with one_line_errors():
+        if importlib.util.find_spec("indexmem_edge.convert") is None:
+            raise IndexMemError("the converter is not in this folder: install the package, for example with `pip install .`")
+    from indexmem_edge.convert.cli import app as convert_app  # takes long: not for --help of all the commands
+
+    convert_app(context.args, prog_name="indexmem convert")
 
 
 _add_bench()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -16,6 +14,7 @@ from ..models.demo import demo_model
 from ..native.processors import usable_processors
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
+from .console import Bar, console
 from .options import one_line_errors
 from .terminal import printable
 
@@ -107,7 +106,7 @@ def calibrate_memory(
     with one_line_errors():
         from ..calibrate.run import calibrate_memory as calibrate
 
-        with _progress(not as_json) as progress:
+        with Bar("measuring", wanted=not as_json) as bar:
             result = calibrate(
                 model if model is not None else demo_model(),
                 text,
@@ -125,7 +124,7 @@ def calibrate_memory(
                 n_threads=threads or usable_processors(),
                 fingerprint=not no_fingerprint,
                 force=force,
-                progress=progress,
+                progress=bar.update,
             )
         if as_json:
             print(json.dumps(result.to_dict(), indent=2))
@@ -137,10 +136,9 @@ def calibrate_memory(
 
 def _show(result: Calibration) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     plain = "gate 1" if result.memory == "centroid" else "as trained"
     table = Table(title="Error of the attention output", title_justify="left", title_style="bold", box=box.SIMPLE)
     for name in ("layer", "no memory", "off", plain, "calibrated", "gate", "memory"):
@@ -148,33 +146,17 @@ def _show(result: Calibration) -> None:
     for row in result.layers:
         errors = (f"{error:.4f}" for error in (row.without, row.off, row.plain, row.gated))
         table.add_row(str(row.layer), *errors, f"{row.gate:.3f}", "on" if row.enabled else "off")
-    console.print(table)
+    out.print(table)
     on, slots = sum(row.enabled for row in result.layers), f" of {result.slots} slots" if result.slots else ""
     lengths = ", ".join(f"{n:,}" for n in result.passages)
-    console.print(
+    out.print(
         f"{result.memory} memory{slots} on in {on} of {len(result.layers)} layers; "
         f"mean error {result.error_without:.4f} without, {result.error:.4f} with it"
     )
     if result.worse:
-        console.print(f"better off without: layer {', '.join(map(str, result.worse))}")
-    console.print(
+        out.print(f"better off without: layer {', '.join(map(str, result.worse))}")
+    out.print(
         f"policy {result.policy}, budget {result.budget:,}; "
         f"passages of {lengths} tokens, {result.rows:,} outputs a layer"
     )
-    console.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)
-
-
-@contextlib.contextmanager
-def _progress(wanted: bool) -> Iterator[Optional[Callable[[int, int], None]]]:
-    """A bar on standard error for a person at a terminal; nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not (wanted and console.is_terminal):
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    out.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)

@@ -5,61 +5,61 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from ..errors import CacheWarning, Cancelled, IndexMemError, SessionError
 from ..files.textfile import read_text
 from ..llama import Llama
 from ..sessions import file as sessionfile
+from ..stats import format_bytes
+from .answers import pieces
+from .commands import help_text, parse
+from .conversation import Conversation, messages_of_json
 from .interrupt import ctrl_c_cancels
 from .options import RunOptions, describe
-from .terminal import LEAVE, ProgressBar, Terminal
-
-Message = dict[str, Any]
-
-HELP = f"""\
-/stats       what the KV cache has seen, kept and dropped
-/reset       forget the conversation
-/save FILE   save the conversation, KV cache included
-/load FILE   continue a saved conversation; only what is new will be evaluated
-/read FILE   read a text file into the conversation now; ask about it afterwards
-/help        this list
-/exit        leave ({LEAVE}, too); Ctrl-C stops an answer"""
+from .reading import Reader, reader
+from .sampling import AnswerOptions
+from .terminal import Terminal
 
 
 class Chat:
     """One conversation: its messages, the commands, and what the person is told about the cache."""
 
-    def __init__(self, llm: Llama, options: RunOptions) -> None:
+    def __init__(
+        self, llm: Llama, options: RunOptions, form: Optional[AnswerOptions] = None, keep_history: bool = True
+    ) -> None:
+        form = form or AnswerOptions()
         self._llm = llm
         self._options = options
-        self._terminal = Terminal(options.as_json)
-        self._messages: list[Message] = []
-        self._document = ""  # read, but not asked about yet: the beginning of the next message
+        self._form = form.keywords()
+        self._terminal = Terminal(options.as_json, form.quiet)
+        self._reader: Reader = reader(self._terminal.interactive, keep_history)
         self._warnings: list[CacheWarning] = []  # said after the answer
         llm.kv_warn = self._warnings.append
+        self._conversation = Conversation(options.system)
+        self._again = 0  # answers to the last question so far, without the first
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/stats": self._stats,
+            "/regen": self._regenerate,
+            "/edit": self._edit,
+            "/undo": self._undo,
+            "/system": self._system,
             "/reset": self._reset,
             "/save": self._save,
             "/load": self._load,
             "/read": self._read,
-            "/help": lambda _: self._terminal.say(HELP),
+            "/help": lambda _: self._terminal.say(help_text(self._reader.leave)),
         }
-        self._start_over()
 
     def run(self) -> int:
         """Answers until the input ends; returns the exit status: 1 if a line of a program's input failed."""
         self._terminal.say_to_person(self._greeting())
-        while True:
-            line = self._terminal.read_line()
-            if line is None or line in ("/exit", "/quit"):
-                break
-            if line:
-                self._handle(line)
+        going_on = True
+        while going_on and (entry := self._reader.read()) is not None:
+            going_on = self._handle(entry)
         return 1 if self._failed and not self._terminal.interactive else 0
 
     def _greeting(self) -> str:
@@ -67,18 +67,21 @@ class Chat:
         cache = f"KV cache {stats.policy}" + (f" ({stats.indexer})" if stats.indexer else "")
         cache += f", budget {stats.budget:,}" if stats.budget else ""
         cache += f", memory {stats.memory}" if stats.remembers else ""
-        return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, {LEAVE}"
+        return f"{os.path.basename(self._llm.model_path)} · {cache} · /help lists the commands, {self._reader.leave}"
 
-    def _handle(self, line: str) -> None:
+    def _handle(self, entry: str) -> bool:
+        """Does what was typed; returns False if that was to leave."""
         try:
-            if line.startswith("/"):
-                name, _, argument = line.partition(" ")
-                command = self._commands.get(name)
-                if command is None:
-                    raise IndexMemError(f"unknown command {name}: {', '.join(self._commands)}, /exit")
-                command(argument.strip())
-            else:
-                self._answer(line)
+            if self._options.as_json and entry[:1] in ("{", "["):
+                self._add(self._conversation.added(messages_of_json(entry)))
+                return True
+            command, text = parse(entry)
+            if command == "/exit":
+                return False
+            if command is not None:
+                self._commands[command](text)
+            elif text:
+                self._add(self._conversation.asked(text))
         except KeyboardInterrupt:
             self._terminal.note("stopped")
         except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -86,54 +89,64 @@ class Chat:
                 raise
             self._failed = True
             self._terminal.error(describe(error))
+        return True
 
     # answers
 
-    def _answer(self, question: str) -> None:
-        content = f"{self._document}\n\n{question}" if self._document else question
-        messages = [*self._messages, {"role": "user", "content": content}]
+    def _add(self, conversation: Conversation) -> None:
+        """Goes on with what has been added, and answers if a question is at its end."""
+        self._again = 0
+        if conversation.is_open:
+            self._answer(conversation)
+        else:
+            self._conversation = conversation
+
+    def _answer(self, conversation: Conversation) -> None:
+        """Answers the question at the end. Without a word of an answer the chat stays as it was."""
         text: list[str] = []
         finish: Optional[str] = None
         first = 0.0
+        bar = self._terminal.bar("reading")
+        sampling = {**self._options.sampling(), **self._form}
+        if self._options.seed >= 0:
+            sampling["seed"] += self._again  # another answer, and the same one in the next run
+
+        def begin() -> Any:
+            return self._llm.create_chat_completion(conversation.messages, stream=True, **sampling)
+
         try:
-            for chunk in self._chunks(messages):
-                choice = chunk["choices"][0]
-                finish = choice["finish_reason"] or finish
-                piece = choice["delta"].get("content")
+            for piece, reason in pieces(self._llm, begin, bar):
+                finish = reason or finish
                 if piece:
                     first = first or time.perf_counter()
                     text.append(piece)
                     self._terminal.stream(piece)
         except KeyboardInterrupt:
             finish = "stopped"
-        except Cancelled:  # before the first word: nothing has happened
-            finish = "stopped"
-            text.clear()
+        except Cancelled:  # nothing has happened
+            finish = "taken back"
         finally:
             self._terminal.end_stream(bool(text))
-            if text or finish == "stop":  # an answer cut short is part of the conversation; no answer is not
-                self._messages = [*messages, {"role": "assistant", "content": "".join(text)}]
-                self._document = ""
-        if finish == "stopped":
+            if finish == "taken back":
+                text.clear()
+            if text or finish == "stop" or (finish and self._options.predict == 0):  # also of an answer that is cut short
+                self._conversation = conversation.answered("".join(text))
+        if finish == "taken back":
+            self._terminal.note("stopped before there was an answer: the message is taken back")
+        elif finish == "stopped":
             self._terminal.note("stopped")
-        elif finish == "length":
+        elif finish == "length" and self._options.predict != 0:
             self._terminal.note(self._options.why_cut(self._llm.kv_stats()))
-        self._account("".join(text), finish, time.perf_counter() - first if first else 0.0)
-
-    def _chunks(self, messages: list[Message]) -> Iterator[Any]:
-        """The answer as it comes. The first piece comes when all that is new has been read, which may take long."""
-        with ctrl_c_cancels(self._llm):
-            chunks = self._llm.create_chat_completion(messages, stream=True, **self._options.sampling())
-            first = next(chunks)
-        yield first
-        yield from chunks
+        seconds = time.perf_counter() - first if first else 0.0
+        self._account("".join(text), "stopped" if finish == "taken back" else finish, seconds)
 
     def _account(self, text: str, finish: Optional[str], seconds: float) -> None:
         stats = self._llm.kv_stats()
         speed = stats.turn_generated / seconds if seconds > 0 else 0.0
         if self._options.as_json:
-            answer = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats), "tokens_per_second": round(speed, 2)}
-            self._terminal.write(json.dumps({**answer, "stats": stats.to_dict()}))
+            answer = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats)}
+            answer |= {"tokens_per_second": round(speed, 2), "stats": stats.to_dict()}
+            self._terminal.write(json.dumps(answer))
         self._tell()
         self._terminal.footer(stats.line() + (f" · {speed:.0f} tok/s" if speed else ""))
 
@@ -145,10 +158,37 @@ class Chat:
 
     # commands
 
-    def _start_over(self) -> None:
-        system = self._options.system
-        self._messages = [{"role": "system", "content": system}] if system is not None else []
-        self._document = ""
+    def _regenerate(self, _: str) -> None:
+        conversation = self._conversation.unanswered()
+        if self._options.temp == 0:
+            self._terminal.note("with --temp 0 the answer is always the same")
+        self._again += 1
+        self._answer(conversation)
+
+    def _edit(self, text: str) -> None:
+        question = self._conversation.question
+        if not text:
+            if not self._terminal.interactive:
+                raise IndexMemError("/edit needs the new question here: /edit TEXT")
+            text = self._reader.read(question) or ""
+            if not text:
+                self._terminal.note("nothing was changed")
+                return
+        self._add(self._conversation.edited(text))
+
+    def _undo(self, _: str) -> None:
+        before, self._conversation, self._again = self._conversation, self._conversation.undone(), 0
+        what = "the last document is" if self._conversation.turns == before.turns else "the last question and its answer are"
+        self._terminal.note(f"{what} taken back; {len(self._conversation.turns):,} messages are left")
+
+    def _system(self, text: str) -> None:
+        if not text:
+            self._terminal.say(self._conversation.system or "there is no system prompt")
+            return
+        self._conversation = self._conversation.with_system(text)
+        n = self._llm.n_tokens if self._conversation.turns else 0
+        cost = f": with the next message the conversation is evaluated again, about {n:,} tokens" if n else ""
+        self._terminal.note(f"the system prompt is set{cost}")
 
     def _stats(self, _: str) -> None:
         stats = self._llm.kv_stats()
@@ -156,56 +196,49 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._llm.reset()
-        self._start_over()
+        self._conversation, self._again = Conversation(self._conversation.system), 0
         self._terminal.note("the conversation is forgotten")
 
     def _save(self, argument: str) -> None:
-        path = _path("/save", argument)
-        size = self._llm.save_session(path, extra={"messages": self._messages, "document": self._document})
-        self._terminal.note(f"saved {self._llm.n_tokens:,} tokens in {path} ({size / 1e6:.1f} MB)")
+        path = _path(argument)
+        size = self._llm.save_session(path, extra=self._conversation.to_dict())
+        self._terminal.note(f"saved {self._llm.n_tokens:,} tokens in {path} ({format_bytes(size)})")
 
     def _load(self, argument: str) -> None:
-        path = _path("/load", argument)
-        extra = sessionfile.read(path).extra
-        messages = extra.get("messages") if isinstance(extra, dict) else None
-        if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
+        path = _path(argument)
+        conversation = Conversation.from_dict(sessionfile.read(path).extra)
+        if conversation is None:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
         self._llm.load_session(path)
-        self._start_over()
-        self._messages, self._document = messages, str(extra.get("document") or "")
+        self._conversation, self._again = conversation, 0
+        messages = conversation.messages
         self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(messages)} messages")
         if messages and messages[-1]["role"] == "assistant":
             self._terminal.say_to_person(messages[-1]["content"])
 
     def _read(self, argument: str) -> None:
-        path = _path("/read", argument)
+        path = _path(argument)
         text = read_text(path).strip()
         if not text:
             raise IndexMemError(f"{path} is empty")
-        document = f"Document {os.path.basename(path)}:\n\n{text}"
-        document = f"{self._document}\n\n{document}" if self._document else document
+        name, size = os.path.basename(path), format_bytes(os.path.getsize(path))
+        conversation = self._conversation.read(f"Document {name}:\n\n{text}")
         started = time.perf_counter()
-        with ProgressBar(f"reading {os.path.basename(path)}", self._terminal) as bar:
+        with self._terminal.bar(f"reading {name}") as bar:
             try:
                 with ctrl_c_cancels(self._llm):
-                    n = self._llm.prefill_chat([*self._messages, {"role": "user", "content": document}], bar.update)
+                    n = self._llm.prefill_chat(conversation.open_messages, bar.update)
             except (Cancelled, KeyboardInterrupt):
                 raise IndexMemError(f"stopped: {path} was not added to the conversation") from None
-        self._document = document
+        self._conversation = conversation
         seconds = time.perf_counter() - started
-        self._terminal.note(f"read {n:,} tokens in {seconds:.1f} s; now ask about them")
+        self._terminal.note(f"read {n:,} tokens ({size}) in {seconds:.1f} s; now ask about them")
         stats = self._llm.kv_stats()
         self._tell()
         self._terminal.footer(stats.line())
 
 
-def _path(command: str, argument: str) -> str:
-    if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "\"'":
+def _path(argument: str) -> str:
+    if len(argument) > 2 and argument[0] == argument[-1] and argument[0] in "\"'":
         argument = argument[1:-1]
-    if not argument:
-        raise IndexMemError(f"{command} needs a file: {command} FILE")
     return str(Path(argument).expanduser())
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

@@ -56,18 +56,22 @@ def examine(model: Optional[Path] = None) -> list[Finding]:
     return findings
 
 
-def report(findings: Iterable[Finding], as_json: bool) -> None:
-    """Prints the findings."""
+def report(findings: Iterable[Finding], as_json: bool, verbose: bool = False) -> None:
+    """Prints the findings, and what there is to choose from."""
     findings = list(findings)
     wrong = [f for f in findings if f.status == "wrong"]
+    usable = all(f.status != "wrong" for f in findings if f.name in ("library", "bounded cache"))
     if as_json:
-        print(json.dumps({"ok": not wrong, "findings": [asdict(f) for f in findings]}, indent=2))
+        found = {"ok": not wrong, "findings": [asdict(f) for f in findings]}
+        print(json.dumps({**found, **(catalogue() if usable else {})}, indent=2))
         return
     width = max(len(f.name) for f in findings)
     for finding in findings:
         mark = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}[finding.status]
         print(f"{mark}  {finding.name:<{width}}  {printable(finding.found)}")
     print("\nEverything is in order." if not wrong else f"\n{len(wrong)} of {len(findings)} checks failed.")
+    if usable:
+        show_catalogue(verbose)
 
 
 def _guard(name: str, part: Callable[[], list[Finding]], status: str = "wrong") -> list[Finding]:
@@ -99,10 +103,29 @@ def _bounded_cache() -> list[Finding]:
     from ..native import api
 
     api.library()
-    about = [Finding("bounded cache", "ok", f"interface version {api.API_VERSION}; {api.build_info()}")]
-    about += [Finding("policy", "ok", f"{name}: {text}") for name, text in api.policies().items()]
-    about += [Finding("indexer", "ok", f"{name}: {text}") for name, text in api.indexers().items()]
-    return about + [Finding("memory", "ok", f"{name}: {text}") for name, text in api.memories().items()]
+    return [Finding("bounded cache", "ok", f"interface version {api.API_VERSION}; {api.build_info()}")]
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """What the library has to choose from, each with one line of help. Empty where there is no library."""
+    from ..native import api
+
+    try:
+        return {"policies": api.policies(), "indexers": api.indexers(), "memories": api.memories()}
+    except (IndexMemError, OSError):
+        return {}
+
+
+def show_catalogue(verbose: bool) -> None:
+    """A line for each kind of choice, or for each choice."""
+    for kind, choices in catalogue().items():
+        if verbose:
+            width = max(map(len, choices), default=0)
+            print(f"\n{kind}:", *(f"  {name:<{width}}  {text}" for name, text in choices.items()), sep="\n")
+        else:
+            print(f"{kind}: {', '.join(choices)}")
+    if not verbose:
+        print("(-v says what each of them does)")
 
 
 def _loaded_files() -> list[Finding]:

@@ -21,6 +21,7 @@ from ..models.sidecars import named_after
 from ..native import api
 from ..stats import format_bytes
 from ..train.model.architectures import trainable
+from .console import console
 from .terminal import printable
 
 Facts = dict[str, Any]
@@ -212,13 +213,9 @@ def _beside(path: str, model: int) -> Facts:
 
 def show(facts: Facts) -> None:
     """Prints the facts as tables."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    out = console(width_in_pipes=120)
     for part in _sidecar_tables(facts) if facts["what"] == "sidecar" else _model_tables(facts):
-        console.print(part)
+        out.print(part)
 
 
 def _table(title: Optional[str], columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> Any:

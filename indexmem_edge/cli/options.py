@@ -21,6 +21,7 @@ import typer
 from typing_extensions import Annotated
 
 from ..errors import BudgetError, ContextError, IndexMemError
+from ..files.textfile import argument_text
 from ..models.demo import demo_model
 from ..options import DEFAULT_BUDGET, OPTIONS, CacheOptions
 from ..stats import format_bytes
@@ -144,7 +145,8 @@ class RunOptions:
     ] = "f16"
 
     predict: Annotated[
-        int, _option(_SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; -1: no limit.")
+        int,
+        _option(_SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; 0: read the text, no more; -1: no limit."),
     ] = 512
     temp: Annotated[float, _option(_SAMPLING, "--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.3
     top_k: Annotated[int, _option(_SAMPLING, "--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = 40
@@ -172,8 +174,15 @@ class RunOptions:
 
     cache: Mapping[str, Any] = field(default_factory=dict)  # keywords of `Llama`, those that were given
 
-    def load(self) -> Llama:
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            object.__setattr__(self, "system", argument_text("--system", self.system))
+
+    def load(self, quiet: bool = False) -> Llama:
         """Loads the model. What a person should know beforehand goes to standard error: the size of the cache, the sidecar.
+
+        Args:
+            quiet: nothing but what is wrong.
 
         Raises:
             IndexMemError: it cannot be loaded with these options.
@@ -184,11 +193,12 @@ class RunOptions:
         path = str(self.model) if self.model is not None else str(demo_model())
         keywords = self._keywords()
         with contextlib.suppress(ContextError):  # whether there is one, loading will tell
-            _note(_size(kv_bytes(path, keywords), keywords))
+            if not quiet:
+                _note(_size(kv_bytes(path, keywords), keywords))
         if self.gpu_layers and not _has_gpu():
             _note(f"-ngl {self.gpu_layers} has no effect: this build of the library has no GPU backend")
         llm = Llama(path, **keywords, kv_warn=lambda warning: _note(str(warning)))
-        if llm.sidecar_where:
+        if llm.sidecar_where and not quiet:
             name = os.path.basename(llm.kv_options.sidecar or "")
             _note(f"using the sidecar {name}, which {llm.sidecar_where} (--indexmem off: none)")
         if self.chat_template is not None:
@@ -242,7 +252,7 @@ class RunOptions:
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of create_completion and create_chat_completion."""
         return {
-            "max_tokens": self.predict if self.predict > 0 else None,
+            "max_tokens": self.predict if self.predict >= 0 else None,
             "temperature": self.temp,
             "top_k": self.top_k,
             "top_p": self.top_p,

@@ -1,16 +1,14 @@
-"""Where the chat reads and writes: a person at a terminal, a pipe, or a program that wants JSON."""
+"""What the chat writes, and where: answers, remarks and errors, for a person, a pipe, or a program that wants JSON."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import sys
-from types import TracebackType
-from typing import Optional, Type
 
-from .streams import can_show, make_forgiving, shows_escapes
+from .console import Bar, console
+from .streams import make_forgiving
 
-LEAVE = "Ctrl-Z and Enter leave" if sys.platform == "win32" else "Ctrl-D leaves"
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_ENDS = "\n\t"
 
 
 def printable(text: str) -> str:
@@ -18,33 +16,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def without_controls(text: str) -> str:
+    """An answer for a terminal: its characters and line breaks, and nothing that moves the cursor or changes colours."""
+    return "".join(c for c in text if c in _ENDS or not (c < " " or "\x7f" <= c < "\xa0"))
+
+
 class Terminal:
-    """Answers go to standard output. Remarks go to a person's terminal, else to standard error."""
+    """Answers go to standard output. Remarks go to a person's terminal, else to standard error.
 
-    def __init__(self, as_json: bool) -> None:
+    Args:
+        as_json: answers are objects of JSON, and so are errors.
+        quiet: nothing but answers, errors, and what should not pass unnoticed.
+    """
+
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json
+        self.quiet = quiet
         self.interactive = sys.stdin.isatty()
-        self._colour = shows_escapes(sys.stdout) and not as_json
         make_forgiving()
-        with contextlib.suppress(AttributeError, ValueError):
-            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-        if self.interactive:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (gives input() a history and editing)
-
-    def read_line(self) -> Optional[str]:
-        """The next line without surrounding space, or None at the end of the input."""
-        if not self.interactive:
-            line = sys.stdin.readline()
-            return line.strip() if line else None
-        while True:
-            try:
-                return input("> ").strip()
-            except EOFError:
-                print()
-                return None
-            except KeyboardInterrupt:
-                print(f"  ({LEAVE}, so does /exit)")
+        self._console = console()
+        self._for_a_person = self.interactive and self._console.is_terminal and not as_json
 
     def write(self, text: str) -> None:
         """A line of output proper."""
@@ -56,13 +47,13 @@ class Terminal:
 
     def say_to_person(self, text: str) -> None:
         """Courtesy that only a person wants."""
-        if self.interactive and not self.as_json:
-            print(self._dim(text), flush=True)
+        if self._for_a_person and not self.quiet:
+            self._dim(text)
 
     def stream(self, piece: str) -> None:
         """A piece of an answer as it comes."""
         if not self.as_json:
-            print(piece, end="", flush=True)
+            print(without_controls(piece) if self._console.is_terminal else piece, end="", flush=True)
 
     def end_stream(self, anything: bool) -> None:
         """The end of an answer."""
@@ -71,48 +62,25 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Something that should not pass unnoticed."""
-        if self._colour and self.interactive:
-            print(self._dim(f"[{text}]"), flush=True)
+        if self._for_a_person:
+            self._dim(f"[{text}]")
         else:
             print(f"note: {text}", file=sys.stderr, flush=True)
 
     def footer(self, text: str) -> None:
         """Figures after an answer."""
-        if self._colour and self.interactive:
-            print(self._dim(text), flush=True)
+        if self._for_a_person and not self.quiet:
+            self._dim(text)
 
     def error(self, text: str) -> None:
         """What went wrong, on one line."""
         if self.as_json:
-            import json
-
             self.write(json.dumps({"error": text}))
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        console(error=True).print(f"error: {text}", style="red", markup=False)
 
-    def _dim(self, text: str) -> str:
-        return f"{_DIM}{text}{_PLAIN}" if self._colour else text
+    def bar(self, what: str) -> Bar:
+        """A bar while something is read."""
+        return Bar(what, wanted=not (self.as_json or self.quiet))
 
-
-class ProgressBar:
-    """A bar on standard error while a document is read; nothing where there is no terminal."""
-
-    def __init__(self, title: str, terminal: Terminal) -> None:
-        self._title = title
-        self._shown = shows_escapes(sys.stderr) and not terminal.as_json
-        self._full, self._empty = "█░" if can_show("█░", sys.stderr) else "#."
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def update(self, done: int, total: int) -> None:
-        """Draws `done` of `total`."""
-        if self._shown and total > 0:
-            filled = 30 * done // total
-            bar = self._full * filled + self._empty * (30 - filled)
-            print(f"\r{self._title} {bar} {done:,}/{total:,} tokens", end="", file=sys.stderr, flush=True)
-
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def _dim(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False)

@@ -152,10 +152,10 @@ def train(
     force: Annotated[bool, _option(_FILE, "--force", help="Overwrite a sidecar that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_FILE)] = False,
 ) -> None:
-    r"""Train an indexer, and a memory if wanted, for a model, and write them as a sidecar.
+    """Train an indexer, and a memory if wanted, for a model, and write them as a sidecar.
 
-    The model itself stays as it is. Needs books to read, and PyTorch (pip install 'indexmem-edge\[train]'). What is held
-    out of the books says which weights are best, and when to stop. Ctrl-C saves; the same command goes on from there.
+    The model itself stays as it is. Needs books to read, and PyTorch (pip install torch). What is held out of the books
+    says which weights are best, and when to stop. Ctrl-C saves; the same command goes on from there.
     With several GPUs and accelerate installed there is a process for each; `accelerate launch -m indexmem_edge train ...`
     does the same across machines.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from ..train.options import TrainOptions
 from ..train.watch import Watcher
+from .console import console, progress, shows_bars
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -20,20 +21,12 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def watching(wanted: bool) -> Iterator[Watcher]:
     """Bars on standard error for a person at a terminal, a line now and then for a log file; nothing if not wanted."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False)
     if not wanted:
         yield Watcher()
-    elif not console.is_terminal:
+    elif not shows_bars(console(error=True)):
         yield Lines()
     else:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=console, transient=True) as bars:
+        with progress(True, figures=True) as bars:
             yield Bars(bars)
 
 
@@ -106,27 +99,26 @@ class Bars(Lines):
 def show(result: TrainResult, options: TrainOptions) -> None:
     """What was trained and how well, where it is, and how to use it."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     table = Table(title="Training", title_justify="left", title_style="bold", box=box.SIMPLE)
     for name in ("objective", "steps", "loss", "held-out recall", "of step"):
         table.add_column(name, justify="left" if name == "objective" else "right")
     for stage in result.stages:
         early = f"{stage['done']:,}" + (f" of {stage['steps']:,}" if stage["done"] < stage["steps"] else "")
         table.add_row(stage["objective"], early, _number(stage["loss"]), _number(stage.get("recall")), _count(stage))
-    console.print(table)
+    out.print(table)
     if result.recall is not None:
-        console.print(
+        out.print(
             f"held-out recall {_number(result.recall_before)} before, {_number(result.recall)} after: of the attention "
             "that the best choice of entries keeps, this share"
         )
-    console.print(f"{result.tokens:,} tokens in {result.seconds:,.0f} s of steps")
+    out.print(f"{result.tokens:,} tokens in {result.seconds:,.0f} s of steps")
     for what, path in (*(("report", path) for path in result.reports), ("run", result.run)):
-        console.print(f"{what}: {printable(path)}", markup=False)
-    console.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)
-    console.print(
+        out.print(f"{what}: {printable(path)}", markup=False)
+    out.print(f"{printable(result.path)}: {result.bytes:,} bytes", markup=False)
+    out.print(
         f"indexmem chat -m {printable(str(options.model))} --indexmem {printable(result.path)}", markup=False
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import TorchMissing
 
-_HOW = "install it with `pip install 'indexmem-edge[train]'`"
+_HOW = "install it with `pip install torch`"
 
 
 def require_torch() -> None:

@@ -40,7 +40,61 @@ def test_help(command: tuple[str, ...], words: tuple[str, ...]) -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout.strip() == f"indexmem-edge {indexmem_edge.__version__}"
+    for flag in ("--version", "-V"):
+        assert run(flag).stdout.strip() == f"indexmem-edge {indexmem_edge.__version__}"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell: str) -> None:
+    code = "import sys; from indexmem_edge.cli.app import app; app(prog_name='indexmem')"
+    root = str(Path(indexmem_edge.__file__).parents[1])
+
+    def ask(**variables: str) -> str:
+        given = {**os.environ, "PYTHONPATH": root, **variables}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, timeout=60)
+        return result.stdout
+
+    assert "_INDEXMEM_COMPLETE" in ask(_INDEXMEM_COMPLETE=f"source_{shell}")
+    asked = {
+        "bash": {"COMP_WORDS": "indexmem ge", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "indexmem ge"},
+        "fish": {"_TYPER_COMPLETE_ARGS": "indexmem ge", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    assert "generate" in ask(_INDEXMEM_COMPLETE=f"complete_{shell}", **asked)
+
+
+def test_a_program_imports_nothing_of_the_command_line() -> None:
+    code = (
+        "import sys; from indexmem_edge import Llama; "
+        "assert not {'typer', 'rich', 'click', 'prompt_toolkit', 'indexmem_edge.cli'} & set(sys.modules)"
+    )
+    root = str(Path(indexmem_edge.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_convert_is_a_command_too(tmp_path: Path) -> None:
+    pytest.importorskip("indexmem_edge.convert")
+    assert "convert" in run("--help").stdout
+    for arguments in (("convert", "--help"), ("convert", "-h"), ("convert",)):
+        assert "--outtype" in run(*arguments).stdout
+    found = run("convert", "no.pt", "-o", str(tmp_path / "x.gguf"), "--outtype", "q8_0", "--json")
+    one_error(found, "no.pt", "No such file")
+
+
+@needs_library
+def test_the_gpu_is_measured_where_there_is_one() -> None:
+    pytest.importorskip("indexmem_edge.bench")
+    assert "gpu" in run("bench", "--help").stdout
+    for command in ("check", "speed"):
+        assert "--threads" in run("bench", "gpu", command, "--help").stdout
+    from indexmem_edge import llama_cpp
+
+    if not llama_cpp.llama_supports_gpu_offload():
+        one_error(run("bench", "gpu", "check"), "no GPU")
+        one_error(run("bench", "gpu", "speed", "--geometry", "demo"), "no GPU")
 
 
 @needs_library
@@ -125,7 +179,20 @@ def test_doctor_is_content(demo_model: Path) -> None:
     assert result.returncode == 0, result.stdout
     for word in ("0.3.36", "libllama", "CPU", "streaming", "fast_kvzip", "a bounded cache is possible"):
         assert word in result.stdout
+    lines, names = result.stdout.splitlines(), ("snapkv", "fast_kvzip", "centroid")
+    about = {name: [line for line in lines if name in line] for name in names}
+    assert all(len(lines) == 1 for lines in about.values()) and about["snapkv"][0].startswith("policies: ")
     assert "processors; built for" in result.stdout or "processors; variant" in result.stdout
+
+
+@needs_library
+def test_doctor_explains_what_there_is_to_choose_from(demo_model: Path) -> None:
+    text = run("doctor", "-v").stdout
+    for name in (*indexmem_edge.policies(), *indexmem_edge.indexers()):
+        assert sum(line.startswith(f"  {name} ") for line in text.splitlines()) == 1
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["policies"] == indexmem_edge.policies() and report["indexers"] == indexmem_edge.indexers()
+    assert {"policy", "indexer", "memory"}.isdisjoint(finding["name"] for finding in report["findings"])
 
 
 FLAGS = ("--kv-budget", "192", "--kv-window", "32", "-n", "4", "--temp", "0", "-t", "1")
@@ -147,6 +214,17 @@ def test_chat_json_shows_that_turns_reuse_the_cache(demo_model: Path) -> None:
     for before, after in zip(answers, answers[1:]):
         assert after["stats"]["turn_reused"] == before["stats"]["tokens_seen"]
         assert after["stats"]["turn_evaluated"] < 30 and after["stats"]["reevaluated"] == 0
+
+
+@needs_library
+def test_a_program_talks_in_json(demo_model: Path) -> None:
+    messages = [{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": "/read this:\n\nthe sea"}]
+    lines = [json.dumps(messages), "Go on.", "{", "/stats", json.dumps({"role": "user", "content": "And?"})]
+    result = run("chat", *FLAGS, "--json", stdin="\n".join(lines) + "\n")
+    first, second, error, stats, third = (json.loads(line) for line in result.stdout.splitlines())
+    assert first["answer"] and second["answer"] and third["answer"] and "JSON" in error["error"]
+    assert stats["stats"]["tokens_seen"] == second["stats"]["tokens_seen"] < third["stats"]["tokens_seen"]
+    assert first["stats"]["pin"] > 5 and result.returncode == 1
 
 
 @needs_library

@@ -417,7 +417,7 @@ def test_missing_torch_is_an_error_that_says_what_to_install(monkeypatch: pytest
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConvertError, match=r"pip install 'indexmem-edge\[train\]'"):
+    with pytest.raises(ConvertError, match="pip install --upgrade torch"):
         read_source([samples.GOLDEN / "indexmem_tiny.pt"])
 
 

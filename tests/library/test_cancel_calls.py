@@ -16,7 +16,8 @@ from conftest import Tiny
 from indexmem_edge import Cancelled, GenerationSuperseded, llama_cpp
 from indexmem_edge.cli.interrupt import ctrl_c_cancels
 from indexmem_edge.cli.options import RunOptions
-from indexmem_edge.cli.terminal import ProgressBar, Terminal
+from indexmem_edge.cli.console import Bar
+from indexmem_edge.cli.terminal import Terminal
 from indexmem_edge.native import find
 from support.cancelling import BATCH, TOKENS, Load, Nodes, chat, condition, load, logits, prefill
 
@@ -247,25 +248,25 @@ def talk(load: Load) -> Any:
 def test_a_document_whose_reading_was_stopped_has_not_been_read(talk: Any, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "book.txt").write_text("The tide comes in. " * 60)
     talk._handle("Hello")
-    before, messages = condition(talk._llm), list(talk._messages)
+    before, conversation = condition(talk._llm), talk._conversation
 
-    def ctrl_c(bar: ProgressBar, done: int, total: int) -> None:
+    def ctrl_c(bar: Bar, done: int, total: int) -> None:
         if done > 200:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(ProgressBar, "update", ctrl_c)
+    monkeypatch.setattr(Bar, "update", ctrl_c)
     talk._handle(f"/read {tmp_path}/book.txt")
-    assert talk._failed and talk._document == "" and talk._messages == messages
+    assert talk._failed and talk._conversation == conversation
     assert condition(talk._llm) == before
 
 
 def test_ctrl_c_before_the_first_word_takes_the_question_back(talk: Any, capsys: Any) -> None:
     talk._handle("Hello")
-    before, messages = condition(talk._llm), list(talk._messages)
+    before, conversation = condition(talk._llm), talk._conversation
     with Nodes(talk._llm, stop_after=150):
         talk._handle("The tide comes in. " * 30)
     assert "stopped" in capsys.readouterr().err
-    assert talk._messages == messages and condition(talk._llm) == before
+    assert talk._conversation == conversation and condition(talk._llm) == before
 
 
 def test_ctrl_c_in_an_answer_keeps_what_has_been_said(talk: Any, monkeypatch: Any) -> None:
@@ -278,4 +279,4 @@ def test_ctrl_c_in_an_answer_keeps_what_has_been_said(talk: Any, monkeypatch: An
 
     monkeypatch.setattr(Terminal, "stream", ctrl_c)
     talk._handle("Hello")
-    assert talk._messages[-1] == {"role": "assistant", "content": "".join(pieces)} and len(pieces) == 4
+    assert talk._conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces)} and len(pieces) == 4

@@ -19,7 +19,7 @@ from typing import Any, Optional
 import pytest
 
 import indexmem_edge
-from indexmem_edge.cli import streams, terminal
+from indexmem_edge.cli import console, streams
 from indexmem_edge.files.modelfile import NativePath, check_model_file, gguf_strings, loaded_model
 from indexmem_edge.native import find, ggml
 
@@ -151,14 +151,17 @@ def test_an_answer_on_a_console_without_unicode(demo_model: Path) -> None:
     assert here["text"] == there["text"] and here["stats"]["tokens_seen"] == there["stats"]["tokens_seen"]
 
 
-@pytest.mark.parametrize("encoding, bar", [("utf-8", "█" * 15 + "░" * 15), ("cp1252", "#" * 15 + "." * 15)])
-def test_the_bar_is_drawn_with_what_the_console_has(encoding: str, bar: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = _Console(encoding)
-    monkeypatch.setattr(sys, "stderr", console)
-    monkeypatch.setattr(sys, "stdout", _Console(encoding))
-    with terminal.ProgressBar("reading", terminal.Terminal(as_json=False)) as shown:
-        shown.update(5, 10)
-    assert f"\rreading {bar} 5/10 tokens" in console.shown
+@pytest.mark.parametrize("encoding, line, other", [("utf-8", "━", "---"), ("cp1252", "---", "━")])
+def test_the_bar_is_drawn_with_what_the_console_has(
+    encoding: str, line: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = _Console(encoding)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with console.progress(True) as bars:
+        bars.add_task("reading", total=10, completed=10)
+    assert "reading" in shown.shown and line in shown.shown and other not in shown.shown
 
 
 class _Console(io.TextIOWrapper):
@@ -190,47 +193,6 @@ def test_an_answer_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console.shown == "é ?"
     monkeypatch.setattr(sys, "stdout", SimpleNamespace())  # a program's own
     streams.make_forgiving()
-
-
-class _Kernel:
-    """The console functions of Windows: `mode` is None where the handle is no console."""
-
-    def __init__(self, mode: Optional[int], accepts: bool = True) -> None:
-        self.mode, self.accepts = mode, accepts
-
-    def GetConsoleMode(self, handle: ctypes.c_void_p, found: Any) -> int:
-        assert handle.value == 101
-        if self.mode is None:
-            return 0
-        found._obj.value = self.mode
-        return 1
-
-    def SetConsoleMode(self, handle: ctypes.c_void_p, mode: ctypes.c_uint32) -> int:
-        assert handle.value == 101
-        if self.accepts:
-            self.mode = mode.value
-        return int(self.accepts)
-
-
-@pytest.mark.parametrize(
-    "kernel, mode, shows", [(_Kernel(3), 7, True), (_Kernel(3, accepts=False), 3, False), (_Kernel(None), None, False)]
-)
-def test_escape_sequences_are_asked_for_on_windows(
-    kernel: _Kernel, mode: Optional[int], shows: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TERM", raising=False)
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(get_osfhandle=lambda number: 100 + number))
-    assert streams.shows_escapes(_Console()) is shows
-    assert kernel.mode == mode
-
-
-def test_escape_sequences_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    assert streams.shows_escapes(_Console()) and not streams.shows_escapes(io.StringIO())
-    monkeypatch.setenv("TERM", "dumb")
-    assert not streams.shows_escapes(_Console())
 
 
 @pytest.mark.parametrize("system, invalid", [("posix", False), ("nt", True)])

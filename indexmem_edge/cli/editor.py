@@ -1,0 +1,94 @@
+"""Typing at a terminal: lines are edited, pasted paragraphs are one message, commands and paths are completed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Optional
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.output import create_output
+
+from .commands import COMMANDS
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyPressEvent
+
+_PROMPT, _CONTINUED = "> ", "  "
+
+
+class Editor:
+    """Reads messages and commands of a person.
+
+    Enter sends, Alt-Enter and a backslash at the end of a line begin another line. What is pasted stays together,
+    line breaks included, until Enter is pressed. Tab completes.
+    """
+
+    def __init__(self, history: Optional[History] = None) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=history or InMemoryHistory(),
+            completer=CommandCompleter(),
+            complete_while_typing=False,
+            key_bindings=_keys(),
+            multiline=True,
+            prompt_continuation=_CONTINUED,
+            enable_suspend=True,
+            output=create_output(sys.stdout if sys.stdout.isatty() else sys.stderr),
+        )
+
+    def read(self, draft: str = "") -> str:
+        """What was typed, `draft` to begin with.
+
+        Raises:
+            EOFError: Ctrl-D.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        return self._session.prompt(_PROMPT, default=draft)
+
+    @property
+    def typed(self) -> str:
+        """What stands in the line, also after Ctrl-C."""
+        return self._session.default_buffer.text
+
+
+class CommandCompleter(Completer):
+    """Names of commands at the beginning of a message, and of files where a command takes one."""
+
+    _paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """See `prompt_toolkit`."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            for command in COMMANDS:
+                if command.name.startswith(name.lower()):
+                    end = " " if command.argument else ""
+                    yield Completion(command.name + end, -len(name), display=command.name, display_meta=command.help)
+        elif any(command.name == name.lower() and command.argument == "FILE" for command in COMMANDS):
+            yield from self._paths.get_completions(Document(argument.lstrip()), complete_event)
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end_of_line:
+            buffer.delete_before_cursor(1)
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
