@@ -66,13 +66,13 @@ class Pair:
         size = self.mine.setup.ubatch
         for _ in range(max(n, 0) // size):
             tokens = self.stream.take(size)
-            self._step(self.prefill if timed else None, lambda system: sum(s for _, s in system.feed(tokens, True)))
+            self._step(self.prefill if timed else None, lambda system, tokens=tokens: sum(s for _, s in system.feed(tokens, True)))
         if rest := self.stream.take(max(n, 0) % size):
             self._step(None, lambda system: sum(s for _, s in system.feed(rest, True)))
 
     def write(self, n: int) -> None:
         for token in self.stream.take(n):
-            self._step(self.decode, lambda system: system.step(token))
+            self._step(self.decode, lambda system, token=token: system.step(token))
 
     def _step(self, steps: Steps | None, act: Callable[[System], float]) -> None:
         before, turn = self.rebases(), len(steps.mine) % 2 if steps else 0

@@ -101,7 +101,7 @@ def _interval(groups: Sequence[Sequence[float]], key: str) -> Row:
 
 
 def _mean_row(cell: Cell, runs: list[Runs], full: list[Runs]) -> Row:
-    row = _means(cell, MEAN, {i: r for i, r in enumerate(r for task in runs for r in task.values())})
+    row = _means(cell, MEAN, dict(enumerate(r for task in runs for r in task.values())))
     for key in ("score", "nll"):
         row[key] = statistics.fmean(statistics.fmean(r[key] for r in task.values()) for task in runs)
         row.update(_interval([pairs(mine, theirs, key) for mine, theirs in zip(runs, full)], key))

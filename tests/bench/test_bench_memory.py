@@ -343,7 +343,7 @@ def test_soak_sees_what_goes_wrong(tiny: Any) -> None:
         start = system.stats()
         system.feed(model.tokens("Some text, any text. " * 20), last_logits=True)
         assert list(soak.check(system, start)) == []
-        assert list(soak.check(system, {**start, "kv_bytes": 7}))[0].startswith("kv_bytes was 7 and is ")
+        assert next(iter(soak.check(system, {**start, "kv_bytes": 7}))).startswith("kv_bytes was 7 and is ")
         system.setup = replace(setup, budget=64)
         assert any("in a budget of 64" in why for why in soak.check(system, start))
         system.setup = replace(setup, window=90)

@@ -9,16 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from conftest import Tiny  # noqa: E402
-from indexmem_edge.bench import ruler  # noqa: E402
-from indexmem_edge.bench.cli.app import app  # noqa: E402
+from conftest import Tiny
+from indexmem_edge.bench import ruler
+from indexmem_edge.bench.cli.app import app
 from indexmem_edge.bench.quality import ceiling
-from indexmem_edge.bench.runner import Model  # noqa: E402
-from indexmem_edge.train.model.load import load_decoder  # noqa: E402
-from reference.indexers import random_indexer, write_sidecar  # noqa: E402
-from support.bench_data import ruler_folder  # noqa: E402
+from indexmem_edge.bench.runner import Model
+from indexmem_edge.train.model.load import load_decoder
+from reference.indexers import random_indexer, write_sidecar
+from support.bench_data import ruler_folder
 
 
 def test_groups_cover_all_layers() -> None:

@@ -1,0 +1,1 @@
+from support.mixed import made  # noqa: F401  a fixture
