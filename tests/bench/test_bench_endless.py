@@ -12,20 +12,10 @@ import pytest
 
 from indexmem_edge.bench.endless import (
     facts as endless_facts,
-)
-from indexmem_edge.bench.endless import (
     far as endless_far,
-)
-from indexmem_edge.bench.endless import (
     run as endless,
-)
-from indexmem_edge.bench.endless import (
     summary as endless_summary,
-)
-from indexmem_edge.bench.endless import (
     table as endless_table,
-)
-from indexmem_edge.bench.endless import (
     talk as endless_talk,
 )
 from indexmem_edge.bench.endless.arms import EndlessArm, ShiftingSystem, arms_of, open_system, setup_of, spans_of

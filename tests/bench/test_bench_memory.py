@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge.bench import synthetic
-from indexmem_edge.bench.quality import arms, effect, standing, summary
-from indexmem_edge.bench.quality import run as quality
-from indexmem_edge.bench.quality import table as quality_table
+from indexmem_edge.bench.quality import arms, effect, run as quality, standing, summary, table as quality_table
 from indexmem_edge.bench.quality.arms import Arm, Sidecar, Sidecars
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.speed import latent, soak

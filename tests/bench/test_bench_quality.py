@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge.bench import synthetic
-from indexmem_edge.bench.quality import run as quality
-from indexmem_edge.bench.quality import trial
+from indexmem_edge.bench.quality import run as quality, trial
 from indexmem_edge.bench.quality.arms import FULL_ARM, Arm, Sidecar, Sidecars
 from indexmem_edge.bench.quality.byte_budget import Budgets, DoesNotFit
 from indexmem_edge.bench.quality.plan import Job, Plan
