@@ -40,7 +40,7 @@ TORCH ?= torch==2.13.0
 # Pinned, because each new one finds something else. .pre-commit-config.yaml has the same.
 CHECKERS := ruff==0.17.6 mypy==2.4.1
 PYINSTALLER := 6.22.3
-SITE := mkdocs==1.6.1 mkdocs-material==9.8.2
+SITE := mkdocs==1.6.1
 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 WHAT := .[test,bench]

@@ -8,6 +8,9 @@
 
 Importing the package is cheap: the library is loaded, and checked, when `Llama` is first used. `indexmem_edge.llama_cpp` is the
 copy of llama-cpp-python that runs on it.
+
+What `__all__` names is promised, with the modules that it comes from, `llama`, `options`, `stats` and `errors`, and is described in
+docs/api.md. All other modules may change with any release.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from .errors import (
     BudgetExhausted,
     Cancelled,
     ContextError,
+    ConvertError,
     DecodeError,
     DemoModelMissing,
     IndexMemError,
@@ -29,11 +33,18 @@ from .errors import (
     PolicyError,
     SessionError,
     SidecarError,
+    TorchMissing,
+    TrainingCheckpointError,
+    TrainingError,
+    TrainingStopped,
     VersionError,
 )
+from .models.demo import demo_model
 
 if TYPE_CHECKING:
+    from ._vendor import llama_cpp as llama_cpp
     from .llama import Llama
+    from .options import CacheOptions
     from .stats import KVStats
 
 __version__ = "0.1.0"
@@ -41,8 +52,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "BudgetExhausted",
+    "CacheOptions",
     "Cancelled",
     "ContextError",
+    "ConvertError",
     "DecodeError",
     "DemoModelMissing",
     "IndexMemError",
@@ -55,8 +68,15 @@ __all__ = [
     "PolicyError",
     "SessionError",
     "SidecarError",
+    "TorchMissing",
+    "TrainingCheckpointError",
+    "TrainingError",
+    "TrainingStopped",
     "VersionError",
+    "demo_model",
     "indexers",
+    "llama_cpp",
+    "memories",
     "policies",
 ]
 
@@ -75,7 +95,18 @@ def indexers() -> dict[str, str]:
     return api.indexers()
 
 
+def memories() -> dict[str, str]:
+    """The latent memories of what was evicted, each with one line of help."""
+    from .native import api
+
+    return api.memories()
+
+
 def __getattr__(name: str) -> Any:
+    if name == "CacheOptions":
+        from .options import CacheOptions
+
+        return CacheOptions
     if name == "Llama":
         from .llama import Llama
 
