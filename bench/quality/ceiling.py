@@ -138,7 +138,7 @@ def run_ceiling(
         "ceiling", describe(model.path.name, library(), torch.get_num_threads(), how=how, data=data.name, tasks=list(tasks))
     )
     report.rows = summarise(rows)
-    report.extra = {"trials": rows}
+    report.singles = rows
     report.save(out)
     return report
 
