@@ -1,4 +1,4 @@
-"""The tables of docs/guide.md: bytes of a cache, computed as the library allocates them. The rest of that page is written by hand."""
+"""The tables of docs/guide.md: bytes of a cache, as the library allocates them. People write the rest of the page."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def page(text: str) -> str:
     """The page with its tables made anew: they stand between `<!-- NAME -->` and `<!-- end -->`."""
     for name, lines in {"bytes": _bytes_table(), "budgets": _budgets_table()}.items():
         table = "".join(line + "\n" for line in lines)
-        text, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)
+        text, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{table}\n\g<2>", text, flags=re.S)
         if found != 1:
             raise ValueError(f"docs/guide.md has {found} places for the table {name!r}: one was expected")
     return text

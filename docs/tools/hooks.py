@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that lie at the root of the repository are part of the site, and so are the plots of bench/results."""
+"""Hooks of mkdocs: pages at the root of the repository are part of the site, and so are the plots of bench/results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _moved(text: str, folder: str) -> str:
-    """Links as they are in the site, of a page whose links to pages of docs/ (`docs/`) or of the root (`../`) begin with `folder`."""
+    """Links as they are in the site, of a page whose links to other pages may begin with `folder`."""
 
     def link(found: re.Match[str]) -> str:
         target = found[2]

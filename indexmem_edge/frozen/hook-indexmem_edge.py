@@ -1,4 +1,4 @@
-"""PyInstaller's hook for `import indexmem_edge`: libraries that ctypes loads, the demo sidecar, modules imported by name."""
+"""PyInstaller's hook for `import indexmem_edge`: libraries that ctypes loads, the demo sidecar, late imports."""
 
 from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs
 
@@ -13,4 +13,11 @@ module_collection_mode = {"indexmem_edge._vendor": "pyz+py"}
 hiddenimports = ["indexmem_edge.llama", "indexmem_edge.stats", "indexmem_edge._vendor.llama_cpp"]
 
 # The command line and training are programs of their own; what they import is large.
-excludedimports = ["torch", "matplotlib", "indexmem_edge.cli", "indexmem_edge.train", "indexmem_edge.bench", "indexmem_edge.convert"]
+excludedimports = [
+    "torch",
+    "matplotlib",
+    "indexmem_edge.cli",
+    "indexmem_edge.train",
+    "indexmem_edge.bench",
+    "indexmem_edge.convert",
+]

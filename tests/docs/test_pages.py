@@ -55,7 +55,9 @@ def test_the_command_reference_has_every_command_and_option() -> None:
 
 
 def test_options_that_pages_name_exist() -> None:
-    known = {name for _, command in cli_page.commands() for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    known = {
+        name for _, command in cli_page.commands() for p in command.params for name in (*p.opts, *p.secondary_opts)
+    }
     known |= {"--help", "--version"}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")

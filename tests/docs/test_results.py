@@ -29,7 +29,9 @@ def test_files_that_the_page_names_are_there() -> None:
     assert len(named) > 10
     assert not [name for name in named if not (RESULTS / name).exists()]
     used = set(re.findall(r"\.\./bench/results/([\w-]+\.png)", PAGE))
-    assert used == {path.name for path in RESULTS.glob("*.png")} - UNUSED, "a plot that no page shows, or the other way round"
+    assert used == {path.name for path in RESULTS.glob("*.png")} - UNUSED, (
+        "a plot that no page shows, or the other way round"
+    )
 
 
 UNUSED = {"endless-facts-2048.png", "endless-facts-outlive.png", "endless-talk.png", "indexer-qwen3-4b.png", "soak.png"}
@@ -38,7 +40,9 @@ UNUSED = {"endless-facts-2048.png", "endless-facts-outlive.png", "endless-talk.p
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_single_samples(path: Path) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert not any({"sample", "text", "tokens"} <= set(row) or isinstance(row.get("sample"), int) for row in rows(report))
+    assert not any(
+        {"sample", "text", "tokens"} <= set(row) or isinstance(row.get("sample"), int) for row in rows(report)
+    )
     assert path.stat().st_size < 200_000
 
 

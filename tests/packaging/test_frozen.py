@@ -1,4 +1,4 @@
-"""A program that PyInstaller makes of a script which imports the package: it runs where there is no Python and no package.
+"""A program that PyInstaller makes of a script that imports the package: it runs without Python and without the package.
 
 `make test-frozen` installs PyInstaller and runs this. Without PyInstaller it is skipped.
 """
@@ -46,7 +46,9 @@ def test_a_frozen_program(tiny: Callable[..., tuple[Path, Any]], tmp_path: Path)
     # Elsewhere, with a name that is not ASCII, and without the environment of this Python.
     place = tmp_path / "Größe & co"
     (tmp_path / "dist" / "talker").rename(place)
-    run = subprocess.run([place / "talker", tiny("llama")[0]], cwd=place, capture_output=True, text=True, env={}, timeout=120)
+    run = subprocess.run(
+        [place / "talker", tiny("llama")[0]], cwd=place, capture_output=True, text=True, env={}, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["frozen"] and str(place) in found["where"]

@@ -1,4 +1,4 @@
-"""Beside others: another llama_cpp of the environment, the variables that children inherit, and folders with any name."""
+"""Beside others: another llama_cpp in the environment, variables that children inherit, folders with any name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ import indexmem_edge
 llm = indexmem_edge.Llama(sys.argv[1], kv_budget=160, n_ubatch=32, verbose=False)
 llm.eval(list(range(1, 200)))
 untouched = sys.argv[2] == "other first" or not hasattr(builtins, "other_llama_cpp_was_imported")
-child = subprocess.run([sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"], capture_output=True, check=True)
+words = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+child = subprocess.run(words, capture_output=True, check=True)
 inherited = {name for name, value in json.loads(child.stdout).items() if before.get(name) != value}
 import llama_cpp
 print(json.dumps({
@@ -48,7 +49,7 @@ print(json.dumps({
     "changed": sorted(name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)),
     "other": llama_cpp.__version__, "ours": indexmem_edge.llama_cpp.__version__,
     "theirs": llama_cpp.Llama.__module__, "base": indexmem_edge.llama_cpp.Llama.__module__,
-    "package": indexmem_edge.__file__, "other_file": llama_cpp.__file__,
+    "package": indexmem_edge.__file__, "other_file": llama_cpp.__file__, "modules": sorted(sys.modules),
 }))
 """
 
@@ -66,7 +67,9 @@ def run_program(model: Path, order: str, *folders: Path) -> dict[str, Any]:
     """What PROGRAM finds, with these folders first on sys.path."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, "-c", PROGRAM, str(model), order]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, cwd=model.parent, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=env, cwd=model.parent, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -85,6 +88,11 @@ def test_another_llama_cpp_is_neither_used_nor_disturbed(tiny: Tiny, other: Path
 def test_the_environment_stays_as_it_was(tiny: Tiny, other: Path) -> None:
     found = run_program(tiny("llama")[0], "ours first", other, INSTALLED.parent)
     assert found["changed"] == [] and found["inherited"] == []
+
+
+def test_a_program_loads_nothing_of_the_command_line_or_of_training(tiny: Tiny, other: Path) -> None:
+    loaded = set(run_program(tiny("llama")[0], "ours first", other, INSTALLED.parent)["modules"])
+    assert not loaded & {"typer", "click", "rich", "prompt_toolkit", "torch", "matplotlib", "indexmem_edge.cli"}
 
 
 def test_from_a_folder_with_spaces_and_umlauts(tiny: Tiny, other: Path, tmp_path: Path) -> None:
