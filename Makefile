@@ -191,7 +191,7 @@ test-frozen: setup .venv/.frozen
 	.venv/bin/pytest -q -rs tests/packaging/test_frozen.py
 
 pages: setup
-	@.venv/bin/python docs/generate.py
+	@.venv/bin/python docs/tools/write.py
 
 .venv/.site: .venv/.tools Makefile
 	@$(PIP) install --quiet $(SITE)
