@@ -52,3 +52,23 @@ def test_rows_of_single_samples_are_ignored_by_git() -> None:
     if asked.returncode == 128:
         pytest.skip("not a clone")
     assert asked.returncode == 0
+
+
+def test_what_the_readme_says_eviction_costs_is_what_was_measured() -> None:
+    report = json.loads((RESULTS / "quality-trained.json").read_text(encoding="utf-8"))
+    measured = {
+        (row["policy"], row["ratio"]): f"{row['retained']:.2f}"
+        for row in report["standing"]
+        if row["length"] == 2048 and row["cache_type"] == "q8_0"
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (half|a quarter|a tenth) \| all \(([\d.]+)\) \| ([\d.]+) \|$", readme, flags=re.M)
+    shares = {"half": 0.5, "a quarter": 0.25, "a tenth": 0.1}
+    assert [share for share, *_ in table] == list(shares)
+    for share, indexer, streaming in table:
+        assert (indexer, streaming) == (measured["indexer", shares[share]], measured["streaming", shares[share]])
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    for policy in ("streaming", "keydiff"):
+        kept = [measured[policy, share] for share in shares.values()]
+        row = next(line for line in guide.splitlines() if line.startswith("|") and f"`{policy}`" in line.split("|")[2])
+        assert re.findall(r"0\.\d\d", row)[:3] == kept, policy
