@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import indexmem_edge
 from indexmem_edge import llama_cpp
@@ -58,7 +58,8 @@ def _class(name: str, value: type) -> Iterator[str]:
         yield "\n| field | type | |\n|---|---|---|\n"
         notes = _comments(value)
         for f in fields(value):
-            about = f.metadata.get("help") or notes.get(f.name, "")
+            option = f.metadata.get("option")  # of CacheOptions
+            about = f"`{option.keyword}`: {option.help}" if option else notes.get(f.name, "")
             yield f"| `{f.name}` | `{_type(f.type)}` | {_one_line(about)} |\n"
     else:
         yield _signature(name, value)
@@ -108,7 +109,9 @@ def _signature(name: str, value: Any) -> str:
 def _type(annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return annotation
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", None) or str(annotation)
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    if isinstance(annotation, type) and not get_args(annotation):
+        text = annotation.__name__
     text = re.sub(r"\b(?:typing|collections\.abc|os|npt|np|llama_types)\.(?=[A-Z])", "", text)
     text = re.sub(r"Optional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 | None", text)
     return re.sub(r"Union\[([^\[\]]*)\]", lambda m: m[1].replace(", ", " | "), text).replace(
