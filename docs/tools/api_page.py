@@ -112,11 +112,11 @@ def _type(annotation: Any) -> Any:
     text = annotation if isinstance(annotation, str) else str(annotation)
     if isinstance(annotation, type) and not get_args(annotation):
         text = annotation.__name__
-    text = re.sub(r"\b(?:typing|collections\.abc|os|npt|np|llama_types)\.(?=[A-Z])", "", text)
+    text = re.sub(r"ForwardRef\('([^']*)'\)", r"\1", text).replace("NoneType", "None")
+    text = re.sub(r"\b(?:typing|collections\.abc|os|npt|np|llama_types)\.(?=[A-Z])", "", text).replace("PathLike[str]", "PathLike")
     text = re.sub(r"Optional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 | None", text)
-    return re.sub(r"Union\[([^\[\]]*)\]", lambda m: m[1].replace(", ", " | "), text).replace(
-        "PathLike", "str | PathLike"
-    )
+    text = re.sub(r"Union\[([^\[\]]*)\]", lambda m: m[1].replace(", ", " | "), text).replace("PathLike", "str | PathLike")
+    return " | ".join(dict.fromkeys(text.split(" | ")))
 
 
 def _prose(value: Any) -> Iterator[str]:
