@@ -12,6 +12,8 @@
 # make test-frozen    makes a program with PyInstaller out of a script that imports the package, and runs it
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
+# make server         like make, with llama.cpp's server (indexmem serve), perplexity and bench; they stay until make clean
+# make test-server    builds the server and runs its tests
 # make clean          remove all that make has made
 #
 # V=1 shows the whole output, PYTHON=... chooses another Python, CMAKE_BUILD_PARALLEL_LEVEL=n limits the compilers.
@@ -26,6 +28,10 @@ CUDA := $(wildcard build/.cuda)
 ifdef CUDA
 BUILD   := build/cuda
 OPTIONS := --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.INDEXMEM_CUDA=ON
+endif
+
+ifneq ($(wildcard build/.server),)
+OPTIONS += --config-settings=cmake.define.INDEXMEM_SERVER=ON
 endif
 
 # Folders are among them because removing a file changes its folder alone.
@@ -60,7 +66,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
 endif
 
 .PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
-        pages patches-check cuda clean
+        pages patches-check cuda server test-server clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -84,7 +90,7 @@ setup: .venv/.installed .venv/.model
 	@command -v ninja > /dev/null || $(PIP) install --quiet ninja
 	@touch $@
 
-.venv/.installed: .venv/.tools $(SOURCES) $(CUDA)
+.venv/.installed: .venv/.tools $(SOURCES) $(CUDA) $(wildcard build/.server)
 	@echo "building and installing indexmem-edge (the first time takes minutes)"
 	@$(call QUIETLY,$(RUN) $(PIP) install --verbose --no-build-isolation $(OPTIONS) "$(WHAT)")
 	@touch $@
@@ -208,6 +214,14 @@ cuda:
 	@mkdir -p build
 	@test -e build/.cuda || touch build/.cuda
 	@$(MAKE) --no-print-directory setup
+
+server:
+	@mkdir -p build
+	@test -e build/.server || touch build/.server
+	@$(MAKE) --no-print-directory setup
+
+test-server: server
+	.venv/bin/pytest -q tests/server
 
 clean:
 	rm -rf build dist .venv .pytest_cache .hypothesis .ruff_cache

@@ -16,6 +16,7 @@ from ..errors import IndexMemError
 from .calibrate import calibrate_memory
 from .options import RunOptions, fail, one_line_errors, with_run_options
 from .streams import make_forgiving
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -195,6 +196,7 @@ def doctor(
 
 
 app.command("train", no_args_is_help=True)(train)
+app.command("serve", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)
 
 

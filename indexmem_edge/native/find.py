@@ -62,6 +62,13 @@ def library_file(directory: Path | None = None, name: str = "llama") -> Path | N
     return None
 
 
+def program(name: str) -> Path | None:
+    """Path of a program of llama.cpp, built on our library, or None if it is not there."""
+    file = f"{name}.exe" if sys.platform == "win32" else name
+    places = [library_dir() / file, _built_part("bin") / file]
+    return next((place for place in places if os.access(place, os.X_OK) and place.is_file()), None)
+
+
 def bindings() -> Bindings | None:
     """Finds our copy of llama-cpp-python without importing it."""
     init = Path(vendor_dir()) / "llama_cpp" / "__init__.py"

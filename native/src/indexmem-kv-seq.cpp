@@ -218,10 +218,14 @@ void llama_kv_cache_bounded::seq_div(llama_seq_id seq_id, llama_pos p0, llama_po
     }
 }
 
-// The logical sequence has no gaps: what has been evicted was seen, and a batch has to continue after the last token.
+// The first of the positions from which on every head has all: what comes after it can be taken out. The logical sequence has
+// no gaps, though: what has been evicted was seen, and a batch has to continue after the last token.
 llama_pos llama_kv_cache_bounded::seq_pos_min(llama_seq_id seq_id) const {
     const auto * seq = get_seq(seq_id);
-    return seq && seq->n_seen > 0 ? 0 : -1;
+    if (!seq || seq->n_seen == 0) {
+        return -1;
+    }
+    return seq->broken ? seq->n_seen - 1 : std::max(0, std::min(seq->pos_tail(), seq->n_seen) - 1);
 }
 
 llama_pos llama_kv_cache_bounded::seq_pos_max(llama_seq_id seq_id) const {

@@ -160,7 +160,15 @@ void llama_memory_mixed::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 }
 
 llama_pos llama_memory_mixed::seq_pos_min(llama_seq_id seq_id) const {
-    return bounded->seq_pos_min(seq_id);
+    const llama_pos last = bounded->seq_pos_max(seq_id);
+    if (last < 0) {
+        return -1;
+    }
+    if (recurrent) {
+        return last; // where there are snapshots seq_rm finds out
+    }
+    const llama_pos first = bounded->seq_pos_min(seq_id);
+    return window ? std::max(first, std::min(window->first_way_on(seq_id) - 1, last)) : first;
 }
 
 llama_pos llama_memory_mixed::seq_pos_max(llama_seq_id seq_id) const {

@@ -41,6 +41,15 @@ bool indexmem_window::can_go_on(llama_seq_id seq_id, llama_pos p0) const {
     return first == p0 || (held >= 0 && held <= first);
 }
 
+llama_pos indexmem_window::first_way_on(llama_seq_id seq_id) const {
+    const llama_pos held = cache.seq_pos_min(seq_id);
+    llama_pos p0 = held + (llama_pos) model.hparams.n_swa;
+    while (p0 > held && can_go_on(seq_id, p0 - 1)) {
+        --p0;
+    }
+    return held <= 0 ? 0 : p0;
+}
+
 std::vector<indexmem_state_piece> indexmem_window::rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     const auto & cells = cache.get_cells(seq_id);
 

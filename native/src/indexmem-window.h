@@ -36,6 +36,9 @@ public:
     // whether a token at position p0 still finds all that it attends to
     bool can_go_on(llama_seq_id seq_id, llama_pos p0) const;
 
+    // the first position for which, and for all after it, that is so
+    llama_pos first_way_on(llama_seq_id seq_id) const;
+
     // What it holds of a sequence in front of position p1 becomes what it holds of another. The device is idle.
     void copy(llama_seq_id src, llama_seq_id dst, llama_pos p1);
 

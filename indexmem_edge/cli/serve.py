@@ -1,0 +1,83 @@
+"""`indexmem serve`: llama.cpp's own server on our library, with the bounded cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from ..errors import IndexMemError
+from ..files.modelfile import check_model_file
+from ..models.demo import demo_model, demo_sidecar
+from ..native.find import program
+from ..options import DEFAULT_BUDGET
+
+SERVER = "llama-server"
+_MODEL = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-dr", "--docker-repo", "--models-dir", "--models-preset")
+_ABOUT = ("-h", "--help", "--usage", "--version", "--completion-bash", "-cl", "--cache-list", "--license")
+
+
+def given(arguments: Sequence[str], *names: str) -> bool:
+    """Whether one of these options is among the arguments."""
+    return any(argument.split("=", 1)[0] in names for argument in arguments)
+
+
+def complete(arguments: Sequence[str]) -> list[str]:
+    """The server's arguments, with a model, a budget and the sidecar of the demo model where none is named."""
+    added = list(arguments)
+    if given(added, *_ABOUT):
+        return added
+    demo = not given(added, *_MODEL)
+    if demo:
+        added += ["-m", check_model_file(demo_model())]
+    if not given(added, "--kv-budget"):
+        added += ["--kv-budget", str(DEFAULT_BUDGET)]
+    if demo and not given(added, "--indexmem", "--kv-policy") and demo_sidecar().is_file() and _budget(added) > 0:
+        added += ["--indexmem", str(demo_sidecar())]
+    return added
+
+
+def _budget(arguments: Sequence[str]) -> int:
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--kv-budget":
+            value = value if equals else "".join(arguments[i + 1 : i + 2])
+            return int(value) if value.isdecimal() else 1  # what is wrong with it the server says
+    return 0
+
+
+def serve(context: typer.Context) -> None:
+    """Serve a model to any client that speaks OpenAI's or Anthropic's interface: llama.cpp's own server, with a bounded cache.
+
+    Takes the options of llama-server (`indexmem serve --help` lists them all) and those of the cache: --kv-budget, --kv-policy,
+    --indexmem, --memory, --kv-span, ... Each of the --parallel conversations has a budget of its own, and there is no limit
+    on their length. Without -m it is the demo model, without --kv-budget a budget of 1024 entries.
+
+    Examples:
+
+    indexmem serve --port 8080
+
+    indexmem serve -m model.gguf --kv-budget 4096 --indexmem model.indexmem.gguf --parallel 8
+    """
+    file = program(SERVER)
+    if file is None:
+        raise IndexMemError(
+            f"{SERVER} is not part of this installation: in a clone, `make server` builds it; wheels have it"
+        )
+    raise typer.Exit(_run(file, complete(context.args)))
+
+
+def _run(file: Path, arguments: list[str]) -> int:
+    command = [str(file), *arguments]
+    if sys.platform == "win32":
+        with subprocess.Popen(command) as server:
+            while True:
+                try:
+                    return server.wait()
+                except KeyboardInterrupt:
+                    pass  # the server has it, too, and ends
+    os.execv(command[0], command)  # its signals, its standard streams and its exit status are the server's

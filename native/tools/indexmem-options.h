@@ -1,0 +1,38 @@
+#pragma once
+
+//
+// The bounded cache in llama.cpp's own programs (server, perplexity, ...): the options have the names that they have elsewhere
+//
+
+#include <cstdint>
+#include <string>
+
+struct common_params;
+struct common_params_context;
+
+struct indexmem_options {
+    uint32_t    budget       = 0; // entries per KV head; 0: llama.cpp's own cache
+    double      budget_ratio = 0;
+    std::string policy;           // empty: the indexer with a sidecar, else streaming
+    std::string sidecar;
+    std::string memory;           // empty: that of the sidecar
+    uint32_t    memory_slots = 0;
+    int32_t     sinks        = -1; // -1: the library's default
+    int32_t     window       = -1;
+    int32_t     pin          = -1; // -1: the system prompt of each conversation
+    uint32_t    evict_step   = 0;
+    uint64_t    seed         = 0;
+    int64_t     span         = -1; // -1: as many positions as the model was trained for
+};
+
+void indexmem_add_options(common_params_context & context);
+
+// Before the context is made: asks for the bounded cache, and sets the parameters that it needs. Ends the program when an
+// option is impossible.
+void indexmem_prepare(common_params & params);
+
+// whether a budget was asked for, and that the system prompt of each conversation stays
+bool indexmem_pins_system();
+
+// After a context could not be made: why, if it was the cache's fault.
+void indexmem_explain();

@@ -1,0 +1,39 @@
+#pragma once
+
+//
+// What the server says of the bounded cache, and asks of it
+//
+
+#include "chat.h"
+#include "common.h"
+#include "json.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <string>
+
+struct indexmem_options;
+struct llama_vocab;
+
+// Tokens that a conversation can have, as far as its positions go: those that the model was trained for, or without end where the
+// cache renews them.
+int32_t indexmem_length(llama_context * ctx, int32_t n_trained);
+
+// of a conversation, for /slots: kept, evicted, ...; null without a budget
+common_json indexmem_slot_json(llama_context * ctx, llama_seq_id id);
+
+// the options, for /props; null without a budget
+common_json indexmem_props_json(const indexmem_options & options);
+
+// of all conversations, for /metrics: lines of Prometheus; empty without a budget
+std::string indexmem_metrics(llama_context * ctx, int32_t n_slots);
+
+// The text of a prompt that its system messages alone decide: what it shares with a prompt of another message of the user. Empty
+// without a system message, or when nobody asked for a budget with --kv-pin auto.
+std::string indexmem_system_text(const common_chat_templates * templates, common_chat_templates_inputs inputs, const std::string & prompt);
+
+// how many of the first tokens of a prompt are of that text
+uint32_t indexmem_count_tokens(const llama_vocab * vocab, const std::string & text, const llama_tokens & prompt);
+
+// Pins so many tokens. Where entries have left already, or the budget has no room for them, the pin stays what it was.
+void indexmem_pin(llama_context * ctx, llama_seq_id id, uint32_t n);

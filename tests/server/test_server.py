@@ -1,0 +1,155 @@
+"""llama.cpp's server with a bounded cache: turns cost themselves, whatever the client does to the history."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.serving import SERVER, Server, serving
+
+pytestmark = pytest.mark.skipif(SERVER is None, reason="the server has not been built (make server)")
+
+BUDGET = 192
+SYSTEM = {"role": "system", "content": "You are a clerk. The code is 7781."}
+README = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+LONG = {"role": "user", "content": README[:3000] + "\nSummarise this in one sentence."}
+SHORT = {"role": "user", "content": "Name a river."}
+
+
+def evaluated(answer: dict[str, Any]) -> int:
+    return int(answer["timings"]["prompt_n"])
+
+
+def said(answer: dict[str, Any]) -> dict[str, Any]:
+    return dict(answer["choices"][0]["message"])
+
+
+def kv(server: Server, slot: int = 0) -> dict[str, Any]:
+    return dict(server.get("/slots")[slot]["kv"])
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("slots")
+    options = ("--kv-budget", BUDGET, "--kv-window", 48, "-np", 2, "-ub", 64, "-b", 256, "--metrics", "--slots")
+    with serving(demo_model, *options, "--slot-save-path", folder) as running:
+        yield running
+
+
+def test_a_conversation_and_what_people_do_to_it(server: Server) -> None:
+    first = server.chat([SYSTEM, LONG], id_slot=0)
+    assert evaluated(first) > 3 * BUDGET and kv(server)["evicted"] > 0
+    pin = kv(server)["pin"]
+    assert 10 < pin < 40
+    again = server.chat([SYSTEM, LONG], id_slot=0)  # regenerate
+    assert evaluated(again) <= 64 and said(again) == said(first)
+    history = [SYSTEM, LONG, said(first), SHORT]
+    second = server.chat(history, id_slot=0)
+    assert evaluated(second) <= 64
+    edited = server.chat([SYSTEM, LONG, said(first), {"role": "user", "content": "Name a fish."}], id_slot=0)
+    assert evaluated(edited) <= 64
+    other_answer = [SYSTEM, LONG, {"role": "assistant", "content": "I would rather not."}, SHORT]  # as a template that drops a thought
+    assert evaluated(server.chat(other_answer, id_slot=0)) <= 128
+    state = kv(server)
+    assert state["pin"] == pin and state["kept"] <= BUDGET and state["kept"] + state["evicted"] == state["seen"]
+
+
+def test_turns_do_not_grow(server: Server) -> None:
+    """A template that drops the reasoning of earlier answers: each prompt departs where the last answer began."""
+    history, counts = [SYSTEM, LONG], []
+    for turn in range(6):
+        answer = said(server.chat(history, id_slot=0, max_tokens=20))
+        history += [{"role": "assistant", "content": answer["content"][-8:]}, {"role": "user", "content": f"And number {turn}?"}]
+        counts.append(evaluated(server.chat(history, id_slot=0, max_tokens=1)))
+    assert max(counts) <= 64 + 20
+
+
+def test_conversations_do_not_mix(server: Server) -> None:
+    def talk(name: str) -> list[str]:
+        history: list[dict[str, Any]] = [{"role": "system", "content": f"Your name is {name}."}]
+        for i in range(4):
+            history.append({"role": "user", "content": f"{README[i * 500 : i * 500 + 500]}\nWhat is your name?"})
+            history.append(said(server.chat(history, max_tokens=8)))
+        return [m["content"] for m in history[2::2]]
+
+    names = ["Rosa", "Emil", "Kim", "Ada"]  # more than there are slots
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(talk, names))
+    assert sum(any(name in text for text in told) for name, told in zip(names, answers)) >= 2  # of a small model
+    for name, told in zip(names, answers):
+        assert not any(other in text for other in names if other != name for text in told)
+    for slot in (0, 1):
+        assert kv(server, slot)["kept"] <= BUDGET
+
+
+def test_slots_are_saved_and_come_back(server: Server) -> None:
+    first = server.chat([SYSTEM, LONG], id_slot=0)
+    history = [SYSTEM, LONG, said(first), SHORT]
+    status, text = server.ask("/slots/0?action=save", {"filename": "talk.bin"})
+    assert status == 200, text
+    expected = server.chat(history, id_slot=0)
+    assert server.ask("/slots/1?action=restore", {"filename": "talk.bin"})[0] == 200
+    restored = server.chat(history, id_slot=1)
+    assert evaluated(restored) <= 64 and said(restored) == said(expected)
+    assert server.ask("/slots/1?action=restore", {"filename": "none.bin"})[0] == 400
+    assert evaluated(server.chat([SYSTEM, SHORT], id_slot=1)) > 0
+
+
+def test_figures(server: Server) -> None:
+    server.chat([SYSTEM, LONG], id_slot=0)
+    props = server.get("/props")["kv"]
+    assert props["budget"] == BUDGET and props["policy"] == "streaming"
+    status, text = server.ask("/metrics")
+    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+    slots = server.get("/slots")
+    assert status == 200
+    assert values["llamacpp:kv_kept"] == sum(slot["kv"]["kept"] for slot in slots)
+    assert values["llamacpp:kv_evicted"] == sum(slot["kv"]["evicted"] for slot in slots) > 0
+    assert values["llamacpp:kv_bytes"] == slots[0]["kv"]["bytes"]
+
+
+def test_length_has_no_limit(server: Server) -> None:
+    assert server.get("/props")["default_generation_settings"]["n_ctx"] >= 1 << 21
+
+
+def test_bad_requests_hurt_nobody(server: Server) -> None:
+    status, _ = server.ask("/v1/chat/completions", b'{"messages": [')
+    assert status == 400 or status == 500
+    assert server.ask("/v1/chat/completions", {"messages": "nobody"})[0] == 400
+    assert server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"})[0] >= 400
+    assert said(server.chat([SYSTEM, SHORT]))["content"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--kv-budget", "10"), ("budget",)),
+        (("--kv-budget", "many"), ("--kv-budget", "whole number", "many")),
+        (("--kv-budget", "512", "--kv-policy", "nonsense"), ("nonsense",)),
+        (("--kv-policy", "keydiff"), ("need a --kv-budget",)),
+        (("--kv-budget", "512", "--indexmem", __file__), ("not a GGUF file",)),
+        (("--kv-budget", "512", "-fa", "off"), ("flash attention",)),
+    ],
+)
+def test_impossible_options_are_refused(demo_model: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    command = [str(SERVER), "-m", str(demo_model), "--port", "1", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    output = ended.stdout + ended.stderr
+    assert ended.returncode != 0
+    for word in words:
+        assert word in output, output[-2000:]
+
+
+def test_without_a_budget_it_is_the_server_it_was(demo_model: Path) -> None:
+    with serving(demo_model, "-np", 1, "-c", 2048, "--slots") as plain:
+        answer = plain.chat([SYSTEM, SHORT])
+        assert plain.get("/slots")[0]["kv"] is None and plain.get("/props")["kv"] is None
+        assert said(answer)["content"]
+        status, text = plain.ask("/completion", {"prompt": "The capital of France is", "n_predict": 3, "temperature": 0})
+        assert status == 200 and "Paris" in json.loads(text)["content"]
