@@ -116,7 +116,8 @@ def _type(annotation: Any) -> Any:
     text = re.sub(r"\b(?:typing|collections\.abc|os|npt|np|llama_types)\.(?=[A-Z])", "", text).replace("PathLike[str]", "PathLike")
     text = re.sub(r"Optional\[((?:[^\[\]]|\[[^\[\]]*\])*)\]", r"\1 | None", text)
     text = re.sub(r"Union\[([^\[\]]*)\]", lambda m: m[1].replace(", ", " | "), text).replace("PathLike", "str | PathLike")
-    return " | ".join(dict.fromkeys(text.split(" | ")))
+    members = set(text.split(" | "))  # sorted: typing gives out equal unions in the order in which it first met one
+    return " | ".join(sorted(members, key=lambda name: (name == "None", name != "str", name)))
 
 
 def _prose(value: Any) -> Iterator[str]:
