@@ -55,6 +55,7 @@ def _command(path: str, command: Any) -> Iterator[str]:
         "COMMAND" if below else "",
         "[OPTIONS]" if len(options) > len(arguments) else "",
         *map(_argument, arguments),
+        "[ARGUMENTS]..." if command.context_settings.get("allow_extra_args") else "",
     ]
     yield f"\n## {path}\n\n{_paragraphs(command.help or '')}\n    {' '.join(filter(None, words))}\n"
     if below:
