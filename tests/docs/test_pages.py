@@ -58,7 +58,7 @@ def test_options_that_pages_name_exist() -> None:
     known = {
         name for _, command in cli_page.commands() for p in command.params for name in (*p.opts, *p.secondary_opts)
     }
-    known |= {"--help", "--version"}
+    known |= {"--help", "--version", "--parallel"}  # the last one is llama-server's
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")
         for line in re.findall(r"^ {4}indexmem.*$|`indexmem[^`]*`|`--[a-z][^`]*`", text, flags=re.M):
