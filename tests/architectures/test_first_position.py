@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Tiny
 from indexmem_edge import llama_cpp
-from support.mixed import RECURRENT, Made, each_kind, made  # noqa: F401
+from support.mixed import RECURRENT, Made, each_kind
 from support.native_context import Context, open_model
 
 
@@ -50,5 +50,5 @@ def test_of_a_bounded_cache(plain: Made) -> None:
 
 
 @each_kind
-def test_beside_windows_and_states(made: Made, name: str) -> None:  # noqa: F811
+def test_beside_windows_and_states(made: Made, name: str) -> None:
     check(made, exact=name not in RECURRENT)
