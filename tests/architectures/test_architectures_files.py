@@ -14,7 +14,7 @@ import pytest
 
 from indexmem_edge import llama_cpp
 from support.architectures import BOUNDED
-from support.mixed import KINDS, RECURRENT, Made, condition, each_kind
+from support.mixed import KINDS, RECURRENT, Made, condition, each_kind, made  # noqa: F401
 from support.native_context import Q8_0, Context
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge.native import api
-from support.mixed import RECURRENT, WINDOWS, Made, condition, each_kind
+from support.mixed import RECURRENT, WINDOWS, Made, condition, each_kind, made  # noqa: F401
 from support.native_context import Context, Refused
 
 # ------------------------------------------------------------------------------------------------------ taking back

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Tiny
 from indexmem_edge import llama_cpp
-from support.mixed import RECURRENT, Made, each_kind
+from support.mixed import RECURRENT, Made, each_kind, made  # noqa: F401
 from support.native_context import Context, open_model
 
 

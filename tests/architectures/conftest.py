@@ -1,1 +1,0 @@
-from support.mixed import made  # noqa: F401  a fixture
