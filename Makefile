@@ -1,12 +1,15 @@
 # make                build everything and install it into .venv (what has not changed is not built again)
 # make chat           talk to the demo model
-# make test           native tests and Python tests
+# make test           make check, native tests and Python tests
+# make check          ruff and mypy, as [tool.ruff] and [tool.mypy] of pyproject.toml say; `.venv/bin/ruff check --fix` mends much
+# make docs           the pages of docs/ as a site, in build/site; broken links are errors
+# make pages          writes the pages of docs/ that are generated: models, guide, cli, api
 # make sanitize       native tests with the address and undefined behaviour sanitizers, those of the ops with the thread one
 # make test-arm       native tests on emulated 64-bit ARM, with and without SVE (takes a cross compiler and an hour)
 # make test-windows   compiles for Windows with mingw-w64 and runs the native tests under wine
 # make wheel          a wheel for every CPU of this platform, in dist/
 # make test-wheel     installs it without a compiler, and runs it with every variant and under emulated CPUs
-# make models         writes docs/models.md, the table of architectures
+# make test-frozen    makes a program with PyInstaller out of a script that imports the package, and runs it
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
 # make server         like make, with llama.cpp's server (indexmem serve), perplexity and bench; they stay until make clean
@@ -40,6 +43,11 @@ SOURCES := $(shell find native indexmem_edge bench convert ! -path '*/__pycache_
 # make test TORCH= goes without, and skips those tests.
 TORCH ?= torch==2.13.0
 
+# Pinned, because each new one finds something else. .pre-commit-config.yaml has the same.
+CHECKERS := ruff==0.17.6 mypy==2.4.1
+PYINSTALLER := 6.22.3
+SITE := mkdocs==1.6.1
+
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 WHAT := .[test,bench]
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -57,7 +65,8 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel models patches-check cuda server test-server clean
+.PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
+        pages patches-check cuda server test-server clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -96,10 +105,26 @@ setup: .venv/.installed .venv/.model
 	@$(PIP) install --quiet $(TORCH)
 	@touch $@
 
+.venv/.checkers: .venv/.tools Makefile
+	@echo "installing $(CHECKERS)"
+	@$(PIP) install --quiet $(CHECKERS)
+	@touch $@
+
+# mypy sees the package as it is installed: bench/ and convert/ are rooms of it, and so is the copy of llama_cpp.
+CHECKED := build/check/indexmem_edge
+
+check: .venv/.checkers .venv/.installed
+	.venv/bin/ruff check
+	@mkdir -p $(CHECKED)/_vendor
+	@find $(CHECKED) -type l -delete
+	@ln -s $(CURDIR)/indexmem_edge/[!_]* $(CURDIR)/indexmem_edge/__*.py $(CURDIR)/bench $(CURDIR)/convert $(CHECKED)
+	@ln -s $(CURDIR)/indexmem_edge/_vendor/__init__.py $(CURDIR)/.venv/lib/python3*/site-packages/indexmem_edge/_vendor/llama_cpp $(CHECKED)/_vendor
+	.venv/bin/mypy
+
 chat: setup
 	@.venv/bin/indexmem chat $(ARGS)
 
-test: setup $(if $(strip $(TORCH)),.venv/.torch)
+test: setup check $(if $(strip $(TORCH)),.venv/.torch)
 	@$(call QUIETLY,$(RUN) cmake -S . -B $(BUILD) -DINDEXMEM_TESTS=ON && $(RUN) cmake --build $(BUILD) --target indexmem_tests)
 	cd $(BUILD) && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 	.venv/bin/pytest -q
@@ -164,8 +189,23 @@ test-wheel: wheel
 	    $(RUN) cmake --build build/wheel --target $(OP_TESTS) demo_answer)
 	INDEXMEM_WHEEL="$$(ls dist/*.whl)" INDEXMEM_OP_TESTS="$(OP_TESTS)" .venv/bin/python -m pytest -q -rs tests/packaging/test_wheel.py
 
-models: setup
-	@cd docs && ../.venv/bin/python -m indexmem_edge.models.page > models.md.new && mv models.md.new models.md
+.venv/.frozen: .venv/.tools
+	@$(PIP) install --quiet pyinstaller==$(PYINSTALLER)
+	@touch $@
+
+test-frozen: setup .venv/.frozen
+	.venv/bin/pytest -q -rs tests/packaging/test_frozen.py
+
+pages: setup
+	@.venv/bin/python docs/tools/write.py
+
+.venv/.site: .venv/.tools Makefile
+	@$(PIP) install --quiet $(SITE)
+	@touch $@
+
+docs: pages .venv/.site
+	.venv/bin/mkdocs build --strict --quiet --site-dir build/site
+	@echo "ready: build/site/index.html"
 
 patches-check:
 	@$(PYTHON) native/prepare_source.py --check
@@ -184,4 +224,4 @@ test-server: server
 	.venv/bin/pytest -q tests/server
 
 clean:
-	rm -rf build dist .venv .pytest_cache .hypothesis
+	rm -rf build dist .venv .pytest_cache .hypothesis .ruff_cache

@@ -63,6 +63,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     extra: dict[str, list[Row]] = field(default_factory=dict)  # rows of another kind, by name
+    singles: list[Row] = field(default_factory=list)  # of single samples: large, and kept beside the report
 
     def add(self, **values: Any) -> Row:
         """Adds a row; the keys that every row has are there even when nothing was measured for them."""
@@ -81,12 +82,15 @@ class Report:
         }
 
     def save(self, out: Path, plot: Callable[[Any, Report], None] | None = None) -> list[Path]:
-        """Writes `name`.json, and `name`.png when matplotlib is there. Safe to repeat while a run goes on."""
+        """Writes `name`.json, and `name`.png when matplotlib is there. Safe to repeat while a run goes on.
+
+        What is known of single samples goes to `name`.rows.jsonl, which stays out of the repository.
+        """
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{self.name}.json"
-        draft = path.with_suffix(f".json.{os.getpid()}")
-        draft.write_text(json.dumps(_plain(self.to_dict()), indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        _replace(path, as_text(self.to_dict()))
+        if self.singles:
+            _replace(path.with_suffix(".rows.jsonl"), "".join(json.dumps(_plain(row)) + "\n" for row in self.singles))
         image = draw(out / f"{self.name}.png", self, plot) if plot else None
         return [path] + ([image] if image else [])
 
@@ -121,6 +125,22 @@ def show(name: str, value: Any) -> str:
     if name.endswith("_tps"):
         return f"{value:.1f}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def as_text(report: Row) -> str:
+    """JSON with a line for each row, so that changes can be read."""
+    lines = []
+    for key, value in _plain(report).items():
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]" if rows else json.dumps(value)
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -229,10 +229,7 @@ class System:
 
     def decode(self, n: int, first: int) -> list[float]:
         """`n` greedy steps beginning with token `first`; seconds of each."""
-        times = []
-        for i in range(n):
-            times.append(self.step(first if i == 0 else self.greedy()))
-        return times
+        return [self.step(first if i == 0 else self.greedy()) for i in range(n)]
 
     def greedy(self) -> int:
         assert self.logits is not None

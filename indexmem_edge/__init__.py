@@ -8,6 +8,9 @@
 
 Importing the package is cheap: the library is loaded, and checked, when `Llama` is first used. `indexmem_edge.llama_cpp` is the
 copy of llama-cpp-python that runs on it.
+
+What `__all__` names is promised, with the modules that it comes from, `llama`, `options`, `stats` and `errors`, and is described in
+docs/api.md. All other modules may change with any release.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from .errors import (
     CacheWarning,
     Cancelled,
     ContextError,
+    ConvertError,
     DecodeError,
     DemoModelMissing,
     GenerationSuperseded,
@@ -35,10 +39,16 @@ from .errors import (
     RequestError,
     SessionError,
     SidecarError,
+    TorchMissing,
+    TrainingCheckpointError,
+    TrainingError,
+    TrainingStopped,
     VersionError,
 )
+from .models.demo import demo_model
 
 if TYPE_CHECKING:
+    from ._vendor import llama_cpp as llama_cpp
     from .llama import Llama
     from .options import CacheOptions
     from .stats import KVStats
@@ -52,6 +62,7 @@ __all__ = [
     "CacheWarning",
     "Cancelled",
     "ContextError",
+    "ConvertError",
     "DecodeError",
     "DemoModelMissing",
     "GenerationSuperseded",
@@ -68,9 +79,16 @@ __all__ = [
     "RequestError",
     "SessionError",
     "SidecarError",
+    "TorchMissing",
+    "TrainingCheckpointError",
+    "TrainingError",
+    "TrainingStopped",
     "VersionError",
+    "demo_model",
     "indexers",
     "kv_bytes",
+    "llama_cpp",
+    "memories",
     "policies",
 ]
 
@@ -89,6 +107,13 @@ def indexers() -> dict[str, str]:
     return api.indexers()
 
 
+def memories() -> dict[str, str]:
+    """The latent memories of what was evicted, each with one line of help."""
+    from .native import api
+
+    return api.memories()
+
+
 def kv_bytes(model_path: str | os.PathLike[str], **keywords: Any) -> int:
     """Bytes that the cache of a model would take, computed without loading the weights.
 
@@ -104,6 +129,10 @@ def kv_bytes(model_path: str | os.PathLike[str], **keywords: Any) -> int:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "CacheOptions":
+        from .options import CacheOptions
+
+        return CacheOptions
     if name == "Llama":
         from .llama import Llama
 
@@ -112,10 +141,6 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
-    if name == "CacheOptions":
-        from .options import CacheOptions
-
-        return CacheOptions
     if name == "llama_cpp":
         from ._vendor import llama_cpp
 

@@ -27,6 +27,7 @@ from .runtime.inside import Inside
 from .runtime.kept_logits import KeptLogits
 from .runtime.notices import SIDECAR, Hook, Notices
 from .runtime.prompts import ChatPrompts
+from .runtime.signature import like, made_with
 from .runtime.tools import Tools
 from .sessions import session
 from .stats import KVStats
@@ -76,6 +77,7 @@ class Llama(inside.Base):
         LibraryError: there is no CPU backend for this machine, or not the one that INDEXMEM_CPU_VARIANT names.
     """
 
+    @like(made_with)
     def __init__(
         self,
         model_path: PathLike,
@@ -302,6 +304,7 @@ class Llama(inside.Base):
 
     # completions
 
+    @like(inside.Base.create_completion)
     @one_call
     def create_completion(self, prompt: Union[str, list[int]], *args: Any, **kwargs: Any) -> Any:
         """See `llama_cpp.Llama.create_completion`.
@@ -359,6 +362,7 @@ class Llama(inside.Base):
 
     # chat
 
+    @like(inside.Base.create_chat_completion)
     @one_call
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """See `llama_cpp.Llama.create_chat_completion`.

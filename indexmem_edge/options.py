@@ -12,7 +12,6 @@ import operator
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Optional, Union
 
 from .errors import BudgetError, PolicyError

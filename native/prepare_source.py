@@ -326,7 +326,7 @@ def prepare(out, source, patches):
     except (OSError, ValueError):
         before = {"key": "", "files": []}
         if any((out / "llama.cpp").glob("*")):
-            raise Problem(f"{out / 'llama.cpp'} was not made by prepare_source.py; give another folder or remove it")
+            raise Problem(f"{out / 'llama.cpp'} was not made by prepare_source.py; give another folder or remove it") from None
     identity, read = open_source(source)
     key = hashlib.sha256(Path(__file__).read_bytes() + identity.encode())
     for path in patches:

@@ -63,8 +63,7 @@ def endless(
     from indexmem_edge.cli.console import console
     from indexmem_edge.runtime.choice import INDEXER_POLICY
 
-    from ..endless import run as bench
-    from ..endless import table as endless_table
+    from ..endless import run as bench, table as endless_table
     from ..endless.arms import SHIFT, arms_of, spans_of
     from ..quality.arms import Sidecars
     from ..report import PIPE_WIDTH, print_table

@@ -81,9 +81,7 @@ def quality(
     """RULER scores and likelihoods with physically evicted contexts, at equal bytes. Can be stopped and started again: finished
     runs are kept.
     """
-    from ..quality import effect
-    from ..quality import run as bench
-    from ..quality import table as quality_table
+    from ..quality import effect, run as bench, table as quality_table
     from ..quality.arms import Sidecars
     from ..quality.plan import Plan
     from ..quality.trial import BOOK_SCORED

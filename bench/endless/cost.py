@@ -7,9 +7,10 @@ side is shared by all tokens from one renewal to the next: a ratio of whole runs
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..report import Row
 from ..runner import BenchError, Model, Setup, System
@@ -53,6 +54,14 @@ class Steps:
         }
 
 
+def _read(tokens: Sequence[int], system: System) -> float:
+    return sum(seconds for _, seconds in system.feed(tokens, True))
+
+
+def _write(token: int, system: System) -> float:
+    return system.step(token)
+
+
 class Pair:
     """The two contexts."""
 
@@ -65,14 +74,13 @@ class Pair:
         """`n` tokens; whole ubatches are timed, what is left over is not."""
         size = self.mine.setup.ubatch
         for _ in range(max(n, 0) // size):
-            tokens = self.stream.take(size)
-            self._step(self.prefill if timed else None, lambda system: sum(s for _, s in system.feed(tokens, True)))
+            self._step(self.prefill if timed else None, partial(_read, self.stream.take(size)))
         if rest := self.stream.take(max(n, 0) % size):
-            self._step(None, lambda system: sum(s for _, s in system.feed(rest, True)))
+            self._step(None, partial(_read, rest))
 
     def write(self, n: int) -> None:
         for token in self.stream.take(n):
-            self._step(self.decode, lambda system: system.step(token))
+            self._step(self.decode, partial(_write, token))
 
     def _step(self, steps: Steps | None, act: Callable[[System], float]) -> None:
         before, turn = self.rebases(), len(steps.mine) % 2 if steps else 0

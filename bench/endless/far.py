@@ -39,6 +39,7 @@ def run_far(open_system: Callable[[], System], text: Sequence[int], advance: Cal
         for i in range(0, ends[0], step):
             system.feed(text[i : min(i + step, ends[0])], last_logits=True)
             advance((2 * PASSAGES * PASSAGE + min(i + step, ends[0])) / work)
+        assert system.logits is not None
         far, finite = [], bool(np.isfinite(system.logits).all())
         for start, end in zip(ends, ends[1:]):
             nll = system.nll(text[start:end])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.progress import Progress
@@ -23,23 +24,16 @@ from ..report import Report, Row
 from ..runner import BenchError, Model, Setup, System, library
 from . import (
     cost as endless_cost,
-)
-from . import (
     facts as endless_facts,
-)
-from . import (
     far as endless_far,
-)
-from . import (
     summary as endless_summary,
-)
-from . import (
     talk as endless_talk,
 )
 from .arms import SHIFT, EndlessArm, counts, open_system, setup_of
 from .reading import Books
 
 NLL, FACTS, TALK, COST, FAR = PARTS = ("nll", "facts", "talk", "cost", "far")
+T = TypeVar("T")  # what is made once a sample: a story, a script
 FINE = 1024  # tokens of a point of the fine curve
 HOW = (
     "nll: book text, 128 tokens at a time, mean over windows (--per); delta: minus the shift's on the same tokens; facts: "
@@ -129,7 +123,7 @@ class Runner:
 
     def __init__(self, model: Model, plan: Plan, books: Books, seed: int):
         self.model, self.plan, self.books, self.seed = model, plan, books, seed
-        self._made: dict[tuple[str, int], object] = {}
+        self._made: dict[tuple[str, int], Any] = {}
 
     def run(self, job: Job, advance: Callable[[float], None]) -> Row:
         """`advance` gets the share of the job that is done."""
@@ -170,12 +164,13 @@ class Runner:
         )
         return endless_talk.run_talk(system, turns, lambda n: advance(n / len(turns)))
 
-    def _of(self, job: Job, make: Callable[[], object]) -> object:
+    def _of(self, job: Job, make: Callable[[], T]) -> T:
         key = job.part, job.sample
         if key not in self._made:
             self._made = {old: made for old, made in self._made.items() if old[1] == job.sample}
             self._made[key] = make()
-        return self._made[key]
+        made: T = self._made[key]
+        return made
 
     def _cost(self, job: Job, advance: Callable[[float], None]) -> Row:
         setup = setup_of(self.plan.base, job.arm, self.plan.sidecars, job.budget)

@@ -34,7 +34,6 @@ def fill(report: Report, logged: Sequence[Row], per: int, fine: int) -> None:
         "fine": nll_rows(parts.get("nll", {}), fine, fine),
         "facts": fact_rows(parts.get("facts", {})),
         "fact_kinds": kind_rows(parts.get("facts", {})),
-        "answers": answers(parts.get("facts", {})),
         "talk": talk_rows(parts.get("talk", {})),
         "far": far_rows(parts.get("far", {})),
         "cost": [row for runs in parts.get("cost", {}).values() for row in runs.values()],
@@ -81,16 +80,6 @@ def nll_rows(runs: Runs, per: int, fine: int) -> list[Row]:
             row["rebases"] = statistics.median(run["rebases"] for run in mine.values())
             out.append(row | _against("nll", pairs))
     return out
-
-
-def answers(runs: Runs) -> list[Row]:
-    """Every question with its answer: what a table of shares leaves out."""
-    return [
-        {"budget": arm[0], "policy": arm[1], "span": arm[2], "sample": sample, **answer}
-        for arm, mine in runs.items()
-        for sample, run in mine.items()
-        for answer in run["answers"]
-    ]
 
 
 def fact_rows(runs: Runs) -> list[Row]:

@@ -129,7 +129,7 @@ class Template:
         return added
 
     def _render(self, messages: Sequence[tuple[bytes, bytes]], reply: bool) -> str | None:
-        chat = (llama_cpp.llama_chat_message * len(messages))(*messages)
+        chat = (llama_cpp.llama_chat_message * len(messages))(*(llama_cpp.llama_chat_message(*m) for m in messages))
         size = 256 + sum(len(role) + 2 * len(content) + 256 for role, content in messages)
         buffer = ctypes.create_string_buffer(size)
         n = llama_cpp.llama_chat_apply_template(self.template, chat, len(messages), reply, buffer, size)

@@ -173,7 +173,7 @@ def bounded_setup(base: Setup, arm: Arm, sidecars: Sidecars, budget: int) -> Set
         policy=INDEXER_POLICY if arm.policy in sidecars.indexers else arm.policy,
         budget=budget,
         window=min(base.window, budget // 4),
-        sidecar=sidecar.path if sidecar else None,
+        sidecar=str(sidecar.path) if sidecar else None,
         cache_type=arm.cache_type,
         **memory_for(arm.memory, budget, sidecar),
     )

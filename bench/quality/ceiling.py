@@ -126,8 +126,8 @@ def run_ceiling(
     task_bar = progress.add_task("ceiling", total=len(todo)) if progress else None
     for length, task, i in todo:
         sample = ruler.load(data, length, task, i + 1)[i]
-        for row in _trials(decoder, model, sample, indexers, policies, budgets, groups):
-            rows.append({"length": length, "task": task, "sample": i, **row})
+        trials = _trials(decoder, model, sample, indexers, policies, budgets, groups)
+        rows.extend({"length": length, "task": task, "sample": i, **row} for row in trials)
         if progress:
             progress.advance(task_bar)
     how = (
@@ -138,7 +138,7 @@ def run_ceiling(
         "ceiling", describe(model.path.name, library(), torch.get_num_threads(), how=how, data=data.name, tasks=list(tasks))
     )
     report.rows = summarise(rows)
-    report.extra = {"trials": rows}
+    report.singles = rows
     report.save(out)
     return report
 

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from rich.progress import Progress
@@ -21,8 +22,7 @@ from .. import ruler
 from ..machine import describe
 from ..report import Report, Row
 from ..runner import BenchError, Model, library
-from . import byte_budget, effect
-from . import standing as standings
+from . import byte_budget, effect, standing as standings
 from .arms import FULL_ARM, Sidecars
 from .balance import balanced
 from .byte_budget import Budgets, DoesNotFit
@@ -33,6 +33,19 @@ from .trial import AGREED, BOOK_SCORED, run_book, run_sample
 
 ABLE = 0.6  # score of the full cache from which a task is judged
 SAVE_SECONDS = 30  # a report is written as often
+
+
+class Logged(Protocol):
+    """What a log has to know of a job."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def policy(self) -> str: ...
+
+    @property
+    def memory(self) -> str: ...
 
 
 class Log:
@@ -61,7 +74,7 @@ class Log:
         sidecar = self.sidecars.of(policy, memory)
         return f"{self.settings} sidecar {sidecar.identity}" if sidecar else self.settings
 
-    def add(self, job: Job, row: Row) -> None:
+    def add(self, job: Logged, row: Row) -> None:
         settings = self._settings(job.policy, job.memory)
         row = {"key": job.key, "settings": settings, "policy": job.policy, "memory": job.memory, **row}
         self.rows[job.key] = row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from indexmem_edge.runtime.choice import MEMORY_OFF
@@ -73,12 +73,13 @@ def _means(cell: Cell, task: str, runs: Runs) -> Row:
     for key in ("budget", "memory_slots", "tokens_seen", *BYTE_KEYS, "used_bytes", "room_bytes", "window"):
         values = [r[key] for r in rows if r.get(key) is not None]
         row[key] = round(statistics.fmean(values)) if values else None
-    for key, how in (
-        ("rss_bytes", max),
-        ("prefill_tps", statistics.median),
-        ("decode_tps", statistics.median),
-        *((key, statistics.fmean) for key in ("bytes_share", *MEASURES, "agreement", "prefix")),
-    ):
+    hows: dict[str, Callable[[Sequence[float]], float]] = {
+        "rss_bytes": max,
+        "prefill_tps": statistics.median,
+        "decode_tps": statistics.median,
+        **dict.fromkeys(("bytes_share", *MEASURES, "agreement", "prefix"), statistics.fmean),
+    }
+    for key, how in hows.items():
         values = [r[key] for r in rows if r.get(key) is not None]
         row[key] = how(values) if values else None
     return row
@@ -101,7 +102,7 @@ def _interval(groups: Sequence[Sequence[float]], key: str) -> Row:
 
 
 def _mean_row(cell: Cell, runs: list[Runs], full: list[Runs]) -> Row:
-    row = _means(cell, MEAN, {i: r for i, r in enumerate(r for task in runs for r in task.values())})
+    row = _means(cell, MEAN, dict(enumerate(r for task in runs for r in task.values())))
     for key in ("score", "nll"):
         row[key] = statistics.fmean(statistics.fmean(r[key] for r in task.values()) for task in runs)
         row.update(_interval([pairs(mine, theirs, key) for mine, theirs in zip(runs, full)], key))

@@ -77,7 +77,7 @@ def run_indexer(
         prefilled: list[float] = []
         for variant, kind in systems:
             sidecar = synthetic.random_sidecar(Path(folder) / "random.indexmem.gguf", shape, variant, kind)
-            with System(model, replace(setup, policy=INDEXER_POLICY, sidecar=sidecar)) as system:
+            with System(model, replace(setup, policy=INDEXER_POLICY, sidecar=str(sidecar))) as system:
                 turns = take_turns(base, Side(system, corpus, depth), rounds, prefill_rounds)
                 report.add(
                     policy=INDEXER_POLICY,

@@ -112,7 +112,8 @@ class Chat:
             sampling["seed"] += self._again  # another answer, and the same one in the next run
 
         def begin() -> Any:
-            return self._llm.create_chat_completion(conversation.messages, stream=True, **sampling)
+            messages: Any = conversation.messages
+            return self._llm.create_chat_completion(messages, stream=True, **sampling)
 
         try:
             for piece, reason in pieces(self._llm, begin, bar):
@@ -144,7 +145,7 @@ class Chat:
         stats = self._llm.kv_stats()
         speed = stats.turn_generated / seconds if seconds > 0 else 0.0
         if self._options.as_json:
-            answer = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats)}
+            answer: dict[str, Any] = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats)}
             answer |= {"tokens_per_second": round(speed, 2), "stats": stats.to_dict()}
             self._terminal.write(json.dumps(answer))
         self._tell()

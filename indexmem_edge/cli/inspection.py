@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any, Iterable, Optional, Union
 
 import numpy as np
@@ -305,8 +304,9 @@ def _model_tables(facts: Facts) -> list[Any]:
     if facts["bounded"]:
         training = facts["untrainable"] and f"indexmem train cannot make one: {facts['untrainable']}"
         about.append(("indexer", training or "`indexmem train` can make one"))
-    for sidecar in facts["sidecars"]:
-        about.append(("sidecar", f"{sidecar['file']}: " + ("fits" if sidecar["fits"] else sidecar["why_not"])))
+    about += [
+        ("sidecar", f"{sidecar['file']}: " + ("fits" if sidecar["fits"] else sidecar["why_not"])) for sidecar in facts["sidecars"]
+    ]
     if not facts["sidecars"]:
         stem = facts["file"].rpartition(".")[0]
         about.append(("sidecar", f"none beside it (looked for {stem}*.indexmem.gguf)"))

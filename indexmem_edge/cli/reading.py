@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Optional, Protocol
 
+
 class Reader(Protocol):
     """A source of messages and commands."""
 

@@ -298,7 +298,8 @@ def model_rows(model: int) -> list[tuple[int, int]]:
 
 def architectures() -> dict[str, str]:
     """What the library can load, as files name it, and why none of its models can be bounded ("": that depends)."""
-    lib, found = library(), {}
+    lib = library()
+    found: dict[str, str] = {}
     while (name := lib.indexmem_architecture(len(found))) is not None:
         found[_text(name)] = _text(lib.indexmem_architecture_refused(len(found)))
     return found

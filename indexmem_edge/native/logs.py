@@ -12,8 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Iterator
 
-from .._vendor.llama_cpp import _logger as base_logger
-from .._vendor.llama_cpp import llama_cpp as llama_lib
+from .._vendor.llama_cpp import _logger as base_logger, llama_cpp as llama_lib
 from . import api  # noqa: F401  (chooses the library)
 
 _ERROR, _CONTINUATION = 4, 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+
 from .._vendor.llama_cpp import llama_chat_format as chat_format
 from ..errors import ModelFileError
 from ..files.textfile import read_text

@@ -6,8 +6,7 @@ import json
 import re
 from typing import Any
 
-from .._vendor.llama_cpp import llama_cpp as llama_lib
-from .._vendor.llama_cpp import llama_grammar
+from .._vendor.llama_cpp import llama_cpp as llama_lib, llama_grammar
 from ..errors import GrammarError
 from ..native.logs import collected_errors, reason
 

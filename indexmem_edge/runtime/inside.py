@@ -18,10 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor import llama_cpp
-from .._vendor.llama_cpp import _internals as internals
-from .._vendor.llama_cpp import llama_chat_format as chat_format
-from .._vendor.llama_cpp import llama_cpp as llama_lib
-from .._vendor.llama_cpp import llama_grammar
+from .._vendor.llama_cpp import _internals as internals, llama_chat_format as chat_format, llama_cpp as llama_lib, llama_grammar
 from ..errors import ModelClosed, RequestError
 from ..native import api  # noqa: F401  (chooses the library)
 from .grammar import check_grammar

@@ -103,7 +103,7 @@ def load_snapshot(folder: Path, deciding: Mapping[str, Any]) -> Optional[Snapsho
                 "with --restart"
             )
         with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118  it is no dict
                 what, _, name = key.partition(".")
                 parts[what][name] = file.get_tensor(key).clone()  # not mapped: Windows replaces no mapped file
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:

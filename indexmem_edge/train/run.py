@@ -32,14 +32,12 @@ from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
 from ..files.atomic import check_target, replacing
 from ..files.gguffile import GGUFFile
 from ..files.modelfile import check_model_file, fingerprint
-from .checkpoints import NAME as CHECKPOINT
-from .checkpoints import Position, load_snapshot, remove_snapshot, save_snapshot
+from .checkpoints import NAME as CHECKPOINT, Position, load_snapshot, remove_snapshot, save_snapshot
 from .data.books import books_digest, find_books, read_books
 from .data.sample import Sample
 from .data.stream import Data, Generate
 from .export import to_checkpoint
-from .judge.metrics import NAME as METRICS
-from .judge.metrics import Metrics
+from .judge.metrics import NAME as METRICS, Metrics
 from .loop import Evaluate, Loop
 from .model.architectures import architecture
 from .model.decoder import Decoder
@@ -147,7 +145,7 @@ def train(
         deciding["start"] = file_sha256(options.start)
     with contextlib.ExitStack() as stack:
         tokenizer = stack.enter_context(open_tokenizer(options.model))
-        books = read_books(files, tokenizer.tokenize, options.held_out, lambda *n: watcher.work(*n, "books"))
+        books = read_books(files, tokenizer.tokenize, options.held_out, lambda done, total: watcher.work(done, total, "books"))
         data = Data(books, tokenizer, tools.generate, options)
         if processes.main:
             _open_folder(run, options, restart)

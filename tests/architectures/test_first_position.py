@@ -50,5 +50,5 @@ def test_of_a_bounded_cache(plain: Made) -> None:
 
 
 @each_kind
-def test_beside_windows_and_states(made: Made, name: str) -> None:  # noqa: F811
+def test_beside_windows_and_states(made: Made, name: str) -> None:
     check(made, exact=name not in RECURRENT)

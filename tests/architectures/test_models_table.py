@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import Tiny
-from indexmem_edge.models import architectures as table
-from indexmem_edge.models import page as models_page
+from indexmem_edge.models import architectures as table, page as models_page
 from indexmem_edge.native import api, find
 from indexmem_edge.train.model.architectures import ARCHITECTURES as TRAINABLE
 from reference.indexers import random_indexer, write_sidecar

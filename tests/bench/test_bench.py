@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from indexmem_edge.bench import machine, ruler, synthetic
-from indexmem_edge.bench.quality import run as quality
-from indexmem_edge.bench.quality import summary, trial
-from indexmem_edge.bench.quality import table as quality_table
+from indexmem_edge.bench.quality import run as quality, summary, table as quality_table, trial
 from indexmem_edge.bench.quality.arms import FULL_ARM, Arm, Sidecar, Sidecars, setup_for
 from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup, System, token_nll

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge.bench import synthetic
-from indexmem_edge.bench.quality import arms, effect, standing, summary
-from indexmem_edge.bench.quality import run as quality
-from indexmem_edge.bench.quality import table as quality_table
+from indexmem_edge.bench.quality import arms, effect, run as quality, standing, summary, table as quality_table
 from indexmem_edge.bench.quality.arms import Arm, Sidecar, Sidecars
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.speed import latent, soak
@@ -343,7 +341,7 @@ def test_soak_sees_what_goes_wrong(tiny: Any) -> None:
         start = system.stats()
         system.feed(model.tokens("Some text, any text. " * 20), last_logits=True)
         assert list(soak.check(system, start)) == []
-        assert list(soak.check(system, {**start, "kv_bytes": 7}))[0].startswith("kv_bytes was 7 and is ")
+        assert next(iter(soak.check(system, {**start, "kv_bytes": 7}))).startswith("kv_bytes was 7 and is ")
         system.setup = replace(setup, budget=64)
         assert any("in a budget of 64" in why for why in soak.check(system, start))
         system.setup = replace(setup, window=90)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge.bench import synthetic
-from indexmem_edge.bench.quality import run as quality
-from indexmem_edge.bench.quality import trial
+from indexmem_edge.bench.quality import run as quality, trial
 from indexmem_edge.bench.quality.arms import FULL_ARM, Arm, Sidecar, Sidecars
 from indexmem_edge.bench.quality.byte_budget import Budgets, DoesNotFit
 from indexmem_edge.bench.quality.plan import Job, Plan
@@ -265,7 +264,7 @@ def test_equal_bytes_and_plain_weights_on_the_command_line(tiny: Any, tmp_path: 
     assert data["meta"]["weights"] == "bf16" and "-bf16.gguf" in data["meta"]["model"]
     vt = {(row["policy"], row["cache_type"], row["ratio"]): row for row in data["rows"] if row["task"] == "vt"}
     assert vt["full", "q8_0", 1.0]["bytes_share"] == pytest.approx(34 / 64, abs=1e-6)
-    for (policy, cache_type, ratio), row in vt.items():
+    for (policy, _, ratio), row in vt.items():
         if policy == "streaming":
             assert row["bytes_share"] <= ratio < row["bytes_share"] + 0.02
     assert vt["streaming", "q8_0/q4_0", 0.5]["budget"] > 2 * vt["streaming", "f16", 0.5]["budget"]

@@ -10,9 +10,7 @@ import pytest
 
 from indexmem_edge.bench.report import ROW_KEYS, Report
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup
-from indexmem_edge.bench.speed import goals as speed_goals
-from indexmem_edge.bench.speed import parts as speed_parts
-from indexmem_edge.bench.speed import run as speed
+from indexmem_edge.bench.speed import goals as speed_goals, parts as speed_parts, run as speed
 from support.bench_data import invoke
 
 PLAIN, ALL = "streaming 1024", "indexer 1024, memory centroid"

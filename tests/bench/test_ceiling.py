@@ -9,16 +9,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from conftest import Tiny  # noqa: E402
-from indexmem_edge.bench import ruler  # noqa: E402
-from indexmem_edge.bench.cli.app import app  # noqa: E402
+from conftest import Tiny
+from indexmem_edge.bench import ruler
+from indexmem_edge.bench.cli.app import app
 from indexmem_edge.bench.quality import ceiling
-from indexmem_edge.bench.runner import Model  # noqa: E402
-from indexmem_edge.train.model.load import load_decoder  # noqa: E402
-from reference.indexers import random_indexer, write_sidecar  # noqa: E402
-from support.bench_data import ruler_folder  # noqa: E402
+from indexmem_edge.bench.runner import Model
+from indexmem_edge.train.model.load import load_decoder
+from reference.indexers import random_indexer, write_sidecar
+from support.bench_data import ruler_folder
 
 
 def test_groups_cover_all_layers() -> None:
@@ -62,7 +62,10 @@ def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path)
     words += ["--groups", 2, "--out", tmp_path, "--json"]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "ceiling.json").read_text())["rows"]
+    report = json.loads((tmp_path / "ceiling.json").read_text())
+    singles = [json.loads(line) for line in (tmp_path / "ceiling.rows.jsonl").read_text().splitlines()]
+    assert {row["sample"] for row in singles} == {0, 1} and not any("sample" in row for row in report["rows"])
+    rows = report["rows"]
     by = {(row["policy"], row["ratio"]): row for row in rows}
     assert {name for name, _ in by} == {"full", "oracle", "mine", "keydiff", "mine, oracle in 0 to 0", "mine, oracle in 1 to 1"}
     assert all(0 <= row["score"] <= 1 and row["nll"] > 0 for row in rows)

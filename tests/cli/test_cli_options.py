@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from typer.testing import CliRunner
 
 import indexmem_edge

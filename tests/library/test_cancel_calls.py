@@ -14,9 +14,9 @@ import pytest
 import indexmem_edge
 from conftest import Tiny
 from indexmem_edge import Cancelled, GenerationSuperseded, llama_cpp
+from indexmem_edge.cli.console import Bar
 from indexmem_edge.cli.interrupt import ctrl_c_cancels
 from indexmem_edge.cli.options import RunOptions
-from indexmem_edge.cli.console import Bar
 from indexmem_edge.cli.terminal import Terminal
 from indexmem_edge.native import find
 from support.cancelling import BATCH, TOKENS, Load, Nodes, chat, condition, load, logits, prefill

@@ -161,7 +161,7 @@ def test_a_system_prompt_that_cannot_be_pinned_is_said(model: Path) -> None:
     assert "system prompt" not in kinds(heard)
     talk = [SYSTEM, HELLO, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Why?"}]
     llm.create_chat_completion(talk, max_tokens=1)
-    assert "cannot be pinned" in str([w for w in heard if w.kind == "system prompt"][0])
+    assert "cannot be pinned" in str(next(w for w in heard if w.kind == "system prompt"))
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_budget": None, "kv_window": None, "n_ctx": 1024}])

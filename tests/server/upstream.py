@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "native"))
 
-import prepare_source  # noqa: E402
+import prepare_source
 
 FOLDER = "vendor/llama.cpp/tools/server/tests/"
 WRAPPER = """\

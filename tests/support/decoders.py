@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge import llama_cpp
-from indexmem_edge.train.model.decoder import Decoder  # noqa: E402
+from indexmem_edge.train.model.decoder import Decoder
 from support.native_context import F32, Context, open_model
 from tiny.models import BOS
 

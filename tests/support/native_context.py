@@ -11,7 +11,7 @@ from typing import Any, Optional
 import numpy as np
 
 from indexmem_edge import llama_cpp
-from indexmem_edge.calibrate.capture import Capture  # noqa: F401  (tests take it from here)
+from indexmem_edge.calibrate.capture import Capture
 from indexmem_edge.native import api
 
 F32, F16, Q4_0, Q8_0 = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q4_0, llama_cpp.GGML_TYPE_Q8_0)

@@ -10,9 +10,9 @@ import pytest
 
 from conftest import Tiny
 from indexmem_edge import llama_cpp
-from indexmem_edge.train.model.decoder import Heads, causal  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from indexmem_edge.train.model.rope import Rope, Yarn, make_rope  # noqa: E402
+from indexmem_edge.train.model.decoder import Heads, causal
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from indexmem_edge.train.model.rope import Rope, Yarn, make_rope
 from support.decoders import LINEAR, YARN, library_logits, our_logits, slope, text, tokenize, torch
 from tiny.gguf_copy import as_f32, copy_model, first_layers
 

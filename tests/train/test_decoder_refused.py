@@ -16,11 +16,11 @@ from tiny.gguf_copy import Stored, copy_model
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.errors import IndexMemError, ModelFileError, ModelNotSupported  # noqa: E402
-from indexmem_edge.train.model import architectures, gguf_weights  # noqa: E402
-from indexmem_edge.train.model.architectures import trainable  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from indexmem_edge.train.model.load import load_decoder  # noqa: E402
+from indexmem_edge.errors import IndexMemError, ModelFileError, ModelNotSupported
+from indexmem_edge.train.model import architectures, gguf_weights
+from indexmem_edge.train.model.architectures import trainable
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from indexmem_edge.train.model.load import load_decoder
 
 # architectures that the package gguf does not name yet
 NEWER = {

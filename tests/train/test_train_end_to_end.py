@@ -14,12 +14,12 @@ from conftest import Tiny
 
 torch = pytest.importorskip("torch")
 
-import indexmem_edge  # noqa: E402
-from indexmem_edge.cli.app import app  # noqa: E402
-from indexmem_edge.convert import read_sidecar  # noqa: E402
-from indexmem_edge.models.demo import demo_sidecar  # noqa: E402
-from indexmem_edge.native import find  # noqa: E402
-from support.training import write_books  # noqa: E402
+import indexmem_edge
+from indexmem_edge.cli.app import app
+from indexmem_edge.convert import read_sidecar
+from indexmem_edge.models.demo import demo_sidecar
+from indexmem_edge.native import find
+from support.training import write_books
 
 pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
 

@@ -9,14 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from indexmem_edge.train.indexers.scorers import KVzap, Retention  # noqa: E402
-from indexmem_edge.train.model.decoder import causal  # noqa: E402
-from indexmem_edge.train.objectives import gated, losses  # noqa: E402
-from indexmem_edge.train.objectives.gated import Pins, gated_attention, gated_dense  # noqa: E402
-from indexmem_edge.train.objectives.gated_kl import GatedKL  # noqa: E402
-from reference.random_decoder import modules_of, random_decoder, random_sample  # noqa: E402
+from indexmem_edge.train.indexers.scorers import KVzap, Retention
+from indexmem_edge.train.model.decoder import causal
+from indexmem_edge.train.objectives import gated, losses
+from indexmem_edge.train.objectives.gated import Pins, gated_attention, gated_dense
+from indexmem_edge.train.objectives.gated_kl import GatedKL
+from reference.random_decoder import modules_of, random_decoder, random_sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PINS, SCALE, AGE_SCALE = Pins(4, 12, 256.0), 0.25, 96.0

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from indexmem_edge.train.data import words  # noqa: E402
-from indexmem_edge.train.data.generated import ANSWER_WEIGHT, KINDS, _Draft, generate  # noqa: E402
-from indexmem_edge.train.data.told import _HAVING, _RELATIONS, told  # noqa: E402
+from indexmem_edge.train.data import words
+from indexmem_edge.train.data.generated import ANSWER_WEIGHT, KINDS, _Draft, generate
+from indexmem_edge.train.data.told import _HAVING, _RELATIONS, told
 
 
 def tokenize(text: str) -> list[int]:

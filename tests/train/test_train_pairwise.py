@@ -11,17 +11,17 @@ import pytest
 from reference.indexers import random_indexer, tensor_shapes
 
 torch = pytest.importorskip("torch")
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from indexmem_edge.errors import TrainingError  # noqa: E402
-from indexmem_edge.train.indexers.pairwise import Pairwise  # noqa: E402
-from indexmem_edge.train.indexers.scorers import SCORERS, KVzap  # noqa: E402
-from indexmem_edge.train.model.decoder import Heads  # noqa: E402
-from indexmem_edge.train.objectives import OBJECTIVES  # noqa: E402
-from indexmem_edge.train.objectives.operands import operands  # noqa: E402
-from indexmem_edge.train.objectives.pooled_kl import PooledKL  # noqa: E402
-from reference import indexers_torch  # noqa: E402
-from reference.random_decoder import random_decoder, random_sample  # noqa: E402
+from indexmem_edge.errors import TrainingError
+from indexmem_edge.train.indexers.pairwise import Pairwise
+from indexmem_edge.train.indexers.scorers import SCORERS, KVzap
+from indexmem_edge.train.model.decoder import Heads
+from indexmem_edge.train.objectives import OBJECTIVES
+from indexmem_edge.train.objectives.operands import operands
+from indexmem_edge.train.objectives.pooled_kl import PooledKL
+from reference import indexers_torch
+from reference.random_decoder import random_decoder, random_sample
 
 CONSTANTS = {"head_count": 3, "head_dim": 6, "norm_eps": 2e-5, "reduce": "max", "query_count": 8}
 DECODER = random_decoder()

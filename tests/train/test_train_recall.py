@@ -14,16 +14,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from rich.console import Console  # noqa: E402
+from rich.console import Console
 
-from indexmem_edge.convert import Checkpoint, Geometry, Provenance, write_sidecar  # noqa: E402
-from indexmem_edge.errors import BudgetError, IndexMemError, SidecarError  # noqa: E402
-from indexmem_edge.train.cache.future import attention_blocks, future_mass, kept_mask  # noqa: E402
-from indexmem_edge.train.cache.policies import POLICIES, Context  # noqa: E402
-from indexmem_edge.train.data.sample import Sample  # noqa: E402
-from indexmem_edge.train.from_sidecar import modules_from_sidecar  # noqa: E402
-from indexmem_edge.train.indexers.scorers import SCORERS  # noqa: E402
-from indexmem_edge.train.judge import recall_report  # noqa: E402
+from indexmem_edge.convert import Checkpoint, Geometry, Provenance, write_sidecar
+from indexmem_edge.errors import BudgetError, IndexMemError, SidecarError
+from indexmem_edge.train.cache.future import attention_blocks, future_mass, kept_mask
+from indexmem_edge.train.cache.policies import POLICIES, Context
+from indexmem_edge.train.data.sample import Sample
+from indexmem_edge.train.from_sidecar import modules_from_sidecar
+from indexmem_edge.train.indexers.scorers import SCORERS
+from indexmem_edge.train.judge import recall_report
 from indexmem_edge.train.judge.recall import (
     BUDGETS,
     INDEXER,
@@ -34,9 +34,9 @@ from indexmem_edge.train.judge.recall import (
     kept_share,
     measure,
 )
-from indexmem_edge.train.model.decoder import Config, Decoder, Heads, causal  # noqa: E402
-from indexmem_edge.train.model.rope import Rope  # noqa: E402
-from reference.policies import RANKS, View  # noqa: E402
+from indexmem_edge.train.model.decoder import Config, Decoder, Heads, causal
+from indexmem_edge.train.model.rope import Rope
+from reference.policies import RANKS, View
 
 CONFIG = Config("llama", 3, 32, 6, 2, 16, 48, 50, 1e-5, 4096, Rope(10000.0, 16, True))
 SINKS, WINDOW = 2, 8

@@ -9,12 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.train.cache.future import future_attention, future_mass, kept_mask  # noqa: E402
-from indexmem_edge.train.indexers.scorers import KVzap, Retention  # noqa: E402
-from indexmem_edge.train.model.decoder import causal  # noqa: E402
-from indexmem_edge.train.objectives import regress  # noqa: E402
-from indexmem_edge.train.objectives.regress import Regress  # noqa: E402
-from reference.random_decoder import random_decoder, random_sample  # noqa: E402
+from indexmem_edge.train.cache.future import future_attention, future_mass, kept_mask
+from indexmem_edge.train.indexers.scorers import KVzap, Retention
+from indexmem_edge.train.model.decoder import causal
+from indexmem_edge.train.objectives import regress
+from indexmem_edge.train.objectives.regress import Regress
+from reference.random_decoder import random_decoder, random_sample
 
 
 def operands(total: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,21 +10,21 @@ import pytest
 from reference.memories import random_residual
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from indexmem_edge.errors import BudgetError, TrainingError  # noqa: E402
-from indexmem_edge.train.cache.eviction import Schedule, evictions  # noqa: E402
-from indexmem_edge.train.data.sample import Sample  # noqa: E402
-from indexmem_edge.train.indexers.pairwise import Pairwise  # noqa: E402
-from indexmem_edge.train.indexers.residual import Residual  # noqa: E402
-from indexmem_edge.train.indexers.scorers import SCORERS, Retention  # noqa: E402
-from indexmem_edge.train.model.decoder import Heads  # noqa: E402
-from indexmem_edge.train.objectives import OBJECTIVES  # noqa: E402
-from indexmem_edge.train.objectives.operands import operands  # noqa: E402
-from indexmem_edge.train.objectives.residual_mse import Errors, ResidualMSE  # noqa: E402
-from reference import memories_torch  # noqa: E402
-from reference.random_decoder import random_decoder, random_sample  # noqa: E402
+from indexmem_edge.errors import BudgetError, TrainingError
+from indexmem_edge.train.cache.eviction import Schedule, evictions
+from indexmem_edge.train.data.sample import Sample
+from indexmem_edge.train.indexers.pairwise import Pairwise
+from indexmem_edge.train.indexers.residual import Residual
+from indexmem_edge.train.indexers.scorers import SCORERS, Retention
+from indexmem_edge.train.model.decoder import Heads
+from indexmem_edge.train.objectives import OBJECTIVES
+from indexmem_edge.train.objectives.operands import operands
+from indexmem_edge.train.objectives.residual_mse import Errors, ResidualMSE
+from reference import memories_torch
+from reference.random_decoder import random_decoder, random_sample
 
 DECODER = random_decoder()
 SCALARS = ("gate_logit", "eta_raw", "decay_logit")

@@ -15,15 +15,15 @@ from support.training import small_options
 
 torch = pytest.importorskip("torch")
 
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from indexmem_edge.convert import read_base_model, write_sidecar  # noqa: E402
-from indexmem_edge.train.cache.future import kept_mask  # noqa: E402
-from indexmem_edge.train.export import to_checkpoint  # noqa: E402
-from indexmem_edge.train.model.attention import Heads, attention, causal  # noqa: E402
-from indexmem_edge.train.model.decoder import Decoder  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from indexmem_edge.train.parts import Parts, build_parts  # noqa: E402
+from indexmem_edge.convert import read_base_model, write_sidecar
+from indexmem_edge.train.cache.future import kept_mask
+from indexmem_edge.train.export import to_checkpoint
+from indexmem_edge.train.model.attention import Heads, attention, causal
+from indexmem_edge.train.model.decoder import Decoder
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from indexmem_edge.train.parts import Parts, build_parts
 
 N, MORE, BUDGET, SINKS, WINDOW = 96, 16, 40, 2, 8
 MODELS: list[tuple[str, dict[str, Any]]] = [

@@ -10,18 +10,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.errors import TrainingError  # noqa: E402
-from indexmem_edge.train.cache.future import kept_mask  # noqa: E402
-from indexmem_edge.train.indexers.scorers import KVzap, Retention  # noqa: E402
-from indexmem_edge.train.model.decoder import causal  # noqa: E402
+from indexmem_edge.errors import TrainingError
+from indexmem_edge.train.cache.future import kept_mask
+from indexmem_edge.train.indexers.scorers import KVzap, Retention
+from indexmem_edge.train.model.decoder import causal
 from indexmem_edge.train.objectives import (
-    losses,  # noqa: E402
-    select_kl,  # noqa: E402
+    losses,
+    select_kl,
 )
-from indexmem_edge.train.objectives.outlive_kl import OutliveKL  # noqa: E402
-from indexmem_edge.train.objectives.select_kl import SelectKL  # noqa: E402
-from indexmem_edge.train.objectives.selected import choose, selected_attention, selected_dense  # noqa: E402
-from reference.random_decoder import modules_of, random_decoder, random_sample  # noqa: E402
+from indexmem_edge.train.objectives.outlive_kl import OutliveKL
+from indexmem_edge.train.objectives.select_kl import SelectKL
+from indexmem_edge.train.objectives.selected import choose, selected_attention, selected_dense
+from reference.random_decoder import modules_of, random_decoder, random_sample
 
 
 @pytest.mark.parametrize("n, budget", [(30, 12), (30, 7), (30, 30), (30, 40), (6, 6), (7, 7), (1, 1)])

@@ -16,34 +16,34 @@ from support.training import small_options
 
 torch = pytest.importorskip("torch")
 
-from rich.console import Console  # noqa: E402
-from torch import Tensor  # noqa: E402
+from rich.console import Console
+from torch import Tensor
 
-from indexmem_edge.convert import read_base_model, read_sidecar, write_sidecar  # noqa: E402
-from indexmem_edge.errors import SidecarError, TrainingError  # noqa: E402
-from indexmem_edge.native import find  # noqa: E402
-from indexmem_edge.train.cache.eviction import Block, Schedule, attend_block  # noqa: E402
-from indexmem_edge.train.cache.future import kept_mask  # noqa: E402
-from indexmem_edge.train.export import to_checkpoint  # noqa: E402
-from indexmem_edge.train.from_sidecar import modules_from_sidecar  # noqa: E402
-from indexmem_edge.train.indexers.pairwise import Pairwise  # noqa: E402
-from indexmem_edge.train.indexers.residual import Residual  # noqa: E402
-from indexmem_edge.train.indexers.scorers import Retention  # noqa: E402
-from indexmem_edge.train.judge import recall_report  # noqa: E402
-from indexmem_edge.train.judge.recall import measure  # noqa: E402
-from indexmem_edge.train.model.attention import Heads  # noqa: E402
-from indexmem_edge.train.model.gguf_weights import load_gguf  # noqa: E402
-from indexmem_edge.train.model.rope import Rope  # noqa: E402
-from indexmem_edge.train.objectives.gated import Pins, gated_dense  # noqa: E402
-from indexmem_edge.train.objectives.gated_kl import GatedKL  # noqa: E402
-from indexmem_edge.train.objectives.operands import operands  # noqa: E402
-from indexmem_edge.train.objectives.pooled_kl import PooledKL  # noqa: E402
-from indexmem_edge.train.objectives.regress import Regress  # noqa: E402
-from indexmem_edge.train.objectives.residual_mse import ResidualMSE  # noqa: E402
-from indexmem_edge.train.objectives.select_kl import SelectKL  # noqa: E402
-from indexmem_edge.train.parts import build_parts  # noqa: E402
-from indexmem_edge.train.run import train  # noqa: E402
-from reference.random_decoder import modules_of, random_decoder, random_sample  # noqa: E402
+from indexmem_edge.convert import read_base_model, read_sidecar, write_sidecar
+from indexmem_edge.errors import SidecarError, TrainingError
+from indexmem_edge.native import find
+from indexmem_edge.train.cache.eviction import Block, Schedule, attend_block
+from indexmem_edge.train.cache.future import kept_mask
+from indexmem_edge.train.export import to_checkpoint
+from indexmem_edge.train.from_sidecar import modules_from_sidecar
+from indexmem_edge.train.indexers.pairwise import Pairwise
+from indexmem_edge.train.indexers.residual import Residual
+from indexmem_edge.train.indexers.scorers import Retention
+from indexmem_edge.train.judge import recall_report
+from indexmem_edge.train.judge.recall import measure
+from indexmem_edge.train.model.attention import Heads
+from indexmem_edge.train.model.gguf_weights import load_gguf
+from indexmem_edge.train.model.rope import Rope
+from indexmem_edge.train.objectives.gated import Pins, gated_dense
+from indexmem_edge.train.objectives.gated_kl import GatedKL
+from indexmem_edge.train.objectives.operands import operands
+from indexmem_edge.train.objectives.pooled_kl import PooledKL
+from indexmem_edge.train.objectives.regress import Regress
+from indexmem_edge.train.objectives.residual_mse import ResidualMSE
+from indexmem_edge.train.objectives.select_kl import SelectKL
+from indexmem_edge.train.parts import build_parts
+from indexmem_edge.train.run import train
+from reference.random_decoder import modules_of, random_decoder, random_sample
 
 WINDOW, BOUNDED = 7, (1, 4)
 SPECIAL: dict[str, Any] = {  # everything that sets such a model apart

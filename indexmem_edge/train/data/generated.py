@@ -225,7 +225,9 @@ def listing(d: _Draft, kind: str) -> Sample:
 
 def assignments(d: _Draft, kind: str) -> Sample:
     """Variables that are given values, or the values of others."""
-    rng, names, values = d.rng, [], {}
+    rng = d.rng
+    names: list[str] = []
+    values: dict[str, str] = {}
     form = d.one_of(("\nVAR {a} = {b}\n", " let {a} be {b}. ", "\n{a} := {b}\n", "\nset {a} {b}\n", "\nASSIGN {b} TO {a}\n"))
     facts = []
     for _ in range(int(rng.integers(3, 9))):
@@ -246,7 +248,9 @@ def frequent(d: _Draft, kind: str) -> Sample:
     ]
     often, rare = pool[: int(rng.integers(2, 8))], pool[8:]
     share = rng.uniform(0.3, 0.7)
-    drawn, tokens, i = [], [], 0
+    drawn: list[str] = []
+    tokens: list[int] = []
+    i = 0
     room = d.length - max(len(d.tokenize(", ".join(often))) + 80, 120)  # question and answer fit behind it
     numbered = rng.random() < 0.5
     while len(tokens) < room:

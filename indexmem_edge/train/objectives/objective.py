@@ -46,7 +46,7 @@ class Objective(ABC):
     def device(self) -> torch.device:
         return self.decoder.device
 
-    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
+    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:  # noqa: B027  nothing, by default
         """Once before the first step, and again after a resume: work that all steps share, kept in `folder`.
 
         What is there already, from this call with the same samples, is not computed again.
