@@ -53,10 +53,6 @@ class Watch(Protocol):
         """Bytes that it keeps."""
         ...
 
-    def evaluated(self) -> None:
-        """A batch has been evaluated."""
-        ...
-
     def check(self) -> None:
         """Between two batches; raises if there is to be no other."""
         ...
