@@ -20,6 +20,7 @@ from .runtime import answers, cache, inside, requests
 from .runtime.access import Access
 from .runtime.align import align
 from .runtime.cancel import Calls, one_call
+from .runtime.checkpoints import Checkpoint
 from .runtime.creation import base_keywords, explain, lacks_template, options_for, require_lora
 from .runtime.formats import use_format
 from .runtime.grammar import check_grammar
@@ -46,9 +47,12 @@ class Llama(inside.Base):
     Args:
         model_path: the GGUF file.
 {options}
-        kv_cancel: copy the KV state before a call evicts or renews positions, so that `cancel` can bring it back, and
-            before an answer does, so that another can be given to the same prompt. Each takes as much memory as the
-            state, from the first such call on. False: the history is evaluated again instead.
+        kv_cancel: copy the KV state before a call evicts or renews positions, so that `cancel` can bring it back. That
+            takes as much memory as the state, from the first such call on. False: after a cancel the history is
+            evaluated again instead.
+        kv_checkpoints: bytes that copies of the KV state may take, which prompts go on from that the cached text does not lead
+            to: another answer, an edit, a branch, another conversation. None: 256 MiB, or, where the state is large, three of
+            it. 0: none; such prompts are evaluated again.
         kv_warn: called with a `CacheWarning` when text is dropped for the first time in a conversation, when text is
             evaluated again, and when a prompt is not what it seems. None: `warnings.warn`, once for each kind.
 
@@ -61,9 +65,8 @@ class Llama(inside.Base):
     What is in messages is text, even where it is spelled like a control token; a prompt that is given as text to
     `create_completion` is raw, as in llama_cpp.
 
-    Conversations append: what a prompt shares with the cached text is not evaluated again, nor the last prompt for another
-    answer. When the caller edits text that can no longer be taken out of the cache exactly, everything is evaluated again,
-    and `kv_stats()` says so.
+    What a prompt shares with the cached text, or with that of a checkpoint, is not evaluated again. When the caller edits
+    older text, everything is evaluated again, and `kv_stats()` says so.
 
     Threads may share one: a call waits until that of another thread has ended, a stream only holds it while its next item
     is computed. Answers differ from one to the next and from process to process, unless `seed` is given. `close()`, or the
@@ -83,6 +86,7 @@ class Llama(inside.Base):
         model_path: PathLike,
         *,
         kv_cancel: bool = True,
+        kv_checkpoints: Optional[int] = None,
         kv_warn: Optional[Hook] = None,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +104,7 @@ class Llama(inside.Base):
         self._kept = KeptLogits(self._inside)
         self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
+        self._checkpoint_bytes = kv_checkpoints
         self._one_sequence_per_token = options.bounded
         self._pieces: dict[tuple[int, bool], bytes] = {}
         refused: Optional[SidecarError] = None
@@ -121,13 +126,13 @@ class Llama(inside.Base):
                 if options.bounded:
                     api.withdraw_request()
         if refused is not None:
-            Llama.__init__(self, path, kv_cancel=kv_cancel, kv_warn=kv_warn, **{**kwargs, "indexmem": SIDECAR_OFF})
+            Llama.__init__(self, path, kv_cancel=kv_cancel, kv_checkpoints=kv_checkpoints, kv_warn=kv_warn, **{**kwargs, "indexmem": SIDECAR_OFF})
             self._notices.tell(SIDECAR, f"the sidecar {found.path} is not used: {refused}")
             return
         self._inside.seed = base["seed"]  # llama_cpp takes 0 for none
         if options.bounded:
             self.context_params.n_ctx = base["n_ctx"]
-            self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls, self._notices)
+            self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls, self._notices, kv_checkpoints)
         else:
             cache.make_room_unbounded(self._inside)
         self.sidecar_where = found.where  # "" if it was named, or there is none
@@ -510,6 +515,31 @@ class Llama(inside.Base):
             raise BudgetError(f"{what} needs a bounded KV cache: give Llama a kv_budget")
         return self._cache
 
+    # going back
+
+    @one_call
+    def checkpoint(self) -> Checkpoint:
+        """The conversation as it is now, in memory: `restore` comes back to it, as often as wanted.
+
+        A few are kept without being asked for (`kv_checkpoints`). One has a fixed size, however long the text.
+
+        Raises:
+            BudgetError: there is no budget: `save_state` is for that.
+            ContextError: nothing has been read yet, or there is no memory for it.
+        """
+        return self._bounded("checkpoint").checkpoint()
+
+    @one_call
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Makes the conversation what it was when the checkpoint was made.
+
+        Raises:
+            BudgetError: there is no budget.
+            ContextError: it is of another model, or of a cache with other options. The conversation is as it was.
+        """
+        self._bounded("restore").restore(checkpoint)
+        self._turn.begin(len(checkpoint), 0)
+
     # sessions
 
     def save_session(self, path: PathLike, extra: Any = None) -> int:
@@ -568,7 +598,7 @@ class Llama(inside.Base):
             self._kept.all_known = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep}
+        return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}
 
     # the end
 

@@ -315,7 +315,7 @@ def require_known(names: Collection[str], others: Collection[str]) -> None:
     Such are all that begin with `kv_`, or are nearly spelled like one of ours. `others` are llama_cpp's, which takes any
     further keyword without a word.
     """
-    ours = [*(option.keyword for option in OPTIONS.values()), "kv_cancel", "kv_warn"]
+    ours = [*(option.keyword for option in OPTIONS.values()), "kv_cancel", "kv_checkpoints", "kv_warn"]
     for name in names:
         if name in others:
             continue

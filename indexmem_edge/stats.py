@@ -32,7 +32,9 @@ class KVStats:
     memory_slots: int = 0  # its slots, which are part of the budget; 0 of a kind that has none
     memory_layers: int = 0  # layers that have it
     memory_bytes: int = 0  # the part of meta_bytes that it keeps
-    cancel_bytes: int = 0  # of copies: what a cancelled call is brought back from, and the end of the last prompt
+    cancel_bytes: int = 0  # of the copy of the state that a cancelled call is brought back from
+    checkpoints: int = 0  # copies of the state that prompts go on from
+    checkpoint_bytes: int = 0
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     compute_bytes: int = 0  # compute buffers of the context, whatever the length
     work_bytes: int = 0  # what the CPU takes for the cache's own ops, from the first eviction on
@@ -100,7 +102,9 @@ class KVStats:
             rows.append(("work memory", work))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
         if self.cancel_bytes:
-            rows.append(("way back", f"{format_bytes(self.cancel_bytes)}, copies of the state, should a call be cancelled or the text be edited"))
+            rows.append(("way back", f"{format_bytes(self.cancel_bytes)}, a copy of the state, should a call be cancelled"))
+        if self.checkpoints:
+            rows.append(("checkpoints", f"{self.checkpoints}, {format_bytes(self.checkpoint_bytes)}: what edits and other answers go on from"))
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{name:<13} {value}" for name, value in rows)
 

@@ -20,14 +20,16 @@ from ..native.logs import quiet
 from ..options import CacheOptions
 from ..stats import KVStats, trained_length_warning
 from .align import common_prefix
+from .checkpoints import Checkpoint, Checkpoints
 from .choice import INDEXER_POLICY, sidecar_kinds
 from .inside import Inside
 from .kept_logits import KeptLogits, Logits
 from .notices import REEVALUATED, Notices, evaluated_again
-from .statecopy import Checkpoint
 
 _ANY = 1 << 62  # tokens: no limit
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
+_WORTH_A_COPY = 64  # tokens: less is evaluated as fast
+_INTERRUPTED = "evaluating was interrupted, and what was cached could not be used any more"
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
 
 
@@ -77,7 +79,10 @@ class BoundedCache:
     interrupt breaks it, `settle` restores it.
     """
 
-    def __init__(self, llm: Inside, options: CacheOptions, turn: Turn, kept: KeptLogits, watch: Watch, notices: Notices) -> None:
+    def __init__(
+        self, llm: Inside, options: CacheOptions, turn: Turn, kept: KeptLogits, watch: Watch, notices: Notices,
+        checkpoint_bytes: Optional[int] = None,
+    ) -> None:  # fmt: skip
         if not api.is_bounded(llm.ctx):
             raise ContextError("the library made an unbounded KV cache although a budget was requested")
         self._llm = llm
@@ -102,8 +107,7 @@ class BoundedCache:
             if kinds & api.LAYER_WINDOW
             else "from where entries had already been evicted, or got new positions"
         )
-        self._recurrent = bool(kinds & api.LAYER_RECURRENT)
-        self._checkpoint = Checkpoint() if watch.keep else None
+        self.checkpoints = Checkpoints(self._limit_of_checkpoints(checkpoint_bytes))
         llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm.logits_all:
             llm.scores = np.zeros((1, llm.n_vocab), dtype=np.single)
@@ -125,10 +129,27 @@ class BoundedCache:
         self._llm.fresh = False
         llama_lib.llama_memory_clear(self._llm.memory, True)
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes kept for going back."""
-        return self._checkpoint.nbytes if self._checkpoint is not None else 0
+    # going back
+
+    def _limit_of_checkpoints(self, asked: Optional[int]) -> int:
+        """Bytes that checkpoints may take: by default 256 MiB, or, where the state is large, three of it."""
+        if asked is not None:
+            return asked
+        native = api.get_stats(self._llm.ctx)
+        whole = native.kv_bytes + native.meta_bytes + native.window_bytes + native.recurrent_bytes
+        return max(256 << 20, 3 * int(whole))
+
+    def _take_checkpoint(self) -> None:
+        """Keeps the state as it is."""
+        llm = self._llm
+        if self.checkpoints.limit and self.length() == llm.n_tokens:
+            size = int(llama_lib.llama_state_seq_get_size(llm.ctx, 0))
+            self.checkpoints.take(llm.ctx, llm.history, size, self._kept.now())
+
+    def _before(self, length: int) -> None:
+        """Keeps the state, if there is no way back to it once the history is `length` tokens long."""
+        if self.exact_until(api.get_stats(self._llm.ctx)) < length:
+            self._take_checkpoint()
 
     def _rewind(self, target: int) -> int:
         """Takes the tokens from `target` on out of the cache. Where that cannot be done exactly, more have to go; returns
@@ -140,16 +161,46 @@ class BoundedCache:
         llm.fresh = False
         if target > 0 and llama_lib.llama_memory_seq_rm(llm.memory, 0, target, -1):
             llm.n_tokens = target
-        elif n := self._to_checkpoint(target):
-            llm.n_tokens = n
-        else:
+        elif not self._to_checkpoint(*self.checkpoints.best(llm.tokens[:target])):
             self.clear()
         return target - llm.n_tokens
 
-    def _to_checkpoint(self, target: int) -> int:
-        """Makes the cache that of as many of the first `target` tokens as there is a checkpoint of; 0: it is as it was."""
+    def _to_checkpoint(self, checkpoint: Optional[Checkpoint], n: int) -> bool:
+        """Makes cache and history those after the first `n` tokens of a checkpoint; False: they are as they were."""
         llm = self._llm
-        return self._checkpoint.give_back(llm.ctx, llm.tokens[:target]) if self._checkpoint is not None else 0
+        if checkpoint is None:
+            return False
+        self._watch.before_cut(common_prefix(llm.history, checkpoint.tokens[:n]))
+        if not checkpoint.put(llm.ctx, n):
+            self.checkpoints.drop(checkpoint)
+            return False
+        self.checkpoints.used(checkpoint)
+        self._exact_until = None
+        llm.tokens[:n] = checkpoint.tokens[:n]
+        llm.n_tokens = n
+        self._kept.restore(checkpoint.logits if n == len(checkpoint) else None)
+        return True
+
+    def checkpoint(self) -> Checkpoint:
+        """The state as it is now, for the application to keep.
+
+        Raises:
+            ContextError: nothing has been read yet, or there is no memory for it.
+        """
+        self.settle()
+        made = Checkpoint.of(self._llm.ctx, self._llm.history, self._kept.now())
+        if made is None:
+            raise ContextError("no checkpoint was made: nothing has been read yet, or there is no memory for it")
+        return made
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Makes the conversation that of a checkpoint.
+
+        Raises:
+            ContextError: it is of another model, or of a cache with other options. Nothing has changed.
+        """
+        if not self._to_checkpoint(checkpoint, len(checkpoint)):
+            raise ContextError("the checkpoint does not fit: it is of another model, or of a cache with other options")
 
     def lose(self, tokens: int, why: str) -> None:
         """Counts tokens of the history that have to be evaluated again."""
@@ -178,13 +229,7 @@ class BoundedCache:
         fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
         asked_again = self._after_prompt is not None and same == len(prompt) and np.array_equal(self._prompt, prompt)
         keep = same if same < len(prompt) or fresh or asked_again else max(same - 1, 0)
-        if keep < length and (lost := self._rewind(keep)):
-            self.lose(
-                lost,
-                f"the prompt departs from the cached text at token {same:,} of {known:,}, {self._no_way_back}",
-            )
-        elif keep == length:
-            llm.n_tokens = keep
+        self._go_to(prompt, keep, length, f"the prompt departs from the cached text at token {same:,} of {known:,}")
         if asked_again and llm.n_tokens == same and not llm.fresh:
             self._kept.restore(self._after_prompt)
         self._apply_pin()
@@ -194,6 +239,21 @@ class BoundedCache:
             self._end_of_prompt()
         self._turn.begin(len(prompt), len(rest))
         return rest
+
+    def _go_to(self, prompt: list[int], keep: int, length: int, departs: str) -> None:
+        """Makes the cache that of the first `keep` tokens of a prompt, of the `length` that it holds, or of more of them."""
+        llm = self._llm
+        best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
+        exact = keep == length or keep > llama_lib.llama_memory_seq_pos_min(llm.memory, 0)
+        if length - keep > _WORTH_A_COPY and not (best is not None and length - n <= _WORTH_A_COPY):
+            self._take_checkpoint()  # of the conversation that this one replaces
+            best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
+        if n > (keep if exact else 0) and self._to_checkpoint(best, n):
+            return
+        if keep == length:
+            llm.n_tokens = keep
+        elif lost := self._rewind(keep):
+            self.lose(lost, f"{departs}, {self._no_way_back}")
 
     def _apply_pin(self) -> None:
         if not self._options.auto_pin or self.wanted_pin is None:
@@ -208,12 +268,16 @@ class BoundedCache:
         api.set_pin(self._llm.ctx, n)
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Evaluates what the application gives. Near the end of a prompt a recurrent model's state is kept, to go back to."""
-        llm = self._llm
-        if self._recurrent and self._checkpoint is not None and llm.n_tokens + len(tokens) == self._turn.prompt:
+        """Evaluates what the application gives. Where the last part of a prompt begins, and near its end, the state is kept, if
+        what follows leaves no way back there.
+        """
+        llm, end = self._llm, self._turn.prompt
+        if self.checkpoints.limit and llm.n_tokens + len(tokens) == end and len(tokens) > 1:
+            self._before(end)
             first = max(len(tokens) - _NEAR_END, 0)
-            self.evaluate(tokens[:first])
-            self._checkpoint.take(llm.ctx, llm.history, llm.n_tokens)
+            if first:
+                self.evaluate(tokens[:first])
+                self._before(end)
             tokens = tokens[first:]
         self.evaluate(tokens)
         if self._after_prompt is None and llm.n_tokens == len(self._prompt) > 0:
@@ -222,7 +286,7 @@ class BoundedCache:
     def _end_of_prompt(self) -> None:
         """Another answer may be wanted: the logits are kept, and, before the first eviction, the state."""
         self._after_prompt = self._kept.now()
-        if self._checkpoint is not None and not self._recurrent:
+        if self.checkpoints.limit:
             self._exact_until = self.exact_until(api.get_stats(self._llm.ctx))
 
     def exact_until(self, native: api.Stats) -> int:
@@ -250,9 +314,9 @@ class BoundedCache:
                 "(with a kv_budget it costs no KV memory)"
             )
         self._watch.before_growth(len(batch))
-        if self._checkpoint is not None and self._exact_until is not None and end > self._exact_until:
-            self._checkpoint.take(llm.ctx, llm.history, len(self._prompt))
+        if self._exact_until is not None and end > self._exact_until:
             self._exact_until = None
+            self._take_checkpoint()
         self._kept.forget()
         llm.tokens[past:end] = batch  # first, so that the history is right however far the decode gets
         code = 0
@@ -266,7 +330,8 @@ class BoundedCache:
             said = api.last_error()
             if api.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
                 llama_lib.llama_memory_clear(llm.memory, True)
-                self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), "evaluating was interrupted, and what was cached could not be used any more")
+                best, n = self.checkpoints.best(llm.history)
+                self.lose(llm.n_tokens - (n if best is not None and best.put(llm.ctx, n) else 0), _INTERRUPTED)
             if code == _ABORTED:
                 self._watch.check()
             raise self._failure(code, len(batch), said)
@@ -319,7 +384,9 @@ class BoundedCache:
             memory_slots=native.memory_slots,
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
-            cancel_bytes=self._watch.nbytes + self.checkpoint_bytes,
+            cancel_bytes=self._watch.nbytes,
+            checkpoints=len(self.checkpoints),
+            checkpoint_bytes=self.checkpoints.nbytes,
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,
             work_bytes=native.work_bytes,

@@ -37,6 +37,7 @@ def made_with(
     kv_seed: Optional[int] = None,
     kv_span: Optional[int] = None,
     kv_cancel: bool = True,
+    kv_checkpoints: Optional[int] = None,
     kv_warn: Optional[Callable[[CacheWarning], None]] = None,
     **kwargs: Any,
 ) -> None:

@@ -42,7 +42,7 @@ def load(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Load:
     folder = tmp_path_factory.mktemp("sidecars")
 
     def make(kind: str, **options: Any) -> Any:
-        given = {"kv_budget": BUDGET, "kv_window": WINDOW, "kv_pin": "auto", **KINDS[kind], **options}
+        given = {"kv_budget": BUDGET, "kv_window": WINDOW, "kv_pin": "auto", "kv_checkpoints": 0, **KINDS[kind], **options}
         if given["kv_budget"] is None:
             del given["kv_window"], given["kv_pin"]
         if "indexmem" in given:
@@ -82,7 +82,7 @@ class Nodes:
 def condition(llm: Any) -> dict[str, Any]:
     """All that a person can find out about a conversation, but not what it cost."""
     stats = llm.kv_stats().to_dict()
-    for cost in ("evict_seconds", "rebase_seconds", "cancel_bytes", "compute_bytes", "work_bytes"):
+    for cost in ("evict_seconds", "rebase_seconds", "cancel_bytes", "checkpoints", "checkpoint_bytes", "compute_bytes", "work_bytes"):
         del stats[cost]
     stats["fresh"] = llm.n_tokens > 0 and not llm._requires_eval
     found = {"tokens": llm._input_ids.tolist(), "stats": stats, "turn": copy.copy(llm._turn), "seed": llm._seed}

@@ -1,0 +1,144 @@
+"""Copies of the KV state after some tokens: a prompt that begins with these goes on from there.
+
+A bounded cache cannot take back what it has evicted. But a copy of it has a fixed size, however long the conversation, and costs
+milliseconds. So a few are kept: of where a prompt began, of a little before its end, and of a conversation that another one
+replaces. Another answer, an edit, a branch, a template that drops what the model thought, a second question about the same text,
+or the other of two tabs then cost what is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+import numpy.typing as npt
+
+from .._vendor.llama_cpp import llama_cpp as llama_lib
+from .align import common_prefix
+from .kept_logits import Logits
+from .statecopy import StateCopy
+
+Tokens = npt.NDArray[np.intc]
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """The state of a conversation after some tokens, of which the last may be such that they can be taken out.
+
+    Attributes:
+        tokens: these, the whole history.
+        least: so many of them, or more, it can be put back as.
+        logits: after the last of them, where they were known.
+    """
+
+    tokens: Tokens
+    least: int
+    logits: Logits = None
+    _copy: StateCopy = field(default_factory=StateCopy, repr=False)
+
+    @classmethod
+    def of(cls, ctx: int, tokens: Tokens, logits: Logits = None, copy: Optional[StateCopy] = None) -> Optional[Checkpoint]:
+        """The state as it is now, after these tokens, in the buffer of another one if there is one; None: no memory for it."""
+        first = int(llama_lib.llama_memory_seq_pos_min(llama_lib.llama_get_memory(ctx), 0))
+        made = cls(tokens.copy(), max(first + 1, 1), logits, copy or StateCopy())
+        return made if len(tokens) and made._copy.take(ctx) else None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        logits = self.logits.nbytes if self.logits is not None else 0
+        return self._copy.nbytes + self.tokens.nbytes + logits
+
+    def fits(self, prompt: Tokens) -> int:
+        """How many of the first tokens of a prompt it can be put back as. After all of them the logits are known."""
+        n = common_prefix(self.tokens, prompt)
+        if n == len(prompt) and (n < len(self) or self.logits is None):
+            n -= 1
+        return n if n >= self.least else 0
+
+    def put(self, ctx: int, n: int) -> bool:
+        """Makes the state of the sequence that after the first `n` tokens; False, and nothing has changed, if it cannot be."""
+        if not self._copy.give_back(ctx):
+            return False
+        if n < len(self):
+            removed = llama_lib.llama_memory_seq_rm(llama_lib.llama_get_memory(ctx), 0, n, -1)
+            assert removed, f"a state of {len(self)} tokens, of which {self.least} are fixed, cannot be cut at {n}"
+        return True
+
+
+class Checkpoints:
+    """Those that are kept of one `Llama`, and how many bytes they may take together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: list[Checkpoint] = []  # the one that was made or used last is the last
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return sum(kept.nbytes for kept in self._kept)
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._kept.clear()
+
+    def take(self, ctx: int, tokens: Tokens, state_bytes: int, logits: Logits = None) -> None:
+        """Keeps the state as it is now, after these tokens, unless one of the same tokens is kept. It may take
+        `state_bytes`, for which others leave: first those that a newer one of the same conversation makes needless, and of
+        these and of the rest those that were not used for longest.
+        """
+        same = next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
+        if same is not None:
+            same.logits = logits if logits is not None else same.logits
+            self._touch(same)
+            return
+        room = state_bytes + tokens.nbytes
+        if len(tokens) == 0 or room > self.limit:
+            return
+        buffer: Optional[StateCopy] = None
+        while self._kept and self.nbytes + room > self.limit:
+            buffer = self._drop()
+        made = Checkpoint.of(ctx, tokens, logits, buffer)
+        if made is not None:
+            self._kept.append(made)
+
+    def best(self, prompt: Tokens) -> tuple[Optional[Checkpoint], int]:
+        """The one that has most of the prompt, and how many of its first tokens that is; None and 0 if none has any."""
+        found, most = None, 0
+        for kept in self._kept:
+            n = kept.fits(prompt)
+            if n > most:
+                found, most = kept, n
+        return found, most
+
+    def used(self, checkpoint: Checkpoint) -> None:
+        """It was of use: it leaves later."""
+        if checkpoint in self._kept:
+            self._touch(checkpoint)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """It is of no use."""
+        if checkpoint in self._kept:
+            self._kept.remove(checkpoint)
+
+    def _touch(self, checkpoint: Checkpoint) -> None:
+        self._kept.remove(checkpoint)
+        self._kept.append(checkpoint)
+
+    def _drop(self) -> StateCopy:
+        """Takes the least useful one out and returns its buffer.
+
+        Who edits or branches mostly does so in the last turns: two newer ones of the same conversation are enough.
+        """
+        for i, kept in enumerate(self._kept):
+            newer = [other for other in self._kept[i + 1 :] if common_prefix(kept.tokens, other.tokens) == len(kept)]
+            if len(newer) >= 2:
+                return self._kept.pop(i)._copy
+        return self._kept.pop(0)._copy
