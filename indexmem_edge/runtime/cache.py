@@ -249,6 +249,8 @@ class BoundedCache:
             self._take_checkpoint()  # of the conversation that this one replaces
             best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
         if n > (keep if exact else 0) and self._to_checkpoint(best, n):
+            if n < keep:
+                self.lose(keep - n, f"{departs}, {self._no_way_back}")
             return
         if keep == length:
             llm.n_tokens = keep

@@ -33,6 +33,7 @@ def shared(demo_model: Path) -> Any:
 @pytest.fixture
 def llm(shared: Any) -> Any:
     shared.reset()
+    shared._cache.checkpoints.clear()
     return shared
 
 
@@ -98,6 +99,7 @@ def test_an_edit_of_evicted_text_is_evaluated_again_and_said(llm: Any) -> None:
     edited = [*prompt[:20], 100, *prompt[20:]]
     expected = take(llm, edited)
     llm.reset()
+    llm._cache.checkpoints.clear()
     llm.prefill(prompt)
     assert take(llm, edited) == expected
     stats = llm.kv_stats()

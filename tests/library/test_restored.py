@@ -128,7 +128,7 @@ def test_logits_of_another_vocabulary_are_refused(load: Load, tmp_path: Path) ->
 @each
 def test_a_prompt_that_is_asked_twice_in_a_row(load: Load, kind: str) -> None:
     """The best of several answers: the first is taken out, and of the prompt at most its last token evaluated again."""
-    llm, twin = load(kind), load(kind)
+    llm, twin = (load(kind, kv_checkpoints=None) for _ in range(2))
     for prompt, seed in ((TOKENS[:60], 1), (TOKENS[:60], 2), (TOKENS[100:700], 1), (TOKENS[100:700], 2)):
         llm.set_seed(seed)
         twin.reset()
@@ -142,7 +142,7 @@ def test_a_prompt_that_is_asked_twice_in_a_row(load: Load, kind: str) -> None:
 @each
 def test_a_next_prompt_without_what_the_model_thought(load: Load, kind: str) -> None:
     """It departs where the answer begins: what is evaluated is what it says instead, every time."""
-    llm, prompt = load(kind), TOKENS[100:400]
+    llm, prompt = load(kind, kv_checkpoints=None), TOKENS[100:400]
     for turn in range(4):
         answer = [token for token, _ in zip(llm.generate(prompt, **DRAWN), range(40))]
         prompt = [*prompt, *answer[30:], *TOKENS[500 + 20 * turn : 520 + 20 * turn]]
@@ -153,10 +153,10 @@ def test_a_next_prompt_without_what_the_model_thought(load: Load, kind: str) -> 
 
 
 def test_without_copies_it_is_read_again(load: Load) -> None:
-    llm = load("keydiff", kv_cancel=False)
+    llm = load("keydiff", kv_checkpoints=0)
     for evaluated in (300, 300):
         assert len(list(zip(llm.generate(TOKENS[:300], **DRAWN), range(60)))) == 60
-        assert (llm.kv_stats().turn_evaluated, llm.kv_stats().cancel_bytes) == (evaluated, 0)
+        assert (llm.kv_stats().turn_evaluated, llm.kv_stats().checkpoint_bytes) == (evaluated, 0)
 
 
 @pytest.mark.parametrize("kind", ["keydiff", "unbounded"])

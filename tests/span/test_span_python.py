@@ -85,7 +85,7 @@ def test_the_trained_length_is_kept_and_nothing_is_refused_beyond_it(model: Path
     llm = load(model)
     assert llm.n_ctx() > 1000 * TRAINED
     out = llm.create_completion(TOKENS[: 3 * TRAINED], max_tokens=TRAINED, temperature=0.0, logit_bias={2: -100.0})
-    assert out["usage"]["completion_tokens"] == TRAINED
+    assert out["usage"]["completion_tokens"] >= TRAINED  # more where it would end within a character
     stats = llm.kv_stats()
     assert stats.tokens_seen >= 4 * TRAINED - 1 and stats.span == TRAINED and stats.rebases > 2
     assert stats.kept <= stats.next_position <= TRAINED and stats.rebase_seconds > 0
@@ -166,7 +166,7 @@ def test_below_the_span_nothing_is_different(model: Path) -> None:
 
 
 def test_an_edit_after_positions_were_renewed_is_evaluated_again_and_said(model: Path) -> None:
-    llm = load(model)
+    llm = load(model, kv_checkpoints=0)
     llm.prefill(TOKENS[: 2 * TRAINED])
     while llm.kv_stats().rebases == 3:
         llm.eval([TOKENS[llm.n_tokens]])
