@@ -127,7 +127,7 @@ def test_what_comes_back_is_what_was(make: Any, n: int) -> None:
         one.eval(tokens[:500])
     kept = llm.checkpoint()
     assert len(kept) == 500 and kept.nbytes > 1000
-    for times in range(2):
+    for _ in range(2):
         llm.eval(tokens[600 : 600 + 100 * n])
         llm.restore(kept)
         assert llm.n_tokens == 500 and llm.input_ids[:500].tolist() == tokens[:500]
