@@ -273,6 +273,7 @@ class Llama(inside.Base):
         """While this lasts, `progress` is called with (tokens evaluated, tokens to evaluate) after every batch of a prompt,
         whatever call evaluates it: completions read theirs in silence otherwise.
         """
+        self._access.require_open()
         before, self._calls.watcher = self._calls.watcher, progress
         try:
             yield
