@@ -90,7 +90,7 @@ class BoundedCache:
         self.wanted_pin: Optional[int] = None
         self._prompt: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # the last one, and the logits after it: for another answer
         self._after_prompt: Logits = None
-        self._exact_until: Optional[int] = None  # tokens: as long, what follows it can be taken out; None: no copy is wanted
+        self._exact_until: Optional[int] = None  # tokens: so far what follows it can be taken out; None: never mind
         kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
         self.mixed = bool(kinds & (api.LAYER_WINDOW | api.LAYER_RECURRENT))  # not all that is kept can be taken out
         self._no_way_back = (
@@ -263,7 +263,8 @@ class BoundedCache:
             said = api.last_error()
             if api.get_stats(llm.ctx).broken:  # only an empty one can go on: `settle` evaluates the history again
                 llama_lib.llama_memory_clear(llm.memory, True)
-                self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), "evaluating was interrupted, and what was cached could not be used any more")
+                why = "evaluating was interrupted, and what was cached could not be used any more"
+                self.lose(llm.n_tokens - self._to_checkpoint(llm.n_tokens), why)
             if code == _ABORTED:
                 self._watch.check()
             raise self._failure(code, len(batch), said)

@@ -1,4 +1,4 @@
-"""Copies of the KV state in memory: to come back to after a cancel, and to the last prompt where its answer cannot be taken out."""
+"""Copies of the KV state in memory: to come back to after a cancel, and to the last prompt for another answer."""
 
 from __future__ import annotations
 
