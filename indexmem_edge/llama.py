@@ -220,7 +220,7 @@ class Llama(inside.Base):
                 inside.end_stream(self, own)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """See `llama_cpp.Llama.sample`: a token after the last of the conversation; if its logits are gone, they are computed."""
+        """See `llama_cpp.Llama.sample`: a token after the last one. Where the logits are gone, they are computed."""
         with self._access.alone():
             if self._inside.fresh and self._calls.in_progress and not self._kept:  # once for each token of an answer
                 return int(super().sample(*args, **kwargs))
