@@ -222,7 +222,7 @@ class Llama(inside.Base):
                 inside.end_stream(self, own)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """See `llama_cpp.Llama.sample`: a token after the last of the conversation, whose logits are computed if they are gone."""
+        """See `llama_cpp.Llama.sample`: a token after the last one. Where the logits are gone, they are computed."""
         with self._access.alone():
             if self._inside.fresh and self._calls.in_progress and not self._kept:  # once for each token of an answer
                 return int(super().sample(*args, **kwargs))
@@ -275,6 +275,7 @@ class Llama(inside.Base):
         """While this lasts, `progress` is called with (tokens evaluated, tokens to evaluate) after every batch of a prompt,
         whatever call evaluates it: completions read theirs in silence otherwise.
         """
+        self._access.require_open()
         before, self._calls.watcher = self._calls.watcher, progress
         try:
             yield

@@ -5,8 +5,8 @@ Three ways to use it, each for a `with`:
     between   for what reads counts and positions: while nobody computes, or between two batches of who does
     beside    for what needs nothing but the vocabulary: at any time, but the model is not freed meanwhile
 
-Who wants to be alone goes before who wants to read, and who wanted to read when that one leaves, or ends a batch, before whoever
-comes then: neither can keep the other waiting for ever.
+Who wants to be alone goes before who wants to read, and who wanted to read when that one leaves, or ends a batch, before
+whoever comes then: neither can keep the other waiting for ever.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FORKED = (
 
 
 class _Alone:
-    """What `alone` gives: of a class, because it is asked for several times a token, and generators cost as much as the rest."""
+    """What `alone` gives. A class, because it is asked for several times a token, and a generator costs as much as the rest."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -49,7 +49,7 @@ class Access:
         self._wanting_alone = 0  # threads that wait to be
         self._reading = 0
         self._wanting_to_read = 0
-        self._admitted = 0  # of those that want to read, how many may: no others, or who looks all the time would stop who computes
+        self._admitted = 0  # of those that want to read, how many may: not all, or one that looks all the time would stop work
         self._beside = 0
         self._closed = False
         self._process = os.getpid()

@@ -95,9 +95,9 @@ class BoundedCache:
         self._limit = len(llm.scores) if llm.logits_all else llm.n_ctx
         self.reevaluations: tuple[int, Optional[str]] = (0, None)  # tokens so far, and why the last time
         self.wanted_pin: Optional[int] = None
-        self._prompt: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # the last one, and the logits after it: for another answer
+        self._prompt: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # the last, and the logits after it
         self._after_prompt: Logits = None
-        self._exact_until: Optional[int] = None  # tokens: as long, what follows it can be taken out; None: no copy is wanted
+        self._exact_until: Optional[int] = None  # tokens: so far what follows it can be taken out; None: never mind
         kinds = functools.reduce(operator.or_, api.model_layers(llm.model))
         self.mixed = bool(kinds & (api.LAYER_WINDOW | api.LAYER_RECURRENT))  # not all that is kept can be taken out
         self._no_way_back = (

@@ -20,13 +20,16 @@ def check_grammar(vocab: int, text: str, root: str = "root") -> None:
     if not isinstance(text, str) or not text.strip():
         raise GrammarError(f"a grammar must be text with rules such as `root ::= ...`, found {text!r:.80}")
     if "\0" in text:
-        raise GrammarError(f"the grammar has a NUL character at {text.index(chr(0)):,}, where the library would stop reading: take it out")
+        at = text.index("\0")
+        raise GrammarError(f"the grammar has a NUL character at {at:,}, where the library would stop reading: take it out")
     depth = deepest = 0
     for sign in re.sub(r"[^()]", "", _NOT_A_GROUP.sub("", text)):
         depth += 1 if sign == "(" else -1
         deepest = max(deepest, depth)
     if deepest > _DEEPEST:
-        raise GrammarError(f"the grammar has {deepest:,} groups within one another, and at most {_DEEPEST:,} can be read: name some of them as rules")
+        raise GrammarError(
+            f"the grammar has {deepest:,} groups within one another, and at most {_DEEPEST:,} can be read: make rules of some"
+        )
     try:
         rules = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -57,5 +60,6 @@ def schema_grammar(schema: Any, what: str) -> Any:
         raise GrammarError(f"{what} has too many schemas within one another to make a grammar of: make it flatter") from None
     except Exception as error:  # of all kinds: the converter was not written for schemas with mistakes
         why = str(error) or type(error).__name__
-        missing = "it names something that it does not have: " if isinstance(error, KeyError) else ""
-        raise GrammarError(f"no grammar can be made of {what}: {missing}{_shortened(why)}. Simplify or mend the schema") from None
+        if isinstance(error, KeyError):
+            why = f"it names {why}, which it does not have"
+        raise GrammarError(f"no grammar can be made of {what}: {_shortened(why)}. Simplify or mend the schema") from None

@@ -334,7 +334,9 @@ def free_sampler(sampler: Any) -> None:
 def grammar_text(grammar: Any) -> tuple[str, str]:
     """The rules of a llama_cpp grammar, and the name of the first."""
     if not isinstance(grammar, llama_grammar.LlamaGrammar):
-        raise RequestError(f"a grammar is what LlamaGrammar.from_string(text) or from_json_schema(text) makes, found {grammar!r:.60}")
+        raise RequestError(
+            f"a grammar is what LlamaGrammar.from_string(text) or from_json_schema(text) makes, found {grammar!r:.60}"
+        )
     return grammar._grammar, grammar._root
 
 

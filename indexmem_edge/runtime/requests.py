@@ -1,4 +1,4 @@
-"""What applications send, brought into the form that llama_cpp and chat templates take, or refused with what to send instead."""
+"""What applications send, in the form that llama_cpp and chat templates take, or refused with what to send instead."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_tokens(tokens: Iterable[Any]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError:
-        raise RequestError("a list of tokens has something in it that is no whole number: tokenize() makes them of text") from None
+        raise RequestError("a list of tokens has something in it that is no whole number: tokenize() makes one") from None
 
 
 def plain_messages(messages: Any, parts: bool) -> list[dict[str, Any]]:
@@ -122,7 +122,9 @@ def plain_response_format(wanted: Any) -> Optional[dict[str, Any]]:
         described = wanted.get("json_schema")
         schema = described.get("schema") if isinstance(described, Mapping) else None
         if schema is None:
-            raise RequestError(f"a response_format of type json_schema has the schema in json_schema.schema, found {wanted!r:.80}")
+            raise RequestError(
+                f"a response_format of type json_schema has the schema in json_schema.schema, found {wanted!r:.80}"
+            )
     else:
         raise RequestError(f"the type of response_format must be text, json_object or json_schema, found {wanted!r:.80}")
     if schema is None:
@@ -149,7 +151,8 @@ def plain_tool_choice(choice: Any, tools: Optional[list[Any]]) -> Any:
         return choice
     name = _tool_name(choice)
     if name not in names:
-        raise RequestError(f"tool_choice names {name!r}, which is none of the tools: {', '.join(map(repr, names)) or 'there are none'}")
+        known = ", ".join(map(repr, names)) or "there are none"
+        raise RequestError(f"tool_choice names {name!r}, which is none of the tools: {known}")
     tool = (tools or [])[names.index(name)]
     schema_grammar(tool["function"].get("parameters"), f"the parameters of the tool {name!r}")
     return choice
@@ -158,7 +161,8 @@ def plain_tool_choice(choice: Any, tools: Optional[list[Any]]) -> Any:
 def _tool_name(tool: Any) -> Any:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RequestError(f'a tool is like {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}, found {tool!r:.80}')
+        form = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        raise RequestError(f"a tool is like {form}, found {tool!r:.80}")
     return function["name"]
 
 

@@ -25,8 +25,8 @@ class Tools:
         self._read[kind] = self._tells_of_tools(given)
         if not self._read[kind]:
             warnings.warn(
-                f"the chat format {llm.chat_format!r} of this model knows no tools: the model will not hear of them. Name the one "
-                "to be called in tool_choice, describe them in the system message, or take another chat_format",
+                f"the chat format {llm.chat_format!r} of this model knows no tools: the model will not hear of them. Name the "
+                "one to be called in tool_choice, describe them in the system message, or take another chat_format",
                 RuntimeWarning,
                 stacklevel=stacklevel + 1,
             )

@@ -171,7 +171,8 @@ def _require_match(talk: Talk, name: str, data: sessionfile.SessionData) -> None
         if found is None and (key == "rope_factors" or (key, value) in (("memory", "off"), ("memory_slots", 0))):
             continue  # saved before that was written down
         if key == "model":
-            raise SessionError(f"{name} was saved with another model file than {talk.llm.public.model_path}: load it with that one")
+            path = talk.llm.public.model_path
+            raise SessionError(f"{name} was saved with another model file than {path}: load it with that one")
         raise SessionError(
             f"{name} was saved with {key} = {_shown(found)}, this one has {_shown(value)}: "
             f"open the model with the options it was saved with"

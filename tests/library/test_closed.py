@@ -39,6 +39,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 WITHOUT_A_MODEL = {
     "cancel", "close", "set_cache", "set_seed", "tokenizer", "logits_to_logprobs", "longest_token_prefix", "from_pretrained",
+    "watch",
 }  # fmt: skip
 
 
@@ -63,6 +64,8 @@ def test_every_method_says_that_it_is_closed(load: Load, kind: str) -> None:
     for name in ("ctx", "model"):
         with pytest.raises(ModelClosed):
             getattr(llm, name)
+    with pytest.raises(ModelClosed), llm.watch(print):
+        pass
     for ask in (llm.tokenizer(), tokenizer):  # the second was made before: an ArgumentError of ctypes with these words
         with pytest.raises(Exception, match="closed"):
             ask.encode("The sea")

@@ -407,6 +407,7 @@ def test_a_question_while_another_is_read(load: Load) -> None:
         twin.reset()
         expected.append(twin.create_chat_completion(QUESTION, max_tokens=8, temperature=0.0)["choices"])
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: llm.create_chat_completion(QUESTION, max_tokens=8, temperature=0.0)["choices"], range(2)))
+        answers = [pool.submit(llm.create_chat_completion, QUESTION, max_tokens=8, temperature=0.0) for _ in range(2)]
+        found = [answer.result(PATIENCE)["choices"] for answer in answers]
     assert found == expected
     assert np.isfinite(logits(llm)).all()

@@ -1,4 +1,4 @@
-"""After a state or a session has been loaded, and when a prompt is asked again: what the library's logits are of another text."""
+"""After a state or a session was loaded, and when a prompt is asked again: the library's logits are of another text."""
 
 from __future__ import annotations
 
