@@ -141,6 +141,10 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
+    if name == "CacheOptions":
+        from .options import CacheOptions
+
+        return CacheOptions
     if name == "llama_cpp":
         from ._vendor import llama_cpp
 

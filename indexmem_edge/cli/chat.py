@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-from ..errors import CacheWarning, Cancelled, IndexMemError, SessionError
+from ..errors import Cancelled, IndexMemError, SessionError
 from ..files.textfile import read_text
 from ..llama import Llama
 from ..sessions import file as sessionfile
 from ..stats import format_bytes
-from .answers import pieces
+from .answers import cut_by, pieces, why_cut
+from .cache_notes import CacheNotes
 from .commands import help_text, parse
 from .conversation import Conversation, messages_of_json
 from .interrupt import ctrl_c_cancels
@@ -36,8 +37,7 @@ class Chat:
         self._form = form.keywords()
         self._terminal = Terminal(options.as_json, form.quiet)
         self._reader: Reader = reader(self._terminal.interactive, keep_history)
-        self._warnings: list[CacheWarning] = []  # said after the answer
-        llm.kv_warn = self._warnings.append
+        self._notes = CacheNotes(self._terminal, llm)
         self._conversation = Conversation(options.system)
         self._again = 0  # answers to the last question so far, without the first
         self._failed = False
@@ -116,7 +116,7 @@ class Chat:
             return self._llm.create_chat_completion(messages, stream=True, **sampling)
 
         try:
-            for piece, reason in pieces(self._llm, begin, bar):
+            for piece, reason in pieces(self._llm, begin, self._options.predict, bar):
                 finish = reason or finish
                 if piece:
                     first = first or time.perf_counter()
@@ -137,7 +137,7 @@ class Chat:
         elif finish == "stopped":
             self._terminal.note("stopped")
         elif finish == "length" and self._options.predict != 0:
-            self._terminal.note(self._options.why_cut(self._llm.kv_stats()))
+            self._terminal.note(why_cut(self._llm.kv_stats(), self._options.predict))
         seconds = time.perf_counter() - first if first else 0.0
         self._account("".join(text), "stopped" if finish == "taken back" else finish, seconds)
 
@@ -145,17 +145,10 @@ class Chat:
         stats = self._llm.kv_stats()
         speed = stats.turn_generated / seconds if seconds > 0 else 0.0
         if self._options.as_json:
-            answer: dict[str, Any] = {"answer": text, "finish_reason": finish, **self._options.cut_by(finish, stats)}
-            answer |= {"tokens_per_second": round(speed, 2), "stats": stats.to_dict()}
-            self._terminal.write(json.dumps(answer))
-        self._tell()
+            answer = {"answer": text, "finish_reason": finish, **cut_by(finish, stats, self._options.predict), "tokens_per_second": round(speed, 2)}
+            self._terminal.write(json.dumps({**answer, "stats": stats.to_dict()}))
+        self._notes.tell()
         self._terminal.footer(stats.line() + (f" · {speed:.0f} tok/s" if speed else ""))
-
-    def _tell(self) -> None:
-        """Nothing is dropped silently."""
-        for warning in self._warnings:
-            self._terminal.note(str(warning))
-        self._warnings.clear()
 
     # commands
 
@@ -235,7 +228,7 @@ class Chat:
         seconds = time.perf_counter() - started
         self._terminal.note(f"read {n:,} tokens ({size}) in {seconds:.1f} s; now ask about them")
         stats = self._llm.kv_stats()
-        self._tell()
+        self._notes.tell()
         self._terminal.footer(stats.line())
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from ..errors import Cancelled, IndexMemError
 from ..files.textfile import argument_text, read_standard_input, read_text
-from .answers import pieces
+from .answers import cut_by, is_full, pieces, why_cut
 from .console import Bar
 from .conversation import Conversation
 from .options import RunOptions
@@ -28,8 +28,7 @@ def generate(
     """Writes the text to standard output, and what the cache did to standard error; returns the exit status.
 
     Args:
-        as_chat: the text is a message, and is answered.
-        special: what is spelled like a control token is one.
+        special: control tokens in the text to go on from are such, and not text.
     """
     text = _prompt_text(prompt, file)
     sampling = {**options.sampling(), **form.keywords()}
@@ -49,7 +48,7 @@ def generate(
     written: list[str] = []
     finish: Optional[str] = None
     try:
-        for piece, reason in pieces(llm, begin, bar):
+        for piece, reason in pieces(llm, begin, options.predict, bar):
             written.append(piece)
             finish = reason or finish
             if not options.as_json:
@@ -64,14 +63,14 @@ def generate(
 def _end(llm: Llama, options: RunOptions, form: AnswerOptions, text: str, finish: Optional[str]) -> None:
     stats = llm.kv_stats()
     if options.as_json:
-        print(json.dumps({"text": text, "finish_reason": finish, **options.cut_by(finish, stats), "stats": stats.to_dict()}))
+        print(json.dumps({"text": text, "finish_reason": finish, **cut_by(finish, stats, options.predict), "stats": stats.to_dict()}))
         return
     if text or finish != "stopped":
         print(flush=True)
     if finish == "stopped":
         print("stopped" if text else "stopped: nothing was generated", file=sys.stderr)
-    elif finish == "length" and options.cut_by(finish, stats)["cut_by"] != "predict":
-        print(f"note: {options.why_cut(stats)}", file=sys.stderr)
+    elif finish == "length" and is_full(stats, options.predict):
+        print(f"note: {why_cut(stats, options.predict)}", file=sys.stderr)
     if not form.quiet:
         print(stats, file=sys.stderr)
 

@@ -31,7 +31,6 @@ from .terminal import printable
 if TYPE_CHECKING:
     from ..llama import Llama
     from ..runtime.sizes import Sizes
-    from ..stats import KVStats
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _PLAIN_TYPES = ("f32", "f16", "bf16")
@@ -146,7 +145,9 @@ class RunOptions:
 
     predict: Annotated[
         int,
-        _option(_SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; 0: read the text, no more; -1: no limit."),
+        _option(
+            _SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; 0: read the text, no more; -1: no limit."
+        ),
     ] = 512
     temp: Annotated[float, _option(_SAMPLING, "--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.3
     top_k: Annotated[int, _option(_SAMPLING, "--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = 40
@@ -182,7 +183,7 @@ class RunOptions:
         """Loads the model. What a person should know beforehand goes to standard error: the size of the cache, the sidecar.
 
         Args:
-            quiet: nothing but what is wrong.
+            quiet: only what is wrong.
 
         Raises:
             IndexMemError: it cannot be loaded with these options.
@@ -192,8 +193,8 @@ class RunOptions:
 
         path = str(self.model) if self.model is not None else str(demo_model())
         keywords = self._keywords()
-        with contextlib.suppress(ContextError):  # whether there is one, loading will tell
-            if not quiet:
+        if not quiet:
+            with contextlib.suppress(ContextError):  # whether there is one, loading will tell
                 _note(_size(kv_bytes(path, keywords), keywords))
         if self.gpu_layers and not _has_gpu():
             _note(f"-ngl {self.gpu_layers} has no effect: this build of the library has no GPU backend")
@@ -214,21 +215,6 @@ class RunOptions:
             BudgetError: the system prompt is too long for the budget.
         """
         llm.rehearse(self.system)
-
-    def cut_by(self, finish: Optional[str], stats: KVStats) -> dict[str, str]:
-        """For programs: the option that cut an answer whose `finish_reason` is "length"."""
-        if finish != "length":
-            return {}
-        return {"cut_by": "ctx-size" if stats.tokens_seen + 1 >= stats.n_ctx else "predict"}
-
-    def why_cut(self, stats: KVStats) -> str:
-        """Why an answer ended before the model ended it, and what to do."""
-        if self.cut_by("length", stats)["cut_by"] == "ctx-size":
-            return (
-                f"the answer was cut because the conversation has reached the {stats.n_ctx:,} tokens of -c: -c sets another length"
-                + (", which costs no memory with a budget" if stats.budget else "")
-            )
-        return f"the answer was cut at {self.predict} tokens: -n sets another limit"
 
     def _keywords(self) -> dict[str, Any]:
         """Keyword arguments of `Llama`."""
@@ -252,7 +238,7 @@ class RunOptions:
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of create_completion and create_chat_completion."""
         return {
-            "max_tokens": self.predict if self.predict >= 0 else None,
+            "max_tokens": max(self.predict, 1) if self.predict >= 0 else None,  # of 0, what is drawn is not shown
             "temperature": self.temp,
             "top_k": self.top_k,
             "top_p": self.top_p,

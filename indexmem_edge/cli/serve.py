@@ -17,6 +17,7 @@ from ..models.demo import demo_model
 from ..models.sidecars import find_sidecar
 from ..native.find import program
 from ..options import DEFAULT_BUDGET, SIDECAR_OFF
+from .options import one_line_errors
 
 SERVER = "llama-server"
 _MODEL = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-dr", "--docker-repo", "--models-dir", "--models-preset")
@@ -80,12 +81,14 @@ def serve(context: typer.Context) -> None:
 
     indexmem serve -m model.gguf --kv-budget 4096 --indexmem model.indexmem.gguf --parallel 8
     """
-    file = program(SERVER)
-    if file is None:
-        raise IndexMemError(
-            f"{SERVER} is not part of this installation: in a clone, `make server` builds it; wheels have it"
-        )
-    raise typer.Exit(_run(file, complete(context.args)))
+    with one_line_errors():
+        file = program(SERVER)
+        if file is None:
+            raise IndexMemError(
+                f"{SERVER} is not part of this installation: in a clone, `make server` builds it; wheels have it"
+            )
+        arguments = complete(context.args)
+    raise typer.Exit(_run(file, arguments))
 
 
 def _run(file: Path, arguments: list[str]) -> int:

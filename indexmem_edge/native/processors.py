@@ -42,7 +42,7 @@ def _quota(cgroups: Path, own: Path) -> Optional[float]:
     """Processors' worth of time that the control groups of this process grant, or None if they do not limit it."""
     found: list[float] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in own.read_text().splitlines():
+        for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
             if not controllers:  # version 2
                 found += (_share(folder / "cpu.max") for folder in _upwards(cgroups, name))
@@ -63,7 +63,7 @@ def _upwards(root: Path, name: str) -> Iterator[Path]:
 def _share(file: Path) -> float:
     """Of `cpu.max`: "max 100000" or "150000 100000"; 0 for no limit."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = file.read_text().split()[:2]
+        quota, period = file.read_text(encoding="utf-8").split()[:2]
         return int(quota) / int(period) if quota != "max" and int(period) > 0 else 0.0
     return 0.0
 
@@ -71,6 +71,6 @@ def _share(file: Path) -> float:
 def _share_v1(folder: Path) -> float:
     """The same of version 1, where -1 is no limit."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period"))
+        quota, period = (int((folder / f"cpu.cfs_{what}_us").read_text(encoding="utf-8")) for what in ("quota", "period"))
         return quota / period if quota > 0 and period > 0 else 0.0
     return 0.0

@@ -111,7 +111,7 @@ def an_indexer(identity: str = "1") -> Sidecar:
 def test_only_the_policy_of_the_sidecar_gets_it() -> None:
     base, sidecars = Setup(budget_ratio=0.5), Sidecars({"kvzap s": an_indexer()})
     setup = setup_for(base, Arm("kvzap s", 0.5), sidecars, 2000, 99)
-    assert (setup.policy, setup.sidecar) == ("indexer", Path("s.gguf"))
+    assert (setup.policy, setup.sidecar) == ("indexer", "s.gguf")
     assert setup_for(base, Arm("knorm", 0.5), sidecars, 2000, 99).sidecar is None
     assert setup_for(base, FULL_ARM, sidecars, 2000, 99).sidecar is None
     assert replace(setup, budget=64).label == "indexer 64, at most 50%"

@@ -65,7 +65,7 @@ def test_what_was_evicted_is_evaluated_again_and_said(start: Start, monkeypatch:
     chat = start(predict=60)
     say(chat, "The tide comes in. " * 20)
     del drawn[:]
-    say(chat, "/regen")
+    say(chat, "/edit " + "The tide goes out. " * 20)
     stats = chat._llm.kv_stats()
     assert stats.reevaluated > 0 and f"{stats.reevaluated:,} cached tokens had to be evaluated again" in capsys.readouterr().err
     assert len(drawn) > 2 and drawn == sorted(drawn) and drawn[-1] == (stats.turn_evaluated, stats.turn_evaluated)

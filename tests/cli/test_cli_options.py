@@ -108,7 +108,7 @@ def test_layers_for_a_gpu_that_is_not_there(model: Path) -> None:
 def test_a_cut_answer_has_its_true_reason(model: Path) -> None:
     for flags, cut_by, words in (
         (("-n", "5", "-c", "512"), "predict", "cut at 5 tokens: -n sets another limit"),
-        (("-n", "500", "-c", "256"), "ctx-size", "reached the 256 tokens of -c: -c sets another length, which costs no memory"),
+        (("-n", "500", "-c", "256"), "ctx-size", "reached 256 tokens, the largest length: -c sets another, which costs no memory with a budget"),
     ):
         result = run("chat", *SMALL, *flags, "-m", str(model), "--json", stdin="Hello\n")
         answer = json.loads(result.stdout)
