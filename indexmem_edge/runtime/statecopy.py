@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..native import api  # noqa: F401  (chooses the library)
-from .align import common_prefix
 
 
 class StateCopy:
