@@ -28,7 +28,7 @@ from .notices import REEVALUATED, Notices, evaluated_again
 
 _ANY = 1 << 62  # tokens: no limit
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
-_WORTH_A_COPY = 64  # tokens: less is evaluated as fast
+_WORTH_A_COPY = 8  # tokens: less is evaluated as fast
 _INTERRUPTED = "evaluating was interrupted, and what was cached could not be used any more"
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
 
@@ -243,11 +243,10 @@ class BoundedCache:
     def _go_to(self, prompt: list[int], keep: int, length: int, departs: str) -> None:
         """Makes the cache that of the first `keep` tokens of a prompt, of the `length` that it holds, or of more of them."""
         llm = self._llm
+        if length - max(keep, self.checkpoints.best(llm.history)[1]) > _WORTH_A_COPY:
+            self._take_checkpoint()  # of the conversation that this one replaces
         best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
         exact = keep == length or keep > llama_lib.llama_memory_seq_pos_min(llm.memory, 0)
-        if length - keep > _WORTH_A_COPY and not (best is not None and length - n <= _WORTH_A_COPY):
-            self._take_checkpoint()  # of the conversation that this one replaces
-            best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
         if n > (keep if exact else 0) and self._to_checkpoint(best, n):
             if n < keep:
                 self.lose(keep - n, f"{departs}, {self._no_way_back}")

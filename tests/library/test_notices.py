@@ -67,7 +67,7 @@ def templated(llm: Any, template: str) -> None:
 
 
 def test_what_is_dropped_renewed_and_evaluated_again_is_said(model: Path) -> None:
-    llm, heard = listening(model)
+    llm, heard = listening(model, kv_checkpoints=0)
     llm.prefill(TOKENS[:BUDGET])
     assert kinds(heard) == []
     llm.prefill(TOKENS[:200])

@@ -67,7 +67,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_options_of_the_cache_are_those_that_type_checkers_know() -> None:
     known = get_type_hints(signature.made_with)
-    given = {name: known.pop(name) for name in ("self", "model_path", "kwargs", "return", "kv_cancel", "kv_warn")}
+    given = {name: known.pop(name) for name in ("self", "model_path", "kwargs", "return", "kv_cancel", "kv_checkpoints", "kv_warn")}
     assert given["model_path"] == Union[str, os.PathLike[str]]
     taken = {option.keyword: str(Optional[option.takes]) for option in OPTIONS.values()}
     assert {name: str(kind) for name, kind in known.items()} == {

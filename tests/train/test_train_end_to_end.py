@@ -110,13 +110,3 @@ def test_the_sidecar_of_the_demo_model(demo_model: Path) -> None:
     answer = llm.create_completion(text, max_tokens=10, temperature=0)["choices"][0]["text"]
     assert "4718206" in answer and llm.kv_stats().evicted > 500
     llm.close()
-
-
-def test_the_demo_model_brings_its_sidecar_along(demo_model: Path) -> None:
-    from indexmem_edge.cli.options import RunOptions
-
-    def own(**options: Any) -> Any:
-        return RunOptions(**options)._own_sidecar()
-
-    assert own() == own(kv_policy="indexer") == own(memory="centroid") == demo_sidecar()
-    assert own(kv_policy="streaming") is own(model=Path("other.gguf")) is own(kv_budget=0) is None
