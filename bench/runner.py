@@ -17,12 +17,11 @@ import numpy as np
 from indexmem_edge import llama_cpp
 from indexmem_edge._vendor.llama_cpp._internals import LlamaModel
 from indexmem_edge.errors import IndexMemError
+from indexmem_edge.files import cachetypes
 from indexmem_edge.native import api, logs  # loads the library, before llama_cpp would
 from indexmem_edge.options import LOGICAL_MAX, CacheOptions
 
 UNBOUNDED = "full"  # the policy of the stock cache, which keeps everything
-# name -> (ggml type, bytes of 32 values)
-CACHE_TYPES = {"f32": (0, 128), "f16": (1, 64), "q8_0": (8, 34), "q4_0": (2, 18)}
 F16 = "f16"
 # of layers whose cache does not grow with the text: what is counted beside K and V
 FIXED_KEYS = ("window_bytes", "recurrent_bytes")
@@ -42,9 +41,9 @@ def kv_types(cache_type: str) -> tuple[str, str]:
     """
     k, slash, v = cache_type.partition("/")
     for name in (k, v) if slash else (k,):
-        if name not in CACHE_TYPES:
+        if name not in cachetypes.NAMES:
             raise BenchError(
-                f"unknown cache type {cache_type!r}: choose one of {', '.join(CACHE_TYPES)}, or two of them as in q8_0/q4_0"
+                f"unknown cache type {cache_type!r}: choose one of {', '.join(cachetypes.NAMES)}, or two of them as in q8_0/q4_0"
             )
     return k, v if slash else k
 
@@ -122,7 +121,7 @@ class Model:
         """Bytes of K and V of one token, in the layers that attend to all of the text; or in those with a window."""
         types = kv_types(cache_type)
         rows = self._rows(api.LAYER_WINDOW if window else api.LAYER_BOUNDED)
-        return sum(n * CACHE_TYPES[t][1] // 32 for row in rows for n, t in zip(row, types))
+        return sum(cachetypes.nbytes(t, n) for row in rows for n, t in zip(row, types))
 
     def has_fixed(self) -> bool:
         """Whether there are layers whose cache does not grow with the text."""
@@ -169,7 +168,7 @@ class System:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setup.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        params.type_k, params.type_v = (CACHE_TYPES[name][0] for name in kv_types(setup.cache_type))
+        params.type_k, params.type_v = (cachetypes.ggml_type(name) for name in kv_types(setup.cache_type))
         params.offload_kqv = params.op_offload = setup.offload
         params.no_perf = True
         setup.request()

@@ -13,7 +13,8 @@ from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 
-from ..errors import ModelFileError, SidecarError
+from ..errors import ConvertError, ModelFileError, SidecarError
+from ..files.gguffile import GGUFFile
 from ..files.modelfile import check_gguf_file, check_model_file, gguf_strings, loaded_model
 from ..models.architectures import in_words, kinds
 from ..models.sidecars import named_after
@@ -53,40 +54,42 @@ class _Metadata:
     """A GGUF file that has been checked: its keys, and its tensors as (name, type, shape, bytes)."""
 
     def __init__(self, name: str) -> None:
-        import gguf
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        self._kinds = gguf.GGUFValueType
+        types = {int(kind): (kind.name, *GGML_QUANT_SIZES.get(kind, (1, 0))) for kind in GGMLQuantizationType}
         try:
-            reader = gguf.GGUFReader(name)
-            self._fields = dict(reader.fields)
-            self.tensors = [
-                (str(t.name), t.tensor_type.name, [int(n) for n in t.shape], int(t.n_bytes)) for t in reader.tensors
-            ]
-        except Exception as error:
-            raise ModelFileError(f"cannot read the metadata of {name}: {type(error).__name__}: {error}") from error
+            with GGUFFile(name) as file:
+                self._values, tensors = file.metadata, list(file.tensors.values())
+        except ConvertError as error:
+            raise ModelFileError(f"cannot read the metadata of {name}: {error}") from error
+        self.tensors = []
+        for tensor in tensors:
+            kind, values, size = types.get(tensor.type, (f"type {tensor.type}", 1, 0))
+            self.tensors.append((tensor.name, kind, list(tensor.dims), math.prod(tensor.dims) // values * size))
 
     def get(self, key: str) -> Any:
         """Text, a number, a truth value or a list of them; None if the key is not there."""
-        field = self._fields.get(key)
-        if field is None or not field.types:
+        found = self._values.get(key)
+        if found is None:
             return None
-        values = [
-            bytes(part).decode("utf-8", "replace") if field.types[-1] == self._kinds.STRING else _plain(part[0])
-            for part in (field.parts[i] for i in field.data)
-        ]
-        return values if field.types[0] == self._kinds.ARRAY else values[0]
+        values = found.value if found.type.endswith("array") else [found.value]
+        plain = [_plain(value, found.type) for value in values]
+        return plain if found.type.endswith("array") else plain[0]
 
     def below(self, prefix: str) -> Facts:
         """All keys with a prefix, without it."""
-        return {key[len(prefix) :]: self.get(key) for key in self._fields if key.startswith(prefix)}
+        return {key[len(prefix) :]: self.get(key) for key in self._values if key.startswith(prefix)}
 
 
-def _plain(value: Any) -> Any:
-    """A number out of an array, as Python has it; of 32-bit floats the digits that were meant."""
-    if isinstance(value, np.floating):
-        number = float(str(value))
-        return number if math.isfinite(number) else str(number)
-    return value.item()
+def _plain(value: Any, kind: str) -> Any:
+    """What can be written as JSON; of 32-bit floats the digits that were meant."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if kind.startswith("f32"):
+        value = float(str(np.float32(value)))
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _sidecar_facts(name: str, model: Optional[str]) -> Facts:

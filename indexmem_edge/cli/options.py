@@ -21,6 +21,7 @@ import typer
 from typing_extensions import Annotated
 
 from ..errors import BudgetError, ContextError, IndexMemError
+from ..files import cachetypes
 from ..files.textfile import argument_text
 from ..models.demo import demo_model
 from ..options import DEFAULT_BUDGET, OPTIONS, CacheOptions
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from ..llama import Llama
     from ..runtime.sizes import Sizes
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
-_PLAIN_TYPES = ("f32", "f16", "bf16")
 
 _MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "KV cache", "Sampling", "Output"
 
@@ -230,7 +229,7 @@ class RunOptions:
             "n_threads_batch": self.threads,
             "type_k": types["cache_type_k"],
             "type_v": types["cache_type_v"],
-            "flash_attn": True if bounded or self.cache_type_v not in _PLAIN_TYPES else None,
+            "flash_attn": True if bounded or self.cache_type_v not in cachetypes.PLAIN else None,
             "verbose": self.verbose,
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -249,10 +248,10 @@ class RunOptions:
 
 
 def _cache_type(option: str, name: str) -> int:
-    if name not in CACHE_TYPES:
+    if name not in cachetypes.NAMES:
         flag = "--" + option.replace("_", "-")
-        raise BudgetError(f"{flag} {name!r} is not a cache type: choose one of {', '.join(CACHE_TYPES)}")
-    return CACHE_TYPES[name]
+        raise BudgetError(f"{flag} {name!r} is not a cache type: choose one of {', '.join(cachetypes.NAMES)}")
+    return cachetypes.ggml_type(name)
 
 
 def _size(sizes: Sizes, keywords: Mapping[str, Any]) -> str:

@@ -35,6 +35,22 @@ def replacing(path: Union[str, os.PathLike[str]], force: bool = False) -> Iterat
         ConvertError: as `check_target`, or the file could not be written. What was there before is intact then.
     """
     target = check_target(path, force)
+    try:
+        with replacing_private(target) as temporary:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())  # weights are for everybody
+            check_target(target, force)
+    except OSError as error:
+        raise ConvertError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing_private(target: str) -> Iterator[str]:
+    """The same for a file that its owner alone can read, whatever was there before.
+
+    Raises:
+        OSError: it could not be written. What was there before is intact then.
+    """
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=".indexmem-", suffix=".tmp", dir=os.path.dirname(target))
@@ -42,15 +58,23 @@ def replacing(path: Union[str, os.PathLike[str]], force: bool = False) -> Iterat
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; weights are not
-        os.replace(temporary, check_target(target, force))
-    except BaseException as error:
+        os.replace(temporary, target)
+    except BaseException:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise ConvertError(f"cannot write {target}: {error.strerror or error}") from error
         raise
+    _sync_folder(os.path.dirname(target))
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes the new name durable, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -11,13 +11,11 @@ anything is read, and nothing larger than the file is ever allocated.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import stat
 import struct
-import tempfile
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Optional, Union
 
@@ -25,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import SessionError
+from ..files.atomic import replacing_private
 
 MAGIC = b"IMEMSESS"
 VERSION = 2
@@ -77,38 +76,16 @@ def write(path: Union[str, os.PathLike[str]], data: SessionData) -> int:
     if os.path.isdir(target):
         raise SessionError(f"cannot save the session to {target}: it is a folder; name a file in it")
     parts = (_FIXED.pack(MAGIC, VERSION, len(header)), header, tokens, extra, data.state, logits)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".indexmem-", suffix=".tmp", dir=os.path.dirname(target))
-        with os.fdopen(handle, "wb") as file:
+        with replacing_private(target) as temporary, open(temporary, "wb") as file:
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(temporary, target)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise SessionError(f"cannot save the session to {target}: {_why(error)}") from error
-        raise
-    _sync_folder(os.path.dirname(target))
-    return size
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes the new name durable, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            return file.tell()
+    except OSError as error:
+        raise SessionError(f"cannot save the session to {target}: {_why(error)}") from error
 
 
 def read(path: Union[str, os.PathLike[str]]) -> SessionData:
