@@ -360,11 +360,21 @@ class Llama(inside.Base):
             text, len(prompt), given.get("logprobs"),
         )  # fmt: skip
 
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """See `llama_cpp.Llama.embed`."""
+    def embed(self, input: Union[str, list[str]], normalize: bool = False, truncate: bool = False, return_count: bool = False) -> Any:
+        """See `llama_cpp.Llama.embed`. A text is not cut unless `truncate` says so.
+
+        Raises:
+            RequestError: a text is longer than a batch, which is as much as is embedded at once.
+        """
         with self._access.alone():
             self._calls.overtake()
-            return super().embed(*args, **kwargs)
+            for text in () if truncate else [input] if isinstance(input, str) else input:
+                if (n := len(self.tokenize(text.encode("utf-8")))) > self.n_batch:
+                    raise RequestError(
+                        f"a text of {n:,} tokens cannot be embedded at once, with n_batch {self.n_batch:,}: give Llama a larger n_batch and n_ubatch, "
+                        "embed it in parts, or say truncate=True"
+                    )
+            return super().embed(input, normalize, truncate, return_count)
 
     # chat
 

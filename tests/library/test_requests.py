@@ -456,3 +456,17 @@ def test_the_library_reads_grammars_of_llama_cpp(load: Load) -> None:
     assert len(texts) > 5
     for text in texts:
         assert llm.create_completion("A", max_tokens=1, grammar=llama_cpp.LlamaGrammar.from_string(text))["choices"]
+
+
+# embeddings
+
+
+def test_a_text_is_embedded_whole_or_not_at_all(tiny: Tiny) -> None:
+    llm = indexmem_edge.Llama(tiny("llama")[0], embedding=True, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1, verbose=False)
+    text = "abc " * 10
+    assert llm.create_embedding(text)["usage"]["prompt_tokens"] == len(llm.tokenize(text.encode())) <= 64
+    for input in (text * 20, ["abc", text * 20]):
+        with pytest.raises(RequestError, match="n_batch 64"):
+            llm.create_embedding(input)
+    assert llm.embed(text * 20, truncate=True, return_count=True)[1] == 64
+    llm.close()
