@@ -16,7 +16,7 @@ from .files.modelfile import check_model_file
 from .native import api
 from .native.logs import collected_errors, quiet
 from .options import SIDECAR_OFF, described, require_known, signature_of, split_keywords
-from .runtime import answers, cache, inside, requests
+from .runtime import answers, cache, inside, requests, unbounded
 from .runtime.access import Access
 from .runtime.align import align
 from .runtime.cancel import Calls, one_call
@@ -134,7 +134,7 @@ class Llama(inside.Base):
             self.context_params.n_ctx = base["n_ctx"]
             self._cache = cache.BoundedCache(self._inside, options, self._turn, self._kept, self._calls, self._notices, kv_checkpoints)
         else:
-            cache.make_room_unbounded(self._inside)
+            unbounded.make_room(self._inside)
         self.sidecar_where = found.where  # "" if it was named, or there is none
         self._prompts = ChatPrompts(self._inside, options, self._notices, lacks_template(self._inside, base))
         self._tools = Tools(self._inside, self._prompts)
@@ -248,7 +248,7 @@ class Llama(inside.Base):
         if self._cache is not None:
             self._cache.evaluate(self._cache.reuse(history))
         else:
-            cache.rewind_unbounded(self._inside, len(history) - 1)
+            unbounded.rewind(self._inside, len(history) - 1)
             self._evaluate(history[self.n_tokens :])
 
     @one_call
@@ -263,7 +263,7 @@ class Llama(inside.Base):
         if self._cache is not None:
             rest = self._cache.reuse(prompt)
         else:
-            rest = cache.reuse_unbounded(self._inside, self._turn, prompt)
+            rest = unbounded.reuse(self._inside, self._turn, prompt)
         for start in range(0, len(rest), self.n_batch):
             self.eval(rest[start : start + self.n_batch])
             if progress is not None:
@@ -467,7 +467,7 @@ class Llama(inside.Base):
     def _piece(self, token: int, special: bool) -> bytes:
         piece = self._pieces.get((token, special))
         if piece is None:
-            piece = self._pieces[(token, special)] = cache.token_piece(self._inside.vocab, token, special)
+            piece = self._pieces[(token, special)] = inside.token_piece(self._inside.vocab, token, special)
         return piece
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
@@ -492,7 +492,7 @@ class Llama(inside.Base):
             return self._stats()
 
     def _stats(self) -> KVStats:
-        return self._cache.stats() if self._cache is not None else cache.unbounded_stats(self._inside, self._turn)
+        return self._cache.stats() if self._cache is not None else unbounded.stats(self._inside, self._turn)
 
     @property
     def kv_warn(self) -> Optional[Hook]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import operator
 import os
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..errors import BudgetExhausted, ContextError, DecodeError, LibraryError
+from ..errors import BudgetExhausted, ContextError, DecodeError
 from ..native import api
 from ..native.logs import quiet
 from ..options import CacheOptions
@@ -395,11 +394,12 @@ class BoundedCache:
             span_reason=reason,
             rebases=native.n_rebases,
             rebase_seconds=native.rebase_us / 1e6,
-            **_common(self._llm, self._turn, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
+            **common_counts(self._llm, self._turn, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
         )
 
 
-def _common(llm: Inside, turn: Turn, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
+def common_counts(llm: Inside, turn: Turn, seen: int, position: int, span: int, why_no_span: str) -> dict[str, Any]:
+    """Counts that caches with and without a budget have."""
     trained = llm.n_ctx_train
     warning = None if span else trained_length_warning(position, trained, why_no_span)
     evaluated = max(turn.evaluated, 0)
@@ -412,69 +412,3 @@ def _common(llm: Inside, turn: Turn, seen: int, position: int, span: int, why_no
         "next_position": position,
         "warnings": (warning,) if warning else (),
     }
-
-
-def unbounded_stats(llm: Inside, turn: Turn) -> KVStats:
-    """The same counts for llama.cpp's own cache, which keeps everything."""
-    n = llm.n_tokens
-    return KVStats(
-        policy="unbounded",
-        budget=0,
-        tokens_seen=n,
-        kept=n,
-        evicted=0,
-        kv_bytes=_unbounded_bytes(llm),
-        slots=llm.n_ctx,
-        **_common(llm, turn, n, n, 0, "only a cache with a kv_budget renews them"),
-    )
-
-
-def _unbounded_bytes(llm: Inside) -> Optional[int]:
-    """Keys, values and states of llama.cpp's own cache; None if somebody's own library does not say."""
-    try:
-        return api.cache_bytes(llm.ctx)
-    except LibraryError:
-        return None
-
-
-def make_room_unbounded(llm: Inside) -> None:
-    """llama.cpp rounds n_ctx up, and llama_cpp lets a history become as long, but not the arrays that it keeps it in."""
-    if len(llm.tokens) < llm.n_ctx:
-        llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)
-        if llm.logits_all:
-            llm.scores = np.empty((llm.n_ctx, llm.n_vocab), dtype=np.single)
-
-
-def rewind_unbounded(llm: Inside, target: int) -> None:
-    """Takes the tokens from `target` on out of llama.cpp's own cache; if that cannot be done exactly, empties it."""
-    memory, n_swa = llm.memory, llama_lib.llama_model_n_swa(llm.model)
-    first = llama_lib.llama_memory_seq_pos_min(memory, 0)  # layers with a window may have overwritten what it needs
-    exact = n_swa == 0 or first <= max(0, target - n_swa)
-    if not exact or not llama_lib.llama_memory_seq_rm(memory, 0, target, -1):
-        target = 0
-        llama_lib.llama_memory_clear(memory, True)
-    llm.fresh = llm.fresh and target == llm.n_tokens
-    llm.n_tokens = target
-
-
-def reuse_unbounded(llm: Inside, turn: Turn, tokens: Sequence[int]) -> list[int]:
-    """Like `BoundedCache.reuse`, for llama.cpp's own cache."""
-    if len(tokens) > llm.n_ctx:
-        raise DecodeError(
-            f"the prompt has {len(tokens):,} tokens and n_ctx is {llm.n_ctx:,}: raise n_ctx, or use kv_budget"
-        )
-    prompt = list(tokens)
-    rewind_unbounded(llm, min(common_prefix(llm.history, prompt), max(len(prompt) - 1, 0)))
-    turn.begin(len(prompt), len(prompt) - llm.n_tokens)
-    return prompt[llm.n_tokens :]
-
-
-def token_piece(vocab: Any, token: int, special: bool) -> bytes:
-    """The bytes of one token."""
-    size = 64
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        n = llama_lib.llama_token_to_piece(vocab, llama_lib.llama_token(token), buffer, size, 0, special)
-        if n >= 0:
-            return buffer.raw[:n]
-        size = -n

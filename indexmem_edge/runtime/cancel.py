@@ -22,9 +22,10 @@ import numpy.typing as npt
 from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, Cancelled, GenerationSuperseded, LibraryError, ModelClosed
 from ..native import api
+from . import unbounded
 from .access import Access
 from .align import common_prefix
-from .cache import BoundedCache, Turn, rewind_unbounded
+from .cache import BoundedCache, Turn
 from .inside import Inside
 from .kept_logits import KeptLogits
 from .statecopy import StateCopy
@@ -54,7 +55,7 @@ class UnboundedCall(Call):
         self._history = llm.history.copy()
 
     def undo(self, llm: Inside) -> int:
-        rewind_unbounded(llm, common_prefix(self._history, llm.history))
+        unbounded.rewind(llm, common_prefix(self._history, llm.history))
         return self.n_tokens - llm.n_tokens
 
 

@@ -353,3 +353,14 @@ def sample_from(logits: npt.NDArray[np.single], sampler: Any) -> int:
 
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+def token_piece(vocab: Any, token: int, special: bool) -> bytes:
+    """The bytes of one token."""
+    size = 64
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_lib.llama_token_to_piece(vocab, llama_lib.llama_token(token), buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n
