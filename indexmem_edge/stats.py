@@ -34,7 +34,7 @@ class KVStats:
     memory_bytes: int = 0  # the part of meta_bytes that it keeps
     cancel_bytes: int = 0  # of the copy of the state that a cancelled call is brought back from
     checkpoints: int = 0  # copies of the state that prompts go on from
-    checkpoint_bytes: int = 0
+    checkpoint_bytes: int = 0  # that they take
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     compute_bytes: int = 0  # compute buffers of the context, whatever the length
     work_bytes: int = 0  # what the CPU takes for the cache's own ops, from the first eviction on

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..native.ggml import ggml_function  # (chooses the library)
+from ..native.ggml import ggml_function
 
 Array = npt.NDArray[Any]
 

@@ -27,7 +27,6 @@ from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LatentMemoryError
 from ..files.modelfile import check_model_file, loaded_model
 from ..files.textfile import read_text
-from ..native import api  # noqa: F401  (chooses the library)
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF
 from .attention import Array, CentroidMemory, Errors, Logits, Memory, ResidualMemory, layer_errors

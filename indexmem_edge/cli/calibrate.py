@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import typer
 from typing_extensions import Annotated
@@ -15,7 +15,7 @@ from ..native.processors import usable_processors
 from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
 from .console import Bar, console
-from .options import one_line_errors
+from .options import one_line_errors, panel_option
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -24,26 +24,22 @@ if TYPE_CHECKING:
 _MODEL, _CACHE, _TEXT, _FILE = "Model", "KV cache", "Measuring", "Sidecar"
 
 
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 def calibrate_memory(
     *,
     model: Annotated[
         Optional[Path],
-        _option(_MODEL, "-m", "--model", help="GGUF file. Default: the demo model.", show_default=False),
+        panel_option(_MODEL, "-m", "--model", help="GGUF file. Default: the demo model.", show_default=False),
     ] = None,
     text: Annotated[
-        list[Path], _option(_TEXT, "--text", metavar="FILE", help="UTF-8 text to measure on; may be given repeatedly.")
+        list[Path], panel_option(_TEXT, "--text", metavar="FILE", help="UTF-8 text to measure on; may be given repeatedly.")
     ],
-    out: Annotated[Path, _option(_FILE, "-o", "--out", help="Sidecar to write, FILE.indexmem.gguf.")],
+    out: Annotated[Path, panel_option(_FILE, "-o", "--out", help="Sidecar to write, FILE.indexmem.gguf.")],
     kv_budget: Annotated[
-        int, _option(_CACHE, "--kv-budget", min=1, help="Entries that each KV head keeps, latent slots included.")
+        int, panel_option(_CACHE, "--kv-budget", min=1, help="Entries that each KV head keeps, latent slots included.")
     ],
     indexmem: Annotated[
         Optional[Path],
-        _option(
+        panel_option(
             _FILE,
             "--indexmem",
             metavar="FILE",
@@ -52,40 +48,40 @@ def calibrate_memory(
         ),
     ] = None,
     memory: Annotated[
-        str, _option(_FILE, "--memory", help="centroid, or residual, whose weights --indexmem must hold.")
+        str, panel_option(_FILE, "--memory", help="centroid, or residual, whose weights --indexmem must hold.")
     ] = "centroid",
     memory_slots: Annotated[
-        int, _option(_FILE, "--memory-slots", min=1, max=4096, help="Latent slots of a centroid memory, per KV head.")
+        int, panel_option(_FILE, "--memory-slots", min=1, max=4096, help="Latent slots of a centroid memory, per KV head.")
     ] = DEFAULT_MEMORY_SLOTS,
     no_fingerprint: Annotated[
-        bool, _option(_FILE, "--no-fingerprint", help="Leave the fingerprint out, so that fine-tunes may use the file.")
+        bool, panel_option(_FILE, "--no-fingerprint", help="Leave the fingerprint out, so that fine-tunes may use the file.")
     ] = False,
-    force: Annotated[bool, _option(_FILE, "--force", help="Overwrite a file that is there.")] = False,
+    force: Annotated[bool, panel_option(_FILE, "--force", help="Overwrite a file that is there.")] = False,
     kv_policy: Annotated[
         Optional[str],
-        _option(
+        panel_option(
             _CACHE,
             "--kv-policy",
             show_default=f"{INDEXER_POLICY} with an indexer, else {DEFAULT_POLICY}",
             help="Who is evicted; `indexmem doctor` lists the policies.",
         ),
     ] = None,
-    kv_sinks: Annotated[int, _option(_CACHE, "--kv-sinks", min=0, help="First tokens, which are never evicted.")] = (
+    kv_sinks: Annotated[int, panel_option(_CACHE, "--kv-sinks", min=0, help="First tokens, which are never evicted.")] = (
         DEFAULT_SINKS
     ),
     kv_window: Annotated[
-        int, _option(_CACHE, "--kv-window", min=0, help="Most recent tokens, which are never evicted.")
+        int, panel_option(_CACHE, "--kv-window", min=0, help="Most recent tokens, which are never evicted.")
     ] = DEFAULT_WINDOW,
-    ctx_size: Annotated[int, _option(_TEXT, "-c", "--ctx-size", min=1, help="Tokens of a passage.")] = 4096,
+    ctx_size: Annotated[int, panel_option(_TEXT, "-c", "--ctx-size", min=1, help="Tokens of a passage.")] = 4096,
     ubatch_size: Annotated[
-        int, _option(_TEXT, "-ub", "--ubatch-size", min=1, help="Tokens evaluated, and evicted, at once.")
+        int, panel_option(_TEXT, "-ub", "--ubatch-size", min=1, help="Tokens evaluated, and evicted, at once.")
     ] = 512,
     passages: Annotated[
-        int, _option(_TEXT, "--passages", min=2, help="Passages at most, taken from all over the text.")
+        int, panel_option(_TEXT, "--passages", min=2, help="Passages at most, taken from all over the text.")
     ] = 4,
     threads: Annotated[
         Optional[int],
-        _option(_MODEL, "-t", "--threads", min=1, help="CPU threads. Default: all.", show_default=False),
+        panel_option(_MODEL, "-t", "--threads", min=1, help="CPU threads. Default: all.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,17 +12,6 @@ from prompt_toolkit.history import FileHistory
 OFF_VARIABLE = "INDEXMEM_HISTORY"  # 0: nothing is kept
 _MOST_BYTES = 1 << 20  # of the file; then its older half goes
 _LONGEST = 1 << 14  # characters of an entry: a pasted book is not something to come back to
-
-
-def state_dir() -> Path:
-    """Where this user's programs keep what is neither settings nor can be made again."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / "Library" / "Application Support"
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "indexmem-edge"
 
 
 class KeptHistory(FileHistory):

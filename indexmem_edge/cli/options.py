@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 _MODEL, _CACHE, _SAMPLING, _OUTPUT = "Model", "KV cache", "Sampling", "Output"
 
 
-def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
+def panel_option(panel: str, *names: str, help: str, **more: Any) -> Any:
+    """A typer option in a panel of the help, for an annotation."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
@@ -82,11 +83,11 @@ class RunOptions:
 
     model: Annotated[
         Optional[Path],
-        _option(_MODEL, "-m", "--model", help="GGUF file. Default: the demo model.", show_default=False),
+        panel_option(_MODEL, "-m", "--model", help="GGUF file. Default: the demo model.", show_default=False),
     ] = None
     ctx_size: Annotated[
         Optional[int],
-        _option(
+        panel_option(
             _MODEL,
             "-c",
             "--ctx-size",
@@ -97,11 +98,11 @@ class RunOptions:
         ),
     ] = None
     batch_size: Annotated[
-        int, _option(_MODEL, "-b", "--batch-size", min=1, help="Tokens handed over at once in prefill.")
+        int, panel_option(_MODEL, "-b", "--batch-size", min=1, help="Tokens handed over at once in prefill.")
     ] = 512
     ubatch_size: Annotated[
         Optional[int],
-        _option(
+        panel_option(
             _MODEL,
             "-ub",
             "--ubatch-size",
@@ -111,11 +112,11 @@ class RunOptions:
         ),
     ] = None
     gpu_layers: Annotated[
-        int, _option(_MODEL, "-ngl", "--gpu-layers", min=-1, help="Layers to put on the GPU; -1: all of them.")
+        int, panel_option(_MODEL, "-ngl", "--gpu-layers", min=-1, help="Layers to put on the GPU; -1: all of them.")
     ] = 0
     threads: Annotated[
         Optional[int],
-        _option(
+        panel_option(
             _MODEL,
             "-t",
             "--threads",
@@ -126,7 +127,7 @@ class RunOptions:
     ] = None
     chat_template: Annotated[
         Optional[str],
-        _option(
+        panel_option(
             _MODEL,
             "--chat-template",
             metavar="NAME|FILE",
@@ -136,40 +137,40 @@ class RunOptions:
     ] = None
 
     cache_type_k: Annotated[
-        str, _option(_CACHE, "-ctk", "--cache-type-k", help="Type of the cached keys: f32, f16, q8_0, q4_0.")
+        str, panel_option(_CACHE, "-ctk", "--cache-type-k", help="Type of the cached keys: f32, f16, q8_0, q4_0.")
     ] = "f16"
     cache_type_v: Annotated[
-        str, _option(_CACHE, "-ctv", "--cache-type-v", help="Type of the cached values: f32, f16, q8_0, q4_0.")
+        str, panel_option(_CACHE, "-ctv", "--cache-type-v", help="Type of the cached values: f32, f16, q8_0, q4_0.")
     ] = "f16"
 
     predict: Annotated[
         int,
-        _option(
+        panel_option(
             _SAMPLING, "-n", "--predict", min=-1, help="Tokens of an answer at most; 0: read the text, no more; -1: no limit."
         ),
     ] = 512
-    temp: Annotated[float, _option(_SAMPLING, "--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.3
-    top_k: Annotated[int, _option(_SAMPLING, "--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = 40
+    temp: Annotated[float, panel_option(_SAMPLING, "--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.3
+    top_k: Annotated[int, panel_option(_SAMPLING, "--top-k", min=0, help="Only the k likeliest tokens; 0: all.")] = 40
     top_p: Annotated[
-        float, _option(_SAMPLING, "--top-p", min=0, max=1, help="Only the likeliest tokens up to this mass; 1: all.")
+        float, panel_option(_SAMPLING, "--top-p", min=0, max=1, help="Only the likeliest tokens up to this mass; 1: all.")
     ] = 0.95
     min_p: Annotated[
         float,
-        _option(_SAMPLING, "--min-p", min=0, max=1, help="Only tokens at least this likely, relative to the likeliest."),
+        panel_option(_SAMPLING, "--min-p", min=0, max=1, help="Only tokens at least this likely, relative to the likeliest."),
     ] = 0.05
     repeat_penalty: Annotated[
-        float, _option(_SAMPLING, "--repeat-penalty", min=0.01, help="Makes the last 64 tokens less likely; 1: off.")
+        float, panel_option(_SAMPLING, "--repeat-penalty", min=0.01, help="Makes the last 64 tokens less likely; 1: off.")
     ] = 1.1
-    seed: Annotated[int, _option(_SAMPLING, "--seed", min=-1, max=2**32 - 1, help="Of the random numbers; -1: a new one each time.")] = -1
+    seed: Annotated[int, panel_option(_SAMPLING, "--seed", min=-1, max=2**32 - 1, help="Of the random numbers; -1: a new one each time.")] = -1
 
     system: Annotated[
-        Optional[str], _option(_OUTPUT, "-sys", "--system", help="System prompt.", show_default=False)
+        Optional[str], panel_option(_OUTPUT, "-sys", "--system", help="System prompt.", show_default=False)
     ] = None
     as_json: Annotated[
-        bool, _option(_OUTPUT, "--json", help="One JSON object per answer, with the text and what the cache did.")
+        bool, panel_option(_OUTPUT, "--json", help="One JSON object per answer, with the text and what the cache did.")
     ] = False
     verbose: Annotated[
-        bool, _option(_OUTPUT, "-v", "--verbose", help="Show what llama.cpp says (on standard error).")
+        bool, panel_option(_OUTPUT, "-v", "--verbose", help="Show what llama.cpp says (on standard error).")
     ] = False
 
     cache: Mapping[str, Any] = field(default_factory=dict)  # keywords of `Llama`, those that were given

@@ -55,8 +55,9 @@ class Keyboard:
     leave = "Ctrl-D leaves"
 
     def __init__(self, keep_history: bool) -> None:
+        from ..files.folders import state_dir
         from .editor import Editor
-        from .history import OFF_VARIABLE, KeptHistory, state_dir
+        from .history import OFF_VARIABLE, KeptHistory
 
         kept = keep_history and os.environ.get(OFF_VARIABLE) != "0"
         self._editor = Editor(KeptHistory(state_dir() / "history") if kept else None)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-import typer
 from typing_extensions import Annotated
 
 from ..errors import IndexMemError
 from ..files.textfile import argument_text, read_text
+from .options import panel_option
 
 if TYPE_CHECKING:
     from .._vendor.llama_cpp import LlamaGrammar
@@ -25,37 +25,37 @@ class AnswerOptions:
 
     stop: Annotated[
         Optional[list[str]],
-        typer.Option(
+        panel_option(
+            _SAMPLING,
             "--stop",
             metavar="TEXT",
             help="End the answer before this text; may be given repeatedly.",
-            rich_help_panel=_SAMPLING,
             show_default=False,
         ),
     ] = None
     grammar: Annotated[
         Optional[Path],
-        typer.Option(
+        panel_option(
+            _SAMPLING,
             "--grammar",
             metavar="FILE",
             help="Grammar (GBNF) that the answer follows.",
-            rich_help_panel=_SAMPLING,
             show_default=False,
         ),
     ] = None
     json_schema: Annotated[
         Optional[str],
-        typer.Option(
+        panel_option(
+            _SAMPLING,
             "--json-schema",
             metavar="FILE|JSON",
             help="JSON schema that the answer follows: a file, or the schema itself, which begins with {.",
-            rich_help_panel=_SAMPLING,
             show_default=False,
         ),
     ] = None
     quiet: Annotated[
         bool,
-        typer.Option("-q", "--quiet", help="No figures, no bars, no greeting.", rich_help_panel=_OUTPUT),
+        panel_option(_OUTPUT, "-q", "--quiet", help="No figures, no bars, no greeting."),
     ] = False
 
     def keywords(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Optional
 
 from .. import __version__
 from ..errors import DemoModelMissing, LibraryError
+from ..files.folders import cache_dir
 from ..models.demo import demo_model
 from ..native import find
 from . import trial
@@ -21,17 +22,6 @@ from .machine import cpu
 SKIP_VARIABLE = "INDEXMEM_CHECK"  # 0: start without it
 PATIENCE = 60.0  # seconds, then the chat starts all the same
 _SILENT_FOR = 2.0  # seconds before a person is told what it is that takes so long
-
-
-def cache_dir() -> Path:
-    """Where this user's programs keep what can be made again."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "indexmem-edge"
 
 
 def build_key() -> str:

@@ -15,12 +15,9 @@ from typing import Any, Callable, Optional
 import numpy as np
 import numpy.typing as npt
 
+from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 from . import find
-
-find.require()
-
-from .._vendor.llama_cpp import llama_cpp as llama_lib  # noqa: E402  (the library must be chosen first)
 
 API_VERSION = 6
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED

@@ -17,7 +17,6 @@ from ..errors import LibraryError
 LLAMA_CPP_PYTHON_VERSION = "0.3.36"
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 LIB_PATH_VARIABLE = "INDEXMEM_LIB_PATH"  # for developers: another folder with libllama
-_VENDORED = f"{__package__.rpartition('.')[0]}._vendor.llama_cpp"
 
 
 def _built_part(name: str, mark: str = "") -> Path:
@@ -91,13 +90,6 @@ def _require_library() -> Path:
         f"the native library is missing: expected libllama in {ours}. Install the package from its source tree with "
         f"`pip install .`, or name the folder of a build in {LIB_PATH_VARIABLE}"
     )
-
-
-def loaded_library() -> Path | None:
-    """The libllama that our copy of llama-cpp-python has loaded, or None if it has not been imported."""
-    module = sys.modules.get(f"{_VENDORED}.llama_cpp")
-    name = getattr(getattr(module, "_lib", None), "_name", None)
-    return Path(name) if name else None
 
 
 def require() -> Path:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Iterator
 
 from .._vendor.llama_cpp import _logger as base_logger, llama_cpp as llama_lib
-from . import api  # noqa: F401  (chooses the library)
 
 _ERROR, _CONTINUATION = 4, 5
 

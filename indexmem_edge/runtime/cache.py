@@ -47,8 +47,6 @@ class Turn:
 class Watch(Protocol):
     """Who wants to know what happens to a cache, before it happens: the call in progress."""
 
-    keep: bool  # whether copies of the state are wanted, where there is no other way back
-
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps."""
@@ -142,8 +140,7 @@ class BoundedCache:
         """Keeps the state as it is."""
         llm = self._llm
         if self.checkpoints.limit and self.length() == llm.n_tokens:
-            size = int(llama_lib.llama_state_seq_get_size(llm.ctx, 0))
-            self.checkpoints.take(llm.ctx, llm.history, size, self._kept.now())
+            self.checkpoints.take(llm.ctx, llm.history, self._kept.now())
 
     def _before(self, length: int) -> None:
         """Keeps the state, if there is no way back to it once the history is `length` tokens long."""
@@ -222,7 +219,7 @@ class BoundedCache:
         """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated."""
         llm, length = self._llm, self.length()
         self._exact_until = None
-        prompt = list(tokens)
+        prompt = np.array(tokens, dtype=np.intc)
         known = min(llm.n_tokens, length)
         same = common_prefix(llm.tokens[:known], prompt)
         fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
@@ -232,19 +229,19 @@ class BoundedCache:
         if asked_again and llm.n_tokens == same and not llm.fresh:
             self._kept.restore(self._after_prompt)
         self._apply_pin()
-        rest = prompt[llm.n_tokens :]
-        self._prompt, self._after_prompt = np.array(prompt, dtype=np.intc), None
+        rest: list[int] = prompt[llm.n_tokens :].tolist()
+        self._prompt, self._after_prompt = prompt, None
         if not rest:
             self._end_of_prompt()
         self._turn.begin(len(prompt), len(rest))
         return rest
 
-    def _go_to(self, prompt: list[int], keep: int, length: int, departs: str) -> None:
+    def _go_to(self, prompt: npt.NDArray[np.intc], keep: int, length: int, departs: str) -> None:
         """Makes the cache that of the first `keep` tokens of a prompt, of the `length` that it holds, or of more of them."""
         llm = self._llm
-        if length - max(keep, self.checkpoints.best(llm.history)[1]) > _WORTH_A_COPY:
+        if length - keep > _WORTH_A_COPY and length - self.checkpoints.best(llm.history)[1] > _WORTH_A_COPY:
             self._take_checkpoint()  # of the conversation that this one replaces
-        best, n = self.checkpoints.best(np.asarray(prompt, dtype=np.intc))
+        best, n = self.checkpoints.best(prompt)
         exact = keep == length or keep > llama_lib.llama_memory_seq_pos_min(llm.memory, 0)
         if n > (keep if exact else 0) and self._to_checkpoint(best, n):
             if n < keep:

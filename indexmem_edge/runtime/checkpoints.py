@@ -38,11 +38,18 @@ class Checkpoint:
     _copy: StateCopy = field(default_factory=StateCopy, repr=False)
 
     @classmethod
-    def of(cls, ctx: int, tokens: Tokens, logits: Logits = None, copy: Optional[StateCopy] = None) -> Optional[Checkpoint]:
-        """The state as it is now, after these tokens, in the buffer of another one if there is one; None: no memory for it."""
+    def of(
+        cls, ctx: int, tokens: Tokens, logits: Logits = None, copy: Optional[StateCopy] = None, size: Optional[int] = None
+    ) -> Optional[Checkpoint]:
+        """The state as it is now, after these tokens; None: there is no memory for it.
+
+        Args:
+            copy: the buffer of another one, which this takes over.
+            size: bytes of the state, if they are known.
+        """
         first = int(llama_lib.llama_memory_seq_pos_min(llama_lib.llama_get_memory(ctx), 0))
         made = cls(tokens.copy(), max(first + 1, 1), logits, copy or StateCopy())
-        return made if len(tokens) and made._copy.take(ctx) else None
+        return made if len(tokens) and made._copy.take(ctx, size) else None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,23 +96,24 @@ class Checkpoints:
         """Forgets them."""
         self._kept.clear()
 
-    def take(self, ctx: int, tokens: Tokens, state_bytes: int, logits: Logits = None) -> None:
-        """Keeps the state as it is now, after these tokens, unless one of the same tokens is kept. It may take
-        `state_bytes`, for which others leave: first those that a newer one of the same conversation makes needless, and of
-        these and of the rest those that were not used for longest.
+    def take(self, ctx: int, tokens: Tokens, logits: Logits = None) -> None:
+        """Keeps the state as it is now, after these tokens, unless one of the same tokens is kept. Where its bytes are not left,
+        others leave: first those that two newer ones of the same conversation make needless, and of these and of the rest
+        those that were not used for longest.
         """
         same = next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
         if same is not None:
             same.logits = logits if logits is not None else same.logits
             self._touch(same)
             return
-        room = state_bytes + tokens.nbytes
+        size = StateCopy.size(ctx)
+        room = size + tokens.nbytes
         if len(tokens) == 0 or room > self.limit:
             return
         buffer: Optional[StateCopy] = None
         while self._kept and self.nbytes + room > self.limit:
             buffer = self._drop()
-        made = Checkpoint.of(ctx, tokens, logits, buffer)
+        made = Checkpoint.of(ctx, tokens, logits, buffer, size)
         if made is not None:
             self._kept.append(made)
 

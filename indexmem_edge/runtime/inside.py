@@ -20,7 +20,6 @@ import numpy.typing as npt
 from .._vendor import llama_cpp
 from .._vendor.llama_cpp import _internals as internals, llama_chat_format as chat_format, llama_cpp as llama_lib, llama_grammar
 from ..errors import ModelClosed, RequestError
-from ..native import api  # noqa: F401  (chooses the library)
 from .grammar import check_grammar
 
 MAKE = inspect.signature(llama_cpp.Llama)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..native import api  # noqa: F401  (chooses the library)
 
 
 class StateCopy:
@@ -24,9 +23,14 @@ class StateCopy:
         """Bytes that the buffer takes."""
         return self._buffer.nbytes
 
-    def take(self, ctx: int) -> bool:
-        """Copies the state as it is now; False if there is no memory for it."""
-        size = llama_lib.llama_state_seq_get_size(ctx, 0)
+    @staticmethod
+    def size(ctx: int) -> int:
+        """Bytes that a copy of the state as it is now takes."""
+        return int(llama_lib.llama_state_seq_get_size(ctx, 0))
+
+    def take(self, ctx: int, size: Optional[int] = None) -> bool:
+        """Copies the state as it is now; False if there is no memory for it. `size` is that of `size()`, if it is known."""
+        size = self.size(ctx) if size is None else size
         if size > self._buffer.nbytes:
             self._buffer = np.empty(0, dtype=np.uint8)  # first, so that there are never two
             try:

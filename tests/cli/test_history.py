@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from indexmem_edge.cli import history
-from indexmem_edge.cli.history import KeptHistory, state_dir
+from indexmem_edge.cli.history import KeptHistory
+from indexmem_edge.files.folders import state_dir
 
 
 def entries(path: Path) -> list[str]:

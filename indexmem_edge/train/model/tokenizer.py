@@ -10,7 +10,6 @@ from pathlib import Path
 from ..._vendor.llama_cpp import llama_cpp as llama_lib
 from ...calibrate.passages import tokenize
 from ...files.modelfile import check_model_file, loaded_model
-from ...native import api  # noqa: F401  (chooses the library)
 
 
 @dataclass(frozen=True)
