@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -51,6 +52,13 @@ def _main(
 def chat(
     options: RunOptions,
     form: AnswerOptions,
+    session: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--session", metavar="FILE", show_default=False, rich_help_panel="Output",
+            help="Keep the conversation in this file, KV cache included: it goes on there, and is saved as it grows and at the end.",
+        ),
+    ] = None,
     no_history: Annotated[
         bool,
         typer.Option(
@@ -61,7 +69,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    Commands inside: /stats /regen /edit [TEXT] /undo /system [TEXT] /reset /save FILE /load FILE /read FILE /help /exit.
+    Commands inside: /stats /regen /edit [TEXT] /undo /system [TEXT] /reset /branch [NAME] /save FILE /load FILE /read FILE
+    /help /exit.
     Alt-Enter begins another line, pasted lines are one message. Ctrl-C stops an answer, Ctrl-D leaves.
 
     When standard input is not a terminal, every line is one message, and the answers go to standard output. With --json
@@ -75,17 +84,21 @@ def chat(
 
     indexmem chat -m model.gguf --indexmem model.indexmem.gguf
 
+    indexmem chat --session talk.imsess
+
     echo "What is a KV cache?" | indexmem chat --json
     """
     from ..doctor import firststart
     from .chat import Chat
+    from .keeping import Keeper
 
     form.keywords()  # what is wrong there is said before anything takes time
-    firststart.require_trial(options.model)
-    llm = options.load(form.quiet)
-    options.rehearse(llm)
-    status = Chat(llm, options, form, keep_history=not no_history).run()
-    llm.close()
+    with Keeper(str(session)) if session is not None else contextlib.nullcontext() as keeper:
+        firststart.require_trial(options.model)
+        llm = options.load(form.quiet)
+        options.rehearse(llm)
+        status = Chat(llm, options, form, keep_history=not no_history, keeper=keeper).run()
+        llm.close()
     raise typer.Exit(status)
 
 

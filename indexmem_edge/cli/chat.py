@@ -15,10 +15,12 @@ from ..llama import Llama
 from ..sessions import file as sessionfile
 from ..stats import format_bytes
 from .answers import cut_by, pieces, why_cut
+from .branches import Branches, Copies
 from .cache_notes import CacheNotes
 from .commands import help_text, parse
 from .conversation import Conversation, messages_of_json
-from .interrupt import ctrl_c_cancels
+from .interrupt import Leave, asked_to_leave, ctrl_c_cancels
+from .keeping import Keeper
 from .options import RunOptions, describe
 from .reading import Reader, reader
 from .sampling import AnswerOptions
@@ -29,16 +31,20 @@ class Chat:
     """One conversation: its messages, the commands, and what the person is told about the cache."""
 
     def __init__(
-        self, llm: Llama, options: RunOptions, form: Optional[AnswerOptions] = None, keep_history: bool = True
-    ) -> None:
+        self, llm: Llama, options: RunOptions, form: Optional[AnswerOptions] = None, keep_history: bool = True,
+        keeper: Optional[Keeper] = None,
+    ) -> None:  # fmt: skip
         form = form or AnswerOptions()
         self._llm = llm
         self._options = options
         self._form = form.keywords()
         self._terminal = Terminal(options.as_json, form.quiet)
-        self._reader: Reader = reader(self._terminal.interactive, keep_history)
+        self._reader: Reader = reader(self._terminal.interactive, keep_history, lambda: list(self._branches))
         self._notes = CacheNotes(self._terminal, llm)
         self._conversation = Conversation(options.system)
+        self._branches = Branches()
+        self._copies = Copies(llm)
+        self._keeper = keeper
         self._again = 0  # answers to the last question so far, without the first
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -48,6 +54,7 @@ class Chat:
             "/undo": self._undo,
             "/system": self._system,
             "/reset": self._reset,
+            "/branch": self._branch,
             "/save": self._save,
             "/load": self._load,
             "/read": self._read,
@@ -55,12 +62,41 @@ class Chat:
         }
 
     def run(self) -> int:
-        """Answers until the input ends; returns the exit status: 1 if a line of a program's input failed."""
+        """Answers until the input ends; returns the exit status: 1 if a line of a program's input failed, or the conversation
+        could not be kept.
+
+        Raises:
+            SessionError: the file that it should go on with is refused.
+            Leave: the program was asked to end.
+        """
         self._terminal.say_to_person(self._greeting())
-        going_on = True
-        while going_on and (entry := self._reader.read()) is not None:
-            going_on = self._handle(entry)
-        return 1 if self._failed and not self._terminal.interactive else 0
+        if self._keeper is not None:
+            self._go_on(self._keeper)
+        with asked_to_leave() as leaving:
+            try:
+                while leaving.status is None and (entry := self._reader.read()) is not None and self._handle(entry):
+                    pass
+            finally:
+                kept = self._keeper is None or self._keeper.finish()
+        if not kept and self._keeper is not None:
+            self._terminal.error(self._keeper.problem)
+        if leaving.status is not None:
+            raise Leave(leaving.status)
+        return 1 if not kept or (self._failed and not self._terminal.interactive) else 0
+
+    def _go_on(self, keeper: Keeper) -> None:
+        """Where the file of the conversation ends."""
+        content = keeper.start(self._llm, self._terminal.note)
+        if content is None:
+            return
+        self._conversation, self._branches = content
+        asked = self._options.system
+        where = f"{keeper.path} goes on after {self._llm.n_tokens:,} tokens: {self._conversation.summary}"
+        if asked is not None and asked != self._conversation.system:
+            self._conversation = self._conversation.with_system(asked)
+            where += "; with another system prompt, so it is read again"
+        if not self._terminal.quiet:
+            self._terminal.note(where)
 
     def _greeting(self) -> str:
         stats = self._llm.kv_stats()
@@ -72,6 +108,8 @@ class Chat:
     def _handle(self, entry: str) -> bool:
         """Does what was typed; returns False if that was to leave."""
         try:
+            if self._keeper is not None:
+                self._keeper.before_change()
             if self._options.as_json and entry[:1] in ("{", "["):
                 self._add(self._conversation.added(messages_of_json(entry)))
                 return True
@@ -89,6 +127,9 @@ class Chat:
                 raise
             self._failed = True
             self._terminal.error(describe(error))
+        finally:
+            if self._keeper is not None:
+                self._keeper.at_rest((self._conversation, self._branches))
         return True
 
     # answers
@@ -190,23 +231,76 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._llm.reset()
-        self._conversation, self._again = Conversation(self._conversation.system), 0
-        self._terminal.note("the conversation is forgotten")
+        others = len(self._branches.left)
+        self._begin(Conversation(self._conversation.system), Branches())
+        branches = ", with its other branch" if others == 1 else f", with its {others} other branches" if others else ""
+        self._terminal.note(f"the conversation is forgotten{branches}")
+
+    def _begin(self, conversation: Conversation, branches: Branches) -> None:
+        """Another one takes the place of this one."""
+        self._conversation, self._branches, self._again = conversation, branches, 0
+        self._copies.clear()
+
+    def _branch(self, argument: str) -> None:
+        if not argument:
+            self._list_branches()
+            return
+        option, _, name = argument.rpartition(" ")
+        if option.strip() == "-d" or argument == "-d":
+            self._branches = self._branches.without(name)
+            self._copies.drop(name)
+            self._terminal.note(f"the branch {name} is forgotten")
+        elif argument == self._branches.current:
+            self._terminal.note(f"the chat is on {argument} already")
+        elif argument in self._branches:
+            self._go_to_branch(argument)
+        else:
+            self._branches = self._branches.begun(argument, self._conversation)
+            self._copies.take(argument)
+            self._terminal.note(f"this point is {argument} now, and /branch {argument} comes back to it; the chat goes on, on {self._branches.current}")
+
+    def _go_to_branch(self, name: str) -> None:
+        conversation, here = self._branches.left[name], self._branches.current
+        self._copies.take(here)
+        self._copies.go_to(name)
+        self._branches = self._branches.gone_to(name, self._conversation)
+        self._conversation, self._again = conversation, 0
+        self._terminal.note(f"on {name} now, {here} stays as it is: {conversation.summary}")
+        self._show_answer()
+
+    def _list_branches(self) -> None:
+        branches = {name: self._branches.left.get(name, self._conversation) for name in self._branches}
+        current = self._branches.current
+        if self._options.as_json:
+            listed = [{"name": name, "current": name == current, "messages": len(c.messages)} for name, c in branches.items()]
+            self._terminal.say(json.dumps({"branches": listed}))
+            return
+        width = max(map(len, branches))
+        for name, conversation in branches.items():
+            self._terminal.say(f"{'*' if name == current else ' '} {name:<{width}}  {conversation.summary}")
+        if self._copies.nbytes:
+            self._terminal.footer(f"copies of the KV cache at their ends: {format_bytes(self._copies.nbytes)}")
 
     def _save(self, argument: str) -> None:
         path = _path(argument)
-        size = self._llm.save_session(path, extra=self._conversation.to_dict())
+        size = self._llm.save_session(path, extra={**self._conversation.to_dict(), **self._branches.to_dict()})
         self._terminal.note(f"saved {self._llm.n_tokens:,} tokens in {path} ({format_bytes(size)})")
 
     def _load(self, argument: str) -> None:
         path = _path(argument)
-        conversation = Conversation.from_dict(sessionfile.read(path).extra)
+        extra = sessionfile.read(path).extra
+        conversation = Conversation.from_dict(extra)
         if conversation is None:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
         self._llm.load_session(path)
-        self._conversation, self._again = conversation, 0
-        messages = conversation.messages
-        self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(messages)} messages")
+        self._begin(conversation, Branches.from_dict(extra))
+        kept = f"; {self._keeper.path} has this conversation from now on" if self._keeper is not None else ""
+        self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(conversation.messages)} messages{kept}")
+        self._show_answer()
+
+    def _show_answer(self) -> None:
+        """The last one, to a person who has come back to it."""
+        messages = self._conversation.messages
         if messages and messages[-1]["role"] == "assistant":
             self._terminal.say_to_person(messages[-1]["content"])
 

@@ -9,6 +9,7 @@ from typing import Any, Optional
 from ..errors import IndexMemError
 
 Message = dict[str, Any]
+_SHOWN = 48  # characters of a question, for who has to recognise it
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -38,6 +39,11 @@ class Conversation:
         return bool(self.turns) and self.turns[-1]["role"] in ("user", "tool")
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been said or read."""
+        return not self.turns and not self.document
+
+    @property
     def question(self) -> str:
         """The last one, without the document that it is about.
 
@@ -46,6 +52,14 @@ class Conversation:
         """
         last = self._last_question()
         return str(self.turns[last]["content"])[len(self._lead(last)) :]
+
+    @property
+    def summary(self) -> str:
+        """In a few words: how many messages, and how the last question begins."""
+        asked = any(m["role"] == "user" for m in self.turns)
+        words = " ".join(self.question.split()) if asked else ""
+        words = f', "{words[:_SHOWN]}{"..." if len(words) > _SHOWN else ""}"' if words else ""
+        return f"{len(self.messages):,} messages{words}"
 
     # forward
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Optional
 
 from prompt_toolkit import PromptSession
@@ -28,10 +28,10 @@ class Editor:
     line breaks included, until Enter is pressed. Tab completes.
     """
 
-    def __init__(self, history: Optional[History] = None) -> None:
+    def __init__(self, history: Optional[History] = None, names: Callable[[], Iterable[str]] = list) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=history or InMemoryHistory(),
-            completer=CommandCompleter(),
+            completer=CommandCompleter(names),
             complete_while_typing=False,
             key_bindings=_keys(),
             multiline=True,
@@ -56,9 +56,12 @@ class Editor:
 
 
 class CommandCompleter(Completer):
-    """Names of commands at the beginning of a message, and of files where a command takes one."""
+    """Names of commands at the beginning of a message, and of files and branches where a command takes one."""
 
     _paths = PathCompleter(expanduser=True)
+
+    def __init__(self, names: Callable[[], Iterable[str]] = list) -> None:
+        self._names = names
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         """See `prompt_toolkit`."""
@@ -71,6 +74,9 @@ class CommandCompleter(Completer):
                 if command.name.startswith(name.lower()):
                     end = " " if command.argument else ""
                     yield Completion(command.name + end, -len(name), display=command.name, display_meta=command.help)
+        elif name.lower() == "/branch":
+            begun = argument.lstrip().removeprefix("-d ").lstrip()
+            yield from (Completion(known, -len(begun)) for known in self._names() if known.startswith(begun))
         elif any(command.name == name.lower() and command.argument == "FILE" for command in COMMANDS):
             yield from self._paths.get_completions(Document(argument.lstrip()), complete_event)
 

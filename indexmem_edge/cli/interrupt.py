@@ -1,4 +1,8 @@
-"""Ctrl-C while the library computes. Python's own handler has to wait until that returns, which takes a whole batch."""
+"""Signals while the library computes, and those that ask a program to end.
+
+Python's own handlers have to wait until a call of the library returns, which takes a whole batch: so a thread hears of signals as
+they arrive, and cancels the call.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
+
+# of a system that shuts down, and of a terminal that is closed; Windows has the first, and nobody sends it
+_LEAVE = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Cancellable(Protocol):
@@ -17,12 +24,67 @@ class Cancellable(Protocol):
         """Stops the call in progress; False if there is none."""
 
 
+class Leave(SystemExit):
+    """The program was asked to end. A SystemExit, which event loops and `except Exception` let through."""
+
+
+class Leaving:
+    """What `asked_to_leave` gives: `status` is set once the program was asked to end, to the exit status for it."""
+
+    status: Optional[int] = None
+
+
+_computing: Optional[Cancellable] = None  # what `ctrl_c_cancels` is about, while it lasts
+
+
+@contextlib.contextmanager
+def asked_to_leave() -> Iterator[Leaving]:
+    """While this lasts, SIGTERM and SIGHUP cancel what `ctrl_c_cancels` is about, or else raise Leave, so that what is at
+    stake can be saved. Only the first of them counts. Those that are ignored, as under nohup, stay so.
+    """
+    leaving = Leaving()
+
+    def handle(number: int, _: Any) -> None:
+        if leaving.status is None:
+            leaving.status = 128 + number  # what shells say of a program that a signal has ended
+            if _computing is None or not _computing.cancel():
+                raise Leave(leaving.status)
+
+    main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    taken = [number for number in _LEAVE if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, handle)
+    try:
+        yield leaving
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While this lasts, Ctrl-C and whoever asks the program to end are not heard: for what is short, and must be whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_LEAVE)}
+    changed = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    try:
+        for number in changed:
+            signal.signal(number, lambda *_: None)
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, before[number])
+
+
 @contextlib.contextmanager
 def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
     """While this lasts, Ctrl-C cancels the call in progress, which raises Cancelled. Without one: KeyboardInterrupt.
 
     For one call at a time. The interpreter writes each signal to a socket as it arrives, where a thread waits for it.
     """
+    global _computing
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
@@ -33,7 +95,7 @@ def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
 
     def watch() -> None:
         while signals := reader.recv(16):
-            if signal.SIGINT in signals:
+            if any(number in signals for number in (signal.SIGINT, *_LEAVE)):
                 llm.cancel()
 
     reader, writer = socket.socketpair()
@@ -43,9 +105,11 @@ def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
         watcher.start()
         before = signal.signal(signal.SIGINT, handle)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        _computing = llm
         try:
             yield
         finally:
+            _computing = None
             signal.set_wakeup_fd(wakeup)
             signal.signal(signal.SIGINT, before)
             writer.shutdown(socket.SHUT_RDWR)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterable
 from typing import Optional, Protocol
+
+Names = Callable[[], Iterable[str]]
 
 
 class Reader(Protocol):
@@ -19,18 +22,19 @@ class Reader(Protocol):
         """
 
 
-def reader(interactive: bool, keep_history: bool = True) -> Reader:
+def reader(interactive: bool, keep_history: bool = True, names: Names = list) -> Reader:
     """The one for standard input.
 
     Args:
         interactive: a person is there.
         keep_history: what is typed is there to come back to in the next chat.
+        names: gives the branches that there are, for completion.
     """
     if not interactive:
         return Lines()
     if os.environ.get("TERM") != "dumb" and (sys.stdout.isatty() or sys.stderr.isatty()):
         with contextlib.suppress(Exception):  # a console that it does not know
-            return Keyboard(keep_history)
+            return Keyboard(keep_history, names)
     return Prompt()
 
 
@@ -54,13 +58,13 @@ class Keyboard:
 
     leave = "Ctrl-D leaves"
 
-    def __init__(self, keep_history: bool) -> None:
+    def __init__(self, keep_history: bool, names: Names) -> None:
         from ..files.folders import state_dir
         from .editor import Editor
         from .history import OFF_VARIABLE, KeptHistory
 
         kept = keep_history and os.environ.get(OFF_VARIABLE) != "0"
-        self._editor = Editor(KeptHistory(state_dir() / "history") if kept else None)
+        self._editor = Editor(KeptHistory(state_dir() / "history") if kept else None, names)
 
     def read(self, draft: str = "") -> Optional[str]:
         """See `Reader`."""

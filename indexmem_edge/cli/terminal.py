@@ -43,7 +43,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """What a command was asked for."""
-        self.write(text)
+        self.write(without_controls(text) if self._console.is_terminal else text)
 
     def say_to_person(self, text: str) -> None:
         """Courtesy that only a person wants."""
@@ -65,7 +65,7 @@ class Terminal:
         if self._for_a_person:
             self._dim(f"[{text}]")
         else:
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
     def footer(self, text: str) -> None:
         """Figures after an answer."""
@@ -83,4 +83,4 @@ class Terminal:
         return Bar(what, wanted=not (self.as_json or self.quiet))
 
     def _dim(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False)
+        self._console.print(without_controls(text), style="dim", markup=False)  # some of it may come out of a file

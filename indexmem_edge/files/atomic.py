@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Union
 
 from ..errors import ConvertError
+
+_SUFFIX = ".tmp"
+_MOST_OF_THE_NAME = 48  # characters, of which each may take four bytes, and a name of a file has 255
 
 
 def check_target(path: Union[str, os.PathLike[str]], force: bool) -> str:
@@ -53,7 +57,7 @@ def replacing_private(target: str) -> Iterator[str]:
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".indexmem-", suffix=".tmp", dir=os.path.dirname(target))
+        handle, temporary = tempfile.mkstemp(prefix=_prefix(target), suffix=_SUFFIX, dir=os.path.dirname(target))
         os.close(handle)
         yield temporary
         with open(temporary, "rb+") as file:
@@ -65,6 +69,20 @@ def replacing_private(target: str) -> Iterator[str]:
                 os.unlink(temporary)
         raise
     _sync_folder(os.path.dirname(target))
+
+
+def remove_leftovers(target: str) -> None:
+    """Removes the temporary files of writers of this file that were killed. For who knows that nobody is writing it now."""
+    ours = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_SUFFIX))
+    if len(os.path.basename(target)) > _MOST_OF_THE_NAME:
+        return  # they may be of another file whose name begins like this one
+    with contextlib.suppress(OSError):
+        for name in filter(ours.fullmatch, os.listdir(os.path.dirname(target))):
+            os.unlink(os.path.join(os.path.dirname(target), name))
+
+
+def _prefix(target: str) -> str:
+    return f".{os.path.basename(target)[:_MOST_OF_THE_NAME]}-"
 
 
 def _sync_folder(folder: str) -> None:

@@ -182,7 +182,7 @@ def test_weights_too_large_for_the_type_are_refused(checkpoint: Checkpoint, tmp_
     for outtype in ("f16", "q8_0"):
         with pytest.raises(ConvertError, match="layer 1: w_k.weight .* --outtype f32"):
             write_sidecar(tmp_path / "s.gguf", large, outtype)
-    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".indexmem-*"))
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*.tmp"))
     write_sidecar(tmp_path / "s.gguf", large, "f32")
 
 
