@@ -45,11 +45,11 @@ from .errors import (
     TrainingStopped,
     VersionError,
 )
-from .models.demo import demo_model
 
 if TYPE_CHECKING:
     from ._vendor import llama_cpp as llama_cpp
     from .llama import Llama
+    from .models.demo import demo_model
     from .options import CacheOptions
     from .stats import KVStats
 
@@ -145,6 +145,10 @@ def __getattr__(name: str) -> Any:
         from .options import CacheOptions
 
         return CacheOptions
+    if name == "demo_model":
+        from .models.demo import demo_model
+
+        return demo_model
     if name == "llama_cpp":
         from ._vendor import llama_cpp
 

@@ -1,5 +1,5 @@
 """`python -m indexmem_edge` is `indexmem`."""
 
-from .cli.app import main
+from .cli.start import main
 
 main()

@@ -90,13 +90,15 @@ def chat(
     """
     from ..doctor import firststart
     from .chat import Chat
+    from .interrupt import ctrl_c_ends
     from .keeping import Keeper
 
     form.keywords()  # what is wrong there is said before anything takes time
     with Keeper(str(session)) if session is not None else contextlib.nullcontext() as keeper:
-        firststart.require_trial(options.model)
-        llm = options.load(form.quiet)
-        options.rehearse(llm)
+        with ctrl_c_ends():
+            firststart.require_trial(options.model)
+            llm = options.load(form.quiet)
+            options.rehearse(llm)
         status = Chat(llm, options, form, keep_history=not no_history, keeper=keeper).run()
         llm.close()
     raise typer.Exit(status)

@@ -74,7 +74,7 @@ class Chat:
             self._go_on(self._keeper)
         with asked_to_leave() as leaving:
             try:
-                while leaving.status is None and (entry := self._reader.read()) is not None and self._handle(entry):
+                while leaving.status is None and self._next():
                     pass
             finally:
                 kept = self._keeper is None or self._keeper.finish()
@@ -83,6 +83,16 @@ class Chat:
         if leaving.status is not None:
             raise Leave(leaving.status)
         return 1 if not kept or (self._failed and not self._terminal.interactive) else 0
+
+    def _next(self) -> bool:
+        """Reads and does one thing; returns False at the end."""
+        try:
+            entry = self._reader.read()
+            return entry is not None and self._handle(entry)
+        except KeyboardInterrupt:  # between two things, where there is nothing to stop
+            if not self._terminal.interactive:
+                raise
+            return True
 
     def _go_on(self, keeper: Keeper) -> None:
         """Where the file of the conversation ends."""

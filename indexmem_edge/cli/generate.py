@@ -12,6 +12,7 @@ from ..files.textfile import argument_text, read_standard_input, read_text
 from .answers import cut_by, is_full, pieces, why_cut
 from .console import Bar
 from .conversation import Conversation
+from .interrupt import ctrl_c_ends
 from .options import RunOptions
 from .sampling import AnswerOptions
 from .terminal import without_controls
@@ -33,9 +34,10 @@ def generate(
     text = _prompt_text(prompt, file)
     sampling = {**options.sampling(), **form.keywords()}
     with_messages = as_chat or options.system is not None
-    llm = options.load(form.quiet)
-    if with_messages:
-        options.rehearse(llm)
+    with ctrl_c_ends():
+        llm = options.load(form.quiet)
+        if with_messages:
+            options.rehearse(llm)
 
     def begin() -> Any:
         if not with_messages:

@@ -62,6 +62,19 @@ def asked_to_leave() -> Iterator[Leaving]:
 
 
 @contextlib.contextmanager
+def ctrl_c_ends() -> Iterator[None]:
+    """While this lasts, Ctrl-C ends the process at once, whatever the library is busy with: where nothing is at stake yet."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """While this lasts, Ctrl-C and whoever asks the program to end are not heard: for what is short, and must be whole."""
     if threading.current_thread() is not threading.main_thread():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import signal
 import threading
 from dataclasses import dataclass, field
 from typing import Any, Iterator
@@ -52,12 +53,31 @@ def _log(level: int, text: bytes, user_data: Any) -> None:
 
 @contextlib.contextmanager
 def _listening(listener: _Listener) -> Iterator[None]:
-    llama_lib.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python, or the application, may have set another
-    _listeners.stack.append(listener)
+    with _interrupt_waits():
+        llama_lib.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python, or the application, may have set another
+        _listeners.stack.append(listener)
+        try:
+            yield
+        finally:
+            _listeners.stack.remove(listener)
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt at the end of the block. While the library is talking, Python would raise it in the
+    callback, from where an exception goes nowhere but to the terminal.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         yield
     finally:
-        _listeners.stack.remove(listener)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
