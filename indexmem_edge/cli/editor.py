@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Optional
@@ -14,6 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import create_output
 
 from .commands import COMMANDS
+from .interrupt import signals_call
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
@@ -26,9 +28,13 @@ class Editor:
 
     Enter sends, Alt-Enter and a backslash at the end of a line begin another line. What is pasted stays together,
     line breaks included, until Enter is pressed. Tab completes.
+
+    Signals never raise in the middle of prompt_toolkit, which would leave an event loop half made or half closed, and say so on
+    the terminal: they end the prompt, or are remembered until it has ended.
     """
 
     def __init__(self, history: Optional[History] = None, names: Callable[[], Iterable[str]] = list) -> None:
+        self._signalled: Optional[type[BaseException]] = None  # what the prompt is to end with
         self._session: PromptSession[str] = PromptSession(
             history=history or InMemoryHistory(),
             completer=CommandCompleter(names),
@@ -44,15 +50,39 @@ class Editor:
         """What was typed, `draft` to begin with.
 
         Raises:
-            EOFError: Ctrl-D.
-            KeyboardInterrupt: Ctrl-C.
+            EOFError: Ctrl-D, or the program was asked to end.
+            KeyboardInterrupt: Ctrl-C, also in the moment after Enter.
         """
-        return self._session.prompt(_PROMPT, default=draft)
+        self._signalled = None
+        with signals_call(lambda: self._end_with(KeyboardInterrupt), lambda: self._end_with(EOFError)):
+            message = self._session.prompt(_PROMPT, default=draft, pre_run=self._begun, handle_sigint=False)
+        if self._signalled is not None:
+            raise self._signalled
+        return message
 
     @property
     def typed(self) -> str:
         """What stands in the line, also after Ctrl-C."""
         return self._session.default_buffer.text
+
+    def _begun(self) -> None:
+        """The prompt is about to be drawn: Ctrl-C until now was about nothing."""
+        if self._signalled is EOFError:
+            self._exit()
+        self._signalled = None
+
+    def _end_with(self, error: type[BaseException]) -> None:
+        """A signal says so: it may have come at any time."""
+        self._signalled = error if self._signalled is not EOFError else EOFError
+        loop = self._session.app.loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(self._exit)
+
+    def _exit(self) -> None:
+        app, error = self._session.app, self._signalled
+        if error is not None and app.future is not None and not app.future.done():
+            app.exit(exception=error(), style="class:aborting")
 
 
 class CommandCompleter(Completer):

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Optional, Protocol
 
 # of a system that shuts down, and of a terminal that is closed; Windows has the first, and nobody sends it
@@ -34,20 +34,20 @@ class Leaving:
     status: Optional[int] = None
 
 
-_computing: Optional[Cancellable] = None  # what `ctrl_c_cancels` is about, while it lasts
+_instead: Optional[Callable[[], Any]] = None  # of raising Leave; if that returns False, it is raised
 
 
 @contextlib.contextmanager
 def asked_to_leave() -> Iterator[Leaving]:
-    """While this lasts, SIGTERM and SIGHUP cancel what `ctrl_c_cancels` is about, or else raise Leave, so that what is at
-    stake can be saved. Only the first of them counts. Those that are ignored, as under nohup, stay so.
+    """While this lasts, SIGTERM and SIGHUP raise Leave, so that what is at stake can be saved; what `ctrl_c_cancels` and
+    `signals_call` are about ends in its own way. Only the first signal counts. Those that are ignored, as under nohup, stay so.
     """
     leaving = Leaving()
 
     def handle(number: int, _: Any) -> None:
         if leaving.status is None:
             leaving.status = 128 + number  # what shells say of a program that a signal has ended
-            if _computing is None or not _computing.cancel():
+            if _instead is None or _instead() is False:
                 raise Leave(leaving.status)
 
     main = threading.current_thread() is threading.main_thread()  # no other may set handlers
@@ -92,12 +92,30 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def signals_call(ctrl_c: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, Ctrl-C and whoever asks the program to end call these, and nothing is raised: for code that an exception
+    at any place would leave in disorder.
+    """
+    global _instead
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _instead = leave
+    signal.signal(signal.SIGINT, lambda *_: ctrl_c())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _instead = None
+
+
+@contextlib.contextmanager
 def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
     """While this lasts, Ctrl-C cancels the call in progress, which raises Cancelled. Without one: KeyboardInterrupt.
 
     For one call at a time. The interpreter writes each signal to a socket as it arrives, where a thread waits for it.
     """
-    global _computing
+    global _instead
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
@@ -118,11 +136,11 @@ def ctrl_c_cancels(llm: Cancellable) -> Iterator[None]:
         watcher.start()
         before = signal.signal(signal.SIGINT, handle)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        _computing = llm
+        _instead = llm.cancel
         try:
             yield
         finally:
-            _computing = None
+            _instead = None
             signal.set_wakeup_fd(wakeup)
             signal.signal(signal.SIGINT, before)
             writer.shutdown(socket.SHUT_RDWR)
