@@ -76,6 +76,9 @@ class Chat:
             try:
                 while leaving.status is None and self._next():
                     pass
+            except OSError:
+                if leaving.status is None:  # else it is because the terminal is gone
+                    raise
             finally:
                 kept = self._keeper is None or self._keeper.finish()
         if not kept and self._keeper is not None:
@@ -178,11 +181,12 @@ class Chat:
         except Cancelled:  # nothing has happened
             finish = "taken back"
         finally:
-            self._terminal.end_stream(bool(text))
+            shown = bool(text)
             if finish == "taken back":
                 text.clear()
             if text or finish == "stop" or (finish and self._options.predict == 0):  # also of an answer that is cut short
                 self._conversation = conversation.answered("".join(text))
+            self._terminal.end_stream(shown)  # last, because it fails where the terminal is gone
         if finish == "taken back":
             self._terminal.note("stopped before there was an answer: the message is taken back")
         elif finish == "stopped":
