@@ -24,6 +24,7 @@ from .keeping import Keeper
 from .options import RunOptions, describe
 from .reading import Reader, reader
 from .sampling import AnswerOptions
+from .streams import reader_left
 from .terminal import Terminal
 
 
@@ -136,7 +137,7 @@ class Chat:
         except KeyboardInterrupt:
             self._terminal.note("stopped")
         except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
-            if os.environ.get("INDEXMEM_DEBUG") == "1":
+            if os.environ.get("INDEXMEM_DEBUG") == "1" or reader_left(error):
                 raise
             self._failed = True
             self._terminal.error(describe(error))

@@ -8,6 +8,19 @@ import os
 import sys
 
 
+def make_complete() -> None:
+    """Where a standard stream is closed (`indexmem ... <&-`, a service without one), there is an empty one in its place: else the
+    next file that is opened would be it, and get what the library says to standard error.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def make_forgiving() -> None:
     """Standard output shows `?` for what its encoding lacks (an answer on a console with code page 1252, a pipe with
     LC_ALL=C) instead of raising. Standard error does so by itself.
