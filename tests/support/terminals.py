@@ -66,6 +66,24 @@ class Person:
         """Presses keys."""
         os.write(self._terminal, text.encode())
 
+    def signal(self, number: int) -> None:
+        """What others send to the program: the system when it shuts down, a terminal that is closed."""
+        self._process.send_signal(number)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Makes the terminal another size."""
+        with self._changed:
+            self._screen.resize(rows, columns)
+        _set_size(self._terminal, columns, rows)
+
+    @property
+    def sees_what_is_typed(self) -> bool:
+        """Whether the terminal is as a shell wants it: it echoes, and hands over lines."""
+        import termios
+
+        modes = termios.tcgetattr(self._terminal)[3]
+        return modes & termios.ECHO != 0 and modes & termios.ICANON != 0
+
     @property
     def screen(self) -> str:
         """All that was and is to be seen, its lines as they are broken."""
@@ -102,6 +120,13 @@ class Person:
         return status
 
 
+def _set_size(terminal: int, columns: int, rows: int) -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
 @contextlib.contextmanager
 def person_at(
     *arguments: str, home: Path, columns: int = 100, rows: int = 40, stdout: Optional[Path] = None, **environment: str
@@ -116,7 +141,7 @@ def person_at(
     import termios
 
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    _set_size(theirs, columns, rows)
     root = str(Path(indexmem_edge.__file__).parents[1])
     mine = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PYTHONUTF8")}
     mine |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "XDG_STATE_HOME": str(home / "state"), "INDEXMEM_CHECK": "0"}
