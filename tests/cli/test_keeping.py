@@ -19,7 +19,6 @@ from indexmem_edge.cli.keeping import Keeper
 from indexmem_edge.cli.options import RunOptions
 from indexmem_edge.cli.sampling import AnswerOptions
 from indexmem_edge.errors import SessionError
-from indexmem_edge.files.lock import holding
 from indexmem_edge.native import find
 from indexmem_edge.sessions import file as sessionfile
 from support.cancelling import Load, Nodes, load

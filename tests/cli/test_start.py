@@ -80,7 +80,7 @@ def test_ctrl_c_while_the_library_talks_is_heard_when_it_has_done_so(tiny: Tiny,
     assert len(lines) > 3 and capfd.readouterr().err == "" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def shell(command: str, arguments: list[str], redirected: str) -> "subprocess.CompletedProcess[str]":
+def shell(command: str, arguments: list[str], redirected: str) -> subprocess.CompletedProcess[str]:
     words = " ".join([sys.executable, "-m", "indexmem_edge", command, *arguments, redirected])
     return subprocess.run(words, shell=True, input="Hello\nAgain\n", capture_output=True, text=True, env=ENVIRONMENT, timeout=100)
 

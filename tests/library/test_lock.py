@@ -18,7 +18,7 @@ HOLD = "import sys; from indexmem_edge.files.lock import holding\nwith holding(s
 
 
 @contextlib.contextmanager
-def another_process(path: Path) -> Iterator["subprocess.Popen[str]"]:
+def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process holds it."""
     root = str(Path(lock.__file__).parents[2])
     process = subprocess.Popen(
