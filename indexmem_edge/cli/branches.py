@@ -66,7 +66,7 @@ class Branches:
         if name == self.current:
             raise IndexMemError(f"the chat is on {name}: go to another branch first")
         if name not in self.left:
-            raise IndexMemError(f"there is no branch {name}: choose from {', '.join(self)}")
+            raise IndexMemError(f"there is no branch {name!r}: choose from {', '.join(self)}")
         return replace(self, left={other: talk for other, talk in self.left.items() if other != name})
 
     # kept in a session

@@ -260,8 +260,9 @@ class Chat:
         if not argument:
             self._list_branches()
             return
-        option, _, name = argument.rpartition(" ")
-        if option.strip() == "-d" or argument == "-d":
+        option, _, rest = argument.partition(" ")
+        if option == "-d":
+            name = rest.strip()
             self._branches = self._branches.without(name)
             self._copies.drop(name)
             self._terminal.note(f"the branch {name} is forgotten")

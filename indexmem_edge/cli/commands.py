@@ -37,7 +37,7 @@ COMMANDS = (
     Command("/undo", "", "take back the last question with its answer, or the last document"),
     Command("/system", "[TEXT]", "set the system prompt, or show it"),
     Command("/reset", "", "forget the conversation"),
-    Command("/branch", "[NAME]", "name this point, or go to the branch of that name; alone: list them; -d NAME: forget one"),
+    Command("/branch", "[NAME]", "name this point, or go to that branch; alone: list them; -d NAME: forget one"),
     Command("/save", "FILE", "save the conversation, KV cache included"),
     Command("/load", "FILE", "continue a saved conversation; only what is new will be evaluated"),
     Command("/read", "FILE", "read a text file into the conversation now; ask about it afterwards"),

@@ -123,6 +123,15 @@ def test_what_is_told(start: Start, capsys: Any) -> None:
     assert chat._handle("/branch -d b") and chat._failed and "the chat is on b" in capsys.readouterr().err
 
 
+def test_one_is_forgotten(start: Start, capsys: Any) -> None:
+    chat = start()
+    say(chat, "One.", "/branch  a b ", "/branch c", "/branch -d  a b")
+    assert list(chat._branches) == ["c", "main"] and "a b" not in chat._copies and "c" in chat._copies
+    for name in ("", "a b", "d"):
+        chat._handle(f"/branch -d {name}")
+        assert f"there is no branch {name!r}: choose from c, main" in capsys.readouterr().err
+
+
 def test_a_program_gets_them_as_json(start: Start, capsys: Any) -> None:
     chat = start(as_json=True)
     say(chat, "One.", "/branch b")
