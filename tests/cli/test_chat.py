@@ -126,6 +126,45 @@ def test_leaving(start: Start) -> None:
     assert not chat._handle("/exit") and not chat._handle("/QUIT") and chat._handle("/quit now") and chat._failed
 
 
+class Typing:
+    """What a person does: types a line, or something that raises."""
+
+    leave = "Ctrl-D leaves"
+
+    def __init__(self, *entries: Any) -> None:
+        self._entries = list(entries)
+
+    def read(self, draft: str = "") -> Any:
+        entry = self._entries.pop(0) if self._entries else None
+        if isinstance(entry, type):
+            raise entry
+        return entry
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_ctrl_c_between_two_things_leaves_programs_only(start: Start, monkeypatch: pytest.MonkeyPatch, person: bool) -> None:
+    chat = start()
+    chat._terminal.interactive = person
+    chat._reader = Typing("Hello", KeyboardInterrupt, "And now?", KeyboardInterrupt)
+    if person:
+        assert chat.run() == 0 and len(chat._conversation.turns) == 4
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            chat.run()
+        assert len(chat._conversation.turns) == 2
+
+
+def test_nobody_reads_the_answers_any_more(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(piece: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    chat = start()
+    monkeypatch.setattr(chat._terminal, "stream", stream)
+    with pytest.raises(BrokenPipeError):
+        chat._handle("Hello")
+    assert not chat._failed
+
+
 def test_a_message_that_begins_with_a_slash(start: Start) -> None:
     assert say(start(), "/home/me/notes.txt: why?")[0] == "/home/me/notes.txt: why?"
     assert say(start(), "//stats")[0] == "/stats"

@@ -55,6 +55,26 @@ def test_a_talk_that_goes_on_another_day(chat: tuple[str, ...], tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "talk"]
 
 
+def test_a_file_cannot_make_the_terminal_do_things(chat: tuple[str, ...], tmp_path: Path) -> None:
+    with person_at(*chat, home=tmp_path) as person:
+        person.prompted(1)
+        person.type("one" + ENTER)
+        person.prompted(2)
+        person.type("/exit" + ENTER)
+        assert person.ends() == 0
+    data, title = sessionfile.read(tmp_path / "talk"), "\x1b]0;seen\x07"
+    evil = {"messages": [{"role": role, "content": title + role} for role in ("system", "user", "assistant")]}
+    extra = {**evil, "branch": "main", "branches": {title: evil, "b": evil}}
+    sessionfile.write(tmp_path / "talk", sessionfile.SessionData(data.header, data.tokens, extra, data.state, data.logits))
+    with person_at(*chat, home=tmp_path) as person:
+        person.prompted(1)
+        for command in ("/branch", "/system", "/branch b"):
+            person.type(command + ENTER)
+        person.wait_for("on b now")
+        person.wait_for("seenassistant")
+        assert b"\x1b]0;" not in person.raw and b"seensystem" in person.raw and b"seenuser" in person.raw
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("typed", ["", "half a mess"])
 def test_asked_to_end_at_the_prompt(chat: tuple[str, ...], tmp_path: Path, number: int, typed: str) -> None:

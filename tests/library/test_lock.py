@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +97,35 @@ def test_a_link_in_its_place_is_not_written_to(tmp_path: Path) -> None:
     with pytest.raises(OSError), holding(str(tmp_path / "talk")):
         pass
     assert (tmp_path / "precious").read_text() == "all"
+
+
+def test_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a byte is locked, which nobody else can read, and an open file cannot be removed."""
+    locked: dict[int, os.stat_result] = {}
+
+    def locking(handle: int, mode: int, n: int) -> None:
+        assert mode == 2 and n == 1 and os.lseek(handle, 0, os.SEEK_CUR) > 1 << 20
+        if any(os.path.samestat(os.fstat(handle), other) for other in locked.values()):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        locked[handle] = os.fstat(handle)
+
+    close, unlink = os.close, os.unlink
+
+    def closing(handle: int) -> None:
+        locked.pop(handle, None)
+        close(handle)
+
+    def removing(path: str) -> None:
+        assert not locked, "the file is open"
+        unlink(path)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(lock.sys, "platform", "win32")
+    monkeypatch.setattr(lock.os, "close", closing)
+    monkeypatch.setattr(lock.os, "unlink", removing)
+    path = str(tmp_path / "talk")
+    for _ in range(2):
+        with holding(path):
+            with pytest.raises(InUse, match=str(os.getpid())), holding(path):
+                pass
+        assert os.listdir(tmp_path) == []
