@@ -111,6 +111,7 @@ class Chat:
             where += "; with another system prompt, so it is read again"
         if not self._terminal.quiet:
             self._terminal.note(where)
+        self._notes.tell()
 
     def _greeting(self) -> str:
         stats = self._llm.kv_stats()
@@ -312,6 +313,7 @@ class Chat:
         self._begin(conversation, Branches.from_dict(extra))
         kept = f"; {self._keeper.path} has this conversation from now on" if self._keeper is not None else ""
         self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(conversation.messages)} messages{kept}")
+        self._notes.tell()
         self._show_answer()
 
     def _show_answer(self) -> None:
