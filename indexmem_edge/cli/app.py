@@ -69,8 +69,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    Commands inside: /stats /regen /edit [TEXT] /undo /system [TEXT] /reset /branch [NAME] /save FILE /load FILE /read FILE
-    /help /exit.
+    Commands inside: /read FILE /stats /regen /edit [TEXT] /undo /branch [NAME] /system [TEXT] /reset /save FILE /load FILE /help
+    /exit.
     Alt-Enter begins another line, pasted lines are one message. Ctrl-C stops an answer, Ctrl-D leaves.
 
     When standard input is not a terminal, every line is one message, and the answers go to standard output. With --json
