@@ -1,4 +1,4 @@
-"""`indexmem bench`: memory, speed, quality, indexers, latent memories, GPUs: a table, a JSON file and a plot each."""
+"""`indexmem bench`: memory, speed, quality, indexers, latent memories, GPUs, the server: a table, a JSON file and a plot each."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from .options import (
     setup_of,
 )
 from .quality import quality
+from .serve import app as serve
 from .speed import speed
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
@@ -108,6 +109,7 @@ app.command()(speed)
 app.command()(quality)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
+app.add_typer(serve, name="serve")
 
 
 @app.command()
