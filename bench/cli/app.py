@@ -7,6 +7,8 @@ from typing import Optional
 
 import typer
 
+from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
+
 from . import ruler as cli_ruler
 from .endless import endless
 from .gpu import app as gpu
@@ -37,6 +39,7 @@ from .options import (
     finish,
     memories_of,
     memory_of,
+    numbers,
     policies_of,
     random_model,
     session,
@@ -195,6 +198,29 @@ def latent(
             out=out,
         )
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
+
+
+@app.command()
+def checkpoint(
+    model: Optional[Path] = MODEL,
+    budgets: str = typer.Option("256,1024,4096,16384", help="Entries that each KV head keeps."),
+    kv_policy: Optional[str] = POLICY,
+    indexmem: Optional[Path] = INDEXMEM,
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    repeats: int = typer.Option(9, min=1, help="Copies; the table has medians."),
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """What a copy of the KV state costs, which is what coming back to an earlier point costs."""
+    from ..speed import checkpoint as bench
+
+    with session(model, as_json) as (loaded, progress):
+        base = setup_of(kv_policy, 0, cache_type, DEFAULT_SINKS, DEFAULT_WINDOW, threads, ubatch, indexmem=indexmem)
+        report = bench.run_checkpoint(loaded, base, numbers(budgets, int), repeats, text=text, progress=progress)
+    finish(report, bench.COLUMNS, out, None, as_json)
 
 
 @app.command()
