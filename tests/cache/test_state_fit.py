@@ -17,7 +17,7 @@ from reference.policies import BoundedReference
 from support.comparing import EVICTING, tokens_of
 from support.memories import random_memory
 from support.mixed import Made, each_kind, made  # noqa: F401  a fixture
-from support.native_context import F16, F32, Q8_0, Context, open_model
+from support.native_context import F32, Context, open_model
 from support.spanned import CACHES, compare
 from tiny.models import TinyConfig
 

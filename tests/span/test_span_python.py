@@ -69,7 +69,7 @@ def test_what_the_library_is_asked_for() -> None:
 
     assert [asked(kv_span=span).span for span in (None, 0, 500)] == [None, 0, 500]
     assert api.library().indexmem_default_params().span == api.SPAN_TRAINED  # what None leaves there
-    assert asked(kv_span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(kv_span=500).fixed_for_state()
+    assert asked(kv_span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(kv_span=500).for_session()
     assert CacheOptions.from_keywords({"kv_budget": 0, "kv_span": 0}) == CacheOptions()
 
 

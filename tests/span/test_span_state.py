@@ -13,8 +13,8 @@ from conftest import Tiny
 from indexmem_edge import llama_cpp
 from support.comparing import tokens_of
 from support.native_context import F16, Q8_0, Context, Refused, open_model
-from support.states import N_HEAD, N_HEADER
 from support.spanned import SETTINGS, both, compare
+from support.states import N_HEAD, N_HEADER
 
 
 def arrive(c: Context, tokens: list[int], seq: int = 0) -> int:
