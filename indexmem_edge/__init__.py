@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .llama import Llama
     from .models.demo import demo_model
     from .options import CacheOptions
+    from .sessions.info import SessionInfo
     from .stats import KVStats
 
 __version__ = "0.1.0"
@@ -78,6 +79,7 @@ __all__ = [
     "PolicyError",
     "RequestError",
     "SessionError",
+    "SessionInfo",
     "SidecarError",
     "TorchMissing",
     "TrainingCheckpointError",
@@ -141,6 +143,10 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
+    if name == "SessionInfo":
+        from .sessions.info import SessionInfo
+
+        return SessionInfo
     if name == "CacheOptions":
         from .options import CacheOptions
 

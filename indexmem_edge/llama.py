@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
-from .errors import BudgetError, RequestError, SidecarError
+from .errors import BudgetError, RequestError, SessionError, SidecarError
 from .files.modelfile import check_model_file
 from .native import api
 from .native.logs import collected_errors, quiet
@@ -20,7 +20,7 @@ from .runtime import answers, cache, inside, requests, unbounded
 from .runtime.access import Access
 from .runtime.align import align
 from .runtime.cancel import Calls, one_call
-from .runtime.checkpoints import Checkpoint
+from .runtime.checkpoints import NO_BACKGROUND, Checkpoint
 from .runtime.creation import base_keywords, explain, lacks_template, options_for, require_lora
 from .runtime.formats import use_format
 from .runtime.grammar import check_grammar
@@ -139,7 +139,7 @@ class Llama(inside.Base):
         self._prompts = ChatPrompts(self._inside, options, self._notices, lacks_template(self._inside, base))
         self._tools = Tools(self._inside, self._prompts)
         self._calls.attach(self._cache)
-        self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept)
+        self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept, self._notices)
         for problem in found.problems:
             self._notices.tell(SIDECAR, problem)
 
@@ -244,10 +244,10 @@ class Llama(inside.Base):
 
     def _refresh(self) -> None:
         """Evaluates the last token again, or, where that cannot be taken out by itself, what has to be."""
-        history = self._inside.history.tolist()
         if self._cache is not None:
-            self._cache.evaluate(self._cache.reuse(history))
+            self._cache.refresh()
         else:
+            history = self._inside.history.tolist()
             unbounded.rewind(self._inside, len(history) - 1)
             self._evaluate(history[self.n_tokens :])
 
@@ -306,6 +306,7 @@ class Llama(inside.Base):
             self._kept.forget()
             self._kept.all_known = True
             if self._cache is not None:
+                self._cache.background = NO_BACKGROUND
                 self._cache.clear()
 
     # completions
@@ -352,7 +353,7 @@ class Llama(inside.Base):
         return answer
 
     def _echoed(self, choice: dict[str, Any], given: dict[str, Any], n: int) -> dict[str, Any]:
-        tokens, prompt = self._inside.history[:n].tolist(), given["prompt"]
+        tokens, prompt = self._own_history[:n].tolist(), given["prompt"]
         first = 1 if tokens[:1] == [self.token_bos()] else 0  # which is no text
         text = prompt if isinstance(prompt, str) else self.detokenize(prompt).decode("utf-8", "ignore")
         return answers.echoed(
@@ -458,11 +459,17 @@ class Llama(inside.Base):
         """Where the text is the same. A control token is not: what a person wrote can be spelled like one."""
         control = self._prompts.control.spelled
         return align(
-            self._inside.history,
+            self._own_history,
             prompt,
             piece=lambda token: control.get(token) or self._piece(token, True),
             tokenize=lambda text: self.tokenize(text, add_bos=False, special=False),
         )
+
+    @property
+    def _own_history(self) -> npt.NDArray[np.intc]:
+        """What comes after the background, which is no part of any prompt."""
+        history = self._inside.history
+        return history if self._cache is None else history[len(self._cache.background.tokens) :]
 
     def _piece(self, token: int, special: bool) -> bytes:
         piece = self._pieces.get((token, special))
@@ -553,7 +560,7 @@ class Llama(inside.Base):
 
     # sessions
 
-    def save_session(self, path: PathLike, extra: Any = None) -> int:
+    def save_session(self, path: PathLike, extra: Any = None, *, checkpoints: Union[bool, int] = False) -> int:
         """Writes the conversation and its KV state to a file, atomically; returns the file's size in bytes.
 
         The KV state is bounded by the budget; the token history adds 4 bytes per token seen.
@@ -561,27 +568,64 @@ class Llama(inside.Base):
         Args:
             path: the file; one that exists is replaced only when the new one is complete.
             extra: anything json.dumps takes, kept with the session.
+            checkpoints: whether the copies of the state go along that are kept for edits, other answers and other conversations
+                (`kv_checkpoints`), each of which may be as large as the state. A number: at most so many bytes of them, those that
+                were of use last.
 
         Raises:
             SessionError: the file could not be written; a file that was there before is intact.
         """
         with self._access.alone():
-            return session.save(self._talk, path, extra)
+            return session.save(self._talk, path, extra, checkpoints)
 
-    def load_session(self, path: PathLike) -> Any:
+    def load_session(self, path: PathLike, *, as_background: bool = False, again: bool = False) -> Any:
         """Continues a saved conversation: only tokens after it will be evaluated. Returns what `extra` was.
 
-        Of one that was saved by an older release the last token may have to be evaluated again.
+        It may have been saved with another budget, window, policy, pin or memory. A larger budget keeps all that the file has; for
+        a smaller one the policy of this `Llama` evicts what is too much, at once. `kv_warn` is told what is different. What
+        this one needs and the file does not have, such as the scores of an indexer, is a reason to refuse it. Of a file that
+        was saved by an older release the last token may have to be evaluated again.
+
+        Args:
+            as_background: begin a new conversation instead, which knows what the saved one has kept: its entries and its memory stay
+                in the cache, and every prompt comes after them, until `reset`. They count as tokens seen, and are evicted like
+                others; the system prompt of the new conversation is not pinned.
+            again: evaluate the text of the file instead of loading its state. That takes as long as reading it did, can be cancelled,
+                and is possible whatever the options of both are, with or without a budget.
 
         Raises:
-            SessionError: the file is not a session of this model with these cache options, or is damaged. The
+            SessionError: the file is not a session of this model, does not fit these cache options, or is damaged. The
                 conversation in memory is as it was.
         """
+        if as_background and (self._cache is None or self._inside.logits_all):
+            why = "a kv_budget, which bounds what is kept of it" if self._cache is None else "logits_all to be left out"
+            raise SessionError(f"a session as a background needs {why}")
+        if again:
+            return self._read_session(path, as_background)
         with self._access.alone():
             self._calls.overtake()
-            extra = session.load(self._talk, path)
+            data = session.load(self._talk, path)
+            if as_background and self._cache is not None:
+                self._cache.make_background()
             self._notices.start_over(self._stats().rebases)
-            return extra
+            session.tell_changes(self._talk, path, data.header)
+            return data.extra
+
+    @one_call
+    def _read_session(self, path: PathLike, as_background: bool) -> Any:
+        data = session.read(self._talk, path)
+        if self._cache is not None:
+            before, self._cache.background = self._cache.background, NO_BACKGROUND
+            self._cache.wanted_pin = session.pinned(data.header)
+        try:
+            self.prefill(data.tokens.tolist())
+        except BaseException:
+            if self._cache is not None:
+                self._cache.background = before
+            raise
+        if self._cache is not None:
+            self._cache.make_background(None if as_background else session.background(data.header))
+        return data.extra
 
     def save_state(self) -> Any:
         """See `llama_cpp.Llama.save_state`."""
@@ -607,6 +651,8 @@ class Llama(inside.Base):
                 self.input_ids = ids
             self._kept.restore(state.__dict__.get("logits"))
             self._kept.all_known = True
+            if self._cache is not None:
+                self._cache.background = NO_BACKGROUND
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}

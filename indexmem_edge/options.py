@@ -133,7 +133,7 @@ class Option:
     least: Optional[int] = None  # on the command line
     shown: Optional[str] = None  # as the default, where that is not a value
     metavar: Optional[str] = None
-    of_state: bool = False  # whether a KV state can only go on with the same value
+    in_session: bool = False  # whether a session says what it was
     nothing: Any = None  # a value that asks for nothing, and so needs no budget
 
     @property
@@ -157,7 +157,7 @@ class CacheOptions:
     budget: int = _option(
         0, "kv_budget",
         "Entries that each KV head keeps, however long the text gets. 0: llama.cpp's own cache, unbounded.",
-        _count, least=0, of_state=True,
+        _count, least=0, in_session=True,
     )  # fmt: skip
     budget_ratio: Optional[float] = _option(
         None, "kv_budget_ratio",
@@ -175,7 +175,7 @@ class CacheOptions:
         MEMORY_OFF, "memory",
         "What becomes of evicted entries: `centroid` keeps running means of them and needs no training, `residual` needs a "
         "trained sidecar, `off` forgets them.",
-        _name, kind=str, takes=str, of_state=True, nothing=MEMORY_OFF,
+        _name, kind=str, takes=str, in_session=True, nothing=MEMORY_OFF,
         shown=f"that of the sidecar, without one {MEMORY_OFF}",
     )  # fmt: skip
     memory_slots: int = _option(  # 0: none, or as the sidecar says
@@ -185,24 +185,24 @@ class CacheOptions:
     policy: str = _option(
         DEFAULT_POLICY, "kv_policy",
         "Who is evicted when the budget is reached; `indexmem doctor` lists the policies.",
-        _name, kind=str, takes=str, of_state=True,
+        _name, kind=str, takes=str, in_session=True,
         shown=f"{INDEXER_POLICY} with a sidecar that has one, else {DEFAULT_POLICY}",
     )  # fmt: skip
     sinks: int = _option(
-        DEFAULT_SINKS, "kv_sinks", "First tokens, which are never evicted.", _count, least=0, of_state=True
+        DEFAULT_SINKS, "kv_sinks", "First tokens, which are never evicted.", _count, least=0, in_session=True
     )
     window: int = _option(
-        DEFAULT_WINDOW, "kv_window", "Most recent tokens, which are never evicted.", _count, least=0, of_state=True
+        DEFAULT_WINDOW, "kv_window", "Most recent tokens, which are never evicted.", _count, least=0, in_session=True
     )
     pin: Union[int, str] = _option(
         PIN_AUTO, "kv_pin", "Tokens of a prefix that is never evicted; `auto`: the system prompt of a chat.", _pin,
-        kind=str, takes=Union[int, str],
+        kind=str, takes=Union[int, str], in_session=True,
     )  # fmt: skip
     evict_step: int = _option(
-        0, "kv_evict_step", "Entries evicted at once while an answer is generated.", _count, least=0, of_state=True,
+        0, "kv_evict_step", "Entries evicted at once while an answer is generated.", _count, least=0, in_session=True,
         shown="chosen from the budget",
     )  # fmt: skip
-    seed: int = _option(0, "kv_seed", "Of policies that draw numbers.", _seed, least=0, of_state=True)
+    seed: int = _option(0, "kv_seed", "Of policies that draw numbers.", _seed, least=0, in_session=True)
     span: Optional[int] = _option(  # None: as many as the model was trained for
         None, "kv_span",
         "Positions that are used: what is kept gets new ones, in its order, before the text passes them. At least the budget "
@@ -291,13 +291,13 @@ class CacheOptions:
         values = {option.keyword: getattr(self, name) for name, option in OPTIONS.items()}
         return {**values, "indexmem": self.sidecar or SIDECAR_OFF, "memory_slots": self.memory_slots or None}
 
-    def fixed_for_state(self) -> dict[str, Any]:
-        """What must be equal to continue a KV state, by keyword.
+    def for_session(self) -> dict[str, Any]:
+        """What a session says that its cache was asked for, by keyword.
 
         The sidecar goes by its content, the number of memory slots is the cache's to say, whether a span is needed the
         state's, which has its own pinned prefix, too.
         """
-        return {option.keyword: getattr(self, name) for name, option in OPTIONS.items() if option.of_state}
+        return {option.keyword: getattr(self, name) for name, option in OPTIONS.items() if option.in_session}
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(CacheOptions)}  # by the name of the field

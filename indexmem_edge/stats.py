@@ -35,6 +35,7 @@ class KVStats:
     cancel_bytes: int = 0  # of the copy of the state that a cancelled call is brought back from
     checkpoints: int = 0  # copies of the state that prompts go on from
     checkpoint_bytes: int = 0  # that they take
+    background: int = 0  # of tokens_seen: those that every prompt comes after, because a session was loaded as a background
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     compute_bytes: int = 0  # compute buffers of the context, whatever the length
     work_bytes: int = 0  # what the CPU takes for the cache's own ops, from the first eviction on
@@ -89,6 +90,8 @@ class KVStats:
             ("re-evaluated", f"{self.reevaluated:,}" + _because(self.reevaluated_reason)),
             ("KV memory", _memory(self)),
         ]
+        if self.background:
+            rows.insert(2, ("background", f"the first {self.background:,} of them, of another conversation"))
         if self.sidecar:
             kind = f"{self.indexer}, " if self.indexer else ""
             rows.append(("indexer" if kind else "sidecar", f"{kind}{self.sidecar} ({format_bytes(self.sidecar_bytes)})"))

@@ -118,6 +118,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_span_reason": (ctypes.c_char_p, [_P]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
+    "indexmem_set_load_pin": (ctypes.c_bool, [_P, _I32]),
     "indexmem_set_cancel": (None, [_P, _I32_P]),
     "indexmem_policy_count": (_INT, []),
     "indexmem_policy_name": (ctypes.c_char_p, [_INT]),
@@ -324,6 +325,17 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
+
+
+def set_load_pin(ctx: int, n: Optional[int]) -> None:
+    """States that are loaded from now on get a pinned prefix of `n` tokens; None: the one that they were saved with."""
+    if not library().indexmem_set_load_pin(ctx, -1 if n is None else n):
+        raise LibraryError(f"indexmem_set_load_pin failed: {last_error()}")
+
+
+def clear_error() -> None:
+    """Forgets the last failure on this thread, so that `last_error` speaks of what comes."""
+    library().indexmem_next_context(None)
 
 
 def set_cancel(ctx: int, flag: ctypes.c_int32) -> None:

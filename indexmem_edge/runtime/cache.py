@@ -19,7 +19,7 @@ from ..native.logs import quiet
 from ..options import CacheOptions
 from ..stats import KVStats, trained_length_warning
 from .align import common_prefix
-from .checkpoints import Checkpoint, Checkpoints
+from .checkpoints import NO_BACKGROUND, Background, Checkpoint, Checkpoints
 from .choice import INDEXER_POLICY, sidecar_kinds
 from .inside import Inside
 from .kept_logits import KeptLogits, Logits
@@ -105,6 +105,7 @@ class BoundedCache:
             else "from where entries had already been evicted, or got new positions"
         )
         self.checkpoints = Checkpoints(self._limit_of_checkpoints(checkpoint_bytes))
+        self._background = NO_BACKGROUND
         llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)  # 4 bytes per token seen: untouched pages cost nothing
         if not llm.logits_all:
             llm.scores = np.zeros((1, llm.n_vocab), dtype=np.single)
@@ -119,12 +120,32 @@ class BoundedCache:
         return int(llama_lib.llama_memory_seq_pos_max(self._llm.memory, 0)) + 1
 
     def clear(self) -> None:
-        """Empties the native cache."""
+        """Empties the native cache; a background has to be read again, too."""
         self._watch.before_cut(0)
         self._exact_until = None
         self._llm.n_tokens = 0
         self._llm.fresh = False
         llama_lib.llama_memory_clear(self._llm.memory, True)
+
+    # what prompts come after
+
+    @property
+    def background(self) -> Background:
+        """What every prompt comes after."""
+        return self._background
+
+    @background.setter
+    def background(self, background: Background) -> None:
+        self._background = background
+        self.checkpoints.held = background.checkpoint
+
+    def make_background(self, n: Optional[int] = None) -> None:
+        """The first `n` tokens of the conversation, or all of it, are what prompts come after from now on."""
+        tokens = self._llm.history.copy() if n is None else self._llm.history[:n].copy()
+        at_end = self.checkpoints.after(tokens)
+        if n is None and at_end is None:
+            at_end = Checkpoint.of(self._llm.ctx, tokens, self._kept.now())
+        self.background = Background(tokens, at_end) if len(tokens) else NO_BACKGROUND
 
     # going back
 
@@ -187,6 +208,7 @@ class BoundedCache:
         made = Checkpoint.of(self._llm.ctx, self._llm.history, self._kept.now())
         if made is None:
             raise ContextError("no checkpoint was made: nothing has been read yet, or there is no memory for it")
+        made.background = self.background
         return made
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -197,6 +219,7 @@ class BoundedCache:
         """
         if not self._to_checkpoint(checkpoint, len(checkpoint)):
             raise ContextError("the checkpoint does not fit: it is of another model, or of a cache with other options")
+        self.background = checkpoint.background or NO_BACKGROUND
 
     def lose(self, tokens: int, why: str) -> None:
         """Counts tokens of the history that have to be evaluated again."""
@@ -216,10 +239,16 @@ class BoundedCache:
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
-        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated."""
+        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated. They come after the background."""
+        return self._ready(np.concatenate([self.background.tokens, np.array(tokens, dtype=np.intc)]))
+
+    def refresh(self) -> None:
+        """Evaluates as much of the history again as it takes to have the logits after it."""
+        self.evaluate(self._ready(self._llm.history.copy()))
+
+    def _ready(self, prompt: npt.NDArray[np.intc]) -> list[int]:
         llm, length = self._llm, self.length()
         self._exact_until = None
-        prompt = np.array(tokens, dtype=np.intc)
         known = min(llm.n_tokens, length)
         same = common_prefix(llm.tokens[:known], prompt)
         fresh = same == length and llm.fresh  # the logits of the prompt's last token are at hand
@@ -253,8 +282,8 @@ class BoundedCache:
             self.lose(lost, f"{departs}, {self._no_way_back}")
 
     def _apply_pin(self) -> None:
-        if not self._options.auto_pin or self.wanted_pin is None:
-            return
+        if not self._options.auto_pin or self.wanted_pin is None or len(self.background.tokens):
+            return  # the first tokens are not the prompt's
         native = api.get_stats(self._llm.ctx)
         if native.pin != self.wanted_pin and native.n_evicted == 0:
             api.set_pin(self._llm.ctx, self.wanted_pin)
@@ -384,6 +413,7 @@ class BoundedCache:
             cancel_bytes=self._watch.nbytes,
             checkpoints=len(self.checkpoints),
             checkpoint_bytes=self.checkpoints.nbytes,
+            background=len(self.background.tokens),
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,
             work_bytes=native.work_bytes,

@@ -71,6 +71,7 @@ class BoundedCall(Call):
         self._beyond = False  # more has been evaluated than can be taken out
         self._wanted_pin, self._pin = cache.wanted_pin, native.pin
         self._reevaluations = cache.reevaluations
+        self._background = cache.background
         self._low = self.n_tokens  # the history before it has not been touched
         self._cut: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)  # what it was from there on
         if native.n_seen != self.n_tokens:
@@ -112,6 +113,7 @@ class BoundedCall(Call):
                 api.set_pin(llm.ctx, self._pin)
         cache.wanted_pin = self._wanted_pin
         cache.reevaluations = self._reevaluations
+        cache.background = self._background
         lost = max(self.n_tokens - cache.length(), 0)
         if lost:
             cache.lose(lost, "a call was cancelled, and the cache could not be brought back to what it had been")

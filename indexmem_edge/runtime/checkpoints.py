@@ -30,11 +30,13 @@ class Checkpoint:
         tokens: these, the whole history.
         least: so many of them, or more, it can be put back as.
         logits: after the last of them, where they were known.
+        background: what the prompts of this conversation come after, if anything.
     """
 
     tokens: Tokens
     least: int
     logits: Logits = None
+    background: Optional[Background] = None
     _copy: StateCopy = field(default_factory=StateCopy, repr=False)
 
     @classmethod
@@ -48,11 +50,16 @@ class Checkpoint:
             size: bytes of the state, if they are known.
         """
         first = int(llama_lib.llama_memory_seq_pos_min(llama_lib.llama_get_memory(ctx), 0))
-        made = cls(tokens.copy(), max(first + 1, 1), logits, copy or StateCopy())
+        made = cls(tokens.copy(), max(first + 1, 1), logits, _copy=copy or StateCopy())
         return made if len(tokens) and made._copy.take(ctx, size) else None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def state(self) -> bytes:
+        """The state itself, as the library writes it."""
+        return self._copy.state
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +84,28 @@ class Checkpoint:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class Background:
+    """What every prompt of a conversation comes after: the end of another one.
+
+    Attributes:
+        tokens: its text.
+        checkpoint: the state after them, for prompts that begin anew; None: there was no memory for it.
+    """
+
+    tokens: Tokens
+    checkpoint: Optional[Checkpoint] = None
+
+
+NO_BACKGROUND = Background(np.empty(0, dtype=np.intc))
+
+
 class Checkpoints:
     """Those that are kept of one `Llama`, and how many bytes they may take together."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.held: Optional[Checkpoint] = None  # one that stays whatever the limit: that of a background
         self._kept: list[Checkpoint] = []  # the one that was made or used last is the last
 
     def __len__(self) -> int:
@@ -90,7 +114,16 @@ class Checkpoints:
     @property
     def nbytes(self) -> int:
         """Bytes that they take."""
+        return self._bytes + (self.held.nbytes if self.held is not None else 0)
+
+    @property
+    def _bytes(self) -> int:
+        """Those that the limit is about."""
         return sum(kept.nbytes for kept in self._kept)
+
+    def newest_first(self) -> list[Checkpoint]:
+        """Those that were made or used last come first."""
+        return self._kept[::-1]
 
     def clear(self) -> None:
         """Forgets them."""
@@ -101,7 +134,7 @@ class Checkpoints:
         others leave: first those that two newer ones of the same conversation make needless, and of these and of the rest
         those that were not used for longest.
         """
-        same = next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
+        same = self.after(tokens)
         if same is not None:
             same.logits = logits if logits is not None else same.logits
             self._touch(same)
@@ -111,16 +144,28 @@ class Checkpoints:
         if len(tokens) == 0 or room > self.limit:
             return
         buffer: Optional[StateCopy] = None
-        while self._kept and self.nbytes + room > self.limit:
+        while self._kept and self._bytes + room > self.limit:
             buffer = self._drop()
         made = Checkpoint.of(ctx, tokens, logits, buffer, size)
         if made is not None:
             self._kept.append(made)
 
+    def after(self, tokens: Tokens) -> Optional[Checkpoint]:
+        """The one of just these tokens, if it is kept."""
+        return next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
+
+    def add(self, made: Checkpoint) -> None:
+        """Keeps one that is there already, as `take` would; unless one of the same tokens is."""
+        if made.nbytes > self.limit or self.after(made.tokens) is not None:
+            return
+        while self._kept and self._bytes + made.nbytes > self.limit:
+            self._drop()
+        self._kept.append(made)
+
     def best(self, prompt: Tokens) -> tuple[Optional[Checkpoint], int]:
         """The one that has most of the prompt, and how many of its first tokens that is; None and 0 if none has any."""
         found, most = None, 0
-        for kept in self._kept:
+        for kept in [*self._kept, *([self.held] if self.held is not None else [])]:
             n = kept.fits(prompt)
             if n > most:
                 found, most = kept, n

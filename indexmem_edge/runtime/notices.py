@@ -15,7 +15,7 @@ from .inside import Inside
 Hook = Callable[[CacheWarning], None]
 
 DROPPED, RENEWED, BEYOND, REEVALUATED = "dropped", "renewed", "beyond trained length", "evaluated again"
-SYSTEM, TEMPLATE, SIDECAR = "system prompt", "chat template", "sidecar"
+SYSTEM, TEMPLATE, SIDECAR, SESSION = "system prompt", "chat template", "sidecar", "session"
 
 
 class Notices:

@@ -23,6 +23,11 @@ class StateCopy:
         """Bytes that the buffer takes."""
         return self._buffer.nbytes
 
+    @property
+    def state(self) -> bytes:
+        """What was copied."""
+        return self._buffer[: self._used].tobytes()
+
     @staticmethod
     def size(ctx: int) -> int:
         """Bytes that a copy of the state as it is now takes."""

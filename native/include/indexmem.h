@@ -15,6 +15,9 @@
 //   - after every ubatch each KV head holds at most `budget` entries. A ubatch counts when it has been computed: one that is
 //     aborted has not happened, or, if it was to evict, leaves the sequence broken (indexmem_stats)
 //   - protected entries (sinks, pinned prefix, recent window) are never evicted
+//   - a state (llama_state_seq_set_data and the like) may come from a context with another budget, window, policy, ...: what it holds
+//     beyond the budget is evicted when it is loaded, by the policy of this one. What that needs and a state does not have
+//     is a reason to refuse it (indexmem_last_error)
 //   - functions taking a context may be called from one thread at a time, like llama_decode; indexmem_set_cancel has a flag
 //     that any thread may set
 
@@ -199,6 +202,10 @@ INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_
 // Pins the first `n` tokens of a sequence. Fails once something has been evicted and `n` exceeds the current pin,
 // and when pin and window leave no room in the budget.
 INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
+
+// States that are loaded from now on bring the pinned prefix that they were saved with (n < 0, the default), or get one of n tokens,
+// of a sequence that has evicted as far as all of it is still there.
+INDEXMEM_API bool indexmem_set_load_pin(struct llama_context * ctx, int32_t n);
 
 // Computations of the context stop after the node they are at once *flag is not 0, and llama_decode then returns 2, as with
 // llama_set_abort_callback, which this calls: the flag is read without a lock, by the thread that computes, so any thread may

@@ -241,6 +241,17 @@ bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
     return kv->set_pin(seq_id, n, error) || indexmem_error_is(error);
 }
 
+bool indexmem_set_load_pin(llama_context * ctx, int32_t n) {
+    indexmem_clear_error();
+
+    auto * kv = bounded_of(ctx);
+    if (!kv) {
+        return indexmem_error_is("the context has no bounded KV cache");
+    }
+    kv->set_load_pin(n);
+    return true;
+}
+
 int indexmem_policy_count(void) {
     return count_of(indexmem_policy_get);
 }

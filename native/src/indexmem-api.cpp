@@ -289,6 +289,7 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
     }
     auto bounded = std::make_unique<llama_kv_cache_bounded>(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max,
             cparams.n_ubatch, cfg, is_full, kinds.reuse);
+    bounded->log_made();
     if (!hybrid && !slides) {
         return bounded.release();
     }

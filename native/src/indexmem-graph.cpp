@@ -10,6 +10,22 @@
 #include <cmath>
 #include <stdexcept>
 
+std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::seq_state & before,
+        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens) {
+    const llama_pos n_seen = before.n_seen + n_tokens;
+    const int32_t   n_used = before.n_used + n_tokens;
+
+    std::array<int32_t, INDEXMEM_CTL_SIZE> c = {};
+    c[INDEXMEM_CTL_N_USED]   = n_used;
+    c[INDEXMEM_CTL_N_EVICT]  = n_used - (int32_t) after.n_used;
+    c[INDEXMEM_CTL_N_FIXED]  = before.n_fixed;
+    c[INDEXMEM_CTL_POS_TAIL] = before.pos_tail();
+    c[INDEXMEM_CTL_KEEP_LO]  = std::max(kv.get_config().sinks, before.pin);
+    c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_config().window;
+    c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
+    return c;
+}
+
 //
 // llm_graph_input_attn_bounded
 //
@@ -116,22 +132,10 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     }
 
     if (ctl) {
-        std::vector<int32_t> data_ctl(ggml_nelements(ctl), 0);
+        std::vector<int32_t> data_ctl;
         for (uint32_t s = 0; s < sh.n_seq; ++s) {
-            const auto & before = st.before[s];
-            const auto & after  = st.after[s];
-
-            const llama_pos n_seen = before.n_seen + sh.n_tokens;
-            const int32_t   n_used = before.n_used + sh.n_tokens;
-
-            int32_t * c = data_ctl.data() + s*INDEXMEM_CTL_SIZE;
-            c[INDEXMEM_CTL_N_USED]   = n_used;
-            c[INDEXMEM_CTL_N_EVICT]  = n_used - (int32_t) after.n_used;
-            c[INDEXMEM_CTL_N_FIXED]  = before.n_fixed;
-            c[INDEXMEM_CTL_POS_TAIL] = before.pos_tail();
-            c[INDEXMEM_CTL_KEEP_LO]  = std::max(kv.get_config().sinks, before.pin);
-            c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_config().window;
-            c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
+            const auto of_seq = indexmem_ctl_of(kv, st.before[s], st.after[s], sh.n_tokens);
+            data_ctl.insert(data_ctl.end(), of_seq.begin(), of_seq.end());
         }
         ggml_backend_tensor_set(ctl, data_ctl.data(), 0, ggml_nbytes(ctl));
         if (ctl_rotary) {
@@ -281,6 +285,8 @@ void llm_graph_input_attn_bounded::build_evict(
         const llama_kv_cache_bounded::layer & l,
         ggml_tensor * q_cur,
         float kq_scale) {
+    mctx->learn_scale(l.il, kq_scale, softcap());
+
     const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr);
 
     for (ggml_tensor * t : list) {

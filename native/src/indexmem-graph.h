@@ -7,6 +7,7 @@
 #include "indexmem-layer-nodes.h"
 #include "indexmem-scoring.h"
 
+#include <array>
 #include <map>
 #include <optional>
 
@@ -19,6 +20,10 @@
 //   - a graph without eviction is built for ubatches that evict nothing; likewise with scoring
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
+
+// what a step of n_tokens says to the ops that evict, of one sequence
+std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::seq_state & before,
+        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens);
 
 class llm_graph_input_attn_bounded;
 

@@ -136,11 +136,17 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
     rot_k = head_k > 0 && !hparams.is_mla() ? rot_k : 0; // llama.cpp rotates no latents
     rot_v = head_v > 0 && !hparams.is_mla() ? rot_v : 0;
 
-    if (cfg.memory && rot_k > 0 && !cfg.memory->tensors().empty() && !hparams.no_alloc) {
+    if (cfg.memory && rot_k > 0 && !cfg.memory->tensors().empty() && !hparams.no_alloc && !cfg.sidecar->rotated) {
         for (const auto & l : layers) {
             cfg.memory->rotate_weights(cfg.sidecar->get_layer(l.il), indexmem_hadamard(rot_k), rot_k);
         }
+        cfg.sidecar->rotated = true;
     }
+}
+
+void llama_kv_cache_bounded::log_made() const {
+    const uint32_t n_seq_max = get_n_seq_max();
+    const auto type_of = [&](ggml_tensor * layer::*t) { return layers.empty() ? "none" : ggml_type_name((layers[0].*t)->type); };
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
             get_policy().name, cfg.budget, get_n_slots(), cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
@@ -148,7 +154,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         LLAMA_LOG_INFO("%s: rotary positions stay below %u\n", __func__, cfg.span);
     }
     LLAMA_LOG_INFO("%s: K (%s) and V (%s) %.2f MiB, positions and policy state %.2f MiB, rotation K %d V %d\n", __func__,
-            ggml_type_name(type_k), ggml_type_name(type_v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
+            type_of(&layer::k), type_of(&layer::v), size_kv_bytes()/1024.0/1024.0, size_meta_bytes()/1024.0/1024.0,
             (int) rot_k, (int) rot_v);
     if (indexer) {
         LLAMA_LOG_INFO("%s: indexer %s of %s: weights %.2f MiB, state %.2f MiB\n", __func__, indexer->kind(),
@@ -158,6 +164,12 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         LLAMA_LOG_INFO("%s: memory %s: %u slots, state %.2f MiB\n", __func__, cfg.memory->kind(), get_n_latent(),
                 size_memory_bytes()/1024.0/1024.0);
     }
+}
+
+void llama_kv_cache_bounded::learn_scale(uint32_t il, float scale, float softcap) {
+    layer & l = layers[map_layer_ids.at(il)];
+    l.scale   = scale;
+    l.softcap = softcap;
 }
 
 //

@@ -73,6 +73,9 @@ public:
 
         std::optional<indexmem_rotation> rotation; // of keys; known as soon as a graph was built
 
+        float scale   = 1.0f; // of the logits of attention, likewise
+        float softcap = 0.0f;
+
         bool has_values() const { return v->view_src == nullptr; } // of its own
 
         // all that holds data of sequences
@@ -181,6 +184,15 @@ public:
     // turned to other positions.
     void learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard);
 
+    // how a graph computes the logits of attention of a layer, whose policy may want them
+    void learn_scale(uint32_t il, float scale, float softcap);
+
+    // The pinned prefix of sequences whose state is read from now on, as far as it is still there; -1: their own.
+    void    set_load_pin(int32_t n) { load_pin = n; }
+    int32_t get_load_pin() const { return load_pin; }
+
+    void log_made() const; // what the log says of a new one
+
     size_t size_kv_bytes()      const;
     size_t size_meta_bytes()    const; // all but K and V
     size_t size_indexer_bytes() const; // the part of it that the indexer keeps
@@ -225,6 +237,8 @@ private:
     llama_context * lctx = nullptr; // the one that this is the memory of, known from its first batch on
 
     indexmem_rotator rotator;
+
+    int32_t load_pin = -1;
 
     std::string unusable; // why nothing can be evaluated as the context is set up now, "" if it can
 
@@ -293,6 +307,8 @@ public:
     void learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) const {
         kv->learn_rotation(il, k_cur, hadamard);
     }
+
+    void learn_scale(uint32_t il, float scale, float softcap) const { kv->learn_scale(il, scale, softcap); }
 
 private:
     llama_kv_cache_bounded * kv;

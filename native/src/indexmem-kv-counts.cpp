@@ -11,12 +11,6 @@ static constexpr uint32_t N_FRONT_PAD = 8;
 
 static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
 
-// Tokens that can wait to be scored: a small network costs less per token when it sees many. Of a small budget they are a
-// small share too, because their hidden states take more bytes than entries do.
-static constexpr uint32_t N_WAIT_MAX = 32;
-static constexpr uint32_t N_WAIT_MIN = 4;
-static constexpr uint32_t WAIT_SHARE = 32; // of the budget
-
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
@@ -44,7 +38,7 @@ indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim
     res.n_slots = std::max(pad(n_entries, N_KV_PAD), pad(res.n_front + n_entries, N_KV_PAD) - res.n_front);
 
     res.n_ring  = n_queries > 0 ? n_queries + N_RING_SLACK : 0;
-    res.n_wait  = indexer ? std::min(std::max(lim.budget/WAIT_SHARE, N_WAIT_MIN), N_WAIT_MAX) : 0;
+    res.n_wait  = indexer ? std::clamp(lim.budget/WAIT_SHARE, N_WAIT_MIN, N_WAIT_MAX) : 0;
     res.recalls = recalls;
     res.evicts  = evicts;
     return res;
@@ -151,6 +145,7 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
 void indexmem_kv_counts::rebase(uint32_t n_tokens, seq_state & seq) const {
     seq.shift   = seq.n_seen - indexmem_span_end(lim.span, seq.n_used, n_tokens);
     seq.n_fixed = seq.n_used; // what is held cannot be taken back
+    seq.n_first = std::min(seq.n_first, n_protected(seq));
     seq.n_rebases++;
 }
 
@@ -162,12 +157,19 @@ bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq,
         return false;
     }
     seq.n_used += n_tokens;
+    seq.n_last += n_tokens;
     seq.n_seen += (int32_t) n_tokens;
+    seq.n_first = seq.n_evictions == 0 && seq.n_rebases == 0 ? (uint32_t) seq.n_seen : seq.n_first;
 
-    const uint32_t budget = budget_of(seq);
-    if (seq.n_used <= budget) {
+    if (seq.n_used <= budget_of(seq)) {
         return true;
     }
+    st.evict = true;
+    return evict(s, seq, error);
+}
+
+bool indexmem_kv_counts::evict(uint32_t s, seq_state & seq, std::string & error) const {
+    const uint32_t budget = budget_of(seq);
     if (!geo.evicts) {
         error = text("the budget of %u entries is used up by sequence %u, and the policy is to evict nothing", budget, s);
         return false;
@@ -175,9 +177,33 @@ bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq,
     const uint32_t n_left = std::min(budget, seq.n_used - evict_step_of(seq));
     seq.n_used  = std::max(n_left, n_protected(seq) + lim.window);
     seq.n_fixed = seq.n_used;
+    seq.n_first = std::min(seq.n_first, n_protected(seq));
+    seq.n_last  = std::min(seq.n_last, lim.window);
     seq.n_evictions++;
-    st.evict = true;
     return true;
+}
+
+bool indexmem_kv_counts::fit(uint32_t s, const seq_state & state, step & st, std::string & error) const {
+    st = {};
+    st.s0     = s;
+    st.n_seq  = 1;
+    st.rotary = state.n_rebases > 0;
+    st.recall = geo.recalls && state.n_evictions > 0;
+    st.before = { state };
+    st.after  = { state };
+
+    // less room than a ratio leaves is no reason: the next step takes care of that
+    seq_state & seq = st.after[0];
+    st.evict = seq.n_used > lim.budget - geo.n_latent;
+    if (st.evict && !evict(s, seq, error)) {
+        return false;
+    }
+    st.score = geo.n_wait > 0 && (st.evict || seq.n_pending() > geo.n_wait);
+    if (st.score) {
+        st.n_old = state.n_pending();
+        seq.n_scored = seq.n_seen;
+    }
+    return keep_queries(s, st.n_old, state, seq, error);
 }
 
 // whether the indexer scores in this step, and what
@@ -266,9 +292,9 @@ bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
                 "the memory + 1), the budget is %u", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent, lim.budget);
         return false;
     }
-    if (seq.n_evictions > 0 && n > n_protected(seq)) {
-        error = text("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there",
-                n, n_protected(seq));
+    const uint32_t n_sure = std::min(n_protected(seq), seq.n_first);
+    if (seq.n_evictions > 0 && n > n_sure) {
+        error = text("cannot pin %u tokens: entries have been evicted already, and only the first %u tokens are sure to be there", n, n_sure);
         return false;
     }
     seq.pin = n;

@@ -24,6 +24,8 @@
 //   - with a ring of queries, it holds those of positions [ring_from, n_seen) at least, as far as they have been written.
 //     Taking tokens back cannot lose queries that an eviction reads later, because that needs more tokens than there were;
 //     only a smaller budget (a shorter pin with a ratio, a state of another context) can, and is told
+//   - every head holds the tokens [0, n_first), rotated by their own indices, and [n_seen - n_last, n_seen). Of a state that was
+//     made with fewer sinks, or a smaller window, these are fewer than are protected: what is gone does not come back
 //
 
 class indexmem_kv_counts {
@@ -34,6 +36,12 @@ public:
 
     // queries kept beyond those that a rank reads
     static constexpr uint32_t N_RING_SLACK = 32;
+
+    // Tokens that can wait to be scored: a small network costs less per token when it sees many. Of a small budget they are a
+    // small share too, because their hidden states take more bytes than entries do.
+    static constexpr uint32_t N_WAIT_MAX = 32;
+    static constexpr uint32_t N_WAIT_MIN = 4;
+    static constexpr uint32_t WAIT_SHARE = 32; // of the budget
 
     // what is asked for
     struct limits {
@@ -69,6 +77,9 @@ public:
         int32_t  n_scored  = 0;
         int32_t  ring_from = 0;
 
+        uint32_t n_first = 0;
+        uint32_t n_last  = 0;
+
         uint64_t n_evictions = 0; // steps that evicted
 
         int32_t  shift     = 0;
@@ -83,6 +94,8 @@ public:
         // forgets the entries from p0 >= pos_tail() on
         void truncate(int32_t p0) {
             n_used   -= (uint32_t) (n_seen - p0);
+            n_last   -= (uint32_t) (n_seen - p0);
+            n_first   = std::min(n_first, (uint32_t) p0);
             n_seen    = p0;
             n_scored  = std::min(n_scored, p0);
             ring_from = std::min(ring_from, p0);
@@ -151,6 +164,10 @@ public:
     // What the ubatches of a batch do. Empty, with the reason in `error`, when that is impossible; nothing has changed then.
     std::vector<step> prepare(const std::vector<tokens> & ubatches, std::string & error) const;
 
+    // What a state that was read does before it can be used, as a step of no tokens: entries leave, or, with an indexer, what is
+    // pending is scored, or both; after == before if nothing has to. False with an error.
+    bool fit(uint32_t s, const seq_state & state, step & st, std::string & error) const;
+
     void finish (const step & st); // it has been computed
     void abandon(const step & st); // it has been begun, and perhaps computed in part
 
@@ -177,6 +194,9 @@ private:
 
     // one sequence of a step; false with an error
     bool advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const;
+
+    // entries leave, because there are more than the budget has; false with an error
+    bool evict(uint32_t s, seq_state & seq, std::string & error) const;
 
     void score(step & st, std::vector<seq_state> & state) const;
 

@@ -48,7 +48,8 @@ void llama_kv_cache_bounded::reserve_rotator() {
 bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error) {
     const int64_t  n_used      = from.n_used;
     const int32_t  newest      = end - from.rotary_next(); // how far the newest tokens move, and with them what has no position
-    const uint32_t n_protected = std::min(counts.n_protected(from), from.n_used);
+    const uint32_t n_protected = std::min(counts.n_protected(from), from.n_first);
+    const uint32_t n_window    = std::min(cfg.window, from.n_last);
 
     const bool remembers = cfg.memory && from.n_evictions > 0;
 
@@ -63,7 +64,7 @@ bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state &
         for (int64_t i = 0; i < n_used; ++i) {
             sorted[i] = before[order[i]];
         }
-        sorted = indexmem_span_rebase(sorted, n_protected, cfg.window, end);
+        sorted = indexmem_span_rebase(sorted, n_protected, n_window, end);
         for (int64_t i = 0; i < n_used; ++i) {
             rotary[order[i]] = sorted[i];
         }

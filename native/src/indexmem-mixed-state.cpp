@@ -1,10 +1,13 @@
 #include "indexmem-mixed.h"
+
+#include "indexmem-error.h"
 #include "indexmem-state.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 //
@@ -130,6 +133,16 @@ void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     GGML_UNUSED(flags); // what was written with them has the same bytes
 
+    indexmem_clear_error();
+    try {
+        read(io, seq_id);
+    } catch (const std::exception & err) {
+        indexmem_error_is(err.what());
+        throw;
+    }
+}
+
+void llama_memory_mixed::read(llama_io_read_i & io, llama_seq_id seq_id) {
     uint32_t magic, version;
     io.read(&magic,   sizeof(magic));
     io.read(&version, sizeof(version));
@@ -151,26 +164,27 @@ void llama_memory_mixed::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     const auto check = [&](uint64_t n, const char * what) { expect(io, n, what); };
     if (window) {
         for_each_size(window->tensors(), "the window's cache", check);
-        size_t row_size = 0;
-        for (const ggml_tensor * t : window->tensors()) {
-            row_size += t->nb[1];
-        }
         for (const auto & [id, seq] : state->seqs) {
             if (seq.n_seen == 0) {
                 continue;
             }
             uint64_t n;
             io.read(&n, sizeof(n));
-            if (n > (uint64_t) seq.n_seen || n > window->get().get_size()) {
-                throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, of %d seen, and there is room for %u: use "
-                            "a ubatch as large as that of the context that wrote it", (unsigned long long) n, seq.n_seen, window->get().get_size()));
+            if (n > (uint64_t) seq.n_seen) {
+                throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, of %d seen", (unsigned long long) n, seq.n_seen));
             }
             if (seq.n_seen - (llama_pos) n > window->first_seen(seq.n_seen)) {
                 throw std::runtime_error(format("mixed KV state: holds %llu positions of a window, and the next token looks at %d",
                             (unsigned long long) n, seq.n_seen - window->first_seen(seq.n_seen)));
             }
-            part p = { id, seq.n_seen, (llama_pos) n, std::vector<uint8_t>(n*row_size) };
-            io.read(p.data.data(), p.data.size());
+            // a context with a larger ubatch had room for more than is looked at: the newest are enough
+            const uint64_t n_kept = std::min<uint64_t>(n, window->get().get_size());
+
+            part p = { id, seq.n_seen, (llama_pos) n_kept, {} };
+            for (const ggml_tensor * t : window->tensors()) {
+                indexmem_state_some(io, (n - n_kept)*t->nb[1], nullptr);
+                indexmem_state_some(io, n_kept*t->nb[1], &p.data);
+            }
             windows.push_back(std::move(p));
         }
     }

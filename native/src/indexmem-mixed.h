@@ -78,6 +78,8 @@ public:
     void abandon(const llama_kv_cache_bounded::step & st);
 
 private:
+    void read(llama_io_read_i & io, llama_seq_id seq_id);
+
     // a snapshot that a sequence has gone back to: it lies apart, and a copy would not know. The device is idle
     void copy_snapshot(llama_seq_id src, llama_seq_id dst);
 

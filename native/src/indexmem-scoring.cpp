@@ -10,10 +10,10 @@ using kv_cache = llama_kv_cache_bounded;
 indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, const kv_cache::step & st, uint32_t n_tokens) :
     s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score),
     in_ring(n_old > 0 && n_old + this->n_tokens <= (int64_t) kv.get_n_wait()) {
-    if (!score || in_ring) {
+    if (n_tokens > 0 && (!score || in_ring)) {
         rows_new = indexmem_new_input(ctx, "indexer_rows_new", GGML_TYPE_I64, n_tokens, 1, n_seq);
     }
-    if (!score) {
+    if (!score || n_old + n_tokens == 0) {
         return;
     }
     slots = indexmem_new_input(ctx, "indexer_slots", GGML_TYPE_I64, n_old + n_tokens, 1, n_seq);
@@ -38,7 +38,7 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
         }
         ggml_backend_tensor_set(rows_new, data.data(), 0, ggml_nbytes(rows_new));
     }
-    if (!score) {
+    if (!slots) {
         return;
     }
 
@@ -80,11 +80,11 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
 
 std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden) {
     const int64_t n_embd = l.pending->ne[0];
-    if (hidden->ne[0] != n_embd) {
+    if (hidden && hidden->ne[0] != n_embd) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
                     (long long) hidden->ne[0], (long long) n_embd));
     }
-    if (!ggml_is_contiguous(hidden)) {
+    if (hidden && !ggml_is_contiguous(hidden)) {
         hidden = ggml_cont(ctx, hidden);
     }
 
@@ -92,7 +92,7 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
     if (rows_new) {
         ring = ggml_set_rows(ctx, ring, ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq), rows_new);
     }
-    if (!score) {
+    if (!slots) {
         return { ring };
     }
 

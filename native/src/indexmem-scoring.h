@@ -17,6 +17,7 @@
 //   - new tokens that are scored together with pending ones go through the ring, too, where it has room for both: the CPU
 //     backend concatenates on one thread, value by value. Rows that pending tokens are read from are not written before that
 //   - the network sees every token once, unless the token is taken back in between
+//   - a step may have no new tokens: of a state that is read only what is pending is scored
 //
 class indexmem_scoring {
 public:
@@ -25,7 +26,8 @@ public:
 
     void set_input(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st);
 
-    // nodes to be computed in this order; hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V
+    // nodes to be computed in this order; hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V,
+    // null without tokens
     std::vector<ggml_tensor *> build_store(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * hidden);
 

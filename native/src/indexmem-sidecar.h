@@ -45,6 +45,8 @@ public:
 
     size_t size_bytes() const { return n_bytes; } // weights in memory
 
+    mutable bool rotated = false; // weights of the memory, once, for keys that are (indexmem_memory::rotate_weights)
+
 private:
     struct tensor_info {
         bool        memory; // of the memory; otherwise of the indexer

@@ -1,10 +1,8 @@
-#include "indexmem-state.h"
+#include "indexmem-state-reader.h"
 
-#include "llama-impl.h"
+#include "indexmem-error.h"
 
 #include <algorithm>
-#include <cstring>
-#include <stdexcept>
 
 using kv_cache = llama_kv_cache_bounded;
 
@@ -13,100 +11,25 @@ static constexpr uint32_t N_SEEN_MAX = 1u << 30;
 
 namespace {
 
-// numbers and names of a state, each of which is compared with something
-class reader {
-public:
-    explicit reader(llama_io_read_i & io) : io(io) {}
-
-    template <typename T>
-    T get() {
-        T value;
-        io.read(&value, sizeof(value));
-        return value;
-    }
-
-    void expect(uint32_t expected, const char * what, int32_t il = -1) {
-        const uint32_t found = get<uint32_t>();
-        if (found != expected) {
-            const std::string where = il >= 0 ? format(" of layer %d", il) : "";
-            throw std::runtime_error(format("bounded KV state: %s%s is %u in the state and %u in this context",
-                        what, where.c_str(), found, expected));
-        }
-    }
-
-    // not read_string(): its length is not to be trusted
-    void expect_name(const std::string & name, const char * what) {
-        expect(name.size(), format("length of the name of the %s", what).c_str());
-        std::string found(name.size(), '\0');
-        io.read(&found[0], found.size());
-        if (found != name) {
-            for (char & c : found) {
-                c = c >= 0x20 && c < 0x7F ? c : '?'; // it is about to be printed
-            }
-            throw std::runtime_error(format("bounded KV state: made with %s '%s', this context has '%s'", what, found.c_str(),
-                        name.c_str()));
-        }
-    }
-
-private:
-    llama_io_read_i & io;
-};
-
-// in the order of put_header(); returns the version
-uint32_t check_header(reader & in, const kv_cache & kv) {
-    const auto & cfg = kv.get_config();
-
-    in.expect(INDEXMEM_STATE_MAGIC, "magic");
-    const uint32_t version = in.get<uint32_t>();
-    if (version < INDEXMEM_STATE_VERSION_OLDEST || version > INDEXMEM_STATE_VERSION) {
-        throw std::runtime_error(format("bounded KV state: has format %u, this version of indexmem-edge reads formats %u to %u: "
-                    "evaluate the text again", version, INDEXMEM_STATE_VERSION_OLDEST, INDEXMEM_STATE_VERSION));
-    }
-    in.expect_name(kv.get_policy().name, "policy");
-    in.expect_name(indexmem_state_name(kv.get_memory()), "memory");
-    in.expect(kv.get_n_latent(), "number of slots of the memory");
-    in.expect(cfg.sinks,         "number of sinks");
-    in.expect(cfg.window,        "window");
-    if (in.get<uint64_t>() != (cfg.sidecar ? cfg.sidecar->get_hash() : 0)) {
-        throw std::runtime_error("bounded KV state: made with another sidecar than the one of this context");
-    }
-    in.expect(kv.get_n_ring(),        "number of kept queries");
-    in.expect(kv.get_rot_k(),         "rotation of K");
-    in.expect(kv.get_rot_v(),         "rotation of V");
-    in.expect(kv.get_layers().size(), "number of layers");
-    for (const auto & l : kv.get_layers()) {
-        in.expect(l.il,       "index",              l.il);
-        in.expect(l.k->ne[2], "number of KV heads", l.il);
-        in.expect(l.k->ne[0], "head size of K",     l.il);
-        in.expect(l.v->ne[0], "head size of V",     l.il);
-        in.expect(l.k->type,  "type of K",          l.il);
-        in.expect(l.v->type,  "type of V",          l.il);
-    }
-    return version;
-}
-
-// what a context may hold of a sequence, whatever its positions
-void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
-    const auto & cfg = kv.get_config();
-
-    const uint32_t budget = cfg.budget - kv.get_n_latent();
-    if (seq.n_used > budget) {
-        throw std::runtime_error(format("bounded KV state: holds %u entries, the budget is %u", seq.n_used, budget));
-    }
-
+// what a cache may hold of a sequence, whatever its positions
+void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
     const uint32_t n_seen  = seq.n_seen; // a negative number is a large one
     const bool     evicted = seq.n_evictions > 0;
 
     bool ok = n_seen <= N_SEEN_MAX && seq.n_used <= n_seen && seq.n_fixed <= seq.n_used;
-    ok = ok && cfg.budget >= indexmem_kv_counts::budget_min(cfg.sinks, seq.pin, cfg.window, kv.get_n_latent());
     // at least one entry leaves at an eviction, and what is protected stays
     ok = ok && seq.n_evictions <= n_seen - seq.n_used;
-    ok = ok && (evicted ? seq.n_fixed >= std::max(cfg.sinks, seq.pin) + cfg.window : seq.n_used == n_seen);
+    ok = ok && (evicted || seq.n_used == n_seen);
     ok = ok && (evicted || seq.n_rebases > 0 || seq.n_fixed == 0);
     ok = ok && (seq.n_used > 0 || n_seen == 0);
+    // the first and the last are there, those behind the table among the last
+    ok = ok && seq.n_first <= seq.n_used && seq.n_last <= seq.n_used && seq.n_last >= seq.n_used - seq.n_fixed;
+    ok = ok && (evicted ? (uint64_t) seq.n_first + seq.n_last <= seq.n_used && seq.n_first <= seq.n_fixed : seq.n_last == n_seen);
+    ok = ok && (evicted || seq.n_rebases > 0 || seq.n_first == n_seen);
     if (!ok) {
         throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted "
-                    "%llu times)", n_seen, seq.n_used, seq.n_fixed, seq.pin, (unsigned long long) seq.n_evictions));
+                    "%llu times, the first %u and the last %u)", n_seen, seq.n_used, seq.n_fixed, seq.pin,
+                    (unsigned long long) seq.n_evictions, seq.n_first, seq.n_last));
     }
 
     // entries have distinct positions below that of the next token, and only a rebase makes them smaller
@@ -118,24 +41,25 @@ void check_head(const kv_cache & kv, const kv_cache::seq_state & seq) {
         throw std::runtime_error("bounded KV state: its positions were renewed to stay inside a span: use a context that has a span, too");
     }
 
-    if (seq.ring_from < 0 || seq.ring_from > (kv.get_n_ring() > 0 ? seq.n_seen : 0)) {
+    if (seq.ring_from < 0 || seq.ring_from > (o.n_ring > 0 ? seq.n_seen : 0)) {
         throw std::runtime_error(format("bounded KV state: impossible first query %d (%u seen)", seq.ring_from, n_seen));
     }
 
-    // entries that wait are the newest, not moved since they were appended, and their hidden states fit the ring
+    // entries that wait are the newest, not moved since they were appended
     const int32_t n_moved = seq.n_rebases > 0 ? 0 : seq.n_fixed; // a rebase fixes positions and moves nothing
-    if (!kv.get_indexer() ? seq.n_scored != 0 : seq.n_scored > seq.n_seen || seq.n_scored < seq.n_seen - (int32_t) seq.n_used + n_moved) {
+    if (o.policy != INDEXMEM_STATE_INDEXER ? seq.n_scored != 0 :
+            seq.n_scored > seq.n_seen || seq.n_scored < seq.n_seen - (int32_t) seq.n_used + n_moved) {
         throw std::runtime_error(format("bounded KV state: impossible number of scored entries (%u of %u seen)",
                     seq.n_scored, n_seen));
     }
-    if (kv.get_indexer() && seq.n_pending() > kv.get_n_wait()) {
-        throw std::runtime_error(format("bounded KV state: %u entries wait to be scored and a budget of %u has room for %u: "
-                    "use the budget that the state was made with", seq.n_pending(), cfg.budget, kv.get_n_wait()));
+    if (o.policy == INDEXMEM_STATE_INDEXER && seq.n_pending() > indexmem_kv_counts::N_WAIT_MAX) {
+        throw std::runtime_error(format("bounded KV state: %u entries wait to be scored, and no cache lets more than %u wait",
+                    seq.n_pending(), indexmem_kv_counts::N_WAIT_MAX));
     }
 }
 
 // in the order of put_head(); the id is checked by the caller
-llama_seq_id get_head(reader & in, const kv_cache & kv, uint32_t version, kv_cache::seq_state & seq) {
+llama_seq_id get_head(indexmem_state_reader & in, const kv_cache & kv, const indexmem_state_origin & o, kv_cache::seq_state & seq) {
     const uint32_t id = in.get<uint32_t>();
     seq.n_seen      = in.get<uint32_t>();
     seq.n_used      = in.get<uint32_t>();
@@ -144,16 +68,26 @@ llama_seq_id get_head(reader & in, const kv_cache & kv, uint32_t version, kv_cac
     seq.n_scored    = in.get<uint32_t>();
     seq.ring_from   = in.get<uint32_t>();
     seq.n_evictions = in.get<uint64_t>();
-    if (version > 6) {
+    if (o.version > 6) {
         seq.shift     = in.get<uint32_t>();
         seq.n_rebases = in.get<uint64_t>();
     }
-    check_head(kv, seq);
+    if (o.version > 7) {
+        seq.n_first = in.get<uint32_t>();
+        seq.n_last  = in.get<uint32_t>();
+    } else if (seq.n_evictions > 0) { // what its cache protected
+        seq.n_first = std::max(o.sinks, seq.pin);
+        seq.n_last  = std::max(o.window, seq.n_used - std::min(seq.n_fixed, seq.n_used));
+    } else {
+        seq.n_first = seq.n_rebases > 0 ? std::min<uint32_t>(std::max(o.sinks, seq.pin), seq.n_seen) : seq.n_seen;
+        seq.n_last  = seq.n_seen;
+    }
+    check_head(kv, o, seq);
     return (llama_seq_id) id;
 }
 
-// The table of one head: distinct, older than the tail, and with the tail every protected position is there.
-void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq, uint32_t n_prefix, uint32_t window) {
+// The table of one head: distinct, older than the tail, and with the tail the first and the last positions are there.
+void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq) {
     std::sort(pos.begin(), pos.end());
 
     const int64_t n    = pos.size();
@@ -162,8 +96,8 @@ void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq, uint
     bool ok = pos.front() >= 0 && pos.back() < tail;
     ok = ok && std::adjacent_find(pos.begin(), pos.end()) == pos.end();
 
-    const int64_t n_first = std::min<int64_t>(n_prefix, tail);
-    const int64_t n_last  = tail - std::max<int64_t>(seq.n_seen - (int64_t) window, 0); // of the window
+    const int64_t n_first = std::min<int64_t>(seq.n_first, tail);
+    const int64_t n_last  = seq.n_last - (int64_t) (seq.n_used - seq.n_fixed); // those in the table
     ok = ok && n_first <= n && n_last <= n;
     ok = ok && (n_first <= 0 || pos[n_first - 1] == n_first - 1);
     ok = ok && (n_last  <= 0 || pos[n - n_last]  == tail - n_last);
@@ -172,9 +106,9 @@ void check_table(std::vector<int32_t> pos, const kv_cache::seq_state & seq, uint
     }
 }
 
-// The rotary positions of one head: in the order of the others, below those of the tail; the prefix has its own, the window neighbours.
-void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> & rotary, const kv_cache::seq_state & seq,
-        uint32_t n_prefix, uint32_t window) {
+// The rotary positions of one head: in the order of the others, below those of the tail; the first have their own, the last are
+// neighbours.
+void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> & rotary, const kv_cache::seq_state & seq) {
     std::vector<std::pair<int32_t, int32_t>> both;
     for (size_t i = 0; i < pos.size(); ++i) {
         both.push_back({ pos[i], rotary[i] });
@@ -183,9 +117,10 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
 
     bool ok = both.front().second >= 0 && both.back().second < seq.pos_tail() - seq.shift;
     for (size_t i = 0; i < both.size(); ++i) {
-        ok = ok && (i == 0 || both[i - 1].second < both[i].second);
-        ok = ok && (both[i].first >= (int64_t) n_prefix || both[i].second == both[i].first);
-        ok = ok && (both[i].first < seq.n_seen - (int64_t) window || both[i].second == both[i].first - seq.shift);
+        const auto [p, r] = both[i];
+        ok = ok && (i == 0 || both[i - 1].second < r);
+        ok = ok && (p >= (int64_t) seq.n_first || r == p);
+        ok = ok && (p < (int64_t) seq.n_first || p < seq.n_seen - (int64_t) seq.n_last || r == p - seq.shift);
     }
     if (!ok) {
         throw std::runtime_error("bounded KV state: the table of rotary positions is damaged");
@@ -193,10 +128,8 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
 }
 
 // of one layer
-void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream,
+void hold_table(llama_io_read_i & io, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream,
         std::vector<indexmem_state_held> & held) {
-    const auto & cfg = kv.get_config();
-
     std::vector<std::vector<int32_t>> tables;
     for (const auto & piece : indexmem_state_table(l, seq, stream)) {
         held.push_back(indexmem_state_hold(io, piece));
@@ -205,9 +138,9 @@ void hold_table(llama_io_read_i & io, const kv_cache & kv, const kv_cache::layer
     }
     const size_t n_head = l.pos->ne[1];
     for (size_t h = 0; h < std::min(tables.size(), n_head); ++h) {
-        check_table(tables[h], seq, std::max(cfg.sinks, seq.pin), cfg.window);
+        check_table(tables[h], seq);
         if (tables.size() > n_head) {
-            check_rotary(tables[h], tables[n_head + h], seq, std::max(cfg.sinks, seq.pin), cfg.window);
+            check_rotary(tables[h], tables[n_head + h], seq);
         }
     }
 }
@@ -234,13 +167,64 @@ indexmem_state_held indexmem_state_hold(llama_io_read_i & io, const indexmem_sta
     return res;
 }
 
+void indexmem_state_some(llama_io_read_i & io, uint64_t n, std::vector<uint8_t> * res) {
+    constexpr uint64_t N_AT_ONCE = 1 << 20;
+
+    std::vector<uint8_t> skipped(res ? 0 : std::min(n, N_AT_ONCE));
+    while (n > 0) {
+        const size_t some = std::min(n, N_AT_ONCE);
+        if (res) {
+            res->resize(res->size() + some);
+        }
+        io.read(res ? res->data() + res->size() - some : skipped.data(), some);
+        n -= some;
+    }
+}
+
+void indexmem_state_hold_sequence(llama_io_read_i & io, const indexmem_state_origin & o, const kv_cache & kv,
+        const kv_cache::seq_state & from, const kv_cache::seq_state & seq, uint32_t stream, std::vector<indexmem_state_held> & held) {
+    // A reader of memory leaves tensors alone until it is destroyed, and forgets them when this throws. Others write at
+    // once, so their rows have to wait here.
+    const bool defers = io.defers();
+
+    const auto ours = indexmem_state_origin_of(kv);
+    for (const auto & l : kv.get_layers()) {
+        hold_table(io, l, seq, stream, held);
+    }
+    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
+        const auto rows = indexmem_state_rows_of(kv, kv.get_layers()[i], seq, stream);
+        for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
+            const uint64_t size = o.layers[i][part]*o.n_rows((indexmem_state_part) part, from);
+            if (!indexmem_state_goes_on(o, ours, part)) {
+                indexmem_state_some(io, size, nullptr);
+                continue;
+            }
+            uint64_t expected = 0;
+            for (const auto & piece : rows[part]) {
+                expected += piece.size;
+            }
+            if (size != expected) {
+                throw std::runtime_error(format("bounded KV state: %llu bytes of part %d of layer %u, expected %llu", (unsigned long long) size, part,
+                            kv.get_layers()[i].il, (unsigned long long) expected));
+            }
+            for (const auto & piece : rows[part]) {
+                if (defers) {
+                    io.read_tensor(piece.tensor, piece.offset, piece.size);
+                } else {
+                    held.push_back(indexmem_state_hold(io, piece));
+                }
+            }
+        }
+    }
+}
+
 std::shared_ptr<llama_kv_cache_bounded::loading> llama_kv_cache_bounded::read_state(llama_io_read_i & io, llama_seq_id seq_id) const {
     if (seq_id != -1 && !get_seq(seq_id)) {
         throw std::runtime_error(format("bounded KV state: there is no sequence %d in this context", seq_id));
     }
 
-    reader in(io);
-    const uint32_t version = check_header(in, *this);
+    indexmem_state_reader in(io);
+    const auto origin = indexmem_state_get_header(in, *this);
 
     const uint32_t n_seq = in.get<uint32_t>();
     if (n_seq > get_n_seq_max() || (seq_id != -1 && n_seq != 1)) {
@@ -251,13 +235,9 @@ std::shared_ptr<llama_kv_cache_bounded::loading> llama_kv_cache_bounded::read_st
     auto res = std::make_shared<loading>();
     res->seq_id = seq_id;
 
-    // A reader of memory leaves tensors alone until it is destroyed, and forgets them when this throws. Others write at
-    // once, so their rows have to wait here.
-    const bool defers = io.defers();
-
     for (uint32_t i = 0; i < n_seq; ++i) {
-        seq_state seq;
-        llama_seq_id id = get_head(in, *this, version, seq);
+        seq_state from;
+        llama_seq_id id = get_head(in, *this, origin, from);
         if (seq_id != -1) {
             id = seq_id;
         } else if (!get_seq(id)) {
@@ -265,19 +245,18 @@ std::shared_ptr<llama_kv_cache_bounded::loading> llama_kv_cache_bounded::read_st
         } else if (!res->seqs.empty() && id <= res->seqs.back().first) {
             throw std::runtime_error(format("bounded KV state: sequence %d occurs twice, or out of order", id));
         }
-        res->seqs.push_back({ id, seq });
+        const seq_state seq = indexmem_state_adopt(*this, origin, from);
 
-        for (const auto & l : layers) {
-            hold_table(io, *this, l, seq, id, res->held);
+        step st;
+        std::string error;
+        if (!counts.fit(id, seq, st, error)) {
+            throw std::runtime_error("bounded KV state: holds more than the budget has room for, and " + error);
         }
-        for (const auto & l : layers) {
-            for (const auto & piece : indexmem_state_rows(*this, l, seq, id)) {
-                if (defers) {
-                    io.read_tensor(piece.tensor, piece.offset, piece.size);
-                } else {
-                    res->held.push_back(indexmem_state_hold(io, piece));
-                }
-            }
+        res->seqs.push_back({ id, st.after[0] });
+        if (st.evict || st.score) {
+            indexmem_state_hold_fitted(io, origin, *this, from, st, id, res->held);
+        } else {
+            indexmem_state_hold_sequence(io, origin, *this, from, seq, id, res->held);
         }
     }
     return res;
@@ -302,7 +281,13 @@ void llama_kv_cache_bounded::apply_state(const loading & what) {
 void llama_kv_cache_bounded::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     GGML_UNUSED(flags); // what was written with them has the same bytes
 
-    const auto state = read_state(io, seq_id);
-    indexmem_state_end(io);
-    apply_state(*state);
+    indexmem_clear_error();
+    try {
+        const auto state = read_state(io, seq_id);
+        indexmem_state_end(io);
+        apply_state(*state);
+    } catch (const std::exception & err) {
+        indexmem_error_is(err.what());
+        throw;
+    }
 }

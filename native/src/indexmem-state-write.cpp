@@ -13,7 +13,7 @@ void put(llama_io_write_i & io, T value) {
     io.write(&value, sizeof(value));
 }
 
-// in the order of check_header()
+// in the order of get_header()
 void put_header(llama_io_write_i & io, const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
@@ -22,8 +22,6 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
     io.write_string(kv.get_policy().name);
     io.write_string(indexmem_state_name(kv.get_memory()));
     put<uint32_t>(io, kv.get_n_latent());
-    put<uint32_t>(io, cfg.sinks);
-    put<uint32_t>(io, cfg.window);
     put<uint64_t>(io, cfg.sidecar ? cfg.sidecar->get_hash() : 0);
     put<uint32_t>(io, kv.get_n_ring());
     put<uint32_t>(io, kv.get_rot_k());
@@ -36,6 +34,9 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
         put<uint32_t>(io, l.v->ne[0]);
         put<uint32_t>(io, l.k->type);
         put<uint32_t>(io, l.v->type);
+        for (uint32_t size : indexmem_state_sizes_of(kv, l)) {
+            put<uint32_t>(io, size);
+        }
     }
 }
 
@@ -51,6 +52,8 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
     put<uint64_t>(io, seq.n_evictions);
     put<uint32_t>(io, seq.shift);
     put<uint64_t>(io, seq.n_rebases);
+    put<uint32_t>(io, seq.n_first);
+    put<uint32_t>(io, seq.n_last);
 }
 
 } // namespace
@@ -100,7 +103,9 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
             indexmem_state_put(io, indexmem_state_table(l, seq, stream), on_device);
         }
         for (const auto & l : layers) {
-            indexmem_state_put(io, indexmem_state_rows(*this, l, seq, stream), on_device);
+            for (const auto & part : indexmem_state_rows_of(*this, l, seq, stream)) {
+                indexmem_state_put(io, part, on_device);
+            }
         }
     }
 }

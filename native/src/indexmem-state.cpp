@@ -35,14 +35,14 @@ std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l
     return res;
 }
 
-std::vector<indexmem_state_piece> indexmem_state_rows(
+indexmem_state_rows indexmem_state_rows_of(
         const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
-    std::vector<indexmem_state_piece> res;
+    indexmem_state_rows res;
 
     // rows [i0, i0 + n) of every head
-    const auto add = [&](ggml_tensor * t, int64_t i0, int64_t n) {
+    const auto add = [&](indexmem_state_part part, ggml_tensor * t, int64_t i0, int64_t n) {
         for (int64_t h = 0; h < t->ne[2] && n > 0; ++h) {
-            res.push_back({ t, i0*t->nb[1] + h*t->nb[2] + stream*t->nb[3], n*t->nb[1] });
+            res[part].push_back({ t, i0*t->nb[1] + h*t->nb[2] + stream*t->nb[3], n*t->nb[1] });
         }
     };
     if (seq.n_used == 0) {
@@ -51,30 +51,61 @@ std::vector<indexmem_state_piece> indexmem_state_rows(
     // the query of position p is in row p % n_ring: with fewer than n_ring of them the other rows hold nothing
     const int64_t n_queries = std::min<int64_t>(kv.get_n_ring(), l.state ? seq.n_scored : seq.n_seen);
 
-    add(l.k, kv.get_n_front(), seq.n_used);
+    add(INDEXMEM_STATE_ENTRIES, l.k, kv.get_n_front(), seq.n_used);
     if (l.has_values()) {
-        add(l.v, kv.get_n_front(), seq.n_used);
+        add(INDEXMEM_STATE_ENTRIES, l.v, kv.get_n_front(), seq.n_used);
     }
     if (l.q) {
-        add(l.q, 0, n_queries);
+        add(INDEXMEM_STATE_RING, l.q, 0, n_queries);
     }
     if (l.state) {
-        add(l.state, 0, seq.n_used);
+        add(INDEXMEM_STATE_SCORED, l.state, 0, seq.n_used);
         // in the order of their positions, so that the length of the ring does not matter: around its end in two parts
         const int64_t first   = seq.n_scored % kv.get_n_wait();
         const int64_t n_first = std::min<int64_t>(seq.n_pending(), kv.get_n_wait() - first);
-        add(l.pending, first, n_first);
-        add(l.pending, 0, seq.n_pending() - n_first);
+        add(INDEXMEM_STATE_PENDING, l.pending, first, n_first);
+        add(INDEXMEM_STATE_PENDING, l.pending, 0, seq.n_pending() - n_first);
     }
     if (l.queries) {
-        add(l.queries, 0, n_queries);
+        add(INDEXMEM_STATE_QUERIES, l.queries, 0, n_queries);
     }
     if (seq.n_evictions > 0 && !l.memory.empty()) {
         for (ggml_tensor * t : l.memory) {
-            add(t, 0, t->ne[1]);
+            add(INDEXMEM_STATE_MEMORY, t, 0, t->ne[1]);
         }
-        add(l.k, 0, kv.get_n_latent());
-        add(l.v, 0, kv.get_n_latent());
+        add(INDEXMEM_STATE_MEMORY, l.k, 0, kv.get_n_latent());
+        add(INDEXMEM_STATE_MEMORY, l.v, 0, kv.get_n_latent());
     }
     return res;
+}
+
+indexmem_state_sizes indexmem_state_sizes_of(const kv_cache & kv, const kv_cache::layer & l) {
+    const auto row = [](const ggml_tensor * t) { return t ? (uint32_t) (t->nb[1]*t->ne[2]) : 0; };
+
+    indexmem_state_sizes res = {};
+    res[INDEXMEM_STATE_ENTRIES] = row(l.k) + (l.has_values() ? row(l.v) : 0);
+    res[INDEXMEM_STATE_RING]    = row(l.q);
+    res[INDEXMEM_STATE_SCORED]  = row(l.state);
+    res[INDEXMEM_STATE_PENDING] = row(l.pending);
+    res[INDEXMEM_STATE_QUERIES] = row(l.queries);
+    for (const ggml_tensor * t : l.memory) {
+        res[INDEXMEM_STATE_MEMORY] += row(t)*(uint32_t) t->ne[1];
+    }
+    if (!l.memory.empty()) {
+        res[INDEXMEM_STATE_MEMORY] += (row(l.k) + row(l.v))*kv.get_n_latent();
+    }
+    return res;
+}
+
+uint64_t indexmem_state_origin::n_rows(indexmem_state_part part, const kv_cache::seq_state & seq) const {
+    const uint32_t n_queries = std::min<uint32_t>(n_ring, policy == INDEXMEM_STATE_INDEXER ? seq.n_scored : seq.n_seen);
+    switch (seq.n_used > 0 ? part : INDEXMEM_STATE_N_PARTS) {
+        case INDEXMEM_STATE_ENTRIES:
+        case INDEXMEM_STATE_SCORED:  return seq.n_used;
+        case INDEXMEM_STATE_RING:
+        case INDEXMEM_STATE_QUERIES: return n_queries;
+        case INDEXMEM_STATE_PENDING: return seq.n_pending();
+        case INDEXMEM_STATE_MEMORY:  return seq.n_evictions > 0 ? 1 : 0;
+        default:                     return 0;
+    }
 }

@@ -4,15 +4,16 @@
 
 #include "llama-io.h"
 
+#include <array>
 #include <string>
 #include <vector>
 
 //
 // State of a bounded cache, little endian as everything llama.cpp writes
 //
-//   header     magic, version, policy, memory, geometry; number of sequences
+//   header     magic, version, policy, memory, sidecar, geometry, of every layer the bytes of a row of each part; number of sequences
 //   sequences  one after the other:
-//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions, shift, n_rebases
+//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions, shift, n_rebases, n_first, n_last
 //     table    positions of the entries that have been through an eviction or a rebase: [n_fixed] of every KV head of every
 //              layer; once there was a rebase, those that their keys are rotated by as well, after the others of the layer. Of
 //              the other entries they follow from the head
@@ -24,13 +25,19 @@
 //   - the size follows from the heads: what only counts bytes reads no tensor and changes nothing
 //   - a number out of a state is checked against what this context can hold before it is used for anything
 //   - a state that is refused leaves the cache as it was
-//   - format 6, of states that know of no rebase, is read as well: the head ends before `shift`
+//   - a state says itself how large its parts are: those that this cache has no use for are skipped
+//   - what holds more entries than the budget is read into a cache as large as it, in the host's memory, and the policy of this
+//     one evicts there, as a step of no tokens (indexmem-state-fit.cpp)
+//   - formats 6 and 7 are read as well. They have no sizes of parts, but sinks and window, which n_first and n_last follow from;
+//     of format 6, of states that know of no rebase, the head ends before `shift`
 //   - slots keep their order, so what has been appended since the last eviction can still be taken back after reading
 //
 
 constexpr uint32_t INDEXMEM_STATE_MAGIC   = 0x564B4D49; // "IMKV"
-constexpr uint32_t INDEXMEM_STATE_VERSION = 7;
+constexpr uint32_t INDEXMEM_STATE_VERSION = 8;
 constexpr uint32_t INDEXMEM_STATE_VERSION_OLDEST = 6;
+
+constexpr const char * INDEXMEM_STATE_INDEXER = "indexer"; // the policy whose entries have scores
 
 // neighbouring bytes of a tensor
 struct indexmem_state_piece {
@@ -39,16 +46,51 @@ struct indexmem_state_piece {
     size_t        size;
 };
 
-// What of a layer belongs to the state of a sequence, in its order: the table (of each head its positions, then, if there was a
-// rebase, of each head its rotary ones) and the rows. The sequence lies in this stream.
+// The table of a layer: of each head its positions, then, if there was a rebase, of each head its rotary ones. The sequence lies
+// in this stream.
 std::vector<indexmem_state_piece> indexmem_state_table(
         const llama_kv_cache_bounded::layer     & l,
         const llama_kv_cache_bounded::seq_state & seq, uint32_t stream);
 
-std::vector<indexmem_state_piece> indexmem_state_rows(
+// the parts that the rows of a layer are made of, in their order
+enum indexmem_state_part {
+    INDEXMEM_STATE_ENTRIES, // K and V
+    INDEXMEM_STATE_RING,    // queries that a policy keeps
+    INDEXMEM_STATE_SCORED,  // of an indexer: what it keeps of each entry,
+    INDEXMEM_STATE_PENDING, // hidden states of tokens that wait,
+    INDEXMEM_STATE_QUERIES, // what it keeps of the latest queries
+    INDEXMEM_STATE_MEMORY,  // a latent memory, with the rows of its slots in K and V
+    INDEXMEM_STATE_N_PARTS,
+};
+
+using indexmem_state_rows = std::array<std::vector<indexmem_state_piece>, INDEXMEM_STATE_N_PARTS>;
+
+indexmem_state_rows indexmem_state_rows_of(
         const llama_kv_cache_bounded            & kv,
         const llama_kv_cache_bounded::layer     & l,
         const llama_kv_cache_bounded::seq_state & seq, uint32_t stream);
+
+// Bytes of a row of each part, all heads: of an entry, a query, a pending token, and of the memory all
+using indexmem_state_sizes = std::array<uint32_t, INDEXMEM_STATE_N_PARTS>;
+
+indexmem_state_sizes indexmem_state_sizes_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l);
+
+// What a state says of the cache that it was made with. Unlike the head sizes and types of K and V these may differ from ours.
+struct indexmem_state_origin {
+    uint32_t    version;
+    std::string policy;
+    std::string memory;
+    uint32_t    n_latent;
+    uint32_t    sinks  = 0; // of formats before 8
+    uint32_t    window = 0; // likewise
+    uint64_t    sidecar;
+    uint32_t    n_ring;
+
+    std::vector<indexmem_state_sizes> layers;
+
+    // rows of a part that a sequence has
+    uint64_t n_rows(indexmem_state_part part, const llama_kv_cache_bounded::seq_state & seq) const;
+};
 
 // of the header: nullptr is no memory
 std::string indexmem_state_name(const indexmem_memory * memory);
@@ -71,6 +113,20 @@ struct llama_kv_cache_bounded::loading {
 void indexmem_state_put(llama_io_write_i & io, const std::vector<indexmem_state_piece> & pieces, bool on_device);
 
 indexmem_state_held indexmem_state_hold(llama_io_read_i & io, const indexmem_state_piece & piece);
+
+// Reads so many bytes, however many that is: no more memory than there are bytes. `res` null: they are skipped
+void indexmem_state_some(llama_io_read_i & io, uint64_t n, std::vector<uint8_t> * res);
+
+// The tables and the rows of a sequence that a cache takes up as `seq`, and that was written as `from`: checked, and held, or, of
+// what reads them into tensors later, left to it.
+void indexmem_state_hold_sequence(llama_io_read_i & io, const indexmem_state_origin & origin, const llama_kv_cache_bounded & kv,
+        const llama_kv_cache_bounded::seq_state & from, const llama_kv_cache_bounded::seq_state & seq, uint32_t stream,
+        std::vector<indexmem_state_held> & held);
+
+// The same of one that has to do this step first: it is done, and what is left is held. Throws if there is no memory for it.
+void indexmem_state_hold_fitted(llama_io_read_i & io, const indexmem_state_origin & origin, const llama_kv_cache_bounded & kv,
+        const llama_kv_cache_bounded::seq_state & from, const llama_kv_cache_bounded::step & st, uint32_t stream,
+        std::vector<indexmem_state_held> & held);
 
 // the bytes of pieces, one after the other, and the same back into pieces of the same size in all
 std::vector<uint8_t> indexmem_state_get(const std::vector<indexmem_state_piece> & pieces);

@@ -71,6 +71,13 @@ public:
                     res.push_back(state);
                 }
             }
+            // more than the budget has room for
+            llama_context * large = contexts.get_large(kind);
+            llama_memory_clear(llama_get_memory(large), true);
+            require(decode(large, 0, 32) && decode(large, 0, 30), "no decode");
+            bytes state = save(large, 0);
+            state.insert(state.begin(), (uint8_t) kind);
+            res.push_back(state);
         }
         return res;
     }
@@ -95,7 +102,7 @@ private:
         llama_memory_t mem = llama_get_memory(ctx);
 
         for (llama_seq_id s = 0; s < (llama_seq_id) STATE_N_SEQ; ++s) {
-            check_sequence(ctx, s);
+            check_counts(ctx, s);
             const bytes again = save(ctx, s);
             require(load(ctx, s, again) && save(ctx, s) == again, "a state that was accepted is not the same again");
         }
@@ -107,7 +114,7 @@ private:
         const bytes copied = save(ctx, 0);
         require(goes_on(0, 9), "no text after a copy");
         for (llama_seq_id s = 0; s < (llama_seq_id) STATE_N_SEQ; ++s) {
-            check_sequence(ctx, s);
+            check_counts(ctx, s);
         }
         require(load(ctx, 1, copied), "a copy is refused");
     }

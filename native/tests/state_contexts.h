@@ -39,7 +39,7 @@ inline const state_kind STATE_KINDS[] = {
 };
 inline constexpr int N_STATE_KINDS = sizeof(STATE_KINDS)/sizeof(STATE_KINDS[0]);
 
-inline constexpr uint32_t STATE_N_SEQ = 3, STATE_BUDGET = 20, STATE_SINKS = 2, STATE_WINDOW = 4;
+inline constexpr uint32_t STATE_N_SEQ = 3, STATE_BUDGET = 20, STATE_LARGE = 44, STATE_SINKS = 2, STATE_WINDOW = 4;
 
 using bytes = std::vector<uint8_t>;
 
@@ -82,19 +82,26 @@ public:
             request.span         = kind.span;
             request.sidecar      = kind.indexer ? sidecar.c_str() : nullptr;
             contexts.push_back(make(request, kind.cache));
+            request.budget = STATE_LARGE;
+            request.span   = kind.span > 0 ? INDEXMEM_SPAN_TRAINED : 0;
+            large.push_back(make(request, kind.cache));
             remove(sidecar.c_str());
         }
     }
 
     ~state_contexts() {
-        for (llama_context * ctx : contexts) {
-            llama_free(ctx);
+        for (const auto & list : { contexts, large }) {
+            for (llama_context * ctx : list) {
+                llama_free(ctx);
+            }
         }
         llama_model_free(model);
         llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     }
 
     llama_context * get(int kind) const { return contexts[kind]; }
+
+    llama_context * get_large(int kind) const { return large[kind]; } // the same with a larger budget
 
     std::string take_log() { return std::exchange(log, {}); } // errors since the last call
 
@@ -120,6 +127,7 @@ private:
     llama_model * model = nullptr;
 
     std::vector<llama_context *> contexts;
+    std::vector<llama_context *> large;
 
     std::string log;
 };
@@ -190,8 +198,8 @@ inline bool load_file(llama_context * ctx, llama_seq_id seq, const std::string &
                      : llama_state_seq_load_file(ctx, path.c_str(), seq, &token, 1, &n_tokens) > 0;
 }
 
-// what holds of a sequence, wherever its state came from
-inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
+// what holds of a sequence, whatever cache its state came from
+inline void check_counts(llama_context * ctx, llama_seq_id seq) {
     indexmem_stats stats = {};
     stats.struct_size = sizeof(stats);
     if (!indexmem_get_stats(ctx, seq, &stats)) {
@@ -224,7 +232,19 @@ inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
             if (std::adjacent_find(pos.begin(), pos.end()) != pos.end()) {
                 throw std::runtime_error("a position is there twice");
             }
-            const int32_t n = (int32_t) stats.n_seen;
+        }
+    }
+}
+
+// and what is protected is there, if it came from one of these
+inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
+    check_counts(ctx, seq);
+    for (int il = 0; il < 2; ++il) {
+        for (int h = 0; h < indexmem_n_head_kv(ctx, il); ++h) {
+            std::vector<int32_t> pos(indexmem_get_positions(ctx, seq, il, h, nullptr, 0));
+            indexmem_get_positions(ctx, seq, il, h, pos.data(), (int32_t) pos.size());
+            std::sort(pos.begin(), pos.end());
+            const int32_t n = n_seen(ctx, seq);
             for (int32_t p : { 0, n - 1, n - (int32_t) STATE_WINDOW, (int32_t) STATE_SINKS - 1 }) {
                 if (p >= 0 && p < n && !std::binary_search(pos.begin(), pos.end(), p)) {
                     throw std::runtime_error("a protected position is missing");

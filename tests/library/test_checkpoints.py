@@ -140,7 +140,7 @@ def test_what_comes_back_is_what_was(make: Any, n: int) -> None:
 
 
 def test_a_checkpoint_of_another_cache_is_refused(make: Any) -> None:
-    llm, other = make(), make(kv_budget=100, n_ubatch=32)
+    llm, other = make(), make(type_k=8, type_v=8)
     tokens = llm.tokenize(README[:3000].encode(), add_bos=False)
     with pytest.raises(ContextError, match="nothing has been read"):
         llm.checkpoint()

@@ -161,6 +161,7 @@ class BoundedReference:
         self._forget()
         self.n_ubatches = 0
         self.n_before = 0  # tokens seen at the last eviction or rebase
+        self.gone, self.moved = math.inf, 0  # all are kept of [0, gone) and of [moved, n_seen), whatever is protected now
         self.n_rebases = 0
         self.evictions: list[Eviction] = []
         self.slots: list[list[list[int]]] = [[[] for _ in range(config.n_head_kv)] for _ in range(config.n_layer)]
@@ -233,6 +234,20 @@ class BoundedReference:
         self.n_ubatches += 1
         return logits
 
+    def refit(self, **options: object) -> None:
+        """Goes on with other options of the constructor, evicting what is too much now, as in an ubatch of no tokens."""
+        for name, value in options.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
+        if "memory" in options:
+            self.n_latent = self.memory.n_slots if self.memory else 0
+            self._forget()
+        self._ranks.clear()
+        too_many = len(self.slots[0][0]) > self.budget - self.n_latent
+        for il, h in self.heads() if too_many else ():
+            self._evict(il, h)
+        self.n_ubatches += 1
+
     def make_room(self, n_new: int) -> bool:
         """The rebase before a ubatch of n_new tokens, if it wants one."""
         if not self.span or self.next_position + n_new <= self.span:
@@ -241,12 +256,14 @@ class BoundedReference:
         by = end - self.next_position
         for il, h in self.heads():
             index = np.array(self.kept[il][h], int)
-            at = rebased(index, self.decoder.rotary[il][index, h], self.protected, self.window, end)
+            first, last = int(min(self.protected, self.gone)), min(self.window, self.n_seen - self.moved)
+            at = rebased(index, self.decoder.rotary[il][index, h], first, last, end)
             self.decoder.renew(il, h, index, at)
             memory, rotary = self.decoder.memories[il][h], self.decoder.rotaries[il]
             if memory and rotary:
                 memory.rotate(rotary, by)
         self.decoder.move_end(end)
+        self.gone = min(self.gone, self.protected)
         self.n_before = self.n_seen
         self.n_rebases += 1
         return True
@@ -265,6 +282,7 @@ class BoundedReference:
         if n == 0:
             self._forget()
             self.n_rebases = 0
+            self.gone, self.moved = math.inf, 0
         return True
 
     def _forget(self) -> None:
@@ -293,6 +311,8 @@ class BoundedReference:
         self._before[il, h] = self.slots[il][h], copy.deepcopy(self.decoder.memories[il][h])
         self._leave(il, h, gone)
         self.n_before = self.n_seen
+        self.gone = min(self.gone, self.protected)
+        self.moved = max(self.moved, self.n_seen - self.window)
         self.evictions.append(Eviction(self.n_ubatches, il, h, tuple(sorted(gone)), gap))
 
     def _leave(self, il: int, h: int, gone: set[int]) -> None:

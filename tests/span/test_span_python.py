@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from indexmem_edge.sessions.file import SessionData, read, write
 from indexmem_edge.stats import KVStats, trained_length_warning
 from support.cancelling import held, logits
 from support.commands import one_error, run
+from support.states import of_format_6
 
 pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
 
@@ -69,7 +69,7 @@ def test_what_the_library_is_asked_for() -> None:
 
     assert [asked(kv_span=span).span for span in (None, 0, 500)] == [None, 0, 500]
     assert api.library().indexmem_default_params().span == api.SPAN_TRAINED  # what None leaves there
-    assert asked(kv_span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(kv_span=500).fixed_for_state()
+    assert asked(kv_span=500).keywords()["kv_span"] == 500 and "kv_span" not in asked(kv_span=500).for_session()
     assert CacheOptions.from_keywords({"kv_budget": 0, "kv_span": 0}) == CacheOptions()
 
 
@@ -256,14 +256,6 @@ def held_after(llm: Any) -> dict[int, list[list[int]]]:
     return held(llm, False)
 
 
-def as_before(state: bytes, seen: int, kept: int) -> bytes:
-    """The state of a sequence that has never been renewed, in the format that had no numbers for that."""
-    version = state.index(b"IMKV") + 4
-    numbers = state.index(struct.pack("<III", 0, seen, kept)) + 7 * 4 + 8  # behind those of the sequence
-    assert state[version : version + 4] == struct.pack("<I", 7) and state[numbers : numbers + 12] == bytes(12)
-    return state[:version] + struct.pack("<I", 6) + state[version + 4 : numbers] + state[numbers + 12 :]
-
-
 def test_a_file_from_before_there_were_spans_is_accepted(model: Path, tmp_path: Path) -> None:
     llm = load(model)
     llm.eval(TOKENS[:200])
@@ -271,7 +263,7 @@ def test_a_file_from_before_there_were_spans_is_accepted(model: Path, tmp_path: 
     data = read(tmp_path / "new")
     header = {name: value for name, value in data.header.items() if name not in ("rebases", "rope_factors")}
     assert len(header) == len(data.header) - 2 and "kv_span" not in header
-    state = as_before(data.state, 200, llm.kv_stats().kept)
+    state = of_format_6(data.state, "streaming", 4, WINDOW)
     write(tmp_path / "old", SessionData(header, data.tokens, data.extra, state))
     for options in ({}, {"kv_span": 0}, {"kv_span": SMALLEST}):
         other = load(model, **options)

@@ -14,6 +14,7 @@ from indexmem_edge import llama_cpp
 from support.comparing import tokens_of
 from support.native_context import F16, Q8_0, Context, Refused, open_model
 from support.spanned import SETTINGS, both, compare
+from support.states import N_HEAD, N_HEADER
 
 
 def arrive(c: Context, tokens: list[int], seq: int = 0) -> int:
@@ -141,8 +142,8 @@ def test_damaged_states(tiny: Tiny) -> None:
     """A shift and positions that cannot be; what is there stays."""
     path, config = tiny("llama")
     n_held = 32
-    head = 8 + 4 + 4 + 4 + len("streaming") + 4 + len("off") + 7 * 4 + 8 + 2 * 6 * 4 + 4
-    rotary = head + 48 + 2 * 4 * n_held  # behind the positions of both heads of the first layer
+    head = N_HEADER
+    rotary = head + N_HEAD + 2 * 4 * n_held  # behind the positions of both heads of the first layer
     with open_model(path) as model, Context(model, n_ubatch=24, **SETTINGS) as c:
         c.feed(tokens_of(config, 150), 24)
         c.decode(tokens_of(config, 20))
