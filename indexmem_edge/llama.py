@@ -30,7 +30,7 @@ from .runtime.notices import SIDECAR, Hook, Notices
 from .runtime.prompts import ChatPrompts
 from .runtime.signature import like, made_with
 from .runtime.tools import Tools
-from .sessions import session
+from .sessions import file as sessionfile, session
 from .stats import KVStats
 
 _TEMPLATE_ARGUMENTS = ("functions", "function_call", "tools", "tool_choice")
@@ -560,10 +560,13 @@ class Llama(inside.Base):
 
     # sessions
 
-    def save_session(self, path: PathLike, extra: Any = None, *, checkpoints: Union[bool, int] = False) -> int:
+    def save_session(
+        self, path: PathLike, extra: Any = None, *, checkpoints: Union[bool, int] = False, copied: Optional[Callable[[], None]] = None
+    ) -> int:
         """Writes the conversation and its KV state to a file, atomically; returns the file's size in bytes.
 
-        The KV state is bounded by the budget; the token history adds 4 bytes per token seen.
+        The KV state is bounded by the budget; the token history adds 4 bytes per token seen. Other threads wait while the state
+        is copied, and not while the file is written.
 
         Args:
             path: the file; one that exists is replaced only when the new one is complete.
@@ -571,12 +574,17 @@ class Llama(inside.Base):
             checkpoints: whether the copies of the state go along that are kept for edits, other answers and other conversations
                 (`kv_checkpoints`), each of which may be as large as the state. A number: at most so many bytes of them, those that
                 were of use last.
+            copied: called once the state has been copied, and before the file is written. What happens to the conversation from
+                then on is not in the file.
 
         Raises:
             SessionError: the file could not be written; a file that was there before is intact.
         """
         with self._access.alone():
-            return session.save(self._talk, path, extra, checkpoints)
+            data = session.taken(self._talk, extra, checkpoints)
+        if copied is not None:
+            copied()
+        return sessionfile.write(path, data)
 
     def load_session(self, path: PathLike, *, as_background: bool = False, again: bool = False) -> Any:
         """Continues a saved conversation: only tokens after it will be evaluated. Returns what `extra` was.

@@ -12,12 +12,12 @@ from typing import Any, Optional
 from ..errors import Cancelled, IndexMemError, SessionError
 from ..files.textfile import read_text
 from ..llama import Llama
-from ..sessions import file as sessionfile
+from ..sessions.info import SessionInfo
 from ..stats import format_bytes
 from .answers import cut_by, pieces, why_cut
 from .branches import Branches, Copies
 from .cache_notes import CacheNotes
-from .commands import help_text, parse
+from .commands import AGAIN, AS_BACKGROUND, help_text, load_options, parse
 from .conversation import Conversation, messages_of_json
 from .interrupt import Leave, asked_to_leave, ctrl_c_cancels
 from .keeping import Keeper
@@ -304,15 +304,26 @@ class Chat:
         self._terminal.note(f"saved {self._llm.n_tokens:,} tokens in {path} ({format_bytes(size)})")
 
     def _load(self, argument: str) -> None:
-        path = _path(argument)
-        extra = sessionfile.read(path).extra
-        conversation = Conversation.from_dict(extra)
+        file, options = load_options(argument)
+        path, as_background = _path(file), AS_BACKGROUND in options
+        conversation: Optional[Conversation] = Conversation(self._conversation.system)
+        branches = Branches()
+        if not as_background:
+            extra = SessionInfo.read(path).extra
+            conversation, branches = Conversation.from_dict(extra), Branches.from_dict(extra)
         if conversation is None:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
-        self._llm.load_session(path)
-        self._begin(conversation, Branches.from_dict(extra))
-        kept = f"; {self._keeper.path} has this conversation from now on" if self._keeper is not None else ""
-        self._terminal.note(f"continuing after {self._llm.n_tokens:,} tokens, {len(conversation.messages)} messages{kept}")
+        try:
+            with self._terminal.bar(f"reading {os.path.basename(path)}") as bar, ctrl_c_cancels(self._llm), self._llm.watch(bar.update):
+                self._llm.load_session(path, as_background=as_background, again=AGAIN in options)
+        except (Cancelled, KeyboardInterrupt):
+            raise IndexMemError(f"stopped: {path} was not loaded") from None
+        self._begin(conversation, branches)
+        n, kept = self._llm.n_tokens, f"; {self._keeper.path} has this conversation from now on" if self._keeper is not None else ""
+        if as_background:
+            self._terminal.note(f"a new conversation begins, which knows what is kept of {path} ({n:,} tokens), until /reset{kept}")
+        else:
+            self._terminal.note(f"continuing after {n:,} tokens, {len(conversation.messages)} messages{kept}")
         self._notes.tell()
         self._show_answer()
 

@@ -30,6 +30,7 @@ class Command:
         return "TEXT" in self.argument
 
 
+AS_BACKGROUND, AGAIN = "--as-background", "--again"  # options of /load
 COMMANDS = (
     Command("/stats", "", "what the KV cache has seen, kept and dropped"),
     Command("/regen", "", "another answer to the last question"),
@@ -51,6 +52,7 @@ def help_text(leave: str) -> str:
     """The list of commands; `leave` says how else one leaves."""
     rows = [(command.usage, command.help) for command in COMMANDS[:-1]]
     rows += [("/exit", f"leave ({leave}, too); Ctrl-C stops an answer"), ("//text", "a message that begins with a slash")]
+    rows += [("/load FILE", f"{AS_BACKGROUND}: a new one that knows what this one has kept; {AGAIN}: its text is read again")]
     rows += [("Alt-Enter", "another line of the message, as a \\ at its end; pasted lines stay together")]
     width = max(len(usage) for usage, _ in rows)
     return "\n".join(f"{usage:<{width}}  {help}".rstrip() for usage, help in rows)
@@ -82,6 +84,17 @@ def parse(text: str) -> tuple[Optional[str], str]:
     if not argument and command.argument and not command.argument.startswith("["):
         raise IndexMemError(f"{first} needs a {command.argument.lower()}: {command.usage}")
     return command.name, argument
+
+
+def load_options(argument: str) -> tuple[str, set[str]]:
+    """What stands behind /load: the file, and the options behind that."""
+    options: set[str] = set()
+    file, _, last = argument.rpartition(" ")
+    while file and last in (AS_BACKGROUND, AGAIN):
+        options.add(last)
+        argument = file.rstrip()
+        file, _, last = argument.rpartition(" ")
+    return argument, options
 
 
 def _unknown(name: str) -> str:

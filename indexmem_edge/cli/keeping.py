@@ -1,7 +1,7 @@
 """`chat --session FILE`: the conversation goes on where the file ends, and the file follows the conversation.
 
-It is written in a thread, while the person reads and types, and only while the chat is at rest: a conversation and the state that
-belongs to it. A file is replaced as a whole, so that whatever ends the program leaves the one before.
+It is written in a thread, while the person reads and types. What is written is copied while the chat is at rest: a conversation and
+the state that belongs to it. A file is replaced as a whole, so that whatever ends the program leaves the one before.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ..errors import IndexMemError, SessionError
 from ..files.atomic import remove_leftovers
 from ..files.lock import InUse, holding
+from ..sessions.info import SessionInfo
 from .branches import Branches
 from .conversation import Conversation
 from .interrupt import uninterrupted
@@ -29,14 +30,45 @@ _TURNS = 4  # so many turns are not in the file at most,
 _SECONDS = 30.0  # and none for longer than this,
 _REST = 20  # unless writing would take more than this part of the time
 
+_POLL = 0.05  # seconds, for a writer that waits for the one before it
+
 Content = tuple[Conversation, Branches]
+
+
+class _Writer(threading.Thread):
+    """Writes once, after a while, unless the chat goes on before that.
+
+    Attributes:
+        changing: the chat goes on: what is not being copied by now is not to be copied any more.
+        copied: nothing is read any more that could change.
+    """
+
+    def __init__(self, after: float, writing: threading.Lock, save: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__(daemon=True)
+        self.after, self.changing, self.copied = max(after, 0.0), threading.Event(), threading.Event()
+        self._writing, self._save = writing, save
+
+    def run(self) -> None:
+        try:
+            if self.changing.wait(self.after):
+                return
+            while not self._writing.acquire(timeout=_POLL):  # an earlier one is not done yet
+                if self.changing.is_set():
+                    return
+            try:
+                if not self.changing.is_set():
+                    self._save(self.copied.set)
+            finally:
+                self._writing.release()
+        finally:
+            self.copied.set()
 
 
 class Keeper:
     """The file of a conversation. Within the block it is this process's alone.
 
     Raises:
-        SessionError: another process has it, or there is no such folder.
+        SessionError: another process has it, it is no session of a chat, or there is no such folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -48,7 +80,8 @@ class Keeper:
         self._latest: Optional[Content] = None
         self._turns, self._since = 0, 0.0  # that are not in the file, and since when
         self._not_before = 0.0
-        self._timer: Optional[threading.Timer] = None
+        self._writer: Optional[_Writer] = None
+        self._writing = threading.Lock()
         self._problem: Optional[str] = None  # why the file cannot follow,
         self._told = False  # which is said once
 
@@ -68,6 +101,12 @@ class Keeper:
                 self._problem = f"cannot save the session to {self.path}: {error.strerror or error}"
         else:
             remove_leftovers(target)
+        try:
+            if os.path.exists(target):  # what is wrong there is said before anything takes time
+                self._conversation_in(SessionInfo.read(self.path).extra)
+        except SessionError:
+            self._held.close()
+            raise
         return self
 
     def __exit__(
@@ -90,10 +129,7 @@ class Keeper:
         if not os.path.exists(self.path):
             return None
         extra = llm.load_session(self.path)
-        conversation = Conversation.from_dict(extra)
-        if conversation is None:
-            raise SessionError(f"{self.path} was not saved by a chat, it has no messages: name another file")
-        self._in_file = self._latest = (conversation, Branches.from_dict(extra))
+        self._in_file = self._latest = (self._conversation_in(extra), Branches.from_dict(extra))
         return self._in_file
 
     def at_rest(self, content: Content) -> None:
@@ -102,27 +138,27 @@ class Keeper:
             self._tell_problem()
         if content != self._latest:
             self._turns += 1
-            self._since = self._since or time.monotonic()
             self._latest = content
-        if self._is_due and (self._timer is None or not self._timer.is_alive()):
+        if self._is_due and (self._writer is None or self._writer.copied.is_set()):
             now = time.monotonic()
+            self._since = self._since or now
             wanted = now if self._turns >= _TURNS else self._since + _SECONDS
-            self._timer = threading.Timer(max(wanted, self._not_before) - now, self._save)
-            self._timer.daemon = True
-            self._timer.start()
+            self._writer = _Writer(max(wanted, self._not_before) - now, self._writing, self._save)
+            self._writer.start()
 
     def before_change(self) -> None:
-        """Waits until nobody reads what is about to change."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()
+        """Waits until nobody copies what is about to change."""
+        if self._writer is not None:
+            self._writer.changing.set()
+            self._writer.copied.wait()
 
     def finish(self) -> bool:
         """The end: writes what is not in the file yet; returns whether the file has it all."""
         with uninterrupted():
             self.before_change()
-            if self._is_due:
-                self._save()
+            with self._writing:
+                if self._is_due:
+                    self._save(lambda: None)
         return not self._is_due
 
     @property
@@ -131,6 +167,12 @@ class Keeper:
         what = "the file ends before what was said since" if self._in_file is not None else "the conversation is lost"
         return f"{self._problem}: {what}"
 
+    def _conversation_in(self, extra: Any) -> Conversation:
+        conversation = Conversation.from_dict(extra)
+        if conversation is None:
+            raise SessionError(f"{self.path} was not saved by a chat, it has no messages: name another file")
+        return conversation
+
     @property
     def _is_due(self) -> bool:
         if self._latest is None or self._latest == self._in_file:
@@ -138,17 +180,18 @@ class Keeper:
         conversation, branches = self._latest
         return self._in_file is not None or not conversation.is_empty or bool(branches.left)
 
-    def _save(self) -> None:
+    def _save(self, copied: Callable[[], None]) -> None:
         assert self._llm is not None and self._latest is not None
         content, started = self._latest, time.monotonic()
         conversation, branches = content
+        self._turns, self._since = 0, 0.0
         try:
-            self._llm.save_session(self.path, extra={**conversation.to_dict(), **branches.to_dict()})
+            extra = {**conversation.to_dict(), **branches.to_dict()}
+            self._llm.save_session(self.path, extra=extra, copied=copied)
         except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
             self._problem = describe(error)
         else:
             self._in_file, self._problem, self._told = content, None, False
-            self._turns, self._since = 0, 0.0
         ended = time.monotonic()
         self._not_before = ended + _REST * (ended - started)
 

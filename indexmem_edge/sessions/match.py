@@ -45,7 +45,7 @@ PINNED = "pinned prefix"  # of the state, whatever was asked for
 UBATCH = "n_ubatch"
 BACKGROUND = "background"  # tokens at the beginning that are none of the conversation's own
 
-AGAIN = "or have its text evaluated again: load_session(..., again=True)"
+AGAIN = "or have its text evaluated again: /load FILE --again in a chat, load_session(..., again=True) in Python"
 
 
 @dataclass

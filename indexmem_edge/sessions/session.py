@@ -44,14 +44,15 @@ def _set_native_state(llm: Inside, state: bytes, n_tokens: int) -> bool:
     return bool(read == len(state) and match.memory_position(llm) == n_tokens)
 
 
-def save(talk: Talk, path: PathLike, extra: Any = None, checkpoints: Union[bool, int] = False) -> int:
-    """See `Llama.save_session`."""
+def taken(talk: Talk, extra: Any = None, checkpoints: Union[bool, int] = False) -> SessionData:
+    """What `Llama.save_session` writes, as it is now: it stays that while the conversation goes on."""
     if talk.cache is not None:
         talk.cache.settle()
     tokens = np.array(talk.llm.history, dtype=np.int32)
     state = native_state(talk.llm) if len(tokens) else b""
+    logits = talk.kept.now()
     kept = tuple(_kept_checkpoints(talk, checkpoints))
-    return sessionfile.write(path, SessionData(match.header_of(talk), tokens, extra, state, talk.kept.now(), kept))
+    return SessionData(match.header_of(talk), tokens, extra, state, None if logits is None else logits.copy(), kept)
 
 
 def _kept_checkpoints(talk: Talk, asked: Union[bool, int]) -> Iterator[SavedCheckpoint]:

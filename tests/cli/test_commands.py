@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from indexmem_edge.cli.commands import COMMANDS, help_text, parse
+from indexmem_edge.cli.commands import COMMANDS, help_text, load_options, parse
 from indexmem_edge.errors import IndexMemError
 
 
@@ -70,6 +70,20 @@ def test_what_looks_like_a_command_and_is_none_is_refused(line: str, words: tupl
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argument, file, options",
+    [
+        ("a talk", "a talk", set()),
+        ("a talk --again", "a talk", {"--again"}),
+        ("a talk  --as-background --again", "a talk", {"--again", "--as-background"}),
+        ("--again", "--again", set()),
+        ("a --again b", "a --again b", set()),
+    ],
+)
+def test_options_of_load_stand_behind_the_file(argument: str, file: str, options: set[str]) -> None:
+    assert load_options(argument) == (file, options)
 
 
 def test_the_list_has_all_of_them() -> None:

@@ -20,7 +20,7 @@ from indexmem_edge.cli.options import RunOptions
 from indexmem_edge.cli.sampling import AnswerOptions
 from indexmem_edge.errors import SessionError
 from indexmem_edge.native import find
-from indexmem_edge.sessions import file as sessionfile
+from indexmem_edge.sessions import file as sessionfile, session
 from support.cancelling import Load, Nodes, load
 from support.commands import run
 
@@ -125,6 +125,40 @@ def test_load_and_save_go_on_as_before(talk: Any, path: Path, tmp_path: Path, ca
     assert kept(path) == kept(tmp_path / "one") == said(chat) and len(said(chat)) == 2
 
 
+def test_a_session_as_the_background_of_a_new_conversation(talk: Any, path: Path, tmp_path: Path, capsys: Any) -> None:
+    _, old = talk("What is the sea? " * 3, f"/save {tmp_path}/my old talk")
+    known = old._llm.n_tokens
+    path.unlink()
+    load_it = f"/load '{tmp_path}/my old talk' --as-background"
+    _, chat = talk("/system Be brief.", "Hello", load_it, "And the land?")
+    assert f"my old talk ({known:,} tokens), until /reset" in capsys.readouterr().err
+    assert len(said(chat)) == 3 and said(chat)[:2] == ["Be brief.", "And the land?"] == kept(path)[:2]
+    assert chat._llm.kv_stats().background == known and list(chat._branches) == ["main"]
+    assert talk()[1]._llm.kv_stats().background == known
+    assert talk("/reset", "Hello")[1]._llm.kv_stats().background == 0
+    path.unlink()
+    assert talk(load_it, kind="unbounded")[0] == 1 and "needs a kv_budget" in capsys.readouterr().err
+
+
+def test_a_session_that_does_not_fit_is_read_again(talk: Any, path: Path, tmp_path: Path, capsys: Any) -> None:
+    _, old = talk("What is the sea? " * 3, f"/save {tmp_path}/old")
+    path.unlink()
+    assert talk(f"/load {tmp_path}/old", kind="unbounded")[0] == 1 and "/load FILE --again in a chat" in capsys.readouterr().err
+    status, chat = talk(f"/load {tmp_path}/old --again", kind="unbounded")
+    assert status == 0 and said(chat) == said(old) == kept(path) and chat._llm.n_tokens == old._llm.n_tokens
+    _, chat = talk("Hello", f"/load {tmp_path}/old --again --as-background", "/stats", kind="unbounded")
+    assert len(said(chat)) == len(said(old)) + 2
+
+
+def test_reading_a_session_again_can_be_stopped(talk: Any, path: Path, tmp_path: Path, load: Load, capsys: Any) -> None:
+    _, old = talk("What is the sea? " * 20, f"/save {tmp_path}/old")
+    path.unlink()
+    llm = load("unbounded")
+    with Nodes(llm, stop_after=40):
+        status, chat = talk(f"/load {tmp_path}/old --again", llm=llm)
+    assert status == 1 and said(chat) == [] and "was not loaded" in capsys.readouterr().err and llm.n_tokens == 0
+
+
 def test_a_system_prompt_that_is_asked_for_takes_the_place_of_the_one_in_the_file(talk: Any, path: Path, capsys: Any) -> None:
     talk("Hello", system="Be brief.")
     _, chat = talk(system="Be brief.")
@@ -197,8 +231,8 @@ def test_two_chats(talk: Any, path: Path) -> None:
 
 def written(chat: Chat) -> None:
     """Waits until the thread that is due has done so."""
-    assert chat._keeper is not None and chat._keeper._timer is not None
-    chat._keeper._timer.join()
+    assert chat._keeper is not None and chat._keeper._writer is not None
+    chat._keeper._writer.join()
 
 
 def test_it_is_written_every_few_turns(talk: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,41 +253,69 @@ def test_writing_takes_a_small_part_of_the_time(talk: Any, monkeypatch: pytest.M
     waits: list[float] = []
 
     def look(chat: Chat) -> None:
-        assert chat._keeper is not None and chat._keeper._timer is not None
-        waits.append(chat._keeper._timer.interval)
+        assert chat._keeper is not None and chat._keeper._writer is not None
+        waits.append(chat._keeper._writer.after)
 
     monkeypatch.setattr(keeping, "_REST", 1e6)
     talk("1", look, written, "2", look)
-    assert waits[0] <= 0 and waits[1] > 1
+    assert waits[0] == 0 and waits[1] > 1
 
 
-def test_it_is_written_while_nothing_changes(talk: Any, path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn is written at once."""
     monkeypatch.setattr(keeping, "_TURNS", 1)
     monkeypatch.setattr(keeping, "_REST", 0)
-    llm, changing, seen = load("keydiff"), threading.Event(), []
-    save, add = llm.save_session, Chat._add
 
-    def saving(*args: Any, **keywords: Any) -> int:
+
+def test_it_is_copied_while_nothing_changes(talk: Any, path: Path, load: Load, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, changing, seen = load("keydiff"), threading.Event(), []
+    take, add = session.taken, Chat._add
+
+    def taking(*args: Any) -> Any:
         elsewhere = threading.current_thread() is not threading.main_thread()
         seen.append((elsewhere, changing.wait(0.05 if elsewhere else 0)))  # time for the chat to go on, if it would
-        return int(save(*args, **keywords))
+        return take(*args)
 
     def adding(chat: Chat, conversation: Any) -> None:
         changing.set()
         add(chat, conversation)
         changing.clear()
 
-    monkeypatch.setattr(llm, "save_session", saving)
+    monkeypatch.setattr(session, "taken", taking)
     monkeypatch.setattr(Chat, "_add", adding)
     talk(*map(str, range(8)), llm=llm)
     assert (True, False) in seen and not any(changed for _, changed in seen) and len(kept(path)) == 16
+
+
+def test_the_chat_goes_on_while_it_is_written(talk: Any, path: Path, eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, may_write, sizes = sessionfile.write, threading.Event(), []
+
+    def writing(path: Any, data: Any) -> int:
+        assert may_write.wait(30)
+        sizes.append(len(data.extra["messages"]))
+        return write(path, data)
+
+    def write_now(chat: Chat) -> None:
+        assert len(said(chat)) == 6 and not path.exists()
+        may_write.set()
+
+    monkeypatch.setattr(sessionfile, "write", writing)
+    talk("1", copied, "2", "3", write_now)
+    assert sizes[0] == 2 and sizes == sorted(sizes) and len(kept(path)) == sizes[-1] == 6  # one at a time, the newest last
+
+
+def copied(chat: Chat) -> None:
+    """Waits until what is to be written has been copied."""
+    assert chat._keeper is not None and chat._keeper._writer is not None
+    chat._keeper._writer.copied.wait()
 
 
 # what can go wrong
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Any:
+def full(eager: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """full(True): the disk is full from now on."""
     write = sessionfile.write
     state = [False]
@@ -264,8 +326,6 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
         return write(path, data)
 
     monkeypatch.setattr(sessionfile, "write", writing)
-    monkeypatch.setattr(keeping, "_TURNS", 1)
-    monkeypatch.setattr(keeping, "_REST", 0)
     return lambda now: lambda chat=None: state.__setitem__(0, now)
 
 

@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from conftest import Tiny
 from indexmem_edge import Cancelled, GenerationSuperseded, ModelClosed
 from indexmem_edge.native import api, find
 from indexmem_edge.runtime.access import Access
+from indexmem_edge.sessions import file as sessionfile
 from support.cancelling import BATCH, QUESTION, TOKENS, Load, condition, load, logits
 
 __all__ = ["load"]  # a fixture
@@ -411,3 +413,25 @@ def test_a_question_while_another_is_read(load: Load) -> None:
         found = [answer.result(PATIENCE)["choices"] for answer in answers]
     assert found == expected
     assert np.isfinite(logits(llm)).all()
+
+
+# sessions
+
+
+@both
+def test_others_go_on_while_a_session_is_written(load: Load, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, twin, order = load(kind), load(kind), []
+    write = sessionfile.write
+
+    def writing(path: Any, data: Any) -> int:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(llm.prefill, TOKENS[300:500]).result(PATIENCE)
+        order.append("written")
+        return write(path, data)
+
+    for each in (llm, twin):
+        each.prefill(TOKENS[:150])
+    twin.save_session(tmp_path / "twin")
+    monkeypatch.setattr(sessionfile, "write", writing)
+    llm.save_session(tmp_path / "talk", copied=lambda: order.append("copied"))
+    assert order == ["copied", "written"] and (tmp_path / "talk").read_bytes() == (tmp_path / "twin").read_bytes()
