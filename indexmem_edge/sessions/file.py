@@ -37,6 +37,7 @@ _DIGEST = hashlib.sha256().digest_size
 _MAX_HEADER = 1 << 20
 _TOKEN = np.dtype("<i4")
 _LOGIT = np.dtype("<f4")
+State = Union[bytes, memoryview]
 
 
 _MAX_CHECKPOINTS = 4096
@@ -48,7 +49,7 @@ class SavedCheckpoint:
     """The state after some tokens, of this conversation or another one."""
 
     tokens: npt.NDArray[np.int32]
-    state: bytes
+    state: State
     logits: Optional[npt.NDArray[np.single]] = None  # after the last of them
 
 
@@ -59,7 +60,7 @@ class SessionData:
     header: dict[str, Any]
     tokens: npt.NDArray[np.int32]
     extra: Any
-    state: bytes
+    state: State
     logits: Optional[npt.NDArray[np.single]] = None  # after the last token, one per token of the vocabulary
     checkpoints: tuple[SavedCheckpoint, ...] = ()
 

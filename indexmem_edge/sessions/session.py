@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Optional, Union
 
 import numpy as np
+import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import SessionError
@@ -19,28 +20,32 @@ from ..runtime.inside import Inside
 from ..runtime.kept_logits import Logits
 from ..runtime.notices import SESSION
 from . import file as sessionfile, match
-from .file import SavedCheckpoint, SessionData
+from .file import SavedCheckpoint, SessionData, State
 from .match import Talk
 
 PathLike = Union[str, "os.PathLike[str]"]
 
 
-def native_state(llm: Inside) -> bytes:
-    """KV state of sequence 0, as the library writes it."""
+def native_state(llm: Inside) -> memoryview:
+    """KV state of sequence 0, as the library writes it. It is copied once, which other threads do not have to wait for."""
     size = llama_lib.llama_state_seq_get_size(llm.ctx, 0)
-    buffer = (ctypes.c_uint8 * size)()
-    written = llama_lib.llama_state_seq_get_data(llm.ctx, buffer, size, 0)
+    buffer = np.empty(size, dtype=np.uint8)
+    written = llama_lib.llama_state_seq_get_data(llm.ctx, _pointer(buffer), size, 0)
     if written == 0 or written > size:
         raise SessionError(f"the library could not give out the KV state ({written} of {size} bytes)")
-    return ctypes.string_at(buffer, written)
+    return buffer[:written].data
 
 
-def _set_native_state(llm: Inside, state: bytes, n_tokens: int) -> bool:
+def _pointer(buffer: npt.NDArray[np.uint8]) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def _set_native_state(llm: Inside, state: State, n_tokens: int) -> bool:
     llama_lib.llama_memory_clear(llm.memory, True)
     if not state:
         return n_tokens == 0
-    buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))  # only read, so not copied
-    read = llama_lib.llama_state_seq_set_data(llm.ctx, buffer, len(state), 0)
+    buffer = np.frombuffer(state, dtype=np.uint8)  # only read, so not copied
+    read = llama_lib.llama_state_seq_set_data(llm.ctx, _pointer(buffer), len(state), 0)
     return bool(read == len(state) and match.memory_position(llm) == n_tokens)
 
 
@@ -49,7 +54,7 @@ def taken(talk: Talk, extra: Any = None, checkpoints: Union[bool, int] = False) 
     if talk.cache is not None:
         talk.cache.settle()
     tokens = np.array(talk.llm.history, dtype=np.int32)
-    state = native_state(talk.llm) if len(tokens) else b""
+    state: State = native_state(talk.llm) if len(tokens) else b""
     logits = talk.kept.now()
     kept = tuple(_kept_checkpoints(talk, checkpoints))
     return SessionData(match.header_of(talk), tokens, extra, state, None if logits is None else logits.copy(), kept)
@@ -87,7 +92,7 @@ def load(talk: Talk, path: PathLike) -> SessionData:
     if talk.cache is not None:
         talk.cache.settle()
     before_tokens, before_logits = llm.history.copy(), talk.kept.now()
-    before_state = native_state(llm) if len(before_tokens) else b""
+    before_state: State = native_state(llm) if len(before_tokens) else b""
     try:
         with _pin(talk, match.asked_pin(talk, data.header)):
             reason = _refused(talk, data)
@@ -156,7 +161,7 @@ def _restored(talk: Talk, data: SessionData) -> list[Checkpoint]:
     made: list[Checkpoint] = []
     if talk.cache is None or not data.checkpoints:
         return made
-    now = native_state(talk.llm) if len(data.tokens) else b""
+    now: State = native_state(talk.llm) if len(data.tokens) else b""
     try:
         for kept in reversed(data.checkpoints):
             if len(kept.tokens) and _set_native_state(talk.llm, kept.state, len(kept.tokens)):
@@ -168,7 +173,7 @@ def _restored(talk: Talk, data: SessionData) -> list[Checkpoint]:
     return made
 
 
-def _restore(talk: Talk, state: bytes, n_tokens: int, logits: Logits) -> None:
+def _restore(talk: Talk, state: State, n_tokens: int, logits: Logits) -> None:
     if not _set_native_state(talk.llm, state, n_tokens):
         talk.llm.public.reset()
         raise SessionError("the session was refused, and the conversation before it could not be restored: it is empty")
