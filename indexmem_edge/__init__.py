@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ._vendor import llama_cpp as llama_cpp
     from .llama import Llama
     from .options import CacheOptions
+    from .runtime.checkpoints import Checkpoint
     from .stats import KVStats
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "CacheOptions",
     "CacheWarning",
     "Cancelled",
+    "Checkpoint",
     "ContextError",
     "ConvertError",
     "DecodeError",
@@ -141,10 +143,10 @@ def __getattr__(name: str) -> Any:
         from .stats import KVStats
 
         return KVStats
-    if name == "CacheOptions":
-        from .options import CacheOptions
+    if name == "Checkpoint":
+        from .runtime.checkpoints import Checkpoint
 
-        return CacheOptions
+        return Checkpoint
     if name == "llama_cpp":
         from ._vendor import llama_cpp
 
