@@ -22,17 +22,16 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "docs" / "examples" / "desktop")]
 from support.display import virtual_display  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "desktop.png"
-LETTER = """\
-Port Elden, 3 March
-
-Dear Anna, the storm has passed and the harbour is open again. The lighthouse was painted green this spring, and Maren Holt has
-become its keeper. She asks for two new lamps and a barrel of oil before the winter. The ferry to the islands now leaves at
-seven in the morning, and the school will have its summer feast on the old pier. Write soon. Your brother, Jonas
+NEWS = """\
+News from Port Elden. The storm has passed and the harbour is open again. The lighthouse was painted green this spring, and
+Maren Holt has become its keeper. The ferry to the islands now leaves at seven in the morning and comes back at noon. The school
+will have its summer feast on the old pier in July, with music and a race of small boats. The bakery in Mill Street is looking
+for a baker. Old books can be left at the library, which sells them for a new roof.
 """
 Steps = Iterator[Callable[[], object]]
 
 
-def conversation(window: Any, letter: Path) -> Steps:
+def conversation(window: Any, news: Path) -> Steps:
     """What a person does, and after each of it what there is to wait for."""
 
     def idle() -> bool:
@@ -48,13 +47,13 @@ def conversation(window: Any, letter: Path) -> Steps:
     yield ask("Name three rivers in Africa.")
     window.notebook.select(0)
     window.root.update()
-    window.dropped(window.root.tk.call("list", str(letter)))
+    window.dropped(window.root.tk.call("list", str(news)))
     yield idle
-    yield ask("Who keeps the lighthouse?")
+    yield ask("Who is the keeper of the lighthouse?")
     window.controller.regenerate(window.chat)
     yield idle
-    yield ask("What does she ask for?")
-    window.tab(window.chat).entry.insert("1.0", "When does the ferry leave?")
+    yield ask("At what time does the ferry leave?")
+    window.tab(window.chat).entry.insert("1.0", "What happens in July?")
     shown = time.monotonic()
     yield lambda: time.monotonic() > shown + 0.5  # until all of it has been drawn
 
@@ -63,22 +62,22 @@ def make(display: str, folder: Path) -> None:
     os.environ["DISPLAY"] = display
     from window import Window
 
-    letter = folder / "letter.txt"
-    letter.write_text(LETTER, encoding="utf-8")
+    news = folder / "news.txt"
+    news.write_text(NEWS, encoding="utf-8")
     window = Window(
         lambda warn: Llama(demo_model(), kv_budget=256, kv_warn=warn, verbose=False, seed=1),
         folder / "kept",
         max_tokens=64,
         temperature=0.0,
     )
-    window.root.geometry("780x560+0+0")
+    window.root.geometry("780x620+0+0")
     window.start()
-    for done in conversation(window, letter):
+    for done in conversation(window, news):
         while not done():
             window.root.dooneevent()
     window.root.update()
     PICTURE.parent.mkdir(exist_ok=True)
-    ImageGrab.grab(xdisplay=display).crop((0, 0, 780, 560)).quantize(64).save(PICTURE, optimize=True)
+    ImageGrab.grab(xdisplay=display).crop((0, 0, 780, 620)).save(PICTURE, optimize=True)
     window.controller.close()
     window.root.mainloop()
 

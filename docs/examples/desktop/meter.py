@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 if TYPE_CHECKING:
     from indexmem_edge import KVStats
 
-_WIDTH, _HEIGHT = 180, 14
+_WIDTH, _HEIGHT = 140, 14
 
 
 class Meter(ttk.Frame):
@@ -30,16 +30,16 @@ class Meter(ttk.Frame):
 
     def show(self, stats: Optional[KVStats]) -> None:
         """None: nothing has been said yet."""
-        share = min(stats.kept / stats.slots, 1.0) if stats and stats.slots else 0.0
+        share = min(stats.kept / (stats.budget or stats.n_ctx), 1.0) if stats else 0.0
         self._bar.coords(self._filled, 0, 0, round(share * (_WIDTH + 2)), _HEIGHT + 2)
         self._bar.itemconfigure(self._filled, fill="#d08030" if stats and stats.evicted else "#4a90c0")
         self._counts["text"] = words(stats) if stats else "the cache is empty"
 
 
 def words(stats: KVStats) -> str:
-    """What the numbers mean: slots, what was dropped, bytes, and what the last turn cost."""
-    parts = [f"{stats.kept:,} of {stats.slots:,} slots", f"{stats.evicted:,} of {stats.tokens_seen:,} tokens dropped"]
+    """What the numbers mean: entries of the budget, what was dropped, bytes, and what the last question cost."""
+    parts = [f"{stats.kept:,} kept" + (f" of {stats.budget:,}" if stats.budget else ""), f"{stats.evicted:,} evicted"]
     if stats.cache_bytes is not None:
-        parts.append(f"{stats.cache_bytes / 2**20:.1f} MiB, fixed")
-    parts.append(f"last turn: {max(stats.turn_evaluated, 0):,} read, {stats.turn_reused:,} reused")
+        parts.append(f"{stats.cache_bytes / 2**20:.1f} MiB")
+    parts.append(f"last question: {max(stats.turn_evaluated, 0):,} tokens read, {stats.turn_reused:,} reused")
     return " · ".join(parts)

@@ -37,6 +37,11 @@ class Tab(ttk.Frame):
         self.entry.bind("<Return>", self._send)
         self.entry.bind("<Shift-Return>", lambda _: None)  # which makes a line
         self.entry.bind("<Escape>", lambda _: controller.stop(chat))
+        self._at_end = True  # what is new is seen, unless somebody has scrolled up to read
+        for event in ("<MouseWheel>", "<Button-4>", "<Button-5>", "<KeyRelease>"):
+            self.said.bind(event, lambda _: self.after_idle(self._scrolled))
+        self.said.vbar.bind("<ButtonRelease-1>", lambda _: self.after_idle(self._scrolled))
+        self.said.bind("<Configure>", lambda _: self._follow())
 
     def _lay_out(self, buttons: ttk.Frame) -> None:
         self.columnconfigure(0, weight=1)
@@ -98,12 +103,19 @@ class Tab(ttk.Frame):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Only the program writes here. Who has scrolled up to read stays there."""
-        at_end = self.said.yview()[1] >= 1.0
+        top = self.said.index("@0,0")
         self.said.configure(state="normal")
         yield
         self.said.configure(state="disabled")
-        if at_end:
+        self.said.yview(top)
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._at_end:
             self.said.see("end")
+
+    def _scrolled(self) -> None:
+        self._at_end = self.said.yview()[1] >= 1.0
 
     def _send(self, _: object = None) -> str:
         if self.typed and not self._chat.busy:

@@ -31,6 +31,8 @@ class Window:
     def __init__(self, load: Load, folder: Path, **sampling: Any) -> None:
         self.root = TkinterDnD.Tk() if TkinterDnD else tk.Tk()
         self.root.title("indexmem-edge")
+        if self.root.tk.call("tk", "windowingsystem") == "x11":
+            ttk.Style().theme_use("clam")  # Tk looks as it did in 1990 there, and like the system elsewhere
         self.root.minsize(640, 420)
         self.root.report_callback_exception = self._broken
         self.root.protocol("WM_DELETE_WINDOW", self._close)
