@@ -21,12 +21,11 @@ PICTURE = ROOT / "docs" / "images" / "serve-page.png"
 def main() -> None:
     if why_not():
         sys.exit(why_not())
-    with serving(Path(demo_model()), "--kv-budget", 256, "-n", 96, "--temp", 0, "--webui") as server:
-        with browsing(1000, 700) as page:
-            page.open(f"http://127.0.0.1:{server.port}/")
-            ask(page, "Name a river in Africa.")
-            ask(page, "Write a poem of four lines about it.")
-            PICTURE.write_bytes(page.picture())
+    options = ("--kv-budget", 256, "-n", 96, "--temp", 0, "--webui")
+    with serving(Path(demo_model()), *options) as server, browsing(1000, 640) as page:
+        page.open(f"http://127.0.0.1:{server.port}/")
+        ask(page, "Name a river in Africa.")
+        PICTURE.write_bytes(page.picture())
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size:,} bytes")
 
 
