@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,10 @@ class Person:
 
     def idle(self) -> None:
         self.until(lambda: not self.window.chat.busy)
+
+    def listed(self, name: object) -> str:
+        """A list of this alone, as Tcl writes it."""
+        return str(self.root.tk.call("format", "%s", (str(name),)))
 
     def look_at(self, tab: int) -> None:
         self.window.notebook.select(tab)
@@ -161,7 +166,7 @@ def test_a_document_that_is_dropped(start: Callable[[], Person], tmp_path: Path)
     person = start()
     path = tmp_path / "port {elden}.txt"
     path.write_text(DOCUMENT, encoding="utf-8")
-    person.window.dropped(person.root.tk.call("list", str(path)))
+    person.window.dropped(person.listed(path))
     assert "reading port {elden}.txt" in person.tab.document["text"]
     person.until(lambda: person.tab.progress.winfo_ismapped())
     person.idle()
@@ -173,6 +178,19 @@ def test_a_document_that_is_dropped(start: Callable[[], Person], tmp_path: Path)
     assert f"{person.window.chat.stats.evicted} evicted" in person.window.meter.text
     assert person.window.chat.stats.evicted > 0
     assert person.window.chat.stats.turn_evaluated < 40
+
+
+def test_a_drop_arrives(start: Callable[[], Person], tmp_path: Path) -> None:
+    pytest.importorskip("tkinterdnd2", reason="there is no tkinterdnd2: pip install tkinterdnd2")
+    person = start()
+    path = tmp_path / "port {elden}.txt"
+    path.write_text(DOCUMENT[:200], encoding="utf-8")
+    script = str(person.root.tk.call("bind", ".", "<<Drop>>"))
+    values = {"%W": ".", "%X": "0", "%Y": "0", "%A": "copy", "%D": person.listed(person.listed(path))}
+    script = re.sub(r"\{?(%[A-Za-z]+)\}?", lambda found: str(values.get(found[1], "{}")), script)
+    assert person.root.tk.eval(script) == "copy"  # as the extension does when a file is let go above the window
+    person.idle()
+    assert person.tab.document["text"].startswith("port {elden}.txt") and person.errors == []
 
 
 def test_save_and_open(start: Callable[[], Person], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +229,7 @@ def test_closing_while_it_answers_and_coming_back(start: Callable[..., Person], 
 def test_errors_are_shown(start: Callable[[], Person], tmp_path: Path) -> None:
     person = start()
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff\xfe")
-    person.window.dropped(person.root.tk.call("list", str(tmp_path / "picture.txt")))
+    person.window.dropped(person.listed(tmp_path / "picture.txt"))
     assert "picture.txt is not a text file" in person.window.status["text"]
     assert str(person.window.status["foreground"]) == "#b00020"
 

@@ -36,6 +36,7 @@ class Window:
         self.root.minsize(640, 420)
         self.root.report_callback_exception = self._broken
         self.root.protocol("WM_DELETE_WINDOW", self._close)
+        self._open = True
         self._tabs: dict[Chat, Tab] = {}
         self.notebook = ttk.Notebook(self.root)
         self.meter = Meter(self.root)
@@ -45,7 +46,7 @@ class Window:
         self.notebook.bind("<<NotebookTabChanged>>", lambda _: self._look())
         if TkinterDnD:
             self.root.drop_target_register(DND_FILES)
-            self.root.dnd_bind("<<Drop>>", lambda event: self.dropped(event.data))
+            self.root.dnd_bind("<<Drop>>", self._drop)
 
     def start(self) -> None:
         """Opens the chats, and has what the model does seen from now on."""
@@ -117,6 +118,7 @@ class Window:
             self.root.deiconify()  # it was being closed, and something is wrong
 
     def closed(self) -> None:
+        self._open = False
         self.root.destroy()
 
     # how it is done
@@ -126,8 +128,11 @@ class Window:
             self.meter.show(self.chat.stats)
 
     def _poll(self) -> None:
-        self.root.after(_POLL, self._poll)
-        self.controller.poll()
+        try:
+            self.controller.poll()
+        finally:
+            if self._open:
+                self.root.after(_POLL, self._poll)
 
     def _close(self) -> None:
         """What is left to do takes a moment, and nobody has to watch."""
@@ -137,6 +142,10 @@ class Window:
     def _broken(self, kind: type[BaseException], error: BaseException, trace: object) -> None:
         """A mistake in this program: shown, and the window goes on."""
         self.tell(f"{kind.__name__}: {error}", error=True)
+
+    def _drop(self, event: Any) -> str:
+        self.dropped(event.data)
+        return str(event.action)  # the file is copied: it stays where it is
 
     def _choose_document(self) -> None:
         if name := filedialog.askopenfilename(parent=self.root, title="A text to ask about"):
