@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +14,11 @@ from typing import Any
 
 import pytest
 
+import indexmem_edge
 from indexmem_edge import Llama
 from indexmem_edge.native import find
 from support.display import virtual_display
-from support.examples import desktop
+from support.examples import EXAMPLES, desktop
 
 tkinter = pytest.importorskip("tkinter", reason="Python is without tkinter: apt install python3-tk (Debian)")
 if find.library_file() is None:
@@ -78,7 +83,7 @@ class Person:
         self.root.update()
 
     def leave(self) -> None:
-        self.window._close()
+        self.window.close()
         self.until(lambda: not self.open)
 
 
@@ -264,3 +269,19 @@ def test_a_tab_that_is_closed(start: Callable[[], Person]) -> None:
     person.type("Hello.")
     person.idle()
     assert person.errors == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files a process has mapped")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_program(display: str, demo_model: Path, tmp_path: Path, number: int) -> None:
+    roots = [str(Path(indexmem_edge.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "DISPLAY": display, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+    command = [sys.executable, str(EXAMPLES / "desktop" / "app.py"), "-m", str(demo_model), "--folder", str(tmp_path)]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    end = time.monotonic() + PATIENCE
+    while demo_model.name not in Path(f"/proc/{program.pid}/maps").read_text():
+        assert program.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    program.send_signal(number)
+    assert program.communicate(timeout=PATIENCE)[1] == ""
+    assert program.returncode == 0 and list(tmp_path.iterdir()) == []

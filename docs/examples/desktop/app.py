@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 from window import Window
@@ -22,11 +23,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="length of an answer at most (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=_data_folder(), help="where chats are kept (default: %(default)s)")
     args = parser.parse_args()
-    Window(
+    window = Window(
         lambda warn: Llama(args.model or demo_model(), kv_budget=args.kv_budget, kv_warn=warn, verbose=False),
         args.folder,
         max_tokens=args.max_tokens,
-    ).run()
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, the end of the session: as if the window was closed
+        signal.signal(number, lambda *_: window.close())
+    window.run()
 
 
 def _data_folder() -> Path:

@@ -35,7 +35,7 @@ class Window:
             ttk.Style().theme_use("clam")  # Tk looks as it did in 1990 there, and like the system elsewhere
         self.root.minsize(640, 420)
         self.root.report_callback_exception = self._broken
-        self.root.protocol("WM_DELETE_WINDOW", self._close)
+        self.root.protocol("WM_DELETE_WINDOW", self.close)
         self._open = True
         self._tabs: dict[Chat, Tab] = {}
         self.notebook = ttk.Notebook(self.root)
@@ -72,6 +72,11 @@ class Window:
         self.status.pack(side="bottom", fill="x", padx=8, pady=(0, 6))
         self.meter.pack(side="bottom", fill="x", padx=8, pady=6)
         self.notebook.pack(side="top", fill="both", expand=True, padx=6, pady=6)
+
+    def close(self) -> None:
+        """What is left to do takes a moment, and nobody has to watch."""
+        self.root.withdraw()
+        self.controller.close()
 
     @property
     def chat(self) -> Chat:
@@ -133,11 +138,6 @@ class Window:
         finally:
             if self._open:
                 self.root.after(_POLL, self._poll)
-
-    def _close(self) -> None:
-        """What is left to do takes a moment, and nobody has to watch."""
-        self.root.withdraw()
-        self.controller.close()
 
     def _broken(self, kind: type[BaseException], error: BaseException, trace: object) -> None:
         """A mistake in this program: shown, and the window goes on."""
