@@ -186,7 +186,7 @@ def test_a_document_is_read_once_and_then_asked_about(person: Person, tmp_path: 
     person.ask(chat, "Who is the keeper?")
     assert chat.stats.turn_evaluated < 40
     assert chat.shown(0) == "Who is the keeper?" and chat.messages[0]["content"].startswith(DOCUMENT.strip())
-    assert chat.document is None
+    assert chat.document is None and chat.title == "Who is the keeper?"
     assert any("drop" in text for text in person.view.told)  # what the cache warns of
 
 
@@ -203,13 +203,15 @@ def test_a_document_that_is_stopped_has_not_been_read(person: Person, tmp_path: 
     assert chat.stats.turn_evaluated < 30
 
 
-@pytest.mark.parametrize("content, reason", [(b"\xff\xfe\x00bin", "is not a text file"), (None, "No such file")])
+@pytest.mark.parametrize("content, reason", [(b"\xff\xfe\x00bin", "is not a text file"), (b" \n", "is empty"), (None, "No such file")])
 def test_what_cannot_be_read_is_said(person: Person, tmp_path: Path, content: bytes | None, reason: str) -> None:
     if content is not None:
         (tmp_path / "file").write_bytes(content)
     person.does.read(person.does.chats[0], tmp_path / "file")
+    person.idle()
     assert [reason in error for error in person.view.errors] == [True]
-    assert not person.does.chats[0].busy
+    assert person.view.errors[0].startswith("file")
+    assert person.does.chats[0].document is None and not person.does.chats[0].changed
 
 
 def test_a_saved_chat_goes_on_in_a_tab_of_its_own(person: Person, tmp_path: Path) -> None:
@@ -278,3 +280,13 @@ def test_a_model_that_cannot_be_loaded_is_said_and_the_window_closes(tmp_path: P
     person.idle()
     assert person.does.chats[0].draft == "Hello?" and len(person.view.errors) == 2
     person.leave()
+
+
+def test_two_documents_are_one_before_the_question(person: Person, tmp_path: Path) -> None:
+    chat = person.does.chats[0]
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f"This is text {name}.")
+        person.does.read(chat, tmp_path / name)
+        person.idle()
+    assert chat.document == chats.Document("one, two", "This is text one.\n\nThis is text two.")
+    assert chat.stats.turn_evaluated < 20  # the first is not read again

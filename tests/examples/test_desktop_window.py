@@ -215,6 +215,9 @@ def test_save_and_open(start: Callable[[], Person], tmp_path: Path, monkeypatch:
     person.type("What is my name?")
     person.idle()
     assert person.window.chat.stats.turn_evaluated < 30 and person.errors == []
+    person.window.dropped(person.listed(tmp_path / "ada.imsess"))  # which is no document
+    person.until(lambda: len(person.window.notebook.tabs()) == 4)
+    assert person.said == said and person.window.notebook.tab("current", "text") == "My name is Ada."
 
 
 def test_closing_while_it_answers_and_coming_back(start: Callable[..., Person], tmp_path: Path) -> None:
@@ -235,6 +238,7 @@ def test_errors_are_shown(start: Callable[[], Person], tmp_path: Path) -> None:
     person = start()
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff\xfe")
     person.window.dropped(person.listed(tmp_path / "picture.txt"))
+    person.idle()
     assert "picture.txt is not a text file" in person.window.status["text"]
     assert str(person.window.status["foreground"]) == "#b00020"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -16,10 +17,26 @@ Message = dict[str, str]  # role and content, as the model takes them
 
 @dataclass(frozen=True)
 class Document:
-    """What the model has read before a question about it is asked."""
+    """What the model reads before a question about it is asked."""
 
     name: str
     text: str
+
+    @classmethod
+    def of(cls, path: Path) -> Document:
+        """What is in a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is not a text, or nothing is in it.
+        """
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path.name} is not a text file: expected text in UTF-8") from None
+        if not text:
+            raise ValueError(f"{path.name} is empty: there is nothing to ask about")
+        return cls(path.name, text)
 
     def followed_by(self, other: Document) -> Document:
         """Both, as one."""
@@ -34,6 +51,7 @@ class Chat:
         messages: what the model is given.
         documents: those that a question begins with, by the index of its message.
         document: one that has not been asked about yet.
+        reading: the name of a file that is being read.
         draft: a question that was not answered, to be put back to where it was typed.
         answer: what has come of the answer in progress.
         job: what the model does for this chat, or is going to do.
@@ -43,10 +61,10 @@ class Chat:
         changed: whether there is more than that file has.
     """
 
-    title: str
     messages: list[Message] = field(default_factory=list)
     documents: dict[int, Document] = field(default_factory=dict)
     document: Optional[Document] = None
+    reading: str = ""
     draft: str = ""
     answer: str = ""
     job: Optional[Job] = None
@@ -56,18 +74,17 @@ class Chat:
     changed: bool = False
 
     @property
+    def title(self) -> str:
+        """The beginning of the first question."""
+        return textwrap.shorten(self.shown(0), 24, placeholder="…") if self.messages else "New chat"
+
+    @property
     def busy(self) -> bool:
         return self.job is not None
 
     @property
     def can_regenerate(self) -> bool:
         return not self.busy and bool(self.messages) and self.messages[-1]["role"] == "assistant"
-
-    @property
-    def open_messages(self) -> list[Message]:
-        """The conversation with the document at its end, whose question is still to come."""
-        assert self.document is not None
-        return [*self.messages, {"role": "user", "content": self.document.text}]
 
     def ask(self, question: str) -> None:
         """Adds a question, which begins with the document if there is one."""
@@ -101,7 +118,6 @@ class Chat:
     def to_extra(self) -> dict[str, Any]:
         """For `Llama.save_session`: plain values."""
         return {
-            "title": self.title,
             "messages": self.messages,
             "documents": {str(index): asdict(document) for index, document in self.documents.items()},
             "document": asdict(self.document) if self.document is not None else None,
@@ -117,7 +133,6 @@ class Chat:
         """
         try:
             return cls(
-                title=str(extra["title"]),
                 messages=[{"role": str(m["role"]), "content": str(m["content"])} for m in extra["messages"]],
                 documents={int(index): Document(**document) for index, document in extra["documents"].items()},
                 document=Document(**extra["document"]) if extra["document"] is not None else None,

@@ -92,7 +92,7 @@ class Controller:
 
     def new(self) -> Chat:
         """One more tab."""
-        return self._add(Chat(f"Chat {len(self.chats) + 1}"))
+        return self._add(Chat())
 
     def remove(self, chat: Chat) -> None:
         """Closes a tab for good."""
@@ -120,29 +120,22 @@ class Controller:
             self._worker.stop(chat.job)
 
     def read(self, chat: Chat, path: Path) -> None:
-        """Reads a document now, so that questions about it cost only themselves."""
+        """Reads a document, which the next question is about."""
         if chat.busy:
             self._view.tell(f"{path.name}: wait for the end of the answer, or stop it, and drop it again", error=True)
             return
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError:
-            self._view.tell(f"{path.name} is not a text file: expected text in UTF-8", error=True)
-            return
-        except OSError as error:
-            self._view.tell(f"{path.name}: {error.strerror}", error=True)
-            return
-        before, new = chat.document, Document(path.name, text)
-        chat.document = new if before is None else before.followed_by(new)
-        chat.changed = True
-        messages, state = chat.open_messages, chat.state
+        messages, state, before = list(chat.messages), chat.state, chat.document
+        chat.reading = path.name
 
-        def done(turn: Optional[Turn], error: Optional[Exception]) -> None:
-            if turn is None:
-                chat.document = before
+        def done(read: Optional[tuple[Turn, Document]], error: Optional[Exception]) -> None:
+            chat.reading = ""
+            turn = None
+            if read is not None:
+                turn, chat.document = read
+                chat.changed = True
             self._finish(chat, turn, error)
 
-        self._start(chat, lambda llm, job: self._turns.read(llm, job, state, messages), done)
+        self._start(chat, lambda llm, job: self._turns.read(llm, job, state, messages, before, path), done)
 
     def save(self, chat: Chat, path: Path) -> None:
         """Writes a chat to a file."""
@@ -267,6 +260,8 @@ class Controller:
     def _fail(self, error: Optional[Exception]) -> None:
         if isinstance(error, Cancelled):
             self._view.tell("stopped")
+        elif isinstance(error, OSError) and error.filename:
+            self._view.tell(f"{Path(error.filename).name}: {error.strerror}", error=True)
         elif error is not None:
             self._view.tell(str(error) or type(error).__name__, error=True)
 

@@ -58,8 +58,9 @@ class Tab(ttk.Frame):
         """All of the chat as it is now."""
         chat = self._chat
         self._write_all()
-        pending = chat.document.name if chat.document else ""
-        self.document["text"] = pending and (f"reading {pending}…" if chat.busy else f"{pending}: ask about it")
+        self.document["text"] = (
+            f"reading {chat.reading}…" if chat.reading else f"{chat.document.name}: ask about it" if chat.document else ""
+        )
         self.progress.grid_remove()
         self.send.state(["disabled" if chat.busy else "!disabled"])
         self.stop.state(["!disabled" if chat.busy else "disabled"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from chats import Message
+from chats import Document, Message
 
 from indexmem_edge import Cancelled
 
@@ -52,15 +52,23 @@ class Turns:
                 piece(text, llm.kv_stats())
         return self._turn(llm)
 
-    def read(self, llm: Llama, job: Job, state: Optional[Checkpoint], messages: list[Message]) -> Turn:
-        """Reads messages of which the last one is going to be continued: a document, before its question.
+    def read(
+        self, llm: Llama, job: Job, state: Optional[Checkpoint], messages: list[Message], before: Optional[Document], path: Path
+    ) -> tuple[Turn, Document]:
+        """Reads a file now, so that a question about it costs only itself.
+
+        Args:
+            before: a document that has been read already, and not asked about; the file goes on from there.
 
         Raises:
             Cancelled: the job was stopped. The cache is what it was.
+            OSError, ValueError: see `Document.of`.
         """
+        new = Document.of(path)
+        document = new if before is None else before.followed_by(new)
         self._take_up(llm, job, state)
-        llm.prefill_chat(messages)
-        return self._turn(llm)
+        llm.prefill_chat([*messages, {"role": "user", "content": document.text}])  # a message that is still open
+        return self._turn(llm), document
 
     def save(self, llm: Llama, job: Job, state: Optional[Checkpoint], path: Path, extra: Any) -> int:
         """Writes a conversation to a file; returns how many bytes it has."""

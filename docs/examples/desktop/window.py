@@ -108,6 +108,7 @@ class Window:
 
     def show(self, chat: Chat) -> None:
         self._tabs[chat].show()
+        self.notebook.tab(self._tabs[chat], text=chat.title)
         self._look()
 
     def piece(self, chat: Chat, text: str) -> None:
@@ -119,7 +120,7 @@ class Window:
 
     def tell(self, text: str, error: bool = False) -> None:
         self.status.configure(text=text, foreground="#b00020" if error else "#444444")
-        if error:
+        if error and self.root.state() == "withdrawn":
             self.root.deiconify()  # it was being closed, and something is wrong
 
     def closed(self) -> None:
