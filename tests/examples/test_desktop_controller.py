@@ -260,16 +260,32 @@ def test_closing_in_the_middle_of_an_answer_keeps_everything(load: Any, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["001.imsess"]
 
 
-def test_a_chat_that_cannot_be_saved_keeps_the_window_open_once(load: Any, tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("a file where a folder should be")
-    person = Person(load, tmp_path / "kept", max_tokens=2)
-    person.ask(person.does.chats[0], "Hello.")
+def test_a_chat_that_cannot_be_saved_keeps_the_window_open_once(person: Person, tmp_path: Path) -> None:
+    for chat in person.does.chats:
+        person.ask(chat, "Hello.")
+    first, second = person.does.chats
+    first.kept = tmp_path / "folder.imsess"
+    first.kept.mkdir()
     person.does.close()
-    person.until(lambda: person.view.errors)
+    person.until(lambda: not person.does.closing)
     person.idle()
-    assert not person.does.closing and not person.view.gone
-    assert "not saved" in person.view.errors[-1]
+    assert not person.view.gone and person.view.errors[-1].startswith("Hello. was not saved")
+    assert "saved" not in person.view.told[-1]  # of the other one, which would hide the error
+    assert first.changed and not second.changed and second.kept.exists()
     person.leave()
+
+
+def test_it_tries_again_after_the_next_turn(person: Person, tmp_path: Path) -> None:
+    chat = person.does.chats[0]
+    person.ask(chat, "Hello.")
+    chat.kept = tmp_path / "folder.imsess"
+    chat.kept.mkdir()
+    person.does.close()
+    person.until(lambda: not person.does.closing)
+    chat.kept.rmdir()
+    person.ask(chat, "Go on.")
+    person.leave()
+    assert chat.kept.is_file() and not chat.changed
 
 
 def test_a_model_that_cannot_be_loaded_is_said_and_the_window_closes(tmp_path: Path) -> None:

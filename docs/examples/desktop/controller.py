@@ -142,19 +142,7 @@ class Controller:
         if chat.busy:
             self._view.tell("wait for the end of the answer, or stop it, and save again", error=True)
             return
-        state, extra = chat.state, chat.to_extra()
-
-        def done(size: Optional[int], error: Optional[Exception]) -> None:
-            self._finish(chat, None, error)
-            if size is not None:
-                chat.changed = chat.changed and path != chat.kept
-                self._view.tell(f"saved as {path.name}, {size / 2**20:.1f} MiB")
-            elif self.closing:
-                self.closing = False
-                self._given_up.add(chat)
-                self._view.tell(f"{chat.title} was not saved: {error}. Close once more to leave without it", error=True)
-
-        self._start(chat, lambda llm, job: self._turns.save(llm, job, state, path, extra), done)
+        self._save(chat, path, lambda size: self._view.tell(f"saved as {path.name}, {size / 2**20:.1f} MiB"), self._fail)
 
     def open(self, path: Path) -> None:
         """Opens a file with a chat in a tab of its own. It goes on where it was: nothing is read again."""
@@ -196,6 +184,20 @@ class Controller:
             done,
         )
 
+    def _save(self, chat: Chat, path: Path, saved: Callable[[int], None], failed: Callable[[Exception], None]) -> None:
+        state, extra = chat.state, chat.to_extra()
+
+        def done(size: Optional[int], error: Optional[Exception]) -> None:
+            if path == chat.kept and error is None:
+                chat.changed = False
+            self._finish(chat)
+            if error is not None:
+                failed(error)
+            elif size is not None:
+                saved(size)
+
+        self._start(chat, lambda llm, job: self._turns.save(llm, job, state, path, extra), done)
+
     def _open(self, path: Path, kept: Optional[Path]) -> None:
         def done(opened: Optional[tuple[Turn, Any]], error: Optional[Exception]) -> None:
             if opened is None:
@@ -222,7 +224,7 @@ class Controller:
         self._view.show(chat)
         self._worker.submit(chat.job)
 
-    def _finish(self, chat: Chat, turn: Optional[Turn], error: Optional[Exception]) -> None:
+    def _finish(self, chat: Chat, turn: Optional[Turn] = None, error: Optional[Exception] = None) -> None:
         chat.job = None
         if turn is not None:
             chat.state, chat.stats = turn.state, turn.stats
@@ -234,12 +236,22 @@ class Controller:
         changed = [chat for chat in self.chats if chat.changed and chat not in self._given_up]
         if changed and not self._without_model:
             for chat in changed:
-                chat.kept = chat.kept or self._free_name()
-                self.save(chat, chat.kept)
+                self._keep(chat)
         elif self._worker.alive:
             self._worker.close()
         elif self._events.empty():
             self._view.closed()
+
+    def _keep(self, chat: Chat) -> None:
+        """Saves a chat for the next time."""
+
+        def failed(error: Exception) -> None:
+            self.closing = False
+            self._given_up.add(chat)
+            self._view.tell(f"{chat.title} was not saved: {error}. Close once more to leave without it", error=True)
+
+        chat.kept = chat.kept or self._free_name()
+        self._save(chat, chat.kept, lambda size: None, failed)
 
     def _free_name(self) -> Path:
         """Of a file that is neither there nor going to be: one that could not be opened is not overwritten."""
