@@ -15,6 +15,7 @@ docs/api.md. All other modules may change with any release.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .llama import Llama
     from .models.demo import demo_model
     from .options import CacheOptions
+    from .runtime.checkpoints import Checkpoint
     from .sessions.info import SessionInfo
     from .stats import KVStats
 
@@ -62,6 +64,7 @@ __all__ = [
     "CacheOptions",
     "CacheWarning",
     "Cancelled",
+    "Checkpoint",
     "ContextError",
     "ConvertError",
     "DecodeError",
@@ -130,33 +133,19 @@ def kv_bytes(model_path: str | os.PathLike[str], **keywords: Any) -> int:
     return computed(model_path, keywords).total
 
 
+_LATER = {  # which module has it: imported when it is first asked for
+    "CacheOptions": "options",
+    "Checkpoint": "runtime.checkpoints",
+    "KVStats": "stats",
+    "Llama": "llama",
+    "SessionInfo": "sessions.info",
+    "demo_model": "models.demo",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "CacheOptions":
-        from .options import CacheOptions
-
-        return CacheOptions
-    if name == "Llama":
-        from .llama import Llama
-
-        return Llama
-    if name == "KVStats":
-        from .stats import KVStats
-
-        return KVStats
-    if name == "SessionInfo":
-        from .sessions.info import SessionInfo
-
-        return SessionInfo
-    if name == "CacheOptions":
-        from .options import CacheOptions
-
-        return CacheOptions
-    if name == "demo_model":
-        from .models.demo import demo_model
-
-        return demo_model
     if name == "llama_cpp":
-        from ._vendor import llama_cpp
-
-        return llama_cpp
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}._vendor.llama_cpp")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

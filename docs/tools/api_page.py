@@ -58,6 +58,8 @@ def _class(name: str, value: type) -> Iterator[str]:
         yield "\n| field | type | |\n|---|---|---|\n"
         notes = _comments(value)
         for f in fields(value):
+            if f.name.startswith("_"):
+                continue
             option = f.metadata.get("option")  # of CacheOptions
             about = f"`{option.keyword}`: {option.help}" if option else notes.get(f.name, "")
             yield f"| `{f.name}` | `{_type(f.type)}` | {_one_line(about)} |\n"
@@ -71,7 +73,7 @@ def _class(name: str, value: type) -> Iterator[str]:
     }
     for method, member in own.items():
         inner = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-        if not inspect.getdoc(inner):
+        if not inspect.getdoc(inner) or "ctx" in inspect.signature(inner).parameters:  # of the library, not for programs
             continue
         yield f"\n### {name}.{method}\n"
         yield "" if isinstance(member, property) else _signature(method, inner)
