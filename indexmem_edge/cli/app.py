@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import IndexMemError
 from .calibrate import calibrate_memory
 from .collect import collecting
+from .fit import fit
 from .options import RunOptions, fail, one_line_errors, with_run_options
 from .sampling import AnswerOptions
 from .serve import serve
@@ -187,6 +188,7 @@ def doctor(
     raise typer.Exit(0 if all(f.status != "wrong" for f in findings) else 1)
 
 
+app.command("fit", no_args_is_help=True)(fit)
 app.command("train", no_args_is_help=True)(train)
 app.command("serve", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)

@@ -6,6 +6,7 @@
 #include "indexmem-work.h"
 
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -113,6 +114,22 @@ uint64_t indexmem_cache_bytes(const llama_context * ctx) {
     return res;
 }
 
+uint64_t indexmem_model_bytes(const llama_context * ctx) {
+    uint64_t res = 0;
+    for (const auto & [buft, size] : ctx->get_model().memory_breakdown()) {
+        res += size;
+    }
+    return res;
+}
+
+uint64_t indexmem_compute_bytes(const llama_context * ctx) {
+    uint64_t res = 0;
+    for (const auto & [buft, size] : ctx->memory_breakdown()) {
+        res += size.compute;
+    }
+    return res;
+}
+
 bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {
     indexmem_clear_error();
 
@@ -157,7 +174,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
-    stats->compute_bytes = indexmem_compute_bytes(*ctx) + kv->size_rotator_bytes();
+    stats->compute_bytes = indexmem_compute_bytes(ctx) + kv->size_rotator_bytes();
     stats->work_bytes    = indexmem_work_bytes(*ctx, *kv);
     stats->n_rebases     = seq->n_rebases;
     stats->next_position = seq->rotary_next();
