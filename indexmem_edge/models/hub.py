@@ -54,7 +54,7 @@ class Hub:
         Raises:
             DownloadError: there is no such repository, none that may be read, or no network.
         """
-        api = self._hub.HfApi(library_name="indexmem-edge", library_version=__version__)
+        api = self._hub.HfApi(endpoint=_endpoint(), library_name="indexmem-edge", library_version=__version__)
         with self._in_words(repo):
             info = api.model_info(repo, files_metadata=True, timeout=30)
         self._repo = repo
@@ -74,7 +74,7 @@ class Hub:
             return str(
                 self._hub.hf_hub_download(
                     self._repo, file, revision=self._commit, local_dir=self._folder, force_download=self._force,
-                    library_name="indexmem-edge", library_version=__version__,
+                    endpoint=_endpoint(), library_name="indexmem-edge", library_version=__version__,
                 )
             )  # fmt: skip
 
@@ -115,15 +115,22 @@ def _status(error: Any) -> str:
         return f"the other side does not accept the token (401): {_LOG_IN}"
     if code == 403:
         return f"it is not for everybody (403): ask its owner for access, then {_LOG_IN}"
+    if code == 404:
+        return "there is none (404): look at the spelling"
     if code == 429:
         return "too many requests (429): wait a while, or log in with `hf auth login`"
     return f"the other side answered with {code}: try again later" if code else _first_line(error)
 
 
 def _no_network() -> str:
-    endpoint = os.environ.get("HF_ENDPOINT")
+    endpoint = _endpoint()
     where = f", and HF_ENDPOINT, which is {quote(endpoint)}" if endpoint else ""
     return f"What was fetched so far is kept: look at the network (and a proxy){where}, and try again"
+
+
+def _endpoint() -> Optional[str]:
+    """Where the hub is, if not where huggingface_hub knows it."""
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def _first_line(error: BaseException) -> str:

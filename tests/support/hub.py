@@ -12,9 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 @dataclass
 class Repo:
     """What there is of one name."""
@@ -24,6 +21,11 @@ class Repo:
     gated: bool = False  # whether it can be seen, but not had
     breaks: dict[str, int] = field(default_factory=dict)  # bytes after which the connection ends, once for each file
     status: int = 0  # of every answer, 0: the right one
+
+    @property
+    def commit(self) -> str:
+        """Another one when a file is another."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -88,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403 if given else 401, "GatedRepo", "Access to this model is restricted")
         elif about:
             files = [{"rfilename": name, "size": len(content)} for name, content in repo.files.items()]
-            self._send(200, json.dumps({"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": files}).encode(), {"Content-Type": "application/json"})
+            self._send(200, json.dumps({"id": "/".join(parts[:2]), "sha": repo.commit, "siblings": files}).encode(), {"Content-Type": "application/json"})
         elif (file := "/".join(parts[4:])) not in repo.files:
             self._refuse(404, "EntryNotFound", "Entry not found")
         else:
@@ -100,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, repo: Repo, file: str, with_content: bool) -> None:
         whole = repo.files[file]
         begin = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
-        headers = {"ETag": f'"{hashlib.sha256(whole).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(whole).hexdigest()}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
         if begin:
             headers["Content-Range"] = f"bytes {begin}-{len(whole) - 1}/{len(whole)}"
         breaks = repo.breaks.pop(file, None) if with_content else None
