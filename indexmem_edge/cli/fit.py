@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typing_extensions import Annotated
 
-from ..errors import BudgetError
 from ..stats import format_bytes
+from .amounts import parsed_bytes
 from .console import Bar, console
 from .options import one_line_errors
 from .terminal import printable
@@ -25,22 +24,6 @@ if TYPE_CHECKING:
     from ..models.fit import Fit, Row
 
 AUTO = "auto"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parsed_bytes(text: str) -> Optional[int]:
-    """Bytes of `8G`, `8GiB` (the same: powers of 1024), `512M`, `1.5G` or a plain number; None of `auto`.
-
-    Raises:
-        BudgetError: it is none of these.
-    """
-    if text.strip().lower() == AUTO:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found is not None else 0
-    if not 0 < size < 1 << 62:
-        raise BudgetError(f"--memory must be an amount such as 8G, 8GiB or 512M, or `{AUTO}`, found {text!r}")
-    return size
 
 
 def fit(
@@ -72,7 +55,8 @@ def fit(
     with one_line_errors():
         from ..models import advice, fit as fitting
 
-        found = fitting.fit(model, fitting.memory_for(parsed_bytes(memory)))
+        asked = None if memory == AUTO else parsed_bytes("--memory", memory)
+        found = fitting.fit(model, fitting.memory_for(asked))
         if not no_measure:
             found = _measured(found, seconds, wanted=not as_json)
         advised = advice.advise(found)
@@ -109,6 +93,7 @@ def facts(found: Fit, advised: Advice) -> dict[str, Any]:
         },
         "memory": {"usable": found.memory.usable, "free": found.memory.free, "reserve": found.memory.reserve},
         "sidecar": found.sidecar,
+        "checkpoint_limit": found.copies,
         "problems": list(found.problems),
         "rows": [_row_facts(found, row) for row in found.rows],
         "advice": {
@@ -132,7 +117,7 @@ def _row_facts(found: Fit, row: Row) -> dict[str, Any]:
         "exact_tokens": row.exact,
         "bytes": {
             "program": found.program, "model": sizes.model, "sidecar": sizes.sidecar, "cache": sizes.total,
-            "working_room": sizes.room, "checkpoints": sizes.checkpoints, "total": row.total,
+            "working_room": sizes.room, "checkpoints": sizes.copies(found.copies), "total": row.total,
         },
         "positions_grow": sizes.span_reason or None,
         "speed": None if speed is None else {
@@ -187,17 +172,18 @@ def _table(found: Fit, advised: Advice) -> Any:
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     before = ""
     for row in found.rows:
-        cells = [row.cache_type if row.cache_type != before else "", *_cells(row, measured)]
+        cells = [row.cache_type if row.cache_type != before else "", *_cells(found, row, measured)]
         before = row.cache_type
         table.add_row(*map(Text, cells), style="bold" if row is advised.row else None)
     return table
 
 
-def _cells(row: Row, measured: bool) -> Iterable[str]:
+def _cells(found: Fit, row: Row, measured: bool) -> Iterable[str]:
     sizes, budget = row.sizes, f"{row.budget:,}" if row.budget else "none"
     if sizes is None:
         return [budget, "", "", "", "", "", "refused", *([""] * 3 if measured else [])]
-    cells = [budget, f"{row.exact:,}", *map(format_bytes, (sizes.total, sizes.room, sizes.checkpoints, row.total)), "yes" if row.fits else "no"]
+    parts = (sizes.total, sizes.room, sizes.copies(found.copies), row.total)
+    cells = [budget, f"{row.exact:,}", *map(format_bytes, parts), "yes" if row.fits else "no"]
     return [*cells, *_speeds(row)] if measured else cells
 
 
@@ -211,6 +197,8 @@ def _speeds(row: Row) -> Iterable[str]:
 
 def _notes(found: Fit) -> Iterator[str]:
     yield "exact: tokens before the first is dropped (without a budget: before the end). copies: of the state, to go back to, at most."
+    if found.copies == 0:
+        yield "With as many copies as usual no budget would fit, so there is only the one that a cancelled answer is taken back to."
     reasons = {row.why_not: row for row in found.rows if row.sizes is None}
     yield from (f"{_name(row)}: {why}" for why, row in reasons.items())
     grow = {row.sizes.span_reason: row for row in found.rows if row.sizes is not None and row.sizes.span_reason}

@@ -60,7 +60,8 @@ def command(found: Fit, row: Row) -> tuple[str, ...]:
     start = ("indexmem", "chat", "-m", found.path, "--kv-budget", str(row.budget))
     if not row.budget:
         return (*start, "-c", str(row.exact), *types)
-    return (*start, *types, *(("--indexmem", found.sidecar) if found.sidecar else ()))
+    copies = () if found.copies is None else ("--kv-checkpoints", str(found.copies))
+    return (*start, *types, *copies, *(("--indexmem", found.sidecar) if found.sidecar else ()))
 
 
 def _good(found: Fit) -> list[Row]:

@@ -71,6 +71,7 @@ class Fit:
     problems: tuple[str, ...] = ()
     refused: Optional[str] = None  # why the model cannot have a budget
     generates: bool = True
+    copies: Optional[int] = None  # bytes that checkpoints may take; None: as many as by default
 
     @property
     def least(self) -> Optional[Row]:
@@ -98,14 +99,18 @@ def memory_for(asked: Optional[int]) -> Memory:
 
 
 def fit(model: Union[str, os.PathLike[str]], memory: Memory) -> Fit:
-    """Looks at a model, of which nothing but the header is read.
+    """Looks at a model, of which nothing but the header is read. Where no budget fits beside as many checkpoints as usual, there
+    are none.
 
     Raises:
         ModelFileError: it cannot be loaded.
     """
     path = check_model_file(model)
     with dry_model(path) as dry:
-        return _Rows(path, dry, memory).all()
+        found = _Rows(path, dry, memory, None).all()
+        if found.refused or any(row.fits and row.budget for row in found.rows):
+            return found
+        return _Rows(path, dry, memory, 0).all()
 
 
 def with_speeds(found: Fit, order: tuple[Row, ...], seconds: float, progress: Optional[Progress] = None) -> Fit:
@@ -145,11 +150,12 @@ def _other_keywords(budget: int, cache_type: str, context: int = 0) -> dict[str,
 class _Rows:
     """What is found out about one model."""
 
-    def __init__(self, path: str, model: DryModel, memory: Memory) -> None:
+    def __init__(self, path: str, model: DryModel, memory: Memory, copies: Optional[int]) -> None:
         llama = api.llama_lib
         self._path = path
         self._model = model
         self._memory = memory
+        self._copies = copies
         self._about = _description(model.handle)
         self._trained = int(llama.llama_model_n_ctx_train(model.handle))
         self._refused = api.model_unsupported_reason(model.handle)
@@ -172,6 +178,7 @@ class _Rows:
             problems=tuple(self._problems),
             refused=self._refused,
             generates=any(row.sizes is not None and row.sizes.total for row in rows),
+            copies=self._copies,
         )
 
     def _own_bytes(self) -> int:
@@ -237,7 +244,7 @@ class _Rows:
             sizes = self._sizes(budget, others)
         except (BudgetError, ContextError, ModelNotSupported) as error:
             return Row(cache_type, budget, why_not=str(error))
-        total = self._program + sizes.model + sizes.sidecar + sizes.total + sizes.room + sizes.checkpoints
+        total = self._program + sizes.model + sizes.sidecar + sizes.total + sizes.room + sizes.copies(self._copies)
         return Row(cache_type, budget, total <= self._memory.usable, total, sizes)
 
     def _sizes(self, budget: int, others: dict[str, Any]) -> Sizes:

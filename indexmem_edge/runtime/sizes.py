@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from ..files.modelfile import check_model_file, loaded_model
 from ..native import api
@@ -47,10 +47,14 @@ class Sizes:
             return 0
         return (self.kv + self.meta) * self.budget // self.slots + self.fixed
 
-    @property
-    def checkpoints(self) -> int:
-        """The copies that `Llama` keeps by default, at most: those to go on from, and the one to come back to after a cancel."""
-        return self.copy and (default_limit(self.total) // self.copy + 1) * self.copy
+    def copies(self, limit: Optional[int] = None) -> int:
+        """The copies that a `Llama` keeps, at most: those to go on from, of `limit` bytes together (None: as by default), and
+        the one to come back to after a cancel.
+        """
+        if not self.copy:
+            return 0
+        limit = default_limit(self.total) if limit is None else limit
+        return (limit // self.copy + 1) * self.copy
 
     @property
     def room(self) -> int:
