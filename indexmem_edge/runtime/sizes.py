@@ -105,10 +105,10 @@ class DryModel:
         Raises what `context_of` does.
         """
         with context_of(self._path, self.handle, options, keywords) as context:
-            beside = {"model": api.model_bytes(context), "compute": api.compute_bytes(context), "budget": options.budget}
+            model = api.model_bytes(context)
             if not options.bounded:
                 room = int(api.llama_lib.llama_n_ctx(context))
-                return Sizes(api.cache_bytes(context), exact=room, **beside)
+                return Sizes(api.cache_bytes(context), exact=room, model=model, compute=api.compute_bytes(context))
             stats = api.get_stats(context)
             return Sizes(
                 kv=stats.kv_bytes,
@@ -116,8 +116,10 @@ class DryModel:
                 fixed=stats.window_bytes + stats.recurrent_bytes,
                 slots=stats.n_slots,
                 exact=stats.budget_now - stats.memory_slots,
+                budget=options.budget,
+                model=model,
                 sidecar=stats.sidecar_bytes,
+                compute=stats.compute_bytes,
                 work=stats.work_bytes,
                 span_reason=api.span_reason(context),
-                **{**beside, "compute": stats.compute_bytes},
             )

@@ -10,6 +10,9 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <set>
+#include <string>
+
 // what can be asked about files, models and contexts, and the tables
 
 // entries of a table
@@ -115,9 +118,21 @@ uint64_t indexmem_cache_bytes(const llama_context * ctx) {
 }
 
 uint64_t indexmem_model_bytes(const llama_context * ctx) {
+    const auto & model = ctx->get_model();
     uint64_t res = 0;
-    for (const auto & [buft, size] : ctx->get_model().memory_breakdown()) {
+    for (const auto & [buft, size] : model.memory_breakdown()) {
         res += size;
+    }
+    if (!model.hparams.no_alloc) {
+        return res;
+    }
+    // a tensor that is used as two, such as an embedding that is the output matrix, too, is in a mapped file once
+    std::set<std::pair<std::string, ggml_backend_buffer_type_t>> seen;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        ggml_backend_buffer_type_t buft = t->buffer ? ggml_backend_buffer_get_type(t->buffer) : nullptr;
+        if (buft && ggml_backend_buft_is_host(buft) && !seen.emplace(name, buft).second) {
+            res -= ggml_backend_buft_get_alloc_size(buft, t);
+        }
     }
     return res;
 }

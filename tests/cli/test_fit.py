@@ -122,4 +122,4 @@ def test_checkpoints_of_the_chat(tiny: Tiny) -> None:
         return int(json.loads(result.stdout.splitlines()[-1])["stats"]["checkpoints"])
 
     assert copies() > 0 and copies("--kv-checkpoints", "0") == 0
-    one_error(run(*usual, "--kv-checkpoints", "some", stdin=lines).__class__([], 1, "", run(*usual, "--kv-checkpoints", "some", stdin=lines).stderr), "--kv-checkpoints must be an amount")
+    one_error(run(*usual, "--kv-checkpoints", "some", stdin=lines), "--kv-checkpoints must be an amount")

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from typer.testing import CliRunner
 
 from conftest import Tiny
@@ -188,7 +187,7 @@ def test_a_repository_whose_names_lead_elsewhere(pull: Pull, hub: Hub, model: by
     hub.repos["o/evil"].files["m.gguf"] = model
     found = json.loads(pull("o/evil", "--to", str(tmp_path / "a" / "b" / "c"), "--json").stdout)
     assert found["files"] == [str(tmp_path / "a" / "b" / "c" / "m.gguf")] and found["sidecars"] == []
-    assert [p for p in tmp_path.rglob("*out*")] == []
+    assert list(tmp_path.rglob("*out*")) == []
 
 
 def test_another_file_in_the_way_is_not_replaced_unasked(pull: Pull, model: bytes, tmp_path: Path) -> None:

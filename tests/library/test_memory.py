@@ -68,7 +68,7 @@ def test_windows() -> None:
     class Kernel:
         works = 1
 
-        def GlobalMemoryStatusEx(self, pointer: Any) -> int:  # noqa: N802
+        def GlobalMemoryStatusEx(self, pointer: Any) -> int:
             status = ctypes.cast(pointer, ctypes.POINTER(memory._MemoryStatus)).contents
             assert status.length == 64
             status.free, status.free_page = 3000 * MIB, 2000 * MIB

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native 
 
 MIB, GIB = 1 << 20, 1 << 30
 PLENTY = Memory(1 << 40)
-KINDS = ("llama", "gemma", "gemma3", "gemma4", "falcon-h1", "jamba", "qwen3next", "deepseek2", "qwen2vl", "kimi-linear", "lfm2", "gpt-oss")
+KINDS = ("llama", "gemma", "gemma3", "gemma3n", "gemma4", "falcon-h1", "jamba", "qwen3next", "deepseek2", "qwen2vl", "kimi-linear", "lfm2", "gpt-oss")
 
 
 def load(found: Fit, row: Row, **options: Any) -> Any:
