@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 from typing_extensions import Annotated
@@ -31,6 +31,13 @@ def fit(
     memory: Annotated[
         str, typer.Option("--memory", help="How much there is for it: 8G, 8GiB, 512M, or what is free now, without a reserve.")
     ] = AUTO,
+    kv_checkpoints: Annotated[
+        Optional[str],
+        typer.Option(
+            "--kv-checkpoints", metavar="MEMORY", help="For copies of the state, as in `indexmem chat`; 0: none.",
+            show_default="256M, or, where the state is large, three of it; where that leaves no room, none",
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=1, help="To measure for, in all, loading included; Ctrl-C ends it earlier.")
     ] = 60,
@@ -56,7 +63,8 @@ def fit(
         from ..models import advice, fit as fitting
 
         asked = None if memory == AUTO else parsed_bytes("--memory", memory)
-        found = fitting.fit(model, fitting.memory_for(asked))
+        copies = None if kv_checkpoints is None else parsed_bytes("--kv-checkpoints", kv_checkpoints)
+        found = fitting.fit(model, fitting.memory_for(asked), copies)
         if not no_measure:
             found = _measured(found, seconds, wanted=not as_json)
         advised = advice.advise(found)
@@ -73,12 +81,17 @@ def _measured(found: Fit, seconds: float, wanted: bool) -> Fit:
     rows = advice.worth_measuring(found)
     if not rows:
         return found
-    with Bar("measuring", wanted) as bar:
-        try:
-            return fitting.with_speeds(found, rows, seconds, lambda done, total: bar.update(round(done), round(total)))
-        except KeyboardInterrupt:
-            print("note: stopped measuring", file=sys.stderr)
-            return found
+    best = found
+    try:
+        with Bar("measuring", wanted) as bar:
+            for more in fitting.with_speeds(found, rows, seconds, lambda done, total: bar.update(round(done), round(total))):
+                best = more
+    except KeyboardInterrupt:
+        print("note: stopped measuring", file=sys.stderr)
+        return best
+    if not any(row.speed for row in best.rows):
+        print(f"note: nothing was measured: to load the model took all of the {seconds:g} s, --seconds gives it more", file=sys.stderr)
+    return best
 
 
 # for programs

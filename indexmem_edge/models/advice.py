@@ -40,7 +40,7 @@ def advise(found: Fit) -> Advice:
     if least is not None and 0 < _write(row) < _SLOW * _write(least):
         slower = f", and larger ones write more slowly than half of the {_write(least):.1f} tokens/s with {least.budget:,}"
         row = _largest([r for r in rows if _write(r) >= _SLOW * _write(least)])
-    return Advice(_why_bounded(found, row) + slower, row, command(found, row))
+    return Advice(_why_bounded(found, row) + slower + _more_without(rows, found, row), row, command(found, row))
 
 
 def worth_measuring(found: Fit) -> tuple[Row, ...]:
@@ -91,6 +91,13 @@ def _why_bounded(found: Fit, row: Row) -> str:
     if found.trained and row.budget + default_ubatch(row.budget) + 256 > found.trained:
         return f"the largest budget below the {found.trained:,} tokens that the model was trained for{how}"
     return f"the largest budget that fits into {format_bytes(found.memory.usable)}{how}"
+
+
+def _more_without(rows: list[Row], found: Fit, row: Row) -> str:
+    """What a person who needs it once, and all of it, might rather take."""
+    types = {r.cache_type for r in rows}
+    longest = max((r.exact for r in found.rows if r.fits and not r.budget and r.cache_type in types), default=0)
+    return f"; without a budget {longest:,} tokens fit, and there it ends" if longest > row.exact else ""
 
 
 def _why_unbounded(found: Fit, row: Row) -> str:

@@ -98,23 +98,25 @@ def memory_for(asked: Optional[int]) -> Memory:
     return Memory(max(free - reserve, 0), free, reserve)
 
 
-def fit(model: Union[str, os.PathLike[str]], memory: Memory) -> Fit:
-    """Looks at a model, of which nothing but the header is read. Where no budget fits beside as many checkpoints as usual, there
-    are none.
+def fit(model: Union[str, os.PathLike[str]], memory: Memory, copies: Optional[int] = None) -> Fit:
+    """Looks at a model, of which nothing but the header is read.
+
+    Args:
+        copies: bytes that checkpoints may take. None: as many as by default, or, where no budget fits beside these, none.
 
     Raises:
         ModelFileError: it cannot be loaded.
     """
     path = check_model_file(model)
     with dry_model(path) as dry:
-        found = _Rows(path, dry, memory, None).all()
-        if found.refused or any(row.fits and row.budget for row in found.rows):
+        found = _Rows(path, dry, memory, copies).all()
+        if copies is not None or found.refused or any(row.fits and row.budget for row in found.rows):
             return found
         return _Rows(path, dry, memory, 0).all()
 
 
-def with_speeds(found: Fit, order: tuple[Row, ...], seconds: float, progress: Optional[Progress] = None) -> Fit:
-    """The same with what was measured of some of its rows, in that order; all of them have to fit.
+def with_speeds(found: Fit, order: tuple[Row, ...], seconds: float, progress: Optional[Progress] = None) -> Iterator[Fit]:
+    """The same with what was measured of the first, of the first two, ... of some of its rows, all of which have to fit.
 
     Raises:
         ModelFileError, ContextError, DecodeError: the model does not run.
@@ -123,13 +125,9 @@ def with_speeds(found: Fit, order: tuple[Row, ...], seconds: float, progress: Op
         (CacheOptions.from_keywords(_cache_keywords(row.budget, found.sidecar)), _other_keywords(row.budget, row.cache_type, row.exact))
         for row in order
     ]
-    speeds = {}
     for row, speed in zip(order, measured(found.path, caches, seconds, progress)):
-        speeds[row.cache_type, row.budget, row.exact] = speed
-    return replace(
-        found,
-        rows=tuple(replace(row, speed=speeds.get((row.cache_type, row.budget, row.exact))) for row in found.rows),
-    )
+        found = replace(found, rows=tuple(replace(r, speed=speed) if r == row else r for r in found.rows))
+        yield found
 
 
 def _cache_keywords(budget: int, sidecar: Optional[str]) -> dict[str, Any]:

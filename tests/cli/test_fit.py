@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import Tiny
 from indexmem_edge.cli.amounts import parsed_bytes
-from indexmem_edge.cli.fit import facts, shell_line, show
+from indexmem_edge.cli.fit import _measured, facts, shell_line, show
 from indexmem_edge.errors import BudgetError
 from indexmem_edge.models.advice import advise
-from indexmem_edge.models.fit import Memory, fit
+from indexmem_edge.models.fit import Fit, Memory, Row, fit
 from indexmem_edge.native import find
 from support.commands import one_error, run
 from tiny.models import REFUSED
@@ -79,12 +81,35 @@ def test_speeds_are_only_said_of_what_was_measured(tiny: Tiny, capsys: pytest.Ca
     from indexmem_edge.models.fit import with_speeds
 
     found = fit(tiny("llama")[0], Memory(2 * GIB))
-    found = with_speeds(found, (found.rows[0],), 30)
+    (found,) = with_speeds(found, (found.rows[0],), 30)
     show(found, advise(found))
     lines = capsys.readouterr().out.splitlines()
     assert [("full" in line) for line in lines if " yes " in line] == [True] + [False] * (len(found.rows) - 1)
     assert any("tokens per second on" in line for line in lines)
     assert [row["speed"] is None for row in facts(found, advise(found))["rows"]] == [False] + [True] * (len(found.rows) - 1)
+
+
+@needs_library
+def test_who_has_waited_long_enough_gets_what_there_is(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from indexmem_edge.models import fit as fitting
+
+    def stopped(found: Fit, rows: tuple[Row, ...], *_: Any) -> Iterator[Fit]:
+        yield next(fitted(found, rows, 30))
+        raise KeyboardInterrupt
+
+    fitted = fitting.with_speeds
+    monkeypatch.setattr(fitting, "with_speeds", stopped)
+    found = _measured(fit(tiny("llama")[0], Memory(2 * GIB)), 60, True)
+    assert sum(row.speed is not None for row in found.rows) == 1
+    assert capsys.readouterr().err == "note: stopped measuring\n"
+
+
+@needs_library
+def test_no_time_is_said(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _measured(fit(tiny("llama")[0], Memory(2 * GIB)), 1e-9, True)
+    assert all(row.speed is None for row in found.rows) and "nothing was measured" in capsys.readouterr().err
 
 
 @needs_library

@@ -29,6 +29,9 @@ def test_the_largest_that_fits() -> None:
     advised = advise(found(*rows))
     assert advised.row is rows[1] and "the largest budget that fits into 4.00 GiB" in advised.why
     assert advised.command == ("indexmem", "chat", "-m", "m.gguf", "--kv-budget", "4096", "--indexmem", "m.indexmem.gguf")
+    assert "without a budget" not in advised.why
+    longer = advise(found(*rows[:3], row(0, exact=9000), row(0, "q4_0", exact=30000)))
+    assert longer.row is rows[1] and longer.why.endswith("; without a budget 9,000 tokens fit, and there it ends")
 
 
 def test_q8_0_where_it_holds_more_and_q4_0_only_for_want_of_others() -> None:

@@ -134,6 +134,16 @@ def test_where_checkpoints_leave_no_room_there_are_none(tiny: Tiny) -> None:
     assert command[command.index("--kv-checkpoints") + 1] == "0"
 
 
+def test_so_many_bytes_of_checkpoints_as_were_asked_for(tiny: Tiny) -> None:
+    found = fit(tiny("llama")[0], PLENTY, 10 * MIB)
+    usual = fit(tiny("llama")[0], PLENTY)
+    for row, before in zip(bounded(found), bounded(usual)):
+        assert row.sizes is not None and before.sizes == row.sizes
+        assert 10 * MIB <= row.sizes.copies(found.copies) <= 10 * MIB + row.sizes.copy
+        assert before.sizes.copies() > 200 * MIB
+    assert advise(found).command[6:8] == ("--kv-checkpoints", str(10 * MIB))
+
+
 @pytest.mark.parametrize("arch", REFUSED)
 def test_without_a_budget_where_none_is_possible(tiny: Tiny, arch: str) -> None:
     found = fit(tiny(arch)[0], PLENTY)
@@ -214,7 +224,7 @@ def test_rows_are_measured_as_far_as_there_is_time(tiny: Tiny) -> None:
     best = advise(found).row
     assert rows[0] is best and bounded(found)[0] in rows and unbounded(found)[0] in rows and len(rows) <= 4
     told: list[tuple[float, float]] = []
-    done = fitting.with_speeds(found, (bounded(found)[0],), 60, lambda *seconds: told.append(seconds))
+    (done,) = fitting.with_speeds(found, (bounded(found)[0],), 60, lambda *seconds: told.append(seconds))
     measured_row, *others = done.rows
     speed = measured_row.speed
     assert speed is not None and speed.read and speed.write and speed.full and speed.read_tokens > 1024
