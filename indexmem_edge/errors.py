@@ -91,6 +91,10 @@ class SessionError(IndexMemError):
     """A session could not be saved, or a session file was refused. The state in memory is as it was."""
 
 
+class DownloadError(IndexMemError):
+    """A model could not be fetched; the message says why and what to do."""
+
+
 class DemoModelMissing(IndexMemError):
     """The demo model is not installed."""
 

@@ -15,7 +15,9 @@ from .. import __version__
 from ..errors import IndexMemError
 from .calibrate import calibrate_memory
 from .collect import collecting
+from .fit import fit
 from .options import RunOptions, fail, one_line_errors, with_run_options
+from .pull import pull
 from .sampling import AnswerOptions
 from .serve import serve
 from .streams import make_forgiving
@@ -202,6 +204,8 @@ def doctor(
     raise typer.Exit(0 if all(f.status != "wrong" for f in findings) else 1)
 
 
+app.command("fit", no_args_is_help=True)(fit)
+app.command("pull", no_args_is_help=True)(pull)
 app.command("train", no_args_is_help=True)(train)
 app.command("serve", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)

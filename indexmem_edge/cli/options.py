@@ -26,6 +26,7 @@ from ..files.textfile import argument_text
 from ..models.demo import demo_model
 from ..options import DEFAULT_BUDGET, OPTIONS, CacheOptions
 from ..stats import format_bytes
+from .amounts import parsed_bytes
 from .streams import reader_left
 from .terminal import printable
 
@@ -143,6 +144,14 @@ class RunOptions:
         str, panel_option(_CACHE, "-ctv", "--cache-type-v", help="Type of the cached values: f32, f16, q8_0, q4_0.")
     ] = "f16"
 
+    kv_checkpoints: Annotated[
+        Optional[str],
+        panel_option(
+            _CACHE, "--kv-checkpoints", metavar="MEMORY", show_default="256M, or, where the state is large, three of it",
+            help="For copies of the state that edits, other answers and other conversations go on from: 64M, 1G; 0: none.",
+        ),
+    ] = None
+
     predict: Annotated[
         int,
         panel_option(
@@ -198,7 +207,8 @@ class RunOptions:
                 _note(_size(kv_bytes(path, keywords), keywords))
         if self.gpu_layers and not _has_gpu():
             _note(f"-ngl {self.gpu_layers} has no effect: this build of the library has no GPU backend")
-        llm = Llama(path, **keywords, kv_warn=lambda warning: _note(str(warning)))
+        copies = None if self.kv_checkpoints is None else parsed_bytes("--kv-checkpoints", self.kv_checkpoints)
+        llm = Llama(path, **keywords, kv_checkpoints=copies, kv_warn=lambda warning: _note(str(warning)))
         if llm.sidecar_where and not quiet:
             name = os.path.basename(llm.kv_options.sidecar or "")
             _note(f"using the sidecar {name}, which {llm.sidecar_where} (--indexmem off: none)")

@@ -47,7 +47,7 @@ def command(model: Path) -> list[str]:
 def try_out(model: Path, patience: float = PATIENCE) -> Outcome:
     """Decodes a few tokens of a model without and with a budget, where a crash does no harm."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    model = model.resolve()
+    model = model.absolute()  # and not where it leads: other parts of a model lie beside the name
     with subprocess.Popen(
         command(model),
         stdin=subprocess.DEVNULL,

@@ -143,6 +143,20 @@ class GGUFFile:
             raise ConvertError(f"{quote(key)} is {found.type}, expected {' or '.join(types)}")
         return found.value
 
+    def check_whole(self) -> None:
+        """Checks that the file has the data of all tensors, of any type that is known.
+
+        Raises:
+            ConvertError: it ends before them.
+        """
+        from gguf import GGML_QUANT_SIZES  # here, because nothing else needs it
+
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        for info in self.tensors.values():
+            elements, size = sizes.get(info.type, (1, 0))
+            if info.offset + -(-prod(info.dims) // elements) * size > len(self._map):
+                raise ConvertError(f"{self._name} is truncated: tensor {quote(info.name)} ends beyond the file")
+
     def check_packed(self) -> None:
         """Checks that tensors follow each other without gaps and end with the file, as ggml demands.
 

@@ -112,6 +112,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_device_supported": (ctypes.c_bool, [ctypes.c_size_t]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_cache_bytes": (ctypes.c_uint64, [_P]),
+    "indexmem_model_bytes": (ctypes.c_uint64, [_P]),
+    "indexmem_compute_bytes": (ctypes.c_uint64, [_P]),
     "indexmem_get_stats": (ctypes.c_bool, [_P, _I32, ctypes.POINTER(Stats)]),
     "indexmem_get_positions": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
     "indexmem_get_rotary": (_I32, [_P, _I32, _I32, _I32, _I32_P, _I32]),
@@ -306,6 +308,16 @@ def architectures() -> dict[str, str]:
 def cache_bytes(ctx: int) -> int:
     """Bytes of what a context keeps of the past, bounded or not."""
     return int(library().indexmem_cache_bytes(ctx))
+
+
+def model_bytes(ctx: int) -> int:
+    """Bytes of the weights of a context's model, in all forms that they are kept in."""
+    return int(library().indexmem_model_bytes(ctx))
+
+
+def compute_bytes(ctx: int) -> int:
+    """Bytes of a context's compute buffers, bounded or not."""
+    return int(library().indexmem_compute_bytes(ctx))
 
 
 def is_bounded(ctx: int) -> bool:

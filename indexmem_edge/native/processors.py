@@ -8,10 +8,10 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Iterator, Optional
 
-_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def usable_processors(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
+def usable_processors(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     """Processors in the affinity mask of this process, but no more than the quota of its control groups rounds up to.
 
     `os.cpu_count()` counts those of the machine: a container of two on a machine of sixty-four would start sixty-four
@@ -40,24 +40,24 @@ def default_threads(processors: Optional[int] = None) -> tuple[int, int]:
 
 def _quota(cgroups: Path, own: Path) -> Optional[float]:
     """Processors' worth of time that the control groups of this process grant, or None if they do not limit it."""
-    found: list[float] = []
+    shares = [_share(folder / "cpu.max") if version == 2 else _share_v1(folder) for folder, version in upwards("cpu", cgroups, own)]
+    return min((share for share in shares if share > 0), default=None)
+
+
+def upwards(controller: str, cgroups: Path = CGROUPS, own: Path = OWN) -> Iterator[tuple[Path, int]]:
+    """The folders of the control groups that limit this process in something, from its own up to the root, each with the
+    version of control groups. In a container, which sees its own as the root, there are fewer.
+    """
     with contextlib.suppress(OSError, ValueError):
         for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
-            if not controllers:  # version 2
-                found += (_share(folder / "cpu.max") for folder in _upwards(cgroups, name))
-            elif "cpu" in controllers.split(","):
-                found += (_share_v1(folder) for folder in _upwards(cgroups / controllers, name))
-                found += (_share_v1(folder) for folder in _upwards(cgroups / "cpu", name))
-    limits = [share for share in found if share > 0]
-    return min(limits) if limits else None
-
-
-def _upwards(root: Path, name: str) -> Iterator[Path]:
-    """The folders of a group and of all that it is part of. In a container, which sees its own as the root, there are fewer."""
-    inside = PurePosixPath(name.lstrip("/"))
-    yield root / inside
-    yield from (root / parent for parent in inside.parents if parent != inside)
+            inside = PurePosixPath(name.lstrip("/"))
+            groups = [inside, *(parent for parent in inside.parents if parent != inside)]
+            if not controllers:
+                yield from ((cgroups / group, 2) for group in groups)
+            elif controller in controllers.split(","):
+                for root in dict.fromkeys((cgroups / controllers, cgroups / controller)):
+                    yield from ((root / group, 1) for group in groups)
 
 
 def _share(file: Path) -> float:

@@ -19,7 +19,7 @@ from ..native.logs import quiet
 from ..options import CacheOptions
 from ..stats import KVStats, trained_length_warning
 from .align import common_prefix
-from .checkpoints import NO_BACKGROUND, Background, Checkpoint, Checkpoints
+from .checkpoints import NO_BACKGROUND, Background, Checkpoint, Checkpoints, default_limit
 from .choice import INDEXER_POLICY, sidecar_kinds
 from .inside import Inside
 from .kept_logits import KeptLogits, Logits
@@ -150,12 +150,11 @@ class BoundedCache:
     # going back
 
     def _limit_of_checkpoints(self, asked: Optional[int]) -> int:
-        """Bytes that checkpoints may take: by default 256 MiB, or, where the state is large, three of it."""
+        """Bytes that checkpoints may take."""
         if asked is not None:
             return asked
         native = api.get_stats(self._llm.ctx)
-        whole = native.kv_bytes + native.meta_bytes + native.window_bytes + native.recurrent_bytes
-        return max(256 << 20, 3 * int(whole))
+        return default_limit(int(native.kv_bytes + native.meta_bytes + native.window_bytes + native.recurrent_bytes))
 
     def _take_checkpoint(self) -> None:
         """Keeps the state as it is."""

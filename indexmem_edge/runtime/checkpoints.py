@@ -20,6 +20,13 @@ from .kept_logits import Logits
 from .statecopy import StateCopy
 
 Tokens = npt.NDArray[np.intc]
+_LEAST = 256 << 20  # bytes
+_AT_LEAST_OF_THEM = 3
+
+
+def default_limit(whole: int) -> int:
+    """Bytes that checkpoints may take unless told otherwise, of a cache of `whole` bytes: 256 MiB, or three of it."""
+    return max(_LEAST, _AT_LEAST_OF_THEM * whole)
 
 
 @dataclass(eq=False)

@@ -181,6 +181,13 @@ INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);
 // Bytes of what the context keeps of the past, bounded or llama.cpp's own.
 INDEXMEM_API uint64_t indexmem_cache_bytes(const struct llama_context * ctx);
 
+// Bytes of the weights of its model, in all forms that they are kept in.
+INDEXMEM_API uint64_t indexmem_model_bytes(const struct llama_context * ctx);
+
+// Bytes of its compute buffers, bounded or not: those that were reserved, and those of the graphs that are kept. Each kind of kept
+// graph gets its own when it first occurs. Of a model loaded with no_alloc, of all three, what would be taken.
+INDEXMEM_API uint64_t indexmem_compute_bytes(const struct llama_context * ctx);
+
 INDEXMEM_API bool indexmem_get_stats(struct llama_context * ctx, int32_t seq_id, struct indexmem_stats * stats);
 
 // Positions held by one KV head of one layer, in slot order (not sorted). Returns the number of entries, or -1.

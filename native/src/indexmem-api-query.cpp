@@ -6,8 +6,12 @@
 #include "indexmem-work.h"
 
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+
+#include <set>
+#include <string>
 
 // what can be asked about files, models and contexts, and the tables
 
@@ -113,6 +117,34 @@ uint64_t indexmem_cache_bytes(const llama_context * ctx) {
     return res;
 }
 
+uint64_t indexmem_model_bytes(const llama_context * ctx) {
+    const auto & model = ctx->get_model();
+    uint64_t res = 0;
+    for (const auto & [buft, size] : model.memory_breakdown()) {
+        res += size;
+    }
+    if (!model.hparams.no_alloc) {
+        return res;
+    }
+    // a tensor that is used as two, such as an embedding that is the output matrix, too, is in a mapped file once
+    std::set<std::pair<std::string, ggml_backend_buffer_type_t>> seen;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        ggml_backend_buffer_type_t buft = t->buffer ? ggml_backend_buffer_get_type(t->buffer) : nullptr;
+        if (buft && ggml_backend_buft_is_host(buft) && !seen.emplace(name, buft).second) {
+            res -= ggml_backend_buft_get_alloc_size(buft, t);
+        }
+    }
+    return res;
+}
+
+uint64_t indexmem_compute_bytes(const llama_context * ctx) {
+    uint64_t res = 0;
+    for (const auto & [buft, size] : ctx->memory_breakdown()) {
+        res += size.compute;
+    }
+    return res;
+}
+
 bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * stats) {
     indexmem_clear_error();
 
@@ -157,7 +189,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->indexer_bytes = kv->size_indexer_bytes();
     stats->sidecar_bytes = sidecar ? sidecar->size_bytes() : 0;
     stats->sidecar_hash  = sidecar ? sidecar->get_hash()   : 0;
-    stats->compute_bytes = indexmem_compute_bytes(*ctx) + kv->size_rotator_bytes();
+    stats->compute_bytes = indexmem_compute_bytes(ctx) + kv->size_rotator_bytes();
     stats->work_bytes    = indexmem_work_bytes(*ctx, *kv);
     stats->n_rebases     = seq->n_rebases;
     stats->next_position = seq->rotary_next();

@@ -5,18 +5,9 @@
 #include "ggml-cpp.h"
 #include "llama-context.h"
 #include "llama-cparams.h"
-#include "llama-ext.h"
 #include "llama-model.h"
 
 #include <algorithm>
-
-size_t indexmem_compute_bytes(const llama_context & ctx) {
-    size_t res = 0;
-    for (const auto & [buft, size] : ctx.memory_breakdown()) {
-        res += size.compute;
-    }
-    return res;
-}
 
 // the CPU backend's own answer; it may be a library that was loaded while the program runs
 typedef size_t (*work_size_t)(const ggml_tensor * op, int n_tasks);

@@ -19,11 +19,16 @@ def copy_model(
     metadata: Optional[Mapping[str, Any]] = None,
     tensor: Callable[[str, Stored], Optional[Stored]] = lambda name, stored: stored,
     more: Optional[Mapping[str, np.ndarray]] = None,
+    per_file: int = 0,
 ) -> Path:
-    """Metadata are named with their architecture; None takes one away, and so does `tensor` that returns None."""
+    """Metadata are named with their architecture; None takes one away, and so does `tensor` that returns None.
+
+    Args:
+        per_file: tensors of each file, if there are to be several; they are named after the target, and the first is returned.
+    """
     reader = gguf.GGUFReader(source)
     metadata = dict(metadata or {})
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents(), split_max_tensors=per_file)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
@@ -42,7 +47,7 @@ def copy_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
+    return sorted(target.parent.glob(f"{target.stem}-00001-of-*.gguf"))[0] if per_file else target
 
 
 def as_f32(name: str, stored: Stored) -> Stored:
