@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -91,7 +92,12 @@ def free_port() -> int:
 def running(command: Sequence[Any], port: int, path: str = "/health") -> Iterator[Server]:
     """Runs a server that answers at `path` of `port` when it is ready."""
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={"OMP_WAIT_POLICY": "passive", **os.environ}, # of a machine that does something else, too
     )
     server = Server(port, process)
     try:
