@@ -124,6 +124,9 @@ void indexmem_prepare(common_params & params) {
     if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         stop("a --kv-budget needs flash attention: leave -fa out");
     }
+    if (params.speculative.has_dft() && params.n_ctx == 0) {
+        stop("a draft model keeps all tokens, its cache is not bounded: say with -c how many, of all conversations together, or leave it out");
+    }
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     params.kv_unified      = false; // each conversation has a budget of its own
     params.ctx_shift       = false; // positions are renewed inside of the cache
