@@ -46,13 +46,14 @@ WANTED = re.compile(
     r"|tests/(test-backend-ops|gguf-model-data)\.(cpp|h)"
     r"|ggml/(CMakeLists\.txt|(cmake|include)/.+)|ggml/src/([^/]+|ggml-(cpu|blas|cuda|metal)/.+)"
 )
-WANTED_PYTHON = re.compile(r"[^/]+\.py|py\.typed")
+WANTED_PYTHON = re.compile(r"(server/)?[^/]+\.py|py\.typed")
 # Imports of itself, made relative: the copy has a name of its own (indexmem_edge/_vendor). And it asks us where its library is.
+# HERE is llama_cpp, as many dots as it takes from where the file is.
 OWN_NAME = [
-    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+) as (\w+)$", rb"\1from . import \2 as \3"),
-    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+)$", rb"\1from .. import llama_cpp\n\1from . import \2 as _\2"),
-    (rb"(?m)^([ \t]*)import llama_cpp$", rb"\1from .. import llama_cpp"),
-    (rb"(?m)^([ \t]*)from llama_cpp\.(\w+) import ", rb"\1from .\2 import "),
+    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+) as (\w+)$", rb"\1from HERE import \2 as \3"),
+    (rb"(?m)^([ \t]*)import llama_cpp\.(\w+)$", rb"\1from HERE. import llama_cpp\n\1from HERE import \2 as _\2"),
+    (rb"(?m)^([ \t]*)import llama_cpp$", rb"\1from HERE. import llama_cpp"),
+    (rb"(?m)^([ \t]*)from llama_cpp\.([\w.]+) import ", rb"\1from HERE\2 import "),
     (rb'os\.environ\.get\("LLAMA_CPP_LIB_PATH"\)', rb"_library_dir()"),
     (rb'(?m)^_lib_base_name = "llama"$', rb'from ...native.find import library_dir as _library_dir\n\n_lib_base_name = "llama"'),
 ]
@@ -129,7 +130,7 @@ def list_folders(llama, python):
     """{place: path} of an unpacked source."""
     found = {place("vendor/llama.cpp/" + p.relative_to(llama).as_posix()): p for p in llama.rglob("*") if p.is_file()}
     if python:
-        found.update({place("llama_cpp/" + p.name): p for p in python.iterdir() if p.is_file()})
+        found.update({place("llama_cpp/" + p.relative_to(python).as_posix()): p for p in python.rglob("*.*") if p.is_file()})
         if (python.parent / "LICENSE.md").is_file():
             found[place("LICENSE.md")] = python.parent / "LICENSE.md"
     found.pop(None, None)
@@ -250,7 +251,7 @@ def read_patch(name, patch, files):
             if "/dev/null" in (path, line[4:].split("\t")[0].rstrip()):
                 raise problem(f"line {at + 1} creates or deletes a file; new files go into native/, not into a patch")
             path = path.split("/", 1)[-1]
-            target = path if path.startswith("llama.cpp/") else "llama.cpp/" + path
+            target = path if path.startswith(("llama.cpp/", "python/")) else "llama.cpp/" + path
             if target not in files:
                 raise problem(f"line {at + 2} names {path}, which is not among the prepared sources")
             res.append((target, []))
@@ -292,9 +293,10 @@ def read_patch(name, patch, files):
 def rename_python(files):
     """Makes llama_cpp one that can live beside another of the same name."""
     for name, content in files.items():
-        if name.startswith("python/") and name.endswith(".py"):
+        if name.startswith("python/llama_cpp/") and name.endswith(".py"):
+            here = b"." * (name.count("/") - 1)
             for old, new in OWN_NAME:
-                content = re.sub(old, new, content)
+                content = re.sub(old, new.replace(b"HERE", here), content)
             left = re.search(rb"(?m)^[ \t]*(import llama_cpp|from llama_cpp).*$|LLAMA_CPP_LIB_PATH", content)
             if left:
                 raise Problem(f"{name}: {left.group().decode(errors='replace').strip()!r} is none of the imports that are "

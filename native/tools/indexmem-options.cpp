@@ -131,6 +131,9 @@ void indexmem_prepare(common_params & params) {
     if (!indexmem_ask(params.indexmem, params.flash_attn_type)) {
         return;
     }
+    if (params.speculative.has_dft() && params.n_ctx == 0) {
+        stop("a draft model keeps all tokens, its cache is not bounded: say with -c how many, of all conversations together, or leave it out");
+    }
     params.kv_unified = false; // each conversation has a budget of its own
     params.ctx_shift  = false; // positions are renewed inside of the cache
     if (params.n_ctx == 0) {

@@ -4,6 +4,7 @@
 #include "indexmem.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 static bool stats_of(llama_context * ctx, llama_seq_id id, indexmem_stats & stats) {
     stats = {};
@@ -76,6 +77,31 @@ std::string indexmem_metrics(llama_context * ctx, int32_t n_slots) {
     add("rebases", "Times that entries of these conversations got new positions",   rebases);
     add("bytes",   "Bytes of the cache of all slots; fixed",                        bytes);
     return res;
+}
+
+void indexmem_check_body(const std::string & body) {
+    const size_t start = body.find_first_not_of(" \t\r\n");
+    if (start == std::string::npos || (body[start] != '{' && body[start] != '[')) {
+        return; // no JSON: a form with files
+    }
+    const int most = 512; // a schema of tools has a few dozen
+    int  depth  = 0;
+    bool string = false;
+    for (size_t i = 0; i < body.size(); ++i) {
+        const char c = body[i];
+        if (string) {
+            i     += c == '\\'; // and what it escapes
+            string = c != '"';
+        } else if (c == '"') {
+            string = true;
+        } else if (c == '[' || c == '{') {
+            if (++depth > most) {
+                throw std::invalid_argument("the JSON of the request is nested more than " + std::to_string(most) + " levels deep");
+            }
+        } else if (c == ']' || c == '}') {
+            --depth;
+        }
+    }
 }
 
 std::string indexmem_system_text(const common_chat_templates * templates, common_chat_templates_inputs inputs, const std::string & prompt) {

@@ -28,6 +28,10 @@ common_json indexmem_props_json(const indexmem_options & options);
 // of all conversations, for /metrics: lines of Prometheus; empty without a budget
 std::string indexmem_metrics(llama_context * ctx, int32_t n_slots);
 
+// Throws std::invalid_argument for JSON that is nested so deep that functions which call themselves for each level, of which
+// llama.cpp has many, would run out of stack.
+void indexmem_check_body(const std::string & body);
+
 // The text of a prompt that its system messages alone decide: what it shares with a prompt of another message of the user. Empty
 // without a system message, or when nobody asked for a budget with --kv-pin auto.
 std::string indexmem_system_text(const common_chat_templates * templates, common_chat_templates_inputs inputs, const std::string & prompt);

@@ -194,3 +194,21 @@ def test_check(tmp_path: Path) -> None:
     absent = run(tmp_path, changed(LINES, _30="another"))
     assert absent.returncode != 0 and absent.stdout == ""
     assert absent.stderr.startswith(f"prepare_source: {NAME}: {TARGET} line 31: expected 'line 30', found 'another'")
+
+
+def test_imports_of_itself_are_relative_from_where_they_are() -> None:
+    files = {
+        "python/llama_cpp/llama.py": b"import llama_cpp.llama_types as types\nfrom llama_cpp.llama_types import List\n",
+        "python/llama_cpp/server/app.py": b"import llama_cpp\nimport llama_cpp.llama_types as types\nfrom llama_cpp.server.model import (\n",
+    }
+    prepare_source.rename_python(files)
+    assert files["python/llama_cpp/llama.py"] == b"from . import llama_types as types\nfrom .llama_types import List\n"
+    expected = b"from ... import llama_cpp\nfrom .. import llama_types as types\nfrom ..server.model import (\n"
+    assert files["python/llama_cpp/server/app.py"] == expected
+
+
+def test_a_patch_can_be_of_the_python_side() -> None:
+    target = "python/llama_cpp/server/x.py"
+    files = {target: "\n".join(LINES).encode()}
+    prepare_source.apply_patch(NAME, PATCH.replace("/src/x.cpp", f"/{target}"), files)
+    assert files[target].decode().split("\n") == AFTER

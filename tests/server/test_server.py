@@ -135,10 +135,11 @@ def test_bad_requests_hurt_nobody(server: Server) -> None:
         (("--kv-policy", "keydiff"), ("need a --kv-budget",)),
         (("--kv-budget", "512", "--indexmem", __file__), ("not a GGUF file",)),
         (("--kv-budget", "512", "-fa", "off"), ("flash attention",)),
+        (("--kv-budget", "512", "--spec-type", "draft-simple", "--model-draft", "MODEL"), ("draft model", "-c")),
     ],
 )
 def test_impossible_options_are_refused(demo_model: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    command = [str(SERVER), "-m", str(demo_model), "--port", "1", *arguments]
+    command = [str(SERVER), "-m", str(demo_model), "--port", "1", *(str(demo_model) if a == "MODEL" else a for a in arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     output = ended.stdout + ended.stderr
     assert ended.returncode != 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,15 @@ class Server:
     def said(self) -> str:
         return "".join(self.lines)
 
-    def wait(self, seconds: float = 60) -> None:
-        """Until it answers; AssertionError with what it said if it ends before that."""
+    def wait(self, path: str = "/health", seconds: float = 60) -> None:
+        """Until it answers at `path`; AssertionError with what it said if it ends before that."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 self._reader.join(5)
                 raise AssertionError(self.said)
             with contextlib.suppress(OSError):
-                if self.get("/health").get("status") == "ok":
+                if self.ask(path)[0] == 200:
                     return
             time.sleep(0.05)
         raise AssertionError(self.said)
@@ -60,6 +61,13 @@ class Server:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: Any) -> Iterator[Iterator[str]]:
+        """The lines of an answer as they come. Leaving it closes the connection."""
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as answer:
+            yield (line.decode() for line in answer)
 
     def get(self, path: str) -> Any:
         status, text = self.ask(path)
@@ -80,22 +88,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serving(model: Path, *arguments: Any) -> contextlib.AbstractContextManager[Server]:
-    """Runs the server on a model with some more of its arguments."""
-    return listening(SERVER, "-m", model, "-t", 1, "-tb", 2, "--no-webui", *arguments)
-
-
 @contextlib.contextmanager
-def listening(*command: Any, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """Runs a command that serves at the port that its last option names."""
-    port = free_port()
+def running(
+    command: Sequence[Any], port: int, path: str = "/health", environment: Mapping[str, str] = os.environ
+) -> Iterator[Server]:
+    """Runs a server that answers at `path` of `port` when it is ready."""
     process = subprocess.Popen(
-        [str(word) for word in (*command, "--port", port)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
-    )  # fmt: skip
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={"OMP_WAIT_POLICY": "passive", **environment},  # of a machine that does something else, too
+    )
     server = Server(port, process)
     try:
-        server.wait()
+        server.wait(path)
         yield server
     finally:
         process.terminate()
@@ -104,3 +112,11 @@ def listening(*command: Any, environment: dict[str, str] | None = None) -> Itera
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def serving(model: Path, *arguments: Any) -> Iterator[Server]:
+    """Runs llama.cpp's server on a model with some more of its arguments."""
+    port = free_port()
+    with running([SERVER, "-m", model, "--port", port, "-t", 1, "-tb", 2, "--no-webui", *arguments], port) as server:
+        yield server

@@ -37,7 +37,8 @@ def copy_model(
             kind = gguf.GGUFValueType.get_type(value) if isinstance(value, (list, str)) else kinds[0]
             writer.add_key_value(name, value, kind, kinds[-1] if len(kinds) > 1 else None)
     for name, value in metadata.items():
-        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+        kind = gguf.GGUFValueType.UINT32 if isinstance(value, np.uint32) else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(name, value, kind)
     for t in reader.tensors:
         if (stored := tensor(t.name, (t.data, t.tensor_type))) is not None:
             writer.add_tensor(t.name, stored[0], raw_dtype=stored[1])
