@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "native"), str(ROOT / "tests")]
 
 import prepare_source
+from upstream_models import fill_cache, place_downloads
+from upstream_table import Outcome, page
+
 from indexmem_edge.models.demo import demo_model
 from indexmem_edge.native.find import program
 from support.serving import free_port
-from upstream_models import fill_cache, place_downloads
-from upstream_table import Outcome, page
 
 SOURCE = "vendor/llama.cpp/"
 TESTS = "tools/server/tests"
