@@ -58,5 +58,5 @@ def test_another_answer(server: Server, page: Page) -> None:
     press(page, "Regenerate")
     again = written(page)
     assert read(server) - before < 64
-    assert "2 / 2" in again or "2/2" in again  # the first one is kept
+    page.until("/2 *\\/ *2/.test(document.body.innerText)")  # the first one is kept
     assert answer[:30] == again[:30]  # little is left to chance at temperature 0
