@@ -80,14 +80,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serving(model: Path, *arguments: Any) -> Iterator[Server]:
+def serving(model: Path, *arguments: Any) -> contextlib.AbstractContextManager[Server]:
     """Runs the server on a model with some more of its arguments."""
+    return listening(SERVER, "-m", model, "-t", 1, "-tb", 2, "--no-webui", *arguments)
+
+
+@contextlib.contextmanager
+def listening(*command: Any, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """Runs a command that serves at the port that its last option names."""
     port = free_port()
-    command = [SERVER, "-m", model, "--port", port, "-t", 1, "-tb", 2, "--no-webui", *arguments]
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        [str(word) for word in (*command, "--port", port)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
+    )  # fmt: skip
     server = Server(port, process)
     try:
         server.wait()
