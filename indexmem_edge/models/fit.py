@@ -157,7 +157,7 @@ class _Rows:
         self._model = model
         self._memory = memory
         self._copies = copies
-        self._about = _description(model.handle)
+        self._about = api.model_description(model.handle)
         self._trained = int(llama.llama_model_n_ctx_train(model.handle))
         self._refused = api.model_unsupported_reason(model.handle)
         found = Found() if self._refused else options_for(path, {"kv_budget": _USUAL})[1]
@@ -259,14 +259,6 @@ class _Rows:
             self._problems.append(f"the sidecar {self._sidecar} is not used: {error}")
             self._sidecar = None
             return self._model.sizes(CacheOptions.from_keywords(_cache_keywords(budget, None)), others)
-
-
-def _description(model: int) -> str:
-    import ctypes
-
-    text = ctypes.create_string_buffer(256)
-    api.llama_lib.llama_model_desc(model, text, len(text))
-    return text.value.decode("utf-8", "replace")
 
 
 def _parts(path: str) -> Iterator[str]:
