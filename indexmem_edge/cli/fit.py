@@ -29,7 +29,7 @@ AUTO = "auto"
 def fit(
     model: Annotated[Path, typer.Argument(help="GGUF file; of a model in several files the first.", metavar="FILE", show_default=False)],
     memory: Annotated[
-        str, typer.Option("--memory", help="How much there is for it: 8G, 8GiB, 512M, or what is free now, without a reserve.")
+        str, typer.Option("--memory", help="How much there is for it: 8G, 8GiB, 512M, or `auto`: what is free now, less a reserve.")
     ] = AUTO,
     kv_checkpoints: Annotated[
         Optional[str],

@@ -87,7 +87,7 @@ class Fit:
 
 
 def memory_for(asked: Optional[int]) -> Memory:
-    """What there is: what was asked for, or what is free now, without a reserve.
+    """What there is: what was asked for, or what is free now, less a reserve.
 
     Raises:
         BudgetError: the system does not say what is free.
