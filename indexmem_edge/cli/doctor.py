@@ -191,9 +191,7 @@ def _model(path: Path) -> list[Finding]:
 
     llama = api.llama_lib
     with loaded_model(check_model_file(path)) as model:
-        text = ctypes.create_string_buffer(256)
-        llama.llama_model_desc(model, text, len(text))
-        about = f"{text.value.decode('utf-8', 'replace')}, trained for {llama.llama_model_n_ctx_train(model):,} tokens"
+        about = f"{api.model_description(model)}, trained for {llama.llama_model_n_ctx_train(model):,} tokens"
         why = api.model_unsupported_reason(model)
         if why is not None:
             return [Finding("model", "wrong", f"{about}: no bounded cache, because {why}; it runs with --kv-budget 0")]

@@ -29,7 +29,7 @@ AUTO = "auto"
 def fit(
     model: Annotated[Path, typer.Argument(help="GGUF file; of a model in several files the first.", metavar="FILE", show_default=False)],
     memory: Annotated[
-        str, typer.Option("--memory", help="How much there is for it: 8G, 8GiB, 512M, or what is free now, without a reserve.")
+        str, typer.Option("--memory", help="How much there is for it: 8G, 8GiB, 512M, or `auto`: what is free now, less a reserve.")
     ] = AUTO,
     kv_checkpoints: Annotated[
         Optional[str],
@@ -147,7 +147,9 @@ def show(found: Fit, advised: Advice) -> None:
     out = console(width_in_pipes=120)
     for line in _head(found):
         out.print(printable(line), markup=False)
+    out.print()
     out.print(_table(found, advised))
+    out.print()
     for line in _notes(found):
         out.print(printable(line), markup=False)
     if advised.row is None:
@@ -174,13 +176,12 @@ def _head(found: Fit) -> Iterator[str]:
 
 
 def _table(found: Fit, advised: Advice) -> Any:
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # a terminal of 80 columns has room for it
     measured = any(row.speed is not None for row in found.rows)
-    columns = ["type", "budget", "exact", "cache", "work", "copies", "in all", "fits", *(("read/s", "write/s", "at") if measured else ())]
+    columns = ["type", "budget", "exact", "cache", "work", "copies", "in all", "fits", *(("read/s", "write/s", "kept") if measured else ())]
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     before = ""
@@ -196,8 +197,15 @@ def _cells(found: Fit, row: Row, measured: bool) -> Iterable[str]:
     if sizes is None:
         return [budget, "", "", "", "", "", "refused", *([""] * 3 if measured else [])]
     parts = (sizes.total, sizes.room, sizes.copies(found.copies), row.total)
-    cells = [budget, f"{row.exact:,}", *map(format_bytes, parts), "yes" if row.fits else "no"]
+    cells = [budget, f"{row.exact:,}", *map(_short, parts), "yes" if row.fits else "no"]
     return [*cells, *_speeds(row)] if measured else cells
+
+
+def _short(n: int) -> str:
+    """Bytes in MiB or GiB, which the legend says once."""
+    if n == 0:
+        return "-"
+    return f"{n / (1 << 20):.1f}M" if n < 1000 << 20 else f"{n / (1 << 30):.2f}G"
 
 
 def _speeds(row: Row) -> Iterable[str]:
@@ -205,11 +213,11 @@ def _speeds(row: Row) -> Iterable[str]:
     if speed is None:
         return ["", "", ""]
     rates = [f"{rate:,.1f}" if rate is not None else "-" for rate in (speed.read, speed.write)]
-    return [*rates, "full" if speed.full else f"{speed.kept:,} kept"]
+    return [*rates, "full" if speed.full else f"{speed.kept:,}"]
 
 
 def _notes(found: Fit) -> Iterator[str]:
-    yield "exact: tokens before the first is dropped (without a budget: before the end). copies: of the state, to go back to, at most."
+    yield "exact: tokens before the first is dropped, or, without a budget, before the end. copies: of the state, to go back to, at most. M, G: MiB, GiB."
     if found.copies == 0:
         yield "With as many copies as usual no budget would fit, so there is only the one that a cancelled answer is taken back to."
     reasons = {row.why_not: row for row in found.rows if row.sizes is None}
@@ -222,7 +230,7 @@ def _notes(found: Fit) -> Iterator[str]:
         from ..native.processors import default_threads
 
         one, many = default_threads()
-        yield f"read/s, write/s: tokens per second on {cpu()[0]}, {many} threads to read and {one} to write, where `at` says so; full: the budget was used up."
+        yield f"read/s, write/s: tokens per second on {cpu()[0]}, {many} threads to read and {one} to write, with so many entries kept; full: the budget was used up."
 
 
 def _name(row: Row) -> str:

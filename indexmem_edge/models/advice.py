@@ -9,7 +9,7 @@ from ..options import default_ubatch
 from ..stats import format_bytes
 from .fit import Fit, Row
 
-_PLAIN, _HALF = "f16", "q8_0"  # of the second twice as many entries fit, and it answers the same
+_PLAIN, _HALF = "f16", "q8_0"  # of the second twice as many entries fit, and answers hardly change
 _SLOW = 0.5  # of the speed with the smallest budget: a larger one that writes more slowly is not advised
 _MEASURED = 4  # rows, at most: a minute is not to be divided further
 
@@ -86,7 +86,7 @@ def _write(row: Row) -> float:
 
 
 def _why_bounded(found: Fit, row: Row) -> str:
-    kinds = {_HALF: ", with q8_0, which holds about twice as much as f16 and answers the same"}
+    kinds = {_HALF: ", with q8_0, which holds about twice as much as f16 and hardly changes answers"}
     how = kinds.get(row.cache_type, "" if row.cache_type == _PLAIN else f", with {row.cache_type}, as nothing else fits")
     if found.trained and row.budget + default_ubatch(row.budget) + 256 > found.trained:
         return f"the largest budget below the {found.trained:,} tokens that the model was trained for{how}"

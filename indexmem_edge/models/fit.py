@@ -12,14 +12,15 @@ from typing import Any, Optional, Union
 from ..errors import BudgetError, ContextError, IndexMemError, ModelNotSupported, SidecarError
 from ..files import cachetypes
 from ..files.modelfile import check_model_file, gguf_values
-from ..models.sidecars import Found
 from ..native import api
 from ..native.memory import free_memory, resident_memory
 from ..options import SIDECAR_OFF, CacheOptions, default_ubatch
 from ..runtime.contexts import context_of
 from ..runtime.creation import options_for
 from ..runtime.sizes import DryModel, Sizes, dry_model
+from . import families
 from .measure import Progress, Speed, measured
+from .sidecars import Found
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")  # that are looked at
 _STEP = 256  # slots are allocated in steps of so many
@@ -27,6 +28,8 @@ _USUAL, _LEAST = 1024, 256  # budgets: the least that is looked at, and where no
 _LONGEST = 131072  # of models that do not say what length they were trained for
 _RESERVE, _RESERVED_SHARE = 256 << 20, 10  # of the free memory that is left to other programs: so many bytes, or a tenth
 _SHORTEST = 512  # tokens of a context without a budget
+_ARCHITECTURE = "general.architecture"
+_NO_TEXT = f"{families.ENCODERS} {families.EMBEDDING} {families.BUCKETS} {families.DIFFUSION}".split()  # they do not go on with a text
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Fit:
 
 
 def memory_for(asked: Optional[int]) -> Memory:
-    """What there is: what was asked for, or what is free now, without a reserve.
+    """What there is: what was asked for, or what is free now, less a reserve.
 
     Raises:
         BudgetError: the system does not say what is free.
@@ -154,11 +157,12 @@ class _Rows:
         self._model = model
         self._memory = memory
         self._copies = copies
-        self._about = _description(model.handle)
+        self._about = api.model_description(model.handle)
         self._trained = int(llama.llama_model_n_ctx_train(model.handle))
         self._refused = api.model_unsupported_reason(model.handle)
         found = Found() if self._refused else options_for(path, {"kv_budget": _USUAL})[1]
         self._sidecar, self._problems = found.path, list(found.problems)
+        self._generates = str(gguf_values(path, [_ARCHITECTURE]).get(_ARCHITECTURE)) not in _NO_TEXT
         self._program = self._own_bytes()
 
     def all(self) -> Fit:
@@ -175,7 +179,7 @@ class _Rows:
             sidecar=self._sidecar,
             problems=tuple(self._problems),
             refused=self._refused,
-            generates=any(row.sizes is not None and row.sizes.total for row in rows),
+            generates=self._generates and any(row.sizes is not None and row.sizes.total for row in rows),
             copies=self._copies,
         )
 
@@ -255,14 +259,6 @@ class _Rows:
             self._problems.append(f"the sidecar {self._sidecar} is not used: {error}")
             self._sidecar = None
             return self._model.sizes(CacheOptions.from_keywords(_cache_keywords(budget, None)), others)
-
-
-def _description(model: int) -> str:
-    import ctypes
-
-    text = ctypes.create_string_buffer(256)
-    api.llama_lib.llama_model_desc(model, text, len(text))
-    return text.value.decode("utf-8", "replace")
 
 
 def _parts(path: str) -> Iterator[str]:

@@ -284,6 +284,13 @@ def model_unsupported_reason(model: int) -> Optional[str]:
     return _text(buffer.value) or "the library gave no reason"
 
 
+def model_description(model: int) -> str:
+    """What a model is, in a few words: architecture, size, types of its weights."""
+    text = ctypes.create_string_buffer(256)
+    llama_lib.llama_model_desc(model, text, len(text))
+    return _text(text.value)
+
+
 def model_layers(model: int) -> list[int]:
     """What each layer keeps of the past: flags of LAYER_*, 0 for one without attention or state."""
     get, n = library().indexmem_model_layer, llama_lib.llama_model_n_layer(model)

@@ -113,6 +113,9 @@ def test_a_connection_that_ends_is_gone_on_with(pull: Pull, hub: Hub, model: byt
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # for files of 10 MB and more it is 10 MB
     hub.repos["o/m"].breaks = {"m-Q4_K_M.gguf": 5000}
     result = pull("o/m")
+    if result.returncode:  # releases of the package before 1.0 leave it to the next call
+        one_error(result, "cannot fetch o/m/m-Q4_K_M.gguf")
+        result = pull("o/m")
     assert Path(result.stdout.strip()).read_bytes() == model
     assert hub.bytes_asked("m-Q4_K_M.gguf") == ["", "bytes=5000-"]
 
