@@ -210,10 +210,13 @@ def changes(talk: Talk, header: dict[str, Any]) -> str:
     if not other:
         return ""
     text = f"saved with {_list(other, header)}, continuing with {_list(other, ours, named=False)}"
-    left = header.get(KEPT, native.n_kept) - native.n_kept
+    kept = header.get(KEPT)
+    left = kept - native.n_kept if type(kept) is int else 0
     facts = [f"{left:,} entries per head were evicted"] if left > 0 else []
+    if header.get("kv_policy") == INDEXER_POLICY != talk.options.policy:
+        facts.append(f"the scores of {_plain(header.get(SIDECAR_NAME) or 'its sidecar')} are left out")
     if header.get("memory", MEMORY_OFF) != MEMORY_OFF and talk.options.memory == MEMORY_OFF:
-        facts.append(f"the memory `{header['memory']}` is forgotten")
+        facts.append(f"the memory `{_plain(header['memory'])}` is forgotten")
     elif header.get("memory", MEMORY_OFF) == MEMORY_OFF and talk.options.memory != MEMORY_OFF:
         facts.append(f"the memory `{talk.options.memory}` begins empty")
     if (pin := asked_pin(talk, header)) is not None and native.pin < pin:
@@ -227,7 +230,10 @@ def _list(names: list[str], values: dict[str, Any], named: bool = True) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:,}" if type(value) is int else str(value)[:80]
+    """For a sentence; what could drive a terminal is escaped."""
+    if type(value) is int:
+        return f"{value:,}" if abs(value) < 1 << 64 else "a huge number"
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 80 else _shown(value)
 
 
 def _sidecar(identity: Any, file: Any) -> str:

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <random>
 
@@ -239,6 +240,49 @@ TEST(a_device_turns_keys_as_the_host_does) {
             compare_logits(f, request, GGML_TYPE_F32);
         }
     }
+}
+
+static std::vector<uint8_t> state_of(llama_context * ctx) {
+    std::vector<uint8_t> res(llama_state_seq_get_size(ctx, 0));
+    CHECK(llama_state_seq_get_data(ctx, res.data(), res.size(), 0) == res.size());
+    return res;
+}
+
+// What is too much leaves on the CPU, wherever cache and weights lie; weights of a device are read again, and turned with the keys.
+TEST(a_state_that_does_not_fit_is_fitted_on_the_host) {
+    fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
+    write_sidecar("pairwise", "residual");
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (auto request : { request_of("snapkv"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
+            request.memory_slots = request.memory ? 8 : 0;
+            llama_context * large = f.context(request, 1, type, false);
+            decode(large, 260, 5);
+            const auto state = state_of(large);
+            llama_free(large);
+
+            request.budget = 60;
+            llama_context * there = f.context(request, 1, type);
+            llama_context * here  = f.context(request, 1, type, false);
+            CHECK(on_device(f, there) && !on_device(f, here));
+            for (llama_context * ctx : { there, here }) {
+                CHECK_MSG(llama_state_seq_set_data(ctx, state.data(), state.size(), 0) > 0, "%s", indexmem_last_error());
+            }
+            CHECK(state_of(there).size() < state.size() && state_of(there) == state_of(here));
+            llama_free(there);
+            llama_free(here);
+        }
+    }
+    // and if they are gone, the state is refused with a reason
+    auto request = request_of(nullptr, nullptr, SIDECAR);
+    llama_context * large = f.context(request);
+    decode(large, 260, 5);
+    request.budget = 60;
+    llama_context * small = f.context(request);
+    remove(SIDECAR);
+    const auto state = state_of(large);
+    CHECK(llama_state_seq_set_data(small, state.data(), state.size(), 0) == 0 && strstr(indexmem_last_error(), SIDECAR));
+    llama_free(large);
+    llama_free(small);
 }
 
 // as Metal's kernels have: numbers that a group of threads has to hold in its 32 KiB

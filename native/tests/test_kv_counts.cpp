@@ -325,3 +325,65 @@ TEST(pending_entries_fit_their_ring) {
         }
     }
 }
+
+// what a state of another cache does before it can be used
+TEST(a_state_is_fitted_as_by_a_step_of_no_tokens) {
+    counts large = counts_of(limits_of(200), {});
+    feed(large, 32); feed(large, 32); feed(large, 32); feed(large, 32);
+    const auto whole = *large.get(0);
+    std::string  error;
+    counts::step st;
+
+    // room for all of it
+    CHECK(large.fit(0, whole, st, error) && !st.evict && !st.score && same(st.before[0], st.after[0]));
+    counts exact = counts_of(limits_of(128), {});
+    CHECK(exact.fit(0, whole, st, error) && !st.evict);
+
+    // one too many: as many leave as a step takes out
+    counts less = counts_of(limits_of(127), {});
+    CHECK(less.fit(0, whole, st, error) && st.evict);
+    CHECK(st.after[0].n_used == 128 - less.evict_step_of(whole) && st.after[0].n_fixed == st.after[0].n_used);
+    CHECK(st.after[0].n_evictions == 1 && st.after[0].n_seen == 128 && st.after[0].n_first == 4 && st.after[0].n_last == 8);
+
+    // far too many; the slots of a memory are out of the budget
+    counts small = counts_of(limits_of(40), { 5, 0, false, true });
+    CHECK(small.fit(0, whole, st, error) && st.after[0].n_used == 35 && !st.recall);
+
+    // nothing leaves by the policy that evicts nothing
+    counts full = counts_of(limits_of(40), { 0, 0, false, false, false });
+    CHECK(!full.fit(0, whole, st, error) && error.find("evict nothing") != std::string::npos);
+
+    // an indexer scores what waits when something leaves, or when more wait than may
+    const kind ranked = { 0, 0, true };
+    counts wide = counts_of(limits_of(2000), ranked);
+    feed(wide, 1); for (int i = 0; i < 20; ++i) { feed(wide, 1); }
+    const auto waiting = *wide.get(0);
+    CHECK(waiting.n_pending() == 21);
+    CHECK(counts_of(limits_of(40), ranked).fit(0, waiting, st, error) && !st.evict && st.score && st.n_old == 21);
+    CHECK(st.after[0].n_pending() == 0 && st.before[0].n_pending() == 21);
+    CHECK(counts_of(limits_of(15), ranked).fit(0, waiting, st, error) && st.evict && st.score && st.after[0].n_pending() == 0);
+    CHECK(wide.fit(0, waiting, st, error) && !st.score && st.after[0].n_pending() == 21);
+}
+
+// what is gone does not come back, whatever is protected later
+TEST(what_is_sure_to_be_there) {
+    counts c = counts_of(limits_of(40), {});
+    const auto check = [&](uint32_t first, uint32_t last) { CHECK(c.get(0)->n_first == first && c.get(0)->n_last == last); };
+    check(0, 0);
+    feed(c, 30); check(30, 30);
+    feed(c, 20); check(4, 8);
+    feed(c, 1);  check(4, 8);
+    feed(c, 1);  check(4, 9);
+    c.truncate(0, 51); check(4, 8);
+
+    auto foreign = *c.get(0);
+    foreign.n_first = 2;
+    foreign.n_last  = 5;
+    c.assign(0, foreign);
+    feed(c, 1); check(2, 6);
+    feed(c, 32); check(2, 8);
+    std::string error;
+    CHECK(!c.set_pin(0, 3, error) && error.find("only the first 2 tokens") != std::string::npos);
+    CHECK(c.set_pin(0, 2, error));
+    c.reset(0); check(0, 0);
+}

@@ -339,6 +339,27 @@ TEST(states_of_other_caches) {
     CHECK(n_accepted > 60);
 }
 
+// ranked, remembered and moved when they are read
+TEST(rows_of_any_bytes_that_do_not_fit) {
+    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+        llama_context * from = contexts().get_large(kind);
+        llama_memory_clear(llama_get_memory(from), true);
+        CHECK(decode(from, 0, 32) && decode(from, 0, 30));
+        const bytes state = save(from, 0);
+        const size_t rows = parts(from, state).rows;
+        for (int value : { 0x00, 0x7C, 0x7F, 0x80, 0xFC, 0xFF }) {
+            bytes other = state;
+            std::fill(other.begin() + (std::ptrdiff_t) rows, other.end(), (uint8_t) value);
+            llama_context * ctx = filled(kind);
+            CHECK_MSG(load(ctx, 0, other), "%s", contexts().take_log().c_str());
+            for (int n : { 1, 9, 25, 1 }) {
+                check_sequence(ctx, 0);
+                CHECK(decode(ctx, 0, n));
+            }
+        }
+    }
+}
+
 // sizes of parts that are skipped are the state's own word
 TEST(sizes_that_lie_are_not_allocated) {
     llama_context * from = filled(3); // of an indexer

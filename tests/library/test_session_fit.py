@@ -226,6 +226,25 @@ def test_older_files_say_what_they_can(make: Make, tmp_path: Path) -> None:
     assert said == [f"{tmp_path / 'old'}: saved with kv_budget 96, continuing with 60"] and other.kv_stats().kept == 60
 
 
+@pytest.mark.parametrize("value", ["x", None, [1], {"a": 1}, -5, 10**30, True, "\x1b[2J"], ids=repr)
+@pytest.mark.parametrize("key", ["kept", "pinned prefix", "kv_pin", "kv_window", "memory", "sidecar file", "sidecar", "rebases", "background", "kv_budget"])
+def test_a_header_of_any_values(make: Make, tmp_path: Path, key: str, value: Any) -> None:
+    """Is refused in our words, or changes what is said, and nothing else."""
+    llm = make()
+    llm.prefill(TOKENS[:100])
+    llm.save_session(tmp_path / "s")
+    data = read(tmp_path / "s")
+    write(tmp_path / "s", SessionData({**data.header, key: value}, data.tokens, None, data.state, data.logits))
+    assert SessionInfo.read(tmp_path / "s").tokens == 100
+    said = told(llm)
+    try:
+        llm.load_session(tmp_path / "s")
+    except SessionError as error:
+        said.append(str(error))
+    assert llm.n_tokens == 100 and llm.prefill(TOKENS[:110]) == 10
+    assert all(line.isprintable() for line in said)
+
+
 # checkpoints
 
 
