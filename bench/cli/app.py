@@ -224,6 +224,36 @@ def checkpoint(
 
 
 @app.command()
+def background(
+    model: Optional[Path] = MODEL,
+    budgets: str = typer.Option("256,512,1024", help="Entries that each KV head keeps."),
+    policies: Optional[str] = typer.Option("streaming,keydiff", help="Policies; those of --indexmem come on top."),
+    memory: str = typer.Option("centroid", help="Latent memory that each runs with as well; off: none."),
+    indexmem: Optional[Path] = INDEXMEM,
+    tokens: int = typer.Option(2000, min=1, help="Tokens of the first conversation, about."),
+    facts: int = typer.Option(8, min=1, help="Facts told in it, one a turn."),
+    samples: int = typer.Option(12, min=2, help="Conversations; all arms have the same."),
+    seed: int = typer.Option(0, help="For what is told."),
+    threads: int = THREADS,
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Facts told in one conversation and asked in the next, which begins with the saved session as its background."""
+    from indexmem_edge.runtime.choice import INDEXER_POLICY
+
+    from ..quality import background as bench
+
+    with session(model, as_json) as (loaded, progress):
+        names = [*policies_of(policies), *([INDEXER_POLICY] if indexmem is not None else [])]
+        arms = bench.arms_of(names, numbers(budgets, int), memory_of(memory), indexmem)
+        report = bench.run_background(
+            loaded, arms, n_tokens=tokens, n_facts=facts, samples=samples, seed=seed, threads=threads, text=text, progress=progress
+        )
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+@app.command()
 def soak(
     tokens: int = typer.Option(1_000_000, min=1, help="Tokens to feed."),
     layers: int = typer.Option(2, min=1, help="Layers of the random model, each of the demo model's shape."),

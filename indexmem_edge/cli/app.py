@@ -146,18 +146,18 @@ def generate(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A sidecar, or a model.", metavar="FILE", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="A sidecar, a model, or a session.", metavar="FILE", show_default=False)],
     model: Annotated[
         Optional[Path],
-        typer.Option("-m", "--model", help="GGUF file that the sidecar has to fit.", show_default=False),
+        typer.Option("-m", "--model", help="GGUF file that the sidecar or the session has to fit.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check a sidecar, or a model, and say what is in it.
+    """Check a sidecar, a model or a session, and say what is in it.
 
     Of a sidecar: the indexer with its constants, its tensors, where it comes from, and whether the model is the one it
     was trained for. Of a model: its geometry, what its KV cache costs, whether it can be bounded, and the sidecars
-    beside it.
+    beside it. Of a session: its model, the options it was saved with, and the budgets that it loads with.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`indexmem inspect`: what a sidecar or a model holds, and whether they fit.
+"""`indexmem inspect`: what a sidecar, a model or a session holds, and whether they fit.
 
 The library judges a file first; its metadata is read in Python only when it has passed. Text in a file is data: it is
 escaped before a terminal gets it.
@@ -13,12 +13,14 @@ from typing import Any, Iterable, Optional, Union
 
 import numpy as np
 
-from ..errors import ConvertError, ModelFileError, SidecarError
+from ..errors import ConvertError, ModelFileError, SessionError, SidecarError
 from ..files.gguffile import GGUFFile
-from ..files.modelfile import check_gguf_file, check_model_file, gguf_strings, loaded_model
+from ..files.modelfile import check_gguf_file, check_model_file, fingerprint, gguf_strings, loaded_model
 from ..models.architectures import in_words, kinds
 from ..models.sidecars import named_after
 from ..native import api
+from ..sessions.file import is_session
+from ..sessions.info import SessionInfo
 from ..stats import format_bytes
 from ..train.model.architectures import trainable
 from .console import console
@@ -33,8 +35,11 @@ def examine(path: Union[str, os.PathLike[str]], model: Union[str, os.PathLike[st
 
     Raises:
         SidecarError: the sidecar is damaged, or is not for `model`.
-        ModelFileError: the model cannot be loaded, or the file is neither.
+        SessionError: the session is damaged, or is not of `model`.
+        ModelFileError: the model cannot be loaded, or the file is none of these.
     """
+    if is_session(path):
+        return _session_facts(path, None if model is None else check_model_file(model))
     name = check_gguf_file(path)
     try:
         api.check_sidecar(name)
@@ -43,6 +48,14 @@ def examine(path: Union[str, os.PathLike[str]], model: Union[str, os.PathLike[st
             raise
         return _model_facts(name)
     return _sidecar_facts(name, None if model is None else check_model_file(model))
+
+
+def _session_facts(path: Union[str, os.PathLike[str]], model: Optional[str]) -> Facts:
+    info = SessionInfo.read(path, verify=True)
+    if model is not None and fingerprint(model) != info.model:
+        raise SessionError(f"{info.path} was saved with another model file than {model}: name that one")
+    fits = None if model is None else {"file": os.path.basename(model)}
+    return {"what": "session", **info.to_dict(), "file": os.path.basename(info.path), "fits": fits}
 
 
 def _says_sidecar(name: str) -> bool:
@@ -216,7 +229,8 @@ def _beside(path: str, model: int) -> Facts:
 def show(facts: Facts) -> None:
     """Prints the facts as tables."""
     out = console(width_in_pipes=120)
-    for part in _sidecar_tables(facts) if facts["what"] == "sidecar" else _model_tables(facts):
+    tables = {"sidecar": _sidecar_tables, "session": _session_tables, "model": _model_tables}
+    for part in tables[facts["what"]](facts):
         out.print(part)
 
 
@@ -283,6 +297,30 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
         for t in facts["tensors"]
     ]
     return [_table(None, ("", ""), about), _table("Tensors", ("name", "layers", "shape", "type", "bytes"), tensors)]
+
+
+def _session_tables(facts: Facts) -> list[Any]:
+    of_another = f", the first {facts['background']:,} of another conversation" if facts["background"] else ""
+    about = [
+        ("file", f"{facts['file']}: a session, format {facts['format']}, {format_bytes(facts['bytes'])}, whole"),
+        ("model", (f"{facts['model_name']}, " if facts["model_name"] else "") + f"file {facts['model']}"),
+        ("tokens", f"{facts['tokens']:,}" + (f", {facts['kept']:,} kept" if facts["kept"] is not None else "") + of_another),
+        ("messages", "none: it was not saved by a chat" if facts["messages"] is None else facts["messages"]),
+    ]
+    if facts["fits"] is not None:
+        about.insert(2, ("fits", facts["fits"]["file"]))
+    if facts["least_budget"]:
+        needs = f"--kv-budget {facts['least_budget']} or more; {facts['whole_budget']} keeps all of it"
+        about.append(("needs", needs))
+    else:
+        about.append(("needs", "no --kv-budget: it was saved without one"))
+    about += [(name, value) for name, value in facts["options"].items() if name not in ("memory_slots",) or value]
+    if facts["sidecar_hash"]:
+        about.append(("sidecar", f"{facts['sidecar']} ({facts['sidecar_hash']})"))
+    about += [(name, value) for name, value in facts["context"].items() if name in ("type_k", "type_v", "n_ubatch", "lora")]
+    if facts["checkpoints"]:
+        about.append(("checkpoints", f"{facts['checkpoints']}, {format_bytes(facts['checkpoint_bytes'])}"))
+    return [_table(None, ("", ""), about)]
 
 
 def _model_tables(facts: Facts) -> list[Any]:

@@ -148,6 +148,15 @@ def write(path: Union[str, os.PathLike[str]], data: SessionData) -> int:
         raise SessionError(f"cannot save the session to {target}: {_why(error)}") from error
 
 
+def is_session(path: Union[str, os.PathLike[str]]) -> bool:
+    """Whether a file begins as a session does."""
+    try:
+        with open(_name(path), "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def _logits_bytes(logits: Optional[npt.NDArray[np.single]]) -> bytes:
     return b"" if logits is None else np.ascontiguousarray(logits, dtype=_LOGIT).tobytes()
 

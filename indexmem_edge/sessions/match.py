@@ -212,6 +212,8 @@ def changes(talk: Talk, header: dict[str, Any]) -> str:
     text = f"saved with {_list(other, header)}, continuing with {_list(other, ours, named=False)}"
     left = header.get(KEPT, native.n_kept) - native.n_kept
     facts = [f"{left:,} entries per head were evicted"] if left > 0 else []
+    if header.get("kv_policy") == INDEXER_POLICY != talk.options.policy:
+        facts.append(f"the scores of {str(header.get(SIDECAR_NAME) or 'its sidecar')[:80]} are left out")
     if header.get("memory", MEMORY_OFF) != MEMORY_OFF and talk.options.memory == MEMORY_OFF:
         facts.append(f"the memory `{header['memory']}` is forgotten")
     elif header.get("memory", MEMORY_OFF) == MEMORY_OFF and talk.options.memory != MEMORY_OFF:

@@ -150,3 +150,27 @@ def test_text_out_of_a_file_cannot_drive_the_terminal(
 def test_printable() -> None:
     assert printable("naïve 木 text") == "naïve 木 text"
     assert printable("\x1b]0;\u2028\ud800\u202e") == r"\x1b]0;\u2028\ud800\u202e"
+
+
+def test_a_session(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it needs, with names that come from the file escaped; another model, and damage, in one line."""
+    from indexmem_edge import Llama
+    from indexmem_edge.sessions.file import SessionData, read, write
+
+    with Llama(folder / "m.gguf", kv_budget=96, kv_window=16, n_ubatch=32, indexmem="off", verbose=False) as llm:
+        llm.prefill([3 + i % 200 for i in range(60)])
+        llm.save_session(tmp_path / "s", extra={"messages": []}, checkpoints=True)
+    facts = examine(tmp_path / "s", folder / "m.gguf")
+    assert (facts["what"], facts["tokens"], facts["kept"], facts["messages"], facts["least_budget"]) == ("session", 60, 60, 0, 21)
+    assert json.loads(run("inspect", str(tmp_path / "s"), "--json").stdout)["options"]["kv_budget"] == 96
+    text = shown(facts, capsys)
+    assert "--kv-budget 21 or more; 60 keeps all of it" in text and "fits" in text and "60, 60 kept" in text
+    data = read(tmp_path / "s")
+    write(tmp_path / "t", SessionData({**data.header, "model name": "a\x1b[2Jb"}, data.tokens, None, data.state))
+    assert "\x1b" not in shown(examine(tmp_path / "t"), capsys)
+    other = folder / "other.gguf"
+    other.write_bytes((folder / "m.gguf").read_bytes() + b"0")
+    one_error(run("inspect", str(tmp_path / "s"), "-m", str(other)), "another model file")
+    damaged = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(damaged[:-1] + b"x")
+    one_error(run("inspect", str(tmp_path / "s")), "damaged")

@@ -238,18 +238,21 @@ def test_sessions_are_bound_to_the_sidecar(tiny: Tiny, made: tuple[Path, Path], 
     assert same.kv_stats().reevaluated == 0 and same.kv_stats().turn_evaluated == 1
 
     other = random_sidecar(tmp_path / "other.gguf", shape(config), "retention", seed=1, mid_dim=32)
-    for options, words in (
-        ({"indexmem": other}, r"the sidecar 'tiny.indexmem.gguf' \('\w{16}'\), this one has the sidecar 'other.gguf'"),
-        ({}, r"the sidecar 'tiny.indexmem.gguf' .* this one has no sidecar: name that one with --indexmem"),
-    ):
-        with pytest.raises(SessionError, match=words):
-            load(model, **options).load_session(tmp_path / "s")
+    words = r"the sidecar 'tiny.indexmem.gguf' \('\w{16}'\), this one has the sidecar 'other.gguf' .*name that one with --indexmem"
+    with pytest.raises(SessionError, match=words):
+        load(model, indexmem=other).load_session(tmp_path / "s")
 
-    plain = load(model)
-    plain.prefill(TOKENS)
+    said: list[str] = []
+    plain = load(model, kv_warn=lambda warning: said.append(str(warning)))
+    plain.load_session(tmp_path / "s")
+    assert said == [
+        f"{tmp_path / 's'}: saved with kv_policy indexer, continuing with streaming: the scores of tiny.indexmem.gguf are left out"
+    ]
     plain.save_session(tmp_path / "plain")
-    with pytest.raises(SessionError, match="no sidecar.*leave it out with --indexmem off"):
+    with pytest.raises(SessionError, match="kv_policy = 'streaming', without the scores.*leave it out with --indexmem off.*again=True"):
         llm.load_session(tmp_path / "plain")
+    llm.load_session(tmp_path / "plain", again=True)
+    assert llm.kv_stats().tokens_seen == len(TOKENS)
 
 
 # the command line
