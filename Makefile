@@ -4,10 +4,11 @@
 # make check          ruff and mypy, as [tool.ruff] and [tool.mypy] of pyproject.toml say; `.venv/bin/ruff check --fix` mends much
 # make docs           the pages of docs/ as a site, in build/site; broken links are errors
 # make pages          writes the pages of docs/ that are generated: models, guide, cli, api
+# make test-ops       llama.cpp's own tests of ggml's ops (test-backend-ops), against the CPU backend that is built here
 # make sanitize       native tests with the address and undefined behaviour sanitizers, those of the ops with the thread one
 # make test-arm       native tests on emulated 64-bit ARM, with and without SVE (takes a cross compiler and an hour)
 # make test-windows   compiles for Windows with mingw-w64 and runs the native tests under wine
-# make wheel          a wheel for every CPU of this platform, in dist/
+# make wheel          a wheel for every CPU of this platform, the server in it, in dist/
 # make test-wheel     installs it without a compiler, and runs it with every variant and under emulated CPUs
 # make test-frozen    makes a program with PyInstaller out of a script that imports the package, and runs it
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
@@ -66,7 +67,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
 endif
 
 .PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
-        pages patches-check cuda server test-server clean
+        pages patches-check cuda server test-server test-ops clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -129,6 +130,11 @@ test: setup check $(if $(strip $(TORCH)),.venv/.torch)
 	cd $(BUILD) && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 	.venv/bin/pytest -q
 
+# The CPU backend against its own plain paths. Takes long: OPS="-o MUL_MAT" runs some.
+test-ops: .venv/.installed
+	@$(call QUIETLY,$(RUN) cmake -S . -B $(BUILD) -DINDEXMEM_TESTS=ON && $(RUN) cmake --build $(BUILD) --target test-backend-ops)
+	$(BUILD)/test-backend-ops test -b CPU $(OPS)
+
 sanitize: sanitize-address sanitize-thread
 
 sanitize-address sanitize-thread: sanitize-%: .venv/.tools
@@ -173,7 +179,8 @@ build/wheel/.built: .venv/.wheel-tools $(SOURCES)
 	@echo "building the variants for all CPUs (the first time takes long)"
 	@rm -rf build/unrepaired dist/indexmem_edge-*.whl
 	@$(call QUIETLY,$(RUN) $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir build/unrepaired \
-	    --config-settings=build-dir=build/wheel --config-settings="cmake.define.INDEXMEM_VARIANTS=$(VARIANTS)" .)
+	    --config-settings=build-dir=build/wheel --config-settings="cmake.define.INDEXMEM_VARIANTS=$(VARIANTS)" \
+	    --config-settings=cmake.define.INDEXMEM_SERVER=ON .)
 	@mkdir -p dist
 	@if [ "$$(uname)" = Linux ]; then $(call QUIETLY,$(RUN) auditwheel repair --wheel-dir dist build/unrepaired/*.whl); \
 	    else cp build/unrepaired/*.whl dist/; fi

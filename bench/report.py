@@ -17,7 +17,7 @@ from indexmem_edge.cli.console import console
 Row = dict[str, Any]
 ROW_KEYS = ("policy", "budget", "tokens_seen", "kv_bytes", "rss_bytes", "prefill_tps", "decode_tps")
 PIPE_WIDTH = 160  # columns of a table where there is no terminal
-WORDS = ("arm", "policy", "task", "system", "memory")  # columns of text
+WORDS = ("action", "arm", "policy", "task", "system", "memory")  # columns of text
 QUALITY_KEYS = ("task", "length", "score", "nll", "n")
 
 

@@ -1,4 +1,4 @@
-"""`indexmem bench`: memory, speed, quality, indexers, latent memories, GPUs: a table, a JSON file and a plot each."""
+"""`indexmem bench`: memory, speed, quality, indexers, latent memories, GPUs, the server: a table, a JSON file and a plot each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Optional
 
 import typer
+
+from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
 
 from . import ruler as cli_ruler
 from .endless import endless
@@ -37,12 +39,14 @@ from .options import (
     finish,
     memories_of,
     memory_of,
+    numbers,
     policies_of,
     random_model,
     session,
     setup_of,
 )
 from .quality import quality
+from .serve import app as serve
 from .speed import speed
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
@@ -108,6 +112,7 @@ app.command()(speed)
 app.command()(quality)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
+app.add_typer(serve, name="serve")
 
 
 @app.command()
@@ -193,6 +198,29 @@ def latent(
             out=out,
         )
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
+
+
+@app.command()
+def checkpoint(
+    model: Optional[Path] = MODEL,
+    budgets: str = typer.Option("256,1024,4096,16384", help="Entries that each KV head keeps."),
+    kv_policy: Optional[str] = POLICY,
+    indexmem: Optional[Path] = INDEXMEM,
+    cache_type: str = TYPE,
+    threads: int = THREADS,
+    ubatch: int = UBATCH,
+    repeats: int = typer.Option(9, min=1, help="Copies; the table has medians."),
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """What a copy of the KV state costs, which is what coming back to an earlier point costs."""
+    from ..speed import checkpoint as bench
+
+    with session(model, as_json) as (loaded, progress):
+        base = setup_of(kv_policy, 0, cache_type, DEFAULT_SINKS, DEFAULT_WINDOW, threads, ubatch, indexmem=indexmem)
+        report = bench.run_checkpoint(loaded, base, numbers(budgets, int), repeats, text=text, progress=progress)
+    finish(report, bench.COLUMNS, out, None, as_json)
 
 
 @app.command()

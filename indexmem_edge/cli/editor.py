@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Optional
 
 from prompt_toolkit import PromptSession
@@ -11,6 +11,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
 from .commands import COMMANDS
@@ -29,11 +30,12 @@ class Editor:
     """
 
     def __init__(self, history: Optional[History] = None) -> None:
+        self._too_late = False  # Ctrl-C came when a message had just been sent
         self._session: PromptSession[str] = PromptSession(
             history=history or InMemoryHistory(),
             completer=CommandCompleter(),
             complete_while_typing=False,
-            key_bindings=_keys(),
+            key_bindings=_keys(self._interrupted),
             multiline=True,
             prompt_continuation=_CONTINUED,
             enable_suspend=True,
@@ -45,14 +47,25 @@ class Editor:
 
         Raises:
             EOFError: Ctrl-D.
-            KeyboardInterrupt: Ctrl-C.
+            KeyboardInterrupt: Ctrl-C, also in the moment after Enter.
         """
-        return self._session.prompt(_PROMPT, default=draft)
+        self._too_late = False
+        message = self._session.prompt(_PROMPT, default=draft)
+        waiting = self._session.app.key_processor.input_queue  # of a prompt that is over: nobody reads them
+        if self._too_late or any(press.key is Keys.SIGINT for press in waiting):
+            raise KeyboardInterrupt
+        return message
 
     @property
     def typed(self) -> str:
         """What stands in the line, also after Ctrl-C."""
         return self._session.default_buffer.text
+
+    def _interrupted(self, event: KeyPressEvent) -> None:
+        if event.app.future is None:  # the prompt is over, and prompt_toolkit has nothing left to interrupt
+            self._too_late = True
+        else:
+            event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
 
 
 class CommandCompleter(Completer):
@@ -75,8 +88,9 @@ class CommandCompleter(Completer):
             yield from self._paths.get_completions(Document(argument.lstrip()), complete_event)
 
 
-def _keys() -> KeyBindings:
+def _keys(interrupted: Callable[[KeyPressEvent], None]) -> KeyBindings:
     keys = KeyBindings()
+    keys.add("<sigint>")(interrupted)
 
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:

@@ -96,14 +96,12 @@ bool indexmem_pins_system() {
     return pins_system;
 }
 
-void indexmem_prepare(common_params & params) {
-    const indexmem_options & o = params.indexmem;
-    pins_system = o.budget > 0 && o.pin < 0;
+bool indexmem_ask(const indexmem_options & o, llama_flash_attn_type & flash_attn) {
     if (o.budget == 0) {
         if (is_asked(o)) {
             stop("options of the bounded cache (--kv-..., --indexmem, --memory) need a --kv-budget");
         }
-        return;
+        return false;
     }
     auto request = indexmem_default_params();
     request.budget       = o.budget;
@@ -121,15 +119,23 @@ void indexmem_prepare(common_params & params) {
     if (!indexmem_next_context(&request)) {
         stop(indexmem_last_error());
     }
-    if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+    if (flash_attn == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         stop("a --kv-budget needs flash attention: leave -fa out");
+    }
+    flash_attn = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    return true;
+}
+
+void indexmem_prepare(common_params & params) {
+    pins_system = params.indexmem.budget > 0 && params.indexmem.pin < 0;
+    if (!indexmem_ask(params.indexmem, params.flash_attn_type)) {
+        return;
     }
     if (params.speculative.has_dft() && params.n_ctx == 0) {
         stop("a draft model keeps all tokens, its cache is not bounded: say with -c how many, of all conversations together, or leave it out");
     }
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    params.kv_unified      = false; // each conversation has a budget of its own
-    params.ctx_shift       = false; // positions are renewed inside of the cache
+    params.kv_unified = false; // each conversation has a budget of its own
+    params.ctx_shift  = false; // positions are renewed inside of the cache
     if (params.n_ctx == 0) {
         params.n_ctx = LOGICAL_MAX*std::min(std::max(params.n_parallel, 1), 512);
         params.fit_params_min_ctx = UINT32_MAX; // there is no memory to win by less

@@ -4,6 +4,8 @@
 // The bounded cache in llama.cpp's own programs (server, perplexity, ...): the options have the names that they have elsewhere
 //
 
+#include "llama.h"
+
 #include <cstdint>
 #include <string>
 
@@ -27,8 +29,11 @@ struct indexmem_options {
 
 void indexmem_add_options(common_params_context & context);
 
-// Before the context is made: asks for the bounded cache, and sets the parameters that it needs. Ends the program when an
-// option is impossible.
+// Before a context is made: asks for the bounded cache, if there is a budget, and turns on flash attention, which it needs. Ends the
+// program when an option is impossible.
+bool indexmem_ask(const indexmem_options & options, llama_flash_attn_type & flash_attn);
+
+// The same for the parameters of most programs, of which the cache needs more.
 void indexmem_prepare(common_params & params);
 
 // whether a budget was asked for, and that the system prompt of each conversation stays

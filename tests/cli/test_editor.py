@@ -28,6 +28,7 @@ def typing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             keyboard.send_text(keys)
             return desk.read(draft)
 
+        type.app = desk._session.app  # type: ignore[attr-defined]
         yield type
 
 
@@ -62,6 +63,31 @@ def test_ctrl_c_and_ctrl_d(typing: Any) -> None:
         typing("half" + CTRL_C)
     with pytest.raises(EOFError):
         typing(CTRL_D)
+    assert typing("whole" + ENTER) == "whole"
+
+
+@pytest.mark.parametrize("when", ["the prompt is closing", "the prompt is closed"])
+def test_ctrl_c_in_the_moment_after_enter(typing: Any, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    app = typing.app
+    name = "_redraw" if when == "the prompt is closing" else "cancel_and_wait_for_background_tasks"
+    step = getattr(app, name)
+
+    def signal() -> None:
+        app.loop.call_soon_threadsafe(app.key_processor.send_sigint)  # what the handler of the signal does
+
+    def redraw(render_as_done: bool = False) -> None:
+        step(render_as_done)
+        if render_as_done:
+            signal()
+
+    async def end() -> None:
+        await step()
+        signal()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, name, redraw if when == "the prompt is closing" else end)
+        with pytest.raises(KeyboardInterrupt):
+            typing("sent" + ENTER)
     assert typing("whole" + ENTER) == "whole"
 
 

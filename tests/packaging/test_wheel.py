@@ -20,6 +20,8 @@ from typing import Iterable, Optional
 import numpy as np
 import pytest
 
+from support.serving import listening
+
 ELFFile = pytest.importorskip("elftools.elf.elffile", reason="make test-wheel installs it").ELFFile
 
 WHEEL = os.environ.get("INDEXMEM_WHEEL", "")
@@ -197,12 +199,21 @@ def test_the_doctor_names_the_variant(installed: Installed) -> None:
 
 def test_the_plain_bindings_find_the_library_and_the_cpu(installed: Installed) -> None:
     program = (
-        "import indexmem_edge, llama_cpp, sys\n"
+        "import sys\n"
+        "from indexmem_edge import llama_cpp\n"
         "llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False)\n"
         "print(llm('The capital of France is', max_tokens=2, temperature=0)['choices'][0]['text'])\n"
     )
     result = installed.run(installed.root / "bin" / "python", "-c", program, installed.model)
     assert result.returncode == 0 and "Paris" in result.stdout, result.stderr
+
+
+def test_it_serves(installed: Installed) -> None:
+    environment = {"PATH": str(installed.root / "bin"), "HOME": str(installed.root)}
+    with listening(installed.root / "bin" / "indexmem", "serve", environment=environment) as server:
+        answer = server.chat([{"role": "user", "content": "What is the capital of France?"}], max_tokens=24)
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+        assert server.get("/props")["kv"]["budget"] == 1024
 
 
 def test_the_current_directory_is_not_looked_into(installed: Installed, tmp_path: Path) -> None:

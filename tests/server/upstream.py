@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama.cpp's own tests of its server, run against ours with and without a budget.
 
-    python tests/server/upstream.py [--kv-budget 4096 192] [--out docs/server-tests.md] [--results FILE] [pytest options, such as -k slot]
+    python tests/server/upstream.py [--kv-budget 0 192] [--out docs/server-tests.md] [--results FILE] [pytest options, such as -k slot]
 
 The tests come out of the source distribution that the library is built from. They download small models, which is not done here:
 upstream_models.py puts stand-ins into the cache that the server looks into. What counts are tests that pass without a budget and fail
@@ -106,7 +106,7 @@ def outcome(case: xml.Element) -> tuple[str, Outcome]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kv-budget", type=int, nargs="+", default=[4096, 192], help="budgets to run with, beside a run without")
+    parser.add_argument("--kv-budget", type=int, nargs="+", default=[0, 4096, 192], help="budgets to run with; 0: without")
     parser.add_argument("--out", type=Path, help="write the page here")
     parser.add_argument("--results", type=Path, help="keep the outcome of every test here, as JSON; a run with -k renews some")
     parser.add_argument("--no-run", action="store_true", help="only make the page, of the results that are there")
@@ -122,11 +122,11 @@ def main() -> None:
     if not arguments.no_run:
         with tempfile.TemporaryDirectory() as temp:
             tests = prepare(Path(temp), server, Path(demo_model()))
-            for budget in (0, *arguments.kv_budget):
+            for budget in arguments.kv_budget:
                 runs[budget] = {**runs.get(budget, {}), **run(tests, budget, options)}
                 if arguments.results:
                     arguments.results.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    text = page({budget: runs[budget] for budget in (0, *arguments.kv_budget)})
+    text = page(runs)
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

@@ -1,0 +1,160 @@
+"""`indexmem bench serve`: its commands, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import typer
+
+from indexmem_edge.cli.console import console
+from indexmem_edge.errors import IndexMemError
+from indexmem_edge.native import find
+
+from .. import machine
+from .options import BUDGET, JSON, MODEL, OUT, THREADS, demo_model, fail, finish, numbers
+
+if TYPE_CHECKING:
+    from ..report import Row
+    from ..serve.client import Kind
+
+STOCK = typer.Option(
+    None, "--stock", exists=True, dir_okay=False, help="llama-server as llama.cpp makes it, to compare with.", show_default=False
+)
+CONTEXT = typer.Option(8192, "--stock-context", help="Tokens that each conversation of the stock server may have (its -c).")
+
+app = typer.Typer(no_args_is_help=True, help="llama.cpp's server with the bounded cache, beside a stock one.")
+
+
+@app.command()
+def actions(
+    model: Optional[Path] = MODEL,
+    stock: Optional[Path] = STOCK,
+    stock_context: int = CONTEXT,
+    kv_budget: int = BUDGET,
+    samples: int = typer.Option(3, min=1, help="Documents; the table has medians."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Another answer, an edit, a second question, another conversation: tokens evaluated and seconds to the first token."""
+    from ..serve import actions as bench
+    from ..serve.client import Kind
+
+    with _measuring(as_json) as tell:
+        path = model or demo_model()
+        kinds = _kinds(path, stock, stock_context, kv_budget)
+        without = (*kinds[-1].options, "--ctx-checkpoints", "0", "--cache-ram", "0")
+        kinds.append(Kind(f"{kinds[-1].name}, no checkpoints", kinds[-1].program, without))
+        report = bench.run_actions(kinds, path, threads, samples, _meta(path, threads, kinds), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+@app.command()
+def rates(
+    model: Optional[Path] = MODEL,
+    stock: Optional[Path] = STOCK,
+    stock_context: int = CONTEXT,
+    kv_budget: int = BUDGET,
+    conversations: str = typer.Option("1,4,8", help="Conversations at once, each with a slot."),
+    turns: int = typer.Option(6, min=1, help="Turns of each conversation."),
+    rounds: int = typer.Option(2, min=1, help="Times that the servers take turns."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Several conversations at once: answers per second, seconds to the first token, resident memory."""
+    from ..serve import rates as bench
+
+    with _measuring(as_json) as tell:
+        path, several = model or demo_model(), numbers(conversations, int)
+        kinds = _kinds(path, stock, stock_context * max(several), kv_budget)
+        report = bench.run_rates(kinds, path, threads, several, turns, rounds, _meta(path, threads, kinds), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+@app.command()
+def load(
+    model: Optional[Path] = MODEL,
+    kv_budget: int = BUDGET,
+    conversations: int = typer.Option(16, min=1, help="Clients at once, each with one conversation after the other."),
+    slots: int = typer.Option(4, min=1, help="Conversations that the server works on at once (its -np)."),
+    turns: int = typer.Option(20, min=1, help="Turns of a conversation."),
+    seconds: float = typer.Option(600, min=1, help="How long."),
+    cache_ram: int = typer.Option(1024, help="MiB for conversations that have no slot (the server's --cache-ram)."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """More conversations than slots: does memory grow, is text read twice, are answers mixed up?"""
+    from ..serve import load as bench
+
+    with _measuring(as_json) as tell:
+        path = model or demo_model()
+        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots, "--cache-ram", cache_ram)
+        report = bench.run_load(kind, path, threads, conversations, turns, seconds, _meta(path, threads, [kind]), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+@app.command()
+def outlive(
+    model: Optional[Path] = MODEL,
+    kv_budget: int = BUDGET,
+    slots: int = typer.Option(4, min=1, help="Conversations, each with a slot."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """The server is killed while it works (kill -9) and started again: do saved slots go on?"""
+    from ..serve import outlive as bench
+
+    with _measuring(as_json) as tell:
+        path = model or demo_model()
+        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots)
+        report = bench.run_outlive(kind, path, threads, slots, _meta(path, threads, [kind]), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+def _with(kind: Kind, *options: object) -> Kind:
+    from dataclasses import replace
+
+    return replace(kind, options=(*kind.options, *map(str, options)))
+
+
+@contextmanager
+def _measuring(as_json: bool) -> Iterator[Callable[[str], object]]:
+    try:
+        if as_json:
+            yield lambda _: None
+        else:
+            with console(error=True).status("starting") as status:
+                yield status.update
+    except IndexMemError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        console(error=True).print("stopped")
+        raise typer.Exit(130) from None
+
+
+def _kinds(model: Path, stock: Optional[Path], context: int, budget: int) -> list[Kind]:
+    """The servers to compare, ours with its sidecar last."""
+    from indexmem_edge.models.sidecars import find_sidecar
+
+    from ..serve.client import Kind
+
+    ours = find.program("llama-server")
+    if ours is None:
+        raise IndexMemError("llama-server is not part of this installation: in a clone, `make server` builds it")
+    sidecar = find_sidecar(str(model)).path
+    options = ("--kv-budget", str(budget), *(("--indexmem", str(sidecar)) if sidecar else ()))
+    kinds = [Kind("stock", stock, ("-c", str(context)))] if stock else []
+    return [*kinds, Kind(f"budget {budget}", ours, options)]
+
+
+def _meta(model: Path, threads: int, kinds: list[Kind]) -> Row:
+    from ..runner import library
+
+    systems = {kind.name: [Path(word).name if Path(word).is_absolute() else word for word in kind.options] for kind in kinds}
+    return machine.describe(model.name, library(), threads, systems=systems)
