@@ -15,7 +15,7 @@ from typing import Any
 
 from ..report import Report, Row, Verdict
 from .client import Kind, ServerError, running
-from .load import AGAIN, Names, Conversation
+from .load import AGAIN, Conversation, Names
 
 COLUMNS = ("slot", "seen", "new", "evaluated", "mixed")
 TURNS = 4  # of each conversation before

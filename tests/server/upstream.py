@@ -26,20 +26,27 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "native"), str(ROOT / "tests")]
 
 import prepare_source
+from upstream_models import fill_cache, place_downloads
+from upstream_table import Outcome, page
+
 from indexmem_edge.models.demo import demo_model
 from indexmem_edge.native.find import program
 from support.serving import free_port
-from upstream_models import fill_cache, place_downloads
-from upstream_table import Outcome, page
 
 SOURCE = "vendor/llama.cpp/"
 TESTS = "tools/server/tests"
 WANTED = (f"{TESTS}/", "models/templates/")
 SECONDS = 90  # of a test
 PLUGIN = """\
-import utils
+import json, os, utils
 utils.ServerPreset.load_all = staticmethod(lambda: None) # the models are there
 utils.DEFAULT_REQUEST_TIMEOUT = 60
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("ONLY_TESTS"):
+        with open(os.environ["ONLY_TESTS"]) as file:
+            only = set(json.load(file))
+        items[:] = [i for i in items if i.module.__name__.rpartition(".")[2] + "::" + i.name in only]
 """
 WRAPPER = """\
 #!{python}
@@ -74,9 +81,10 @@ def prepare(folder: Path, server: Path, model: Path) -> Path:
     return tests
 
 
-def run(tests: Path, budget: int, options: list[str]) -> dict[str, Outcome]:
-    """{test: outcome} with a budget, or without where it is 0."""
-    report = tests / f"report-{budget}.xml"
+def run(tests: Path, budget: int, only: list[str], options: list[str]) -> dict[str, Outcome]:
+    """{test: outcome} with a budget, or without where it is 0; of all tests, or only of some."""
+    report, chosen = tests / f"report-{budget}.xml", tests / "only.json"
+    chosen.write_text(json.dumps(only), encoding="utf-8")
     environment = dict(
         os.environ,
         LLAMA_SERVER_BIN_PATH=str(tests / "server"),
@@ -85,6 +93,7 @@ def run(tests: Path, budget: int, options: list[str]) -> dict[str, Outcome]:
         OMP_WAIT_POLICY="passive",
         PYTHONPATH=str(tests),
         PORT=str(free_port()),
+        ONLY_TESTS=str(chosen) if only else "",
     )
     if budget:
         environment["LLAMA_ARG_KV_BUDGET"] = str(budget)
@@ -123,7 +132,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temp:
             tests = prepare(Path(temp), server, Path(demo_model()))
             for budget in arguments.kv_budget:
-                runs[budget] = {**runs.get(budget, {}), **run(tests, budget, options)}
+                # What fails without a budget has nothing to tell about one.
+                only = [name for name, outcome in runs.get(0, {}).items() if outcome.status == "passed"] if budget else []
+                runs[budget] = {**runs.get(budget, {}), **run(tests, budget, only, options)}
                 if arguments.results:
                     arguments.results.write_text(json.dumps(runs, indent=1), encoding="utf-8")
     text = page(runs)

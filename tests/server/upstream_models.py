@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
 from tiny.gguf_copy import copy_model
 
 COMMIT = "0" * 40
