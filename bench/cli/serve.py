@@ -84,6 +84,7 @@ def load(
     turns: int = typer.Option(20, min=1, help="Turns of a conversation."),
     seconds: float = typer.Option(600, min=1, help="How long."),
     cache_ram: int = typer.Option(1024, help="MiB for conversations that have no slot (the server's --cache-ram)."),
+    checkpoints: int = typer.Option(4, min=0, help="Copies of the state that each may have (--ctx-checkpoints); they need room there, too."),
     threads: int = THREADS,
     out: Path = OUT,
     as_json: bool = JSON,
@@ -93,7 +94,7 @@ def load(
 
     with _measuring(as_json) as tell:
         path = model or demo_model()
-        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots, "--cache-ram", cache_ram)
+        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots, "--cache-ram", cache_ram, "--ctx-checkpoints", checkpoints)
         report = bench.run_load(kind, path, threads, conversations, turns, seconds, _meta(path, threads, [kind]), tell)
     finish(report, bench.COLUMNS, out, None, as_json)
 

@@ -21,6 +21,8 @@ COLUMNS = ("until_s", "turns", "turns_per_s", "new", "evaluated", "again", "mixe
 TURN = 240  # characters of a question
 ANSWER = 20  # tokens
 PARTS = 10  # rows of the table
+ALONE = 4  # conversations that are had once more
+SAME = 0.5  # of their answers: what else is in a batch changes how sums are rounded, and when entries leave
 SOUNDS = ("bdfgklmnprstvz", "aeiou")  # of names that nobody else has
 GROWTH, AGAIN = 1.02, 64.0  # resident memory of the second half to that before it; tokens of a turn that were there before
 
@@ -83,12 +85,18 @@ class Conversation:
         part = self._text[self._at : self._at + TURN]
         self._at += TURN
         self.messages.append({"role": "user", "content": f"{part}\n\nWhat is your name?"})
-        answer = server.chat(self.messages, ANSWER, seed=self._at, slot=self.slot)
+        answer = server.chat(self.messages, ANSWER, slot=self.slot, temperature=0)
         self.messages.append({"role": "assistant", "content": answer.text})
         total = answer.evaluated + answer.cached
         new, self.known = total - self.known, total + answer.generated
         mixed = bool(self.names.others(self.name, answer.text))
         return Turn(time.monotonic() - started, new, answer.evaluated, self.name in answer.text, mixed, answer.first)
+
+    def same_alone(self, server: Running) -> list[bool]:
+        """Of each answer, whether the server gives the same again where nobody else asks."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        told = [server.chat(self.messages[: i + 1], ANSWER, temperature=0).text for i in asked]
+        return [text == self.messages[i + 1]["content"] for i, text in zip(asked, told)]
 
 
 def run_load(
@@ -97,7 +105,7 @@ def run_load(
     """`conversations` clients at once, each with one conversation of `turns` turns after the other, for so many seconds."""
     how = {"conversations": conversations, "turns": turns, "seconds": seconds, "answer_tokens": ANSWER, "options": " ".join(kind.options)}
     report = Report("serve-load", {**meta, **how})
-    names, done, memory = Names(), list[Turn](), list[tuple[float, int]]()
+    names, done, memory, finished = Names(), list[Turn](), list[tuple[float, int]](), list[Conversation]()
     with running(kind, model, threads) as server:
         started = time.monotonic()
 
@@ -110,6 +118,7 @@ def run_load(
                     done.append(talk.turn(server, started))
                     if time.monotonic() - started >= seconds:
                         break
+                finished.append(talk)
 
         with ThreadPoolExecutor(conversations) as pool:
             clients = [pool.submit(client, name) for name in range(conversations)]
@@ -120,8 +129,12 @@ def run_load(
             for c in clients:
                 c.result()
         memory.append((time.monotonic() - started, server.rss_bytes))
+    tell("some of the conversations once more, alone")
+    with running(kind, model, threads) as server:
+        same = [equal for talk in finished[:ALONE] for equal in talk.same_alone(server)]
     report.rows += _rows(done, memory, max(t.at for t in done))
     report.verdicts += _verdicts(done, memory)
+    report.verdicts.append(Verdict("answers that the same conversation gets when it is alone", statistics.mean(same), SAME))
     return report
 
 
