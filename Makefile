@@ -227,7 +227,12 @@ server:
 	@test -e build/.server || touch build/.server
 	@$(MAKE) --no-print-directory setup
 
-test-server: server
+# Clients that the tests talk with, and what llama-cpp-python's server is made with.
+.venv/.clients: .venv/.installed pyproject.toml Makefile
+	@$(PIP) install --quiet "openai>=2" "llm>=0.26" ".[server]" --no-build-isolation $(OPTIONS)
+	@touch $@
+
+test-server: server .venv/.clients
 	.venv/bin/pytest -q tests/server
 
 clean:

@@ -75,6 +75,55 @@ def rates(
     finish(report, bench.COLUMNS, out, None, as_json)
 
 
+@app.command()
+def load(
+    model: Optional[Path] = MODEL,
+    kv_budget: int = BUDGET,
+    conversations: int = typer.Option(16, min=1, help="Clients at once, each with one conversation after the other."),
+    slots: int = typer.Option(4, min=1, help="Conversations that the server works on at once (its -np)."),
+    turns: int = typer.Option(20, min=1, help="Turns of a conversation."),
+    seconds: float = typer.Option(600, min=1, help="How long."),
+    cache_ram: int = typer.Option(1024, help="MiB for conversations that have no slot (the server's --cache-ram)."),
+    checkpoints: int = typer.Option(4, min=0, help="Copies of the state that each may have (--ctx-checkpoints); they need room there, too."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """More conversations than slots: does memory grow, is text read twice, are answers mixed up?"""
+    from ..serve import load as bench
+
+    with _measuring(as_json) as tell:
+        path = model or demo_model()
+        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots, "--cache-ram", cache_ram, "--ctx-checkpoints", checkpoints)
+        report = bench.run_load(kind, path, threads, conversations, turns, seconds, _meta(path, threads, [kind]), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+@app.command()
+def outlive(
+    model: Optional[Path] = MODEL,
+    kv_budget: int = BUDGET,
+    slots: int = typer.Option(4, min=1, help="Conversations, each with a slot."),
+    threads: int = THREADS,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """The server is killed while it works (kill -9) and started again: do saved slots go on?"""
+    from ..serve import outlive as bench
+
+    with _measuring(as_json) as tell:
+        path = model or demo_model()
+        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots)
+        report = bench.run_outlive(kind, path, threads, slots, _meta(path, threads, [kind]), tell)
+    finish(report, bench.COLUMNS, out, None, as_json)
+
+
+def _with(kind: Kind, *options: object) -> Kind:
+    from dataclasses import replace
+
+    return replace(kind, options=(*kind.options, *map(str, options)))
+
+
 @contextmanager
 def _measuring(as_json: bool) -> Iterator[Callable[[str], object]]:
     try:

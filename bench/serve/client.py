@@ -61,7 +61,9 @@ class Running:
     def __init__(self, port: int, pid: int) -> None:
         self.port, self.pid = port, pid
 
-    def chat(self, messages: Sequence[Message], n: int, seed: int = 0, slot: Optional[int] = None) -> Answer:
+    def chat(
+        self, messages: Sequence[Message], n: int, seed: int = 0, slot: Optional[int] = None, temperature: Optional[float] = None
+    ) -> Answer:
         """An answer of at most `n` tokens, streamed. Safe to call from several threads.
 
         Raises:
@@ -70,6 +72,8 @@ class Running:
         body: dict[str, Any] = {"messages": list(messages), "max_tokens": n, "seed": seed, "stream": True, "timings_per_token": True}
         if slot is not None:
             body["id_slot"] = slot
+        if temperature is not None:
+            body["temperature"] = temperature
         started, first = time.perf_counter(), 0.0
         pieces: list[str] = []
         timings: dict[str, Any] = {}
@@ -88,6 +92,15 @@ class Running:
         seconds = time.perf_counter() - started
         evaluated, cached, generated = (int(timings.get(key, 0)) for key in ("prompt_n", "cache_n", "predicted_n"))
         return Answer("".join(pieces), evaluated, cached, generated, first or seconds, seconds)
+
+    def slot(self, slot: int, action: str, file: str) -> None:
+        """Saves or restores what a slot has, in the server's folder.
+
+        Raises:
+            ServerError: it cannot.
+        """
+        with self._post(f"/slots/{slot}?action={action}", {"filename": file}) as response:
+            response.read()
 
     def get(self, path: str) -> Any:
         """What the server says at a path."""

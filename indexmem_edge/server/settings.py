@@ -1,6 +1,6 @@
 """The options of the cache as settings of llama-cpp-python's server: flags, variables of the environment, and keys of its config file.
 
-Its settings of a model derive from `CacheSettings` (native/patches/0022), so they have the names that `Llama` has: --kv_budget, KV_BUDGET.
+Its settings of a model derive from `CacheSettings` (native/patches/0023), so they have the names that `Llama` has: --kv_budget, KV_BUDGET.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from indexmem_edge.bench.serve import actions, client, rates
+from indexmem_edge.bench.serve import actions, client, load, outlive, rates
 from indexmem_edge.native.find import program
 
 SERVER = program("llama-server")
@@ -58,6 +58,41 @@ def test_rates(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["conversations"] for row in report.rows] == [1, 2]
     for row in report.rows:
         assert 0 < row["first_s"] <= row["first_p95_s"] and row["requests_per_s"] > 0 and row["evaluated"] > 20
+
+
+def test_names_are_told_apart() -> None:
+    names = load.Names()
+    first, second = names.draw(), names.draw()
+    assert first != second and names.others(first, f"{first} or {second}") == [second] and names.others(first, first) == []
+
+
+def test_what_is_read_again_and_what_grows_is_missed() -> None:
+    def turn(at: float, evaluated: int, mixed: bool = False) -> load.Turn:
+        return load.Turn(at, new=50, evaluated=evaluated, own=True, mixed=mixed, first=1.0)
+
+    steady = [(0.0, 90), (1.0, 100), (2.0, 101)]
+    assert [v.ok for v in load._verdicts([turn(1, 51), turn(2, 60)], steady)] == [True, True, True, None]
+    assert [v.ok for v in load._verdicts([turn(1, 51), turn(2, 600, mixed=True)], [*steady, (2.0, 110)])][:3] == [False, False, False]
+    rows = load._rows([turn(1, 51), turn(9, 600)], steady, 10.0)
+    assert [(row["until_s"], row["turns"], row["again"]) for row in rows] == [(1.0, 1, 0), (9.0, 1, 1)]
+
+
+@built
+def test_more_conversations_than_slots(demo_model: Path) -> None:
+    """Nobody's text is read twice or told to another."""
+    kind = client.Kind("ours", ours().program, (*ours().options, "-np", "2", "--cache-ram", "200"))
+    report = load.run_load(kind, demo_model, 2, conversations=5, turns=4, seconds=6, meta={})
+    mixed, again, *_, same = report.verdicts
+    assert sum(row["turns"] for row in report.rows) >= 5
+    assert (mixed.value, again.value) == (0, 0) and same.ok
+
+
+@built
+def test_saved_conversations_outlive_a_server_that_is_killed(demo_model: Path) -> None:
+    report = outlive.run_outlive(client.Kind("ours", ours().program, (*ours().options, "-np", "2")), demo_model, 2, 2, {})
+    assert [row["slot"] for row in report.rows] == [0, 1]
+    for row in report.rows:
+        assert row["seen"] > 256 and row["evaluated"] <= row["new"] + 64 and not row["mixed"]
 
 
 @built

@@ -221,8 +221,9 @@ def test_a_hundred_thousand_messages(server: Server) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20, b"GET /%00%ff%2e%2e/ HTTP/1.1\r\n\r\n", b"POST /completion HTTP/1.1\r\n\r\n",
         post(CHAT, b"{}", "Transfer-Encoding: chunked"), post(CHAT, b"", "Transfer-Encoding: chunked")[:-2] + b"\r\nfffffffffffffffff\r\n",
         post(CHAT, b'{"messages": [', length=1000), b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 50 + b"\xff\x00GARBAGE\r\n\r\n",
-        post(CHAT, json.dumps(QUESTION).encode()) + b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nGAR", b"GET /" + b"../" * 300 + b"etc/passwd HTTP/1.1\r\n\r\n",
-        post(CHAT, b"{}", "Content-Encoding: gzip"), post(CHAT, b"x", "Expect: 100-continue"), post(CHAT, b"--x", "Content-Type: multipart/form-data; boundary=x"),
+        post(CHAT, json.dumps(QUESTION).encode()) + b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nGAR",
+        b"GET /" + b"../" * 300 + b"etc/passwd HTTP/1.1\r\n\r\n", post(CHAT, b"{}", "Content-Encoding: gzip"),
+        post(CHAT, b"x", "Expect: 100-continue"), post(CHAT, b"--x", "Content-Type: multipart/form-data; boundary=x"),
     ],
     ids=lambda data: repr(data[:24]),
 )  # fmt: skip

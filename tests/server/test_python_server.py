@@ -16,22 +16,19 @@ for needed in ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "star
 
 from indexmem_edge.options import OPTIONS
 from indexmem_edge.server.__main__ import require_packages
-from support.serving import Server, free_port, running
+from support.serving import Server, free_port, listening
 
 BUDGET = 256
 TEXT = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
 QUESTION = {"role": "user", "content": "Name a river."}
 
 
-def command(port: int, *arguments: Any) -> list[str]:
-    words = [sys.executable, "-m", "indexmem_edge.server", "--port", port, "--verbose", "false", *arguments]
-    return [str(word) for word in words]
+COMMAND = [sys.executable, "-m", "indexmem_edge.server", "--verbose", "false"]
 
 
 @pytest.fixture(scope="module")
 def server(demo_model: Path) -> Iterator[Server]:
-    port = free_port()
-    with running(command(port, "--model", demo_model, "--kv_budget", BUDGET), port, "/v1/models") as started:
+    with listening(*COMMAND, "--model", demo_model, "--kv_budget", BUDGET, path="/v1/models") as started:
         yield started
 
 
@@ -72,7 +69,7 @@ def test_models_of_a_config_file_have_each_their_own_cache(demo_model: Path, tmp
     ]
     port = free_port()
     (tmp_path / "config.json").write_text(json.dumps({"port": port, "models": models}), encoding="utf-8")
-    with running(command(port, "--config_file", tmp_path / "config.json"), port, "/v1/models") as both:
+    with listening(*COMMAND, "--config_file", tmp_path / "config.json", port=port, path="/v1/models") as both:
         long = {"messages": [{"role": "user", "content": TEXT[:10000]}], "max_tokens": 4}
         assert both.ask("/v1/chat/completions", {**long, "model": "small"})[0] == 200
         status, text = both.ask("/v1/chat/completions", {**long, "model": "plain"})
@@ -80,7 +77,7 @@ def test_models_of_a_config_file_have_each_their_own_cache(demo_model: Path, tmp
 
 
 def test_every_option_of_the_cache_is_a_flag() -> None:
-    shown = subprocess.run(command(1, "--help"), capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0
     for option in OPTIONS.values():
         assert f"--{option.keyword} " in shown.stdout
@@ -96,7 +93,8 @@ def test_every_option_of_the_cache_is_a_flag() -> None:
     ],
 )
 def test_impossible_options_are_refused_in_one_line(demo_model: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
-    ended = subprocess.run(command(1, "--model", demo_model, *arguments), capture_output=True, text=True, timeout=60)
+    command = [*COMMAND, "--port", "1", "--model", str(demo_model), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and ended.stderr.startswith("error: ")
     for word in words:
         assert word in ended.stderr

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama.cpp's own tests of its server, run against ours with and without a budget.
 
-    python tests/server/upstream.py [--kv-budget 4096 192] [--out docs/server-tests.md] [--results FILE] [pytest options, such as -k slot]
+    python tests/server/upstream.py [--kv-budget 0 192] [--out docs/server-tests.md] [--results FILE] [pytest options, such as -k slot]
 
 The tests come out of the source distribution that the library is built from. They download small models, which is not done here:
 upstream_models.py puts stand-ins into the cache that the server looks into. What counts are tests that pass without a budget and fail
@@ -38,9 +38,15 @@ TESTS = "tools/server/tests"
 WANTED = (f"{TESTS}/", "models/templates/")
 SECONDS = 90  # of a test
 PLUGIN = """\
-import utils
+import json, os, utils
 utils.ServerPreset.load_all = staticmethod(lambda: None) # the models are there
 utils.DEFAULT_REQUEST_TIMEOUT = 60
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("ONLY_TESTS"):
+        with open(os.environ["ONLY_TESTS"]) as file:
+            only = set(json.load(file))
+        items[:] = [i for i in items if i.module.__name__.rpartition(".")[2] + "::" + i.name in only]
 """
 WRAPPER = """\
 #!{python}
@@ -75,9 +81,10 @@ def prepare(folder: Path, server: Path, model: Path) -> Path:
     return tests
 
 
-def run(tests: Path, budget: int, options: list[str]) -> dict[str, Outcome]:
-    """{test: outcome} with a budget, or without where it is 0."""
-    report = tests / f"report-{budget}.xml"
+def run(tests: Path, budget: int, only: list[str], options: list[str]) -> dict[str, Outcome]:
+    """{test: outcome} with a budget, or without where it is 0; of all tests, or only of some."""
+    report, chosen = tests / f"report-{budget}.xml", tests / "only.json"
+    chosen.write_text(json.dumps(only), encoding="utf-8")
     environment = dict(
         os.environ,
         LLAMA_SERVER_BIN_PATH=str(tests / "server"),
@@ -86,6 +93,7 @@ def run(tests: Path, budget: int, options: list[str]) -> dict[str, Outcome]:
         OMP_WAIT_POLICY="passive",
         PYTHONPATH=str(tests),
         PORT=str(free_port()),
+        ONLY_TESTS=str(chosen) if only else "",
     )
     if budget:
         environment["LLAMA_ARG_KV_BUDGET"] = str(budget)
@@ -107,7 +115,7 @@ def outcome(case: xml.Element) -> tuple[str, Outcome]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kv-budget", type=int, nargs="+", default=[4096, 192], help="budgets to run with, beside a run without")
+    parser.add_argument("--kv-budget", type=int, nargs="+", default=[0, 4096, 192], help="budgets to run with; 0: without")
     parser.add_argument("--out", type=Path, help="write the page here")
     parser.add_argument("--results", type=Path, help="keep the outcome of every test here, as JSON; a run with -k renews some")
     parser.add_argument("--no-run", action="store_true", help="only make the page, of the results that are there")
@@ -123,11 +131,13 @@ def main() -> None:
     if not arguments.no_run:
         with tempfile.TemporaryDirectory() as temp:
             tests = prepare(Path(temp), server, Path(demo_model()))
-            for budget in (0, *arguments.kv_budget):
-                runs[budget] = {**runs.get(budget, {}), **run(tests, budget, options)}
+            for budget in arguments.kv_budget:
+                # What fails without a budget has nothing to tell about one.
+                only = [name for name, outcome in runs.get(0, {}).items() if outcome.status == "passed"] if budget else []
+                runs[budget] = {**runs.get(budget, {}), **run(tests, budget, only, options)}
                 if arguments.results:
                     arguments.results.write_text(json.dumps(runs, indent=1), encoding="utf-8")
-    text = page({budget: runs[budget] for budget in (0, *arguments.kv_budget)})
+    text = page(runs)
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

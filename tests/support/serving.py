@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +88,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def serving(model: Path, *arguments: Any) -> contextlib.AbstractContextManager[Server]:
+    """Runs the server on a model with some more of its arguments."""
+    return listening(SERVER, "-m", model, "-t", 1, "-tb", 2, "--no-webui", *arguments)
+
+
 @contextlib.contextmanager
-def running(
-    command: Sequence[Any], port: int, path: str = "/health", environment: Mapping[str, str] = os.environ
+def listening(
+    *command: Any, environment: dict[str, str] | None = None, port: int | None = None, path: str = "/health"
 ) -> Iterator[Server]:
-    """Runs a server that answers at `path` of `port` when it is ready."""
+    """Runs a command that serves at the port that its last option names, or at one that it knows by itself, until `path` answers."""
+    words = [str(word) for word in command]
+    if port is None:
+        port = free_port()
+        words += ["--port", str(port)]
     process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={"OMP_WAIT_POLICY": "passive", **environment},  # of a machine that does something else, too
-    )
+        words,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env={"OMP_WAIT_POLICY": "passive", **(os.environ if environment is None else environment)}, # the machine does something else, too
+    )  # fmt: skip
     server = Server(port, process)
     try:
         server.wait(path)
@@ -112,11 +118,3 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextlib.contextmanager
-def serving(model: Path, *arguments: Any) -> Iterator[Server]:
-    """Runs llama.cpp's server on a model with some more of its arguments."""
-    port = free_port()
-    with running([SERVER, "-m", model, "--port", port, "-t", 1, "-tb", 2, "--no-webui", *arguments], port) as server:
-        yield server
