@@ -20,7 +20,7 @@ from typing import Iterable, Optional
 import numpy as np
 import pytest
 
-from support.serving import free_port, running
+from support.serving import listening
 
 ELFFile = pytest.importorskip("elftools.elf.elffile", reason="make test-wheel installs it").ELFFile
 
@@ -210,8 +210,7 @@ def test_the_plain_bindings_find_the_library_and_the_cpu(installed: Installed) -
 
 def test_it_serves(installed: Installed) -> None:
     environment = {"PATH": str(installed.root / "bin"), "HOME": str(installed.root)}
-    port = free_port()
-    with running([installed.root / "bin" / "indexmem", "serve", "--port", port], port, environment=environment) as server:
+    with listening(installed.root / "bin" / "indexmem", "serve", environment=environment) as server:
         answer = server.chat([{"role": "user", "content": "What is the capital of France?"}], max_tokens=24)
         assert "Paris" in answer["choices"][0]["message"]["content"]
         assert server.get("/props")["kv"]["budget"] == 1024
