@@ -103,7 +103,7 @@ def run_load(
     kind: Kind, model: Path, threads: int, conversations: int, turns: int, seconds: float, meta: Row, tell: Callable[[str], Any] = lambda _: None
 ) -> Report:
     """`conversations` clients at once, each with one conversation of `turns` turns after the other, for so many seconds."""
-    how = {"conversations": conversations, "turns": turns, "seconds": seconds, "answer_tokens": ANSWER, "options": " ".join(kind.options)}
+    how = {"conversations": conversations, "turns": turns, "seconds": seconds, "answer_tokens": ANSWER}
     report = Report("serve-load", {**meta, **how})
     names, done, memory, finished = Names(), list[Turn](), list[tuple[float, int]](), list[Conversation]()
     with running(kind, model, threads) as server:

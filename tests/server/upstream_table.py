@@ -29,7 +29,16 @@ REASONS = {
     "the demo model ends its answer earlier": r"assert 'stop' is None|test_ctx_shift_disabled_short_prompt|test_synth_ignores_target_tokens",
 }
 # Tests that pass without a budget and fail with one, and why that is as it should be.
-EXPLAINED: dict[str, str] = {}
+EXPLAINED = {
+    r"^test_speculative": "It starts the server with `-fa off`, and a bounded cache is read by flash attention, so that is refused. Without it drafts work.",
+    r"test_clear_and_restore": "It wants one pool for all slots (`--kv-unified`), which idle slots are cleared out of. Here each has its own.",
+    r"stream_vs_non_stream|with_tokens_input|n_probs_post": (
+        "It wants the same from a prompt that is read at once as from one that was in the cache, or from two slots of one batch: sums are rounded "
+        "differently there, and the demo model, with weights of 4 bits, makes other words of it."
+    ),
+    r"test_anthropic_tool_result": "The answer is drawn, and another one here: the model ends it at once.",
+    r"without_tool_call": "The answer is drawn, and another one here: not of the format that the template asks for. Other seeds do that without a budget.",
+}
 
 HEAD = """\
 # llama.cpp's own tests of its server
