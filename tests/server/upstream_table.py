@@ -83,12 +83,13 @@ def _table(runs: Mapping[int, Run], budgets: Iterable[int]) -> list[str]:
     heads = ["tests", "without a budget", *(f"budget {budget}" for budget in budgets)]
     lines = ["| tests of | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
 
-    def passed(run: Run, file: str) -> int:
-        return sum(o.status == "passed" for name, o in run.items() if name.startswith(file))
+    def passed(run: Run, file: str) -> str:
+        ended = [o.status == "passed" for name, o in run.items() if name.startswith(file)]
+        return str(sum(ended)) if run is runs[0] else f"{sum(ended)} of {len(ended)}"
 
     for label, file in [*((f.removeprefix("test_"), f"{f}::") for f in files), ("all", "")]:
         of_file = sum(name.startswith(file) for name in runs[0])
-        lines.append(f"| {label} | {of_file} | " + " | ".join(str(passed(runs[b], file)) for b in (0, *budgets)) + " |")
+        lines.append(f"| {label} | {of_file} | " + " | ".join(passed(runs[b], file) for b in (0, *budgets)) + " |")
     return lines
 
 
