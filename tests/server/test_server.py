@@ -115,6 +115,18 @@ def test_figures(server: Server) -> None:
     assert values["llamacpp:kv_bytes"] == slots[0]["kv"]["bytes"]
 
 
+def test_a_draft_changes_no_word(demo_model: Path) -> None:
+    asked = {"prompt": README[:1500], "n_predict": 40, "temperature": 0}
+    options = ("--kv-budget", BUDGET, "--kv-window", 48, "-np", 1, "-ub", 64, "-c", 4096)
+    told = []
+    for draft in ((), ("--spec-type", "draft-simple", "--model-draft", demo_model)):
+        with serving(demo_model, *options, *draft) as drafting:
+            status, text = drafting.ask("/completion", asked)
+            assert status == 200 and kv(drafting)["evicted"] > 0
+            told.append(json.loads(text))
+    assert told[1]["timings"]["draft_n_accepted"] > 10 and told[1]["content"] == told[0]["content"]
+
+
 def test_figures_are_there_while_it_sleeps(demo_model: Path) -> None:
     def of_the_cache(sleepy: Server) -> list[str]:
         return [line for line in sleepy.ask("/metrics")[1].splitlines() if line.startswith("llamacpp:kv_")]

@@ -46,7 +46,8 @@ HEAD = """\
 `tests/server/upstream.py` runs them against `llama-server` as it is built here, without a budget and with budgets. They are written for models
 that they download; here the demo model takes the place of models of text, and a random BERT that of models of embeddings and rankings.
 So some fail whatever the cache is: those that want the words, or count the tokens, of another model. Tests that llama.cpp marks as slow, which want
-models of several GB, are left out, and with a budget those that fail without one. This page is what it writes (`--out`).
+models of several GB, are left out, and with a budget those that fail without one. Servers of embeddings and rankings, which a budget is
+not for, have none in either column. This page is what it writes (`--out`).
 """
 
 
