@@ -24,7 +24,7 @@ PARTS = 10  # rows of the table
 ALONE = 4  # conversations that are had once more
 SAME = 0.5  # of their answers: what else is in a batch changes how sums are rounded, and when entries leave
 SOUNDS = ("bdfgklmnprstvz", "aeiou")  # of names that nobody else has
-GROWTH, AGAIN = 1.02, 64.0  # resident memory of the second half to that before it; tokens of a turn that were there before
+GROWTH, AGAIN = 1.02, 64.0  # resident memory of the last quarter to that before it; tokens of a turn that were there before
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def run_load(
     kind: Kind, model: Path, threads: int, conversations: int, turns: int, seconds: float, meta: Row, tell: Callable[[str], Any] = lambda _: None
 ) -> Report:
     """`conversations` clients at once, each with one conversation of `turns` turns after the other, for so many seconds."""
-    how = {"conversations": conversations, "turns": turns, "seconds": seconds, "answer_tokens": ANSWER, "options": " ".join(kind.options)}
+    how = {"conversations": conversations, "turns": turns, "seconds": seconds, "answer_tokens": ANSWER}
     report = Report("serve-load", {**meta, **how})
     names, done, memory, finished = Names(), list[Turn](), list[tuple[float, int]](), list[Conversation]()
     with running(kind, model, threads) as server:
@@ -165,12 +165,12 @@ def _rows(done: Sequence[Turn], memory: Sequence[tuple[float, int]], seconds: fl
 
 
 def _verdicts(done: Sequence[Turn], memory: Sequence[tuple[float, int]]) -> list[Verdict]:
-    half = memory[-1][0] / 2
-    before = max(size for at, size in memory if at <= half)
-    after = max(size for at, size in memory if at > half)
+    end = memory[-1][0]
+    before = max(size for at, size in memory if at <= 0.75 * end)
+    after = max(size for at, size in memory if at > 0.75 * end)
     return [
         Verdict("answers with the name of another conversation", sum(t.mixed for t in done), 0, at_most=True),
         Verdict(f"turns that read more than {AGAIN:.0f} tokens again", sum(t.evaluated - t.new > AGAIN for t in done), 0, at_most=True),
-        Verdict("resident memory of the second half to that of the first", after / before if before else None, GROWTH, at_most=True),
+        Verdict("resident memory of the last quarter to that before it", after / before if before else None, GROWTH, at_most=True),
         Verdict("answers with the name of their own conversation, by a small model", statistics.mean(t.own for t in done)),
     ]

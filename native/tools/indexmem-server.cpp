@@ -4,6 +4,7 @@
 #include "indexmem.h"
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 
 static bool stats_of(llama_context * ctx, llama_seq_id id, indexmem_stats & stats) {
@@ -53,6 +54,14 @@ common_json indexmem_props_json(const indexmem_options & o) {
     };
 }
 
+static std::mutex  last_mutex; // the one who asks while the server sleeps is another thread
+static std::string last_metrics;
+
+std::string indexmem_last_metrics() {
+    const std::lock_guard<std::mutex> lock(last_mutex);
+    return last_metrics;
+}
+
 std::string indexmem_metrics(llama_context * ctx, int32_t n_slots) {
     uint64_t kept = 0, seen = 0, evicted = 0, rebases = 0, bytes = 0;
     for (int32_t id = 0; id < n_slots; ++id) {
@@ -76,6 +85,8 @@ std::string indexmem_metrics(llama_context * ctx, int32_t n_slots) {
     add("evicted", "Entries of these conversations that were evicted per KV head",  evicted);
     add("rebases", "Times that entries of these conversations got new positions",   rebases);
     add("bytes",   "Bytes of the cache of all slots; fixed",                        bytes);
+    const std::lock_guard<std::mutex> lock(last_mutex);
+    last_metrics = res;
     return res;
 }
 

@@ -28,6 +28,9 @@ common_json indexmem_props_json(const indexmem_options & options);
 // of all conversations, for /metrics: lines of Prometheus; empty without a budget
 std::string indexmem_metrics(llama_context * ctx, int32_t n_slots);
 
+// the same as it was when it was asked for last, for a server that sleeps
+std::string indexmem_last_metrics();
+
 // Throws std::invalid_argument for JSON that is nested so deep that functions which call themselves for each level, of which
 // llama.cpp has many, would run out of stack.
 void indexmem_check_body(const std::string & body);

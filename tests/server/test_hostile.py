@@ -209,7 +209,9 @@ def test_bodies_that_are_larger_than_they_ought_to_be(server: Server) -> None:
 
 
 def test_a_hundred_thousand_messages(server: Server) -> None:
-    server.ask(CHAT, {**QUESTION, "messages": [{"role": "user", "content": ""}] * 100_000, "t_max_predict_ms": 1}, {"Authorization": "Bearer wrong"})
+    with contextlib.suppress(OSError):  # it may close before it has read all that
+        many = {**QUESTION, "messages": [{"role": "user", "content": ""}] * 100_000}
+        assert server.ask(CHAT, many, {"Authorization": "Bearer wrong"})[0] == 401
     status, text = server.ask("/apply-template", {"messages": [{"role": "user", "content": "x"}] * 20_000}, KEYED)
     assert status in (200, 400, 500) and SECRET not in text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,33 @@ def test_figures(server: Server) -> None:
     assert values["llamacpp:kv_kept"] == sum(slot["kv"]["kept"] for slot in slots)
     assert values["llamacpp:kv_evicted"] == sum(slot["kv"]["evicted"] for slot in slots) > 0
     assert values["llamacpp:kv_bytes"] == slots[0]["kv"]["bytes"]
+
+
+def test_a_draft_changes_no_word(demo_model: Path) -> None:
+    asked = {"prompt": README[:1500], "n_predict": 40, "temperature": 0}
+    options = ("--kv-budget", BUDGET, "--kv-window", 48, "-np", 1, "-ub", 64, "-c", 4096)
+    told = []
+    for draft in ((), ("--spec-type", "draft-simple", "--model-draft", demo_model)):
+        with serving(demo_model, *options, *draft) as drafting:
+            status, text = drafting.ask("/completion", asked)
+            assert status == 200 and kv(drafting)["evicted"] > 0
+            told.append(json.loads(text))
+    assert told[1]["timings"]["draft_n_accepted"] > 10 and told[1]["content"] == told[0]["content"]
+
+
+def test_figures_are_there_while_it_sleeps(demo_model: Path) -> None:
+    def of_the_cache(sleepy: Server) -> list[str]:
+        return [line for line in sleepy.ask("/metrics")[1].splitlines() if line.startswith("llamacpp:kv_")]
+
+    with serving(demo_model, "--kv-budget", BUDGET, "-np", 1, "--metrics", "--sleep-idle-seconds", 1) as sleepy:
+        sleepy.chat([SYSTEM, SHORT])
+        awake = of_the_cache(sleepy)
+        end = time.monotonic() + 30
+        while not sleepy.get("/props")["is_sleeping"]:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert of_the_cache(sleepy) == awake and len(awake) == 5
+        assert said(sleepy.chat([SYSTEM, SHORT]))["content"] and len(of_the_cache(sleepy)) == 5
 
 
 def test_length_has_no_limit(server: Server) -> None:

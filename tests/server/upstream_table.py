@@ -29,7 +29,16 @@ REASONS = {
     "the demo model ends its answer earlier": r"assert 'stop' is None|test_ctx_shift_disabled_short_prompt|test_synth_ignores_target_tokens",
 }
 # Tests that pass without a budget and fail with one, and why that is as it should be.
-EXPLAINED: dict[str, str] = {}
+EXPLAINED = {
+    r"^test_speculative": "It starts the server with `-fa off`, and a bounded cache is read by flash attention, so that is refused. Without it drafts work.",
+    r"test_clear_and_restore": "It wants one pool for all slots (`--kv-unified`), which idle slots are cleared out of. Here each has its own.",
+    r"stream_vs_non_stream|with_tokens_input|n_probs_post": (
+        "It wants the same from a prompt that is read at once as from one that was in the cache, or from two slots of one batch: sums are rounded "
+        "differently there, and the demo model, with weights of 4 bits, makes other words of it."
+    ),
+    r"test_anthropic_tool_result": "The answer is drawn, and another one here: the model ends it at once.",
+    r"without_tool_call": "The answer is drawn, and another one here: not of the format that the template asks for. Other seeds do that without a budget.",
+}
 
 HEAD = """\
 # llama.cpp's own tests of its server
@@ -37,7 +46,8 @@ HEAD = """\
 `tests/server/upstream.py` runs them against `llama-server` as it is built here, without a budget and with budgets. They are written for models
 that they download; here the demo model takes the place of models of text, and a random BERT that of models of embeddings and rankings.
 So some fail whatever the cache is: those that want the words, or count the tokens, of another model. Tests that llama.cpp marks as slow, which want
-models of several GB, are left out, and with a budget those that fail without one. This page is what it writes (`--out`).
+models of several GB, are left out, and with a budget those that fail without one. Servers of embeddings and rankings, which a budget is
+not for, have none in either column. This page is what it writes (`--out`).
 """
 
 
@@ -74,12 +84,13 @@ def _table(runs: Mapping[int, Run], budgets: Iterable[int]) -> list[str]:
     heads = ["tests", "without a budget", *(f"budget {budget}" for budget in budgets)]
     lines = ["| tests of | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
 
-    def passed(run: Run, file: str) -> int:
-        return sum(o.status == "passed" for name, o in run.items() if name.startswith(file))
+    def passed(run: Run, file: str) -> str:
+        ended = [o.status == "passed" for name, o in run.items() if name.startswith(file)]
+        return str(sum(ended)) if run is runs[0] else f"{sum(ended)} of {len(ended)}"
 
     for label, file in [*((f.removeprefix("test_"), f"{f}::") for f in files), ("all", "")]:
         of_file = sum(name.startswith(file) for name in runs[0])
-        lines.append(f"| {label} | {of_file} | " + " | ".join(str(passed(runs[b], file)) for b in (0, *budgets)) + " |")
+        lines.append(f"| {label} | {of_file} | " + " | ".join(passed(runs[b], file) for b in (0, *budgets)) + " |")
     return lines
 
 
