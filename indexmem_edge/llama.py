@@ -563,7 +563,7 @@ class Llama(inside.Base):
     def save_session(self, path: PathLike, extra: Any = None, *, checkpoints: Union[bool, int] = False) -> int:
         """Writes the conversation and its KV state to a file, atomically; returns the file's size in bytes.
 
-        The KV state is bounded by the budget; the token history adds 4 bytes per token seen.
+        The KV state is bounded by the budget; the token history adds 4 bytes per token seen. A background goes along, with its state.
 
         Args:
             path: the file; one that exists is replaced only when the new one is complete.
