@@ -566,7 +566,7 @@ class Llama(inside.Base):
         """Writes the conversation and its KV state to a file, atomically; returns the file's size in bytes.
 
         The KV state is bounded by the budget; the token history adds 4 bytes per token seen. Other threads wait while the state
-        is copied, and not while the file is written.
+        is copied, and not while the file is written. A background goes along, with its state.
 
         Args:
             path: the file; one that exists is replaced only when the new one is complete.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("arm", "budget", "tokens", "kept", "answered", "answered_low", "answered_high", "nll", "nll_low", "nll_high", "n")
 NOTHING, WHOLE = "nothing", "all of it"
-SPARE = 8  # tokens that an answer may have beyond those of the value
+SPARE = 2  # tokens that an answer may have beyond those of the value
 SETTINGS: dict[str, Any] = dict(n_batch=512, verbose=False, kv_warn=lambda _: None)
 
 
@@ -132,21 +132,20 @@ def _ask(model: Model, llm: Llama, arm: Arm, told: Told) -> tuple[list[tuple[boo
 
 def _answer(model: Model, llm: Llama, prompt: list[int], fact: Fact) -> tuple[bool, float]:
     value = model.tokens(f" {fact.value}")
+    answer = [token for token, _ in zip(llm.generate(prompt, temp=0.0), range(len(value) + SPARE))]
     losses = []
     for i, token in enumerate(value):
         llm.prefill(prompt + value[:i])
-        logits = np.asarray(llm._inside.last_logits(), dtype=np.float64)
+        logits = np.asarray(llm._kept.now(), dtype=np.float64)
         top = logits.max()
         losses.append(float(top + np.log(np.exp(logits - top).sum()) - logits[token]))
-    answer = [token for token, _ in zip(llm.generate(prompt, temp=0.0), range(len(value) + SPARE))]
     return fact.value.lower() in model.text(answer).lower(), statistics.fmean(losses)
 
 
 def _row(arm: Arm, found: Sequence[tuple[list[tuple[bool, float]], int]], told: Sequence[Told]) -> Row:
-    """Means over the facts, with intervals over the conversations."""
+    """Means over the facts, with intervals by drawing these again."""
     row: Row = {"arm": arm.name, "budget": arm.budget or None, "tokens": round(statistics.fmean(len(one.tokens) for one in told))}
     row |= {"kept": round(statistics.fmean(kept for _, kept in found)), "n": sum(len(answers) for answers, _ in found)}
     for i, name in enumerate(("answered", "nll")):
-        means = np.array([[statistics.fmean(float(answer[i]) for answer in answers)] for answers, _ in found])
-        row |= Paired([means]).mean(0).row(name)
+        row |= Paired([np.array([[float(answer[i])] for answers, _ in found for answer in answers])]).mean(0).row(name)
     return row

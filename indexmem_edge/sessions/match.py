@@ -194,12 +194,6 @@ def asked_pin(talk: Talk, header: dict[str, Any]) -> Optional[int]:
     return talk.options.fixed_pin
 
 
-def same_cache(talk: Talk, header: dict[str, Any]) -> bool:
-    """Whether a state was saved by a cache with the same options."""
-    ubatch = int(talk.llm.public.context_params.n_ubatch)
-    return all(header.get(key) == value for key, value in asked(talk).items()) and header.get(UBATCH) == ubatch
-
-
 def changes(talk: Talk, header: dict[str, Any]) -> str:
     """What is different now, for people; "" if nothing is that matters to them."""
     if talk.cache is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import struct
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -19,6 +21,7 @@ from support.memories import random_memory
 from support.mixed import Made, each_kind, made  # noqa: F401  a fixture
 from support.native_context import F32, Context, open_model
 from support.spanned import CACHES, compare
+from support.states import N_HEADER
 from tiny.models import TinyConfig
 
 LARGE: dict[str, Any] = dict(budget=96, sinks=4, window=20)
@@ -200,6 +203,22 @@ def test_the_policy_full_refuses_what_does_not_fit(tiny: Tiny) -> None:
         assert "the policy is to evict nothing" in said(c, old.save(0))
         old.seq_rm(0, 48)
         assert c.load(old.save(0), 0) and c.save(0) != b""
+
+
+def test_a_size_that_lies_takes_no_memory(tiny: Tiny) -> None:
+    """Counts that go together, of far more entries than there are bytes: the bytes come first."""
+    path, config = tiny("llama")
+    with open_model(path) as model, Context(model, **SMALL) as c:
+        c.feed(tokens_of(config, 20), 20)
+        state = c.save(0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for n in (10**5, 10**7, 1 << 30):
+            lie = bytearray(state)
+            for field in (1, 2, 12, 13):  # seen, held, the first and the last that are sure to be there
+                assert lie[N_HEADER + 4 * field : N_HEADER + 4 * field + 4] == struct.pack("<I", 20)
+                lie[N_HEADER + 4 * field : N_HEADER + 4 * field + 4] = struct.pack("<I", n)
+            assert "end of buffer" in said(c, bytes(lie))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 32 << 10, "KiB"
 
 
 # indexers

@@ -173,6 +173,24 @@ def test_what_it_needs(make: Make, saved: Path) -> None:
     assert empty.kv_stats().background == 0 and empty.prefill(NEW[:10]) == 10
 
 
+def test_a_refused_session_leaves_it(make: Make, saved: Path, tmp_path: Path) -> None:
+    llm, other = make(), make(type_k=8, type_v=8)
+    llm.load_session(saved, as_background=True)
+    llm.prefill(NEW[:40])
+    before = llm.kv_snapshot()
+    other.prefill(OLD)
+    other.save_session(tmp_path / "other")
+    damaged = bytearray(saved.read_bytes())
+    damaged[-50] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    for name, words in (("other", "type_k"), ("damaged", "checksum")):
+        with pytest.raises(SessionError, match=words):
+            llm.load_session(tmp_path / name, as_background=True)
+        assert llm.kv_stats().background == 300
+        np.testing.assert_equal(llm.kv_snapshot(), before)
+    assert llm.prefill(NEW[:45]) == 5 and llm.prefill(OTHER[:20]) == 20
+
+
 def test_it_fits_another_budget_and_memory(make: Make, saved: Path) -> None:
     small = make(kv_budget=60, memory="centroid", memory_slots=8)
     small.load_session(saved, as_background=True)
