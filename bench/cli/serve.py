@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import typer
 
 from indexmem_edge.cli.console import console
+from indexmem_edge.cli.serve import COPIES
 from indexmem_edge.errors import IndexMemError
 from indexmem_edge.native import find
 
@@ -41,13 +43,12 @@ def actions(
 ) -> None:
     """Another answer, an edit, a second question, another conversation: tokens evaluated and seconds to the first token."""
     from ..serve import actions as bench
-    from ..serve.client import Kind
 
     with _measuring(as_json) as tell:
         path = model or demo_model()
         kinds = _kinds(path, stock, stock_context, kv_budget)
-        without = (*kinds[-1].options, "--ctx-checkpoints", "0", "--cache-ram", "0")
-        kinds.append(Kind(f"{kinds[-1].name}, no checkpoints", kinds[-1].program, without))
+        without = _with(_kinds(path, None, 0, kv_budget, copies=0)[0], "--cache-ram", 0)
+        kinds.append(replace(without, name=f"{without.name}, no checkpoints"))
         report = bench.run_actions(kinds, path, threads, samples, _meta(path, threads, kinds), tell)
     finish(report, bench.COLUMNS, out, None, as_json)
 
@@ -84,7 +85,7 @@ def load(
     turns: int = typer.Option(20, min=1, help="Turns of a conversation."),
     seconds: float = typer.Option(600, min=1, help="How long."),
     cache_ram: int = typer.Option(1024, help="MiB for conversations that have no slot (the server's --cache-ram)."),
-    checkpoints: int = typer.Option(4, min=0, help="Copies of the state that each may have (--ctx-checkpoints); they need room there, too."),
+    checkpoints: int = typer.Option(COPIES, min=0, help="Copies of the state that each may have (--ctx-checkpoints); they need room there, too."),
     threads: int = THREADS,
     out: Path = OUT,
     as_json: bool = JSON,
@@ -94,7 +95,7 @@ def load(
 
     with _measuring(as_json) as tell:
         path = model or demo_model()
-        kind = _with(_kinds(path, None, 0, kv_budget)[-1], "-np", slots, "--cache-ram", cache_ram, "--ctx-checkpoints", checkpoints)
+        kind = _with(_kinds(path, None, 0, kv_budget, checkpoints)[0], "-np", slots, "--cache-ram", cache_ram)
         report = bench.run_load(kind, path, threads, conversations, turns, seconds, _meta(path, threads, [kind]), tell)
     finish(report, bench.COLUMNS, out, None, as_json)
 
@@ -119,8 +120,6 @@ def outlive(
 
 
 def _with(kind: Kind, *options: object) -> Kind:
-    from dataclasses import replace
-
     return replace(kind, options=(*kind.options, *map(str, options)))
 
 
@@ -139,7 +138,7 @@ def _measuring(as_json: bool) -> Iterator[Callable[[str], object]]:
         raise typer.Exit(130) from None
 
 
-def _kinds(model: Path, stock: Optional[Path], context: int, budget: int) -> list[Kind]:
+def _kinds(model: Path, stock: Optional[Path], context: int, budget: int, copies: int = COPIES) -> list[Kind]:
     """The servers to compare, ours with its sidecar last."""
     from indexmem_edge.models.sidecars import find_sidecar
 
@@ -149,7 +148,7 @@ def _kinds(model: Path, stock: Optional[Path], context: int, budget: int) -> lis
     if ours is None:
         raise IndexMemError("llama-server is not part of this installation: in a clone, `make server` builds it")
     sidecar = find_sidecar(str(model)).path
-    options = ("--kv-budget", str(budget), *(("--indexmem", str(sidecar)) if sidecar else ()))
+    options = ("--kv-budget", str(budget), "--ctx-checkpoints", str(copies), *(("--indexmem", str(sidecar)) if sidecar else ()))
     kinds = [Kind("stock", stock, ("-c", str(context)))] if stock else []
     return [*kinds, Kind(f"budget {budget}", ours, options)]
 

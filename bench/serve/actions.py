@@ -66,8 +66,8 @@ def run_actions(
             {
                 "action": action,
                 "system": system,
-                "evaluated": statistics.median(a.evaluated for a in answers),
-                "cached": statistics.median(a.cached for a in answers),
+                "evaluated": round(statistics.median(a.evaluated for a in answers)),
+                "cached": round(statistics.median(a.cached for a in answers)),
                 "first_s": statistics.median(a.first for a in answers),
             }
         )

@@ -71,6 +71,6 @@ def _row(n: int, system: str, answers: Sequence[Answer], seconds: float, rss: in
         "tokens_per_s": sum(answer.generated for answer in answers) / seconds,
         "first_s": statistics.median(firsts),
         "first_p95_s": firsts[math.ceil(0.95 * len(firsts)) - 1],
-        "evaluated": statistics.mean(answer.evaluated for answer in answers),
+        "evaluated": round(statistics.mean(answer.evaluated for answer in answers)),
         "rss_bytes": rss,
     }

@@ -20,33 +20,28 @@ from ..options import DEFAULT_BUDGET, SIDECAR_OFF
 from .options import one_line_errors
 
 SERVER = "llama-server"
+COPIES = 4  # of the state of each conversation; llama.cpp's default of 32 is for states that are small beside a cache
 _MODEL = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-dr", "--docker-repo", "--models-dir", "--models-preset")
+_BUDGET, _SIDECAR, _POLICY = "--kv-budget", "--indexmem", "--kv-policy"
+_COPIES = ("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints")
 _ABOUT = ("-h", "--help", "--usage", "--version", "--completion-bash", "-cl", "--cache-list", "--license")
+_VARIABLES = {  # of the environment, which the server reads, too
+    "--model": "LLAMA_ARG_MODEL",
+    "--model-url": "LLAMA_ARG_MODEL_URL",
+    "--hf-repo": "LLAMA_ARG_HF_REPO",
+    "--docker-repo": "LLAMA_ARG_DOCKER_REPO",
+    "--models-dir": "LLAMA_ARG_MODELS_DIR",
+    "--models-preset": "LLAMA_ARG_MODELS_PRESET",
+    "--ctx-checkpoints": "LLAMA_ARG_CTX_CHECKPOINTS",
+    _BUDGET: "LLAMA_ARG_KV_BUDGET",
+    _SIDECAR: "LLAMA_ARG_INDEXMEM",
+    _POLICY: "LLAMA_ARG_KV_POLICY",
+}
 
 
 def given(arguments: Sequence[str], *names: str) -> bool:
-    """Whether one of these options is among the arguments."""
-    return any(argument.split("=", 1)[0] in names for argument in arguments)
-
-
-def complete(arguments: Sequence[str]) -> list[str]:
-    """The server's arguments, with a model, a budget and the sidecar that is found for the model, where none is named."""
-    added = list(arguments)
-    if given(added, *_ABOUT):
-        return added
-    if not given(added, *_MODEL):
-        added += ["-m", check_model_file(demo_model())]
-    if not given(added, "--kv-budget"):
-        added += ["--kv-budget", str(DEFAULT_BUDGET)]
-    if value_of(added, "--indexmem") == SIDECAR_OFF:
-        return _without(added, "--indexmem")
-    model, budget = value_of(added, "-m", "--model"), value_of(added, "--kv-budget")
-    if given(added, "--indexmem", "--kv-policy") or budget in (None, "0") or model is None or not os.path.isfile(model):
-        return added
-    found = find_sidecar(model)
-    for problem in found.problems:
-        print(f"note: {problem}", file=sys.stderr)
-    return added if found.path is None else [*added, "--indexmem", found.path]
+    """Whether one of these options is among the arguments, or in the environment."""
+    return any(argument.split("=", 1)[0] in names for argument in arguments) or _of_environment(names) is not None
 
 
 def value_of(arguments: Sequence[str], *names: str) -> Optional[str]:
@@ -55,7 +50,39 @@ def value_of(arguments: Sequence[str], *names: str) -> Optional[str]:
         name, equals, value = argument.partition("=")
         if name in names:
             return value if equals else "".join(arguments[i + 1 : i + 2])
-    return None
+    return _of_environment(names)
+
+
+def _of_environment(names: Sequence[str]) -> Optional[str]:
+    values = (os.environ.get(_VARIABLES[name]) for name in names if name in _VARIABLES)
+    return next((value for value in values if value is not None), None)
+
+
+def complete(arguments: Sequence[str]) -> list[str]:
+    """The server's arguments, with a model, a budget, the number of copies of the state and the sidecar that is found for the
+    model, where none is named.
+    """
+    added = list(arguments)
+    if given(added, *_ABOUT):
+        return added
+    if not given(added, *_MODEL):
+        added += ["-m", check_model_file(demo_model())]
+    if not given(added, _BUDGET):
+        added += [_BUDGET, str(DEFAULT_BUDGET)]
+    budget = value_of(added, _BUDGET)
+    if budget in (None, "0"):
+        return _without(added, _SIDECAR) if value_of(added, _SIDECAR) == SIDECAR_OFF else added
+    if not given(added, *_COPIES):
+        added += [_COPIES[1], str(COPIES)]
+    if value_of(added, _SIDECAR) == SIDECAR_OFF:
+        return _without(added, _SIDECAR)
+    model = value_of(added, "-m", "--model")
+    if given(added, _SIDECAR, _POLICY) or model is None or not os.path.isfile(model):
+        return added
+    found = find_sidecar(model)
+    for problem in found.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    return added if found.path is None else [*added, _SIDECAR, found.path]
 
 
 def _without(arguments: Sequence[str], name: str) -> list[str]:
@@ -73,7 +100,8 @@ def serve(context: typer.Context) -> None:
 
     Takes the options of llama-server (`indexmem serve --help` lists them all) and those of the cache: --kv-budget, --kv-policy,
     --indexmem, --memory, --kv-span, ... Each of the --parallel conversations has a budget of its own, and there is no limit
-    on their length. Without -m it is the demo model, without --kv-budget a budget of 1024 entries.
+    on their length. Without -m it is the demo model, without --kv-budget a budget of 1024 entries, without --ctx-checkpoints 4 copies
+    of the state of each conversation, which other answers and edits go on from.
 
     Examples:
 

@@ -14,15 +14,16 @@ from support.commands import one_error, run
 
 def test_without_anything_it_is_the_demo_model_with_its_sidecar(demo_model: Path) -> None:
     assert complete(["--port", "1"]) == [
-        "--port", "1", "-m", str(demo_model), "--kv-budget", "1024", "--indexmem", str(demo_sidecar())
+        "--port", "1", "-m", str(demo_model), "--kv-budget", "1024", "--ctx-checkpoints", "4", "--indexmem", str(demo_sidecar())
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "arguments, added",
     [
-        (["-m", "a.gguf"], ["--kv-budget", "1024"]),
-        (["-hf", "somebody/model"], ["--kv-budget", "1024"]),
+        (["-m", "a.gguf"], ["--kv-budget", "1024", "--ctx-checkpoints", "4"]),
+        (["-hf", "somebody/model"], ["--kv-budget", "1024", "--ctx-checkpoints", "4"]),
+        (["-m", "a.gguf", "--kv-budget", "256", "-ctxcp", "9"], []),
         (["--model=a.gguf", "--kv-budget=0"], []),
         (["--help"], []),
         (["--version"], []),
@@ -30,6 +31,15 @@ def test_without_anything_it_is_the_demo_model_with_its_sidecar(demo_model: Path
 )
 def test_what_is_named_stays(arguments: list[str], added: list[str]) -> None:
     assert complete(arguments) == arguments + added
+
+
+def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MODEL", "a.gguf"), ("KV_BUDGET", "256"), ("CTX_CHECKPOINTS", "9"), ("INDEXMEM", "a.indexmem.gguf")):
+        monkeypatch.setenv(f"LLAMA_ARG_{name}", value)
+    assert complete(["--port", "1"]) == ["--port", "1"]
+    monkeypatch.setenv("LLAMA_ARG_KV_BUDGET", "0")
+    monkeypatch.delenv("LLAMA_ARG_CTX_CHECKPOINTS")
+    assert complete([]) == []
 
 
 def test_the_sidecar_beside_a_model_is_found(demo_model: Path, tmp_path: Path) -> None:
@@ -41,7 +51,7 @@ def test_the_sidecar_beside_a_model_is_found(demo_model: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("off", [["--indexmem", "off"], ["--indexmem=off"]])
 def test_none_where_none_is_wanted(demo_model: Path, off: list[str]) -> None:
-    assert complete([*off, "--port", "1"]) == ["--port", "1", "-m", str(demo_model), "--kv-budget", "1024"]
+    assert complete([*off, "--port", "1"]) == ["--port", "1", "-m", str(demo_model), "--kv-budget", "1024", "--ctx-checkpoints", "4"]
 
 
 @pytest.mark.parametrize("arguments", [["--kv-budget", "0"], ["--kv-budget=0"], ["--kv-policy", "keydiff"]])
