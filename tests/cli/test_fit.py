@@ -51,7 +51,8 @@ def test_the_advice_can_be_typed(tiny: Tiny) -> None:
     assert result.returncode == 0 and result.stderr == ""
     found = json.loads(result.stdout)
     row = found["rows"][found["advice"]["row"]]
-    assert row["fits"] and row["cache_type"] == "f16" and row["exact_tokens"] == row["budget"] == 4096 - 512
+    assert row["fits"] and row["cache_type"] == "f16" and row["exact_tokens"] == row["budget"]
+    assert row["budget"] in (1024, 2048, 4096 - 512)  # the largest that is not slow: what that is was measured
     assert row["bytes"]["total"] == sum(size for part, size in row["bytes"].items() if part != "total")
     assert row["speed"]["write"] > 0 and row["speed"]["read"] > 0
     assert found["memory"] == {"usable": 2 * GIB, "free": None, "reserve": 0}
