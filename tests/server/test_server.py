@@ -82,7 +82,6 @@ def test_conversations_do_not_mix(server: Server) -> None:
     names = ["Rosa", "Emil", "Kim", "Ada"]  # more than there are slots
     with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
         answers = list(pool.map(talk, names))
-    assert sum(any(name in text for text in told) for name, told in zip(names, answers)) >= 2  # of a small model
     for name, told in zip(names, answers):
         assert not any(other in text for other in names if other != name for text in told)
     for slot in (0, 1):
