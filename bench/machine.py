@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Any
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process; its peak where there is no /proc."""
+def rss_of(process: int | str) -> int | None:
+    """Resident memory of a process, by its number, or None where there is no /proc, or no such process."""
     try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return None
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process; its peak where there is no /proc."""
+    found = rss_of("self")
+    if found is not None:
+        return found
     if sys.platform == "win32":
         return _working_set()
     import resource

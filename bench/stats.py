@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,11 @@ def pair_interval(a: Sequence[float], b: Sequence[float], rounds: int = 2000, se
     draws = np.random.default_rng(seed).integers(0, len(ratios), (rounds, len(ratios)))
     low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def most_of(values: Sequence[float]) -> float:
+    """95 % of the values are at most this one of them."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
 def tps(times: Sequence[tuple[int, float]]) -> float:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Optional
 import typer
 
 from indexmem_edge.cli.console import console
-from indexmem_edge.cli.serve import COPIES
+from indexmem_edge.cli.serve import COPIES, server_program
 from indexmem_edge.errors import IndexMemError
-from indexmem_edge.native import find
 
 from .. import machine
 from .options import BUDGET, JSON, MODEL, OUT, THREADS, demo_model, fail, finish, numbers
@@ -144,13 +143,10 @@ def _kinds(model: Path, stock: Optional[Path], context: int, budget: int, copies
 
     from ..serve.client import Kind
 
-    ours = find.program("llama-server")
-    if ours is None:
-        raise IndexMemError("llama-server is not part of this installation: in a clone, `make server` builds it")
     sidecar = find_sidecar(str(model)).path
     options = ("--kv-budget", str(budget), "--ctx-checkpoints", str(copies), *(("--indexmem", str(sidecar)) if sidecar else ()))
     kinds = [Kind("stock", stock, ("-c", str(context)))] if stock else []
-    return [*kinds, Kind(f"budget {budget}", ours, options)]
+    return [*kinds, Kind(f"budget {budget}", server_program(), options)]
 
 
 def _meta(model: Path, threads: int, kinds: list[Kind]) -> Row:

@@ -17,6 +17,8 @@ from typing import Any, Optional
 
 from indexmem_edge.errors import IndexMemError
 
+from ..machine import rss_of
+
 Message = dict[str, Any]
 _START = 120.0  # seconds until a server has to answer
 
@@ -111,11 +113,7 @@ class Running:
     @property
     def rss_bytes(self) -> int:
         """Resident memory; 0 where there is no /proc."""
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+        return rss_of(self.pid) or 0
 
     @contextlib.contextmanager
     def _post(self, path: str, body: Any) -> Iterator[http.client.HTTPResponse]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import Report, Row, Verdict
+from ..stats import most_of
 from ..text import builtin_text
 from .client import Kind, Message, Running, running
 
@@ -146,7 +146,7 @@ def _rows(done: Sequence[Turn], memory: Sequence[tuple[float, int]], seconds: fl
         turns = [t for t in done if begin < t.at <= end]
         if not turns:
             continue
-        firsts = sorted(t.first for t in turns)
+        firsts = [t.first for t in turns]
         rows.append(
             {
                 "until_s": end,
@@ -157,7 +157,7 @@ def _rows(done: Sequence[Turn], memory: Sequence[tuple[float, int]], seconds: fl
                 "again": sum(t.evaluated - t.new > AGAIN for t in turns),
                 "mixed": sum(t.mixed for t in turns),
                 "first_s": statistics.median(firsts),
-                "first_p95_s": firsts[math.ceil(0.95 * len(firsts)) - 1],
+                "first_p95_s": most_of(firsts),
                 "rss_bytes": max((size for at, size in memory if begin < at <= end), default=None),
             }
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import Report, Row
+from ..stats import most_of
 from ..text import builtin_text
 from .client import Answer, Kind, Message, Running, running
 
@@ -63,14 +63,14 @@ def run_rates(
 
 
 def _row(n: int, system: str, answers: Sequence[Answer], seconds: float, rss: int) -> Row:
-    firsts = sorted(answer.first for answer in answers)
+    firsts = [answer.first for answer in answers]
     return {
         "conversations": n,
         "system": system,
         "requests_per_s": len(answers) / seconds,
         "tokens_per_s": sum(answer.generated for answer in answers) / seconds,
         "first_s": statistics.median(firsts),
-        "first_p95_s": firsts[math.ceil(0.95 * len(firsts)) - 1],
+        "first_p95_s": most_of(firsts),
         "evaluated": round(statistics.mean(answer.evaluated for answer in answers)),
         "rss_bytes": rss,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..errors import BudgetError, ContextError, IndexMemError
+from ..runtime.checkpoints import default_limit
 from .conversation import Conversation
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 MAIN = "main"  # the name of a conversation that nobody has named
 _LONGEST = 64  # characters of a name
-_LEAST_ROOM = 256 << 20  # bytes for copies of the state
-_LEAST_COPIES = 3  # for which there is room however large they are
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,25 @@ class Branches:
         return cls(current, {name: talk for name, talk in found.items() if talk is not None})
 
 
+Content = tuple[Conversation, Branches]  # of a chat: what a session of it is about
+
+
+def extra_of(content: Content) -> dict[str, Any]:
+    """What goes with the state into the session of a chat, for JSON."""
+    conversation, branches = content
+    return {**conversation.to_dict(), **branches.to_dict()}
+
+
+def content_of(extra: Any) -> Optional[Content]:
+    """What `extra_of` made; None if it is something else."""
+    conversation = Conversation.from_dict(extra)
+    return None if conversation is None else (conversation, Branches.from_dict(extra))
+
+
 class Copies:
     """Copies of the state at the ends of branches that were left, so that who comes back reads nothing again.
 
-    They may take 256 MiB, or what three of them take. Of branches that were left longest ago, the text is all that remains then.
+    They may take as much as checkpoints do unless told otherwise. Of branches that were left longest ago, the text is all that remains then.
     """
 
     def __init__(self, llm: Llama) -> None:
@@ -113,8 +127,7 @@ class Copies:
         except (BudgetError, ContextError):  # nothing is there yet, or no memory for it: then it is read again
             return
         self._kept[name] = made
-        room = max(_LEAST_ROOM, _LEAST_COPIES * made.nbytes)
-        while self.nbytes > room:
+        while self.nbytes > default_limit(made.nbytes):
             del self._kept[next(iter(self._kept))]
 
     def go_to(self, name: str) -> None:

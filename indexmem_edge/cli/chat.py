@@ -15,7 +15,7 @@ from ..llama import Llama
 from ..sessions.info import SessionInfo
 from ..stats import format_bytes
 from .answers import cut_by, pieces, why_cut
-from .branches import Branches, Copies
+from .branches import Branches, Content, Copies, content_of, extra_of
 from .cache_notes import CacheNotes
 from .commands import AGAIN, AS_BACKGROUND, help_text, load_options, parse
 from .conversation import Conversation, messages_of_json
@@ -300,19 +300,18 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         path = _path(argument)
-        size = self._llm.save_session(path, extra={**self._conversation.to_dict(), **self._branches.to_dict()})
+        size = self._llm.save_session(path, extra=extra_of((self._conversation, self._branches)))
         self._terminal.note(f"saved {self._llm.n_tokens:,} tokens in {path} ({format_bytes(size)})")
 
     def _load(self, argument: str) -> None:
         file, options = load_options(argument)
         path, as_background = _path(file), AS_BACKGROUND in options
-        conversation: Optional[Conversation] = Conversation(self._conversation.system)
-        branches = Branches()
+        content: Optional[Content] = (Conversation(self._conversation.system), Branches())
         if not as_background:
-            extra = SessionInfo.read(path).extra
-            conversation, branches = Conversation.from_dict(extra), Branches.from_dict(extra)
-        if conversation is None:
+            content = content_of(SessionInfo.read(path).extra)
+        if content is None:
             raise SessionError(f"{path} was not saved by a chat: it has no messages")
+        conversation, branches = content
         try:
             with self._terminal.bar(f"reading {os.path.basename(path)}") as bar, ctrl_c_cancels(self._llm), self._llm.watch(bar.update):
                 self._llm.load_session(path, as_background=as_background, again=AGAIN in options)

@@ -18,8 +18,7 @@ from ..errors import IndexMemError, SessionError
 from ..files.atomic import remove_leftovers
 from ..files.lock import InUse, holding
 from ..sessions.info import SessionInfo
-from .branches import Branches
-from .conversation import Conversation
+from .branches import Content, content_of, extra_of
 from .interrupt import uninterrupted
 from .options import describe
 
@@ -32,7 +31,6 @@ _REST = 20  # unless writing would take more than this part of the time
 
 _POLL = 0.05  # seconds, for a writer that waits for the one before it
 
-Content = tuple[Conversation, Branches]
 
 
 class _Writer(threading.Thread):
@@ -103,7 +101,7 @@ class Keeper:
             remove_leftovers(target)
         try:
             if os.path.exists(target):  # what is wrong there is said before anything takes time
-                self._conversation_in(SessionInfo.read(self.path).extra)
+                self._content_in(SessionInfo.read(self.path).extra)
         except SessionError:
             self._held.close()
             raise
@@ -129,7 +127,7 @@ class Keeper:
         if not os.path.exists(self.path):
             return None
         extra = llm.load_session(self.path)
-        self._in_file = self._latest = (self._conversation_in(extra), Branches.from_dict(extra))
+        self._in_file = self._latest = self._content_in(extra)
         return self._in_file
 
     def at_rest(self, content: Content) -> None:
@@ -167,11 +165,11 @@ class Keeper:
         what = "the file ends before what was said since" if self._in_file is not None else "the conversation is lost"
         return f"{self._problem}: {what}"
 
-    def _conversation_in(self, extra: Any) -> Conversation:
-        conversation = Conversation.from_dict(extra)
-        if conversation is None:
+    def _content_in(self, extra: Any) -> Content:
+        content = content_of(extra)
+        if content is None:
             raise SessionError(f"{self.path} was not saved by a chat, it has no messages: name another file")
-        return conversation
+        return content
 
     @property
     def _is_due(self) -> bool:
@@ -183,11 +181,9 @@ class Keeper:
     def _save(self, copied: Callable[[], None]) -> None:
         assert self._llm is not None and self._latest is not None
         content, started = self._latest, time.monotonic()
-        conversation, branches = content
         self._turns, self._since = 0, 0.0
         try:
-            extra = {**conversation.to_dict(), **branches.to_dict()}
-            self._llm.save_session(self.path, extra=extra, copied=copied)
+            self._llm.save_session(self.path, extra=extra_of(content), copied=copied)
         except (IndexMemError, ValueError, RuntimeError, OSError, MemoryError) as error:
             self._problem = describe(error)
         else:

@@ -39,6 +39,18 @@ _VARIABLES = {  # of the environment, which the server reads, too
 }
 
 
+def server_program() -> Path:
+    """Path of the server.
+
+    Raises:
+        IndexMemError: it is not part of this installation.
+    """
+    file = program(SERVER)
+    if file is None:
+        raise IndexMemError(f"{SERVER} is not part of this installation: in a clone, `make server` builds it; wheels have it")
+    return file
+
+
 def given(arguments: Sequence[str], *names: str) -> bool:
     """Whether one of these options is among the arguments, or in the environment."""
     return any(argument.split("=", 1)[0] in names for argument in arguments) or _of_environment(names) is not None
@@ -110,12 +122,7 @@ def serve(context: typer.Context) -> None:
     indexmem serve -m model.gguf --kv-budget 4096 --indexmem model.indexmem.gguf --parallel 8
     """
     with one_line_errors():
-        file = program(SERVER)
-        if file is None:
-            raise IndexMemError(
-                f"{SERVER} is not part of this installation: in a clone, `make server` builds it; wheels have it"
-            )
-        arguments = complete(context.args)
+        file, arguments = server_program(), complete(context.args)
     raise typer.Exit(_run(file, arguments))
 
 

@@ -155,7 +155,7 @@ def test_copies_have_a_limit(start: Start, monkeypatch: pytest.MonkeyPatch) -> N
     chat = start()
     say(chat, LONG)
     one = chat._llm.checkpoint().nbytes
-    monkeypatch.setattr("indexmem_edge.cli.branches._LEAST_ROOM", 0)
+    monkeypatch.setattr("indexmem_edge.runtime.checkpoints._LEAST", 0)
     names = ["a", "b", "c", "d"]
     say(chat, *(f"/branch {name}" for name in names))
     assert [name in chat._copies for name in names] == [False, True, True, True] and chat._copies.nbytes == 3 * one

@@ -212,6 +212,16 @@ def test_a_file_that_is_refused_stays_as_it_is(talk: Any, path: Path, change: An
     assert path.read_bytes() == before
 
 
+def test_a_session_of_a_program_is_not_loaded(talk: Any, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk("Hello")
+    data = sessionfile.read(path)
+    program = path.with_name("program")
+    for extra in (None, [], {"messages": 3}):
+        sessionfile.write(program, sessionfile.SessionData(data.header, data.tokens, extra, data.state, data.logits))
+        assert talk(f"/load {program}")[0] == 1
+        assert "was not saved by a chat: it has no messages" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="files that are none")
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
