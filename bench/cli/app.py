@@ -12,6 +12,7 @@ from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
 from . import ruler as cli_ruler
 from .endless import endless
 from .gpu import app as gpu
+from .longbench import longbench
 from .options import (
     BUDGET,
     CACHE,
@@ -112,6 +113,7 @@ def memory(
 app.command()(speed)
 app.command()(stock)
 app.command()(quality)
+app.command()(longbench)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
 app.add_typer(serve, name="serve")

@@ -41,6 +41,13 @@ class Sample:
     def n_generate(self) -> int:
         return n_generate(self.task)
 
+    def score(self, text: str) -> float:
+        return score(text, self.outputs)
+
+    def settled(self, text: str) -> bool:
+        """Whether more text cannot raise the score: all that is expected was found."""
+        return self.score(text) == 1
+
 
 def split_question(text: str) -> tuple[str, str]:
     """Context and question: the question is the last line."""
