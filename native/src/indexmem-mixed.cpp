@@ -318,10 +318,10 @@ bool llama_memory_mixed_context::apply() {
     if (!mem->rebase(bounded->get_step()) || !bounded->apply()) {
         return false;
     }
-    begun = true;
     if (recurrent) {
         mem->get_recurrent()->begin(get_ubatch());
     }
+    begun = true;
     return !window || window->apply();
 }
 
