@@ -48,6 +48,7 @@ from .options import (
 from .quality import quality
 from .serve import app as serve
 from .speed import speed
+from .stock import stock
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 app.command()(cli_ruler.ruler)
@@ -109,6 +110,7 @@ def memory(
 
 
 app.command()(speed)
+app.command()(stock)
 app.command()(quality)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
