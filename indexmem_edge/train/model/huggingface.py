@@ -17,7 +17,7 @@ FOLDERS = {  # model types, and what GGUF calls them
     "granite": "granite", "phi3": "phi3", "gemma": "gemma", "gemma3": "gemma3", "gemma3_text": "gemma3", "qwen2_vl": "qwen2vl",
     "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl",
 }  # fmt: skip
-_LEFT_OUT = {  # what folders of these do not say where it is so
+_LEFT_OUT: dict[str, dict[str, Any]] = {  # what folders of these do not say where it is so
     "gemma": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma3": {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
