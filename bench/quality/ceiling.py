@@ -4,11 +4,13 @@ In PyTorch, with the weights of the GGUF file: the context is read once with eve
 among all of its entries, the others are really left out, and question and answer are read. The oracle keeps what these
 will attend to most; nothing that only chooses can be expected to do better. Where the indexer falls short of it, exchanging
 the indexer's choice for the oracle's in a few layers at a time says which layers are to blame.
+
+Layers that look at a window keep all that they see, whatever the budget: there is nothing to choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from indexmem_edge.train.cache.eviction import pick
 from indexmem_edge.train.cache.future import kept_mask
 from indexmem_edge.train.cache.policies import POLICIES, Context
 from indexmem_edge.train.from_sidecar import modules_from_sidecar
+from indexmem_edge.train.model.attention import attention
 from indexmem_edge.train.model.decoder import Decoder, Heads, causal
 from indexmem_edge.train.model.load import load_decoder
 
@@ -63,7 +66,7 @@ def ask(decoder: Decoder, cache: Cache, n_seen: int, asked: Question) -> tuple[f
     """Reads question and answer after `cache`.
 
     Returns the share of expected strings of which every token is the likeliest, the answer's NLL (nats per token), and the
-    attention that each entry got, [H, n] per layer, summed over queries and the group.
+    attention that each entry got, [H, n] per layer without a window, summed over queries and the group.
     """
     c = decoder.config
     tokens = torch.tensor([asked.question + asked.answer], device=decoder.device)
@@ -71,6 +74,8 @@ def ask(decoder: Decoder, cache: Cache, n_seen: int, asked: Question) -> tuple[f
 
     def attend(heads: Heads) -> Tensor:
         k, v = (torch.cat((old[None], new), 2) for old, new in zip(cache[heads.layer], (heads.k, heads.v)))
+        if heads.window:
+            return attention(heads.q, k, v, heads.scale, heads.window)
         held = k.shape[2] - total
         seen = torch.ones(total, held + total, dtype=torch.bool, device=k.device).tril(held)
         q = heads.q[0].unflatten(0, (c.n_head_kv, c.group))
@@ -86,12 +91,22 @@ def ask(decoder: Decoder, cache: Cache, n_seen: int, asked: Question) -> tuple[f
     return float(np.mean([right[a:b].all() for a, b in asked.spans])), nll, mass
 
 
-def compress(contexts: Sequence[tuple[Context, Tensor]], ranks: Sequence[Tensor], budget: int) -> Cache:
-    """The best `budget` entries of every layer and head; sinks and a window of at most a quarter are among them."""
+def compress(
+    contexts: Sequence[tuple[Context, Tensor]], ranks: Sequence[Tensor], budget: int, windowed: Collection[int] = ()
+) -> Cache:
+    """The best `budget` entries of every layer and head; sinks and a window of at most a quarter are among them.
+
+    Args:
+        ranks: of the layers that are not `windowed`, in their order; the others keep everything.
+    """
     cache: Cache = []
-    for (context, v), rank in zip(contexts, ranks):
+    chosen = iter(ranks)
+    for context, v in contexts:
+        if context.layer in windowed:
+            cache.append((context.k, v))
+            continue
         heads = context.k.shape[0]
-        mask = kept_mask(rank.expand(heads, -1), budget, DEFAULT_SINKS, min(DEFAULT_WINDOW, budget // 4))
+        mask = kept_mask(next(chosen).expand(heads, -1), budget, DEFAULT_SINKS, min(DEFAULT_WINDOW, budget // 4))
         kept = mask.nonzero()[:, 1].view(heads, -1)
         cache.append((pick(context.k, kept), pick(v, kept)))
     return cache
@@ -115,11 +130,11 @@ def run_ceiling(
     """Scores of the full cache, the oracle, the indexers and `policies`; with `groups`, of exchanges in so many layer groups.
 
     Raises:
-        BenchError: the model has layers with a window.
+        BenchError: all layers of the model look at a window.
     """
     decoder = load_decoder(model.path)
-    if decoder.config.windowed:
-        raise BenchError("this measures models in which every layer attends to all of the text, and this one has window layers")
+    if not decoder.config.bounded:
+        raise BenchError("there is nothing to choose in this model: all of its layers look at a window")
     indexers = {path.name.split(".")[0]: modules_from_sidecar(path, decoder.config) for path in sidecars}
     rows: list[Row] = []
     todo = [(length, task, i) for i in range(samples) for length in lengths for task in tasks]
@@ -153,19 +168,20 @@ def _trials(
     groups: int,
 ) -> Iterator[Row]:
     context, asked = question_of(model, sample)
-    contexts = read_context(decoder, context)
+    contexts, windowed = read_context(decoder, context), decoder.config.windowed
+    bounded = [c for c, _ in contexts if c.layer not in windowed]
     n = len(context)
     score, nll, mass = ask(decoder, [(c.k, v) for c, v in contexts], n, asked)
     yield {"policy": FULL, "ratio": 1.0, "score": score, "nll": nll}
-    ranks = {ORACLE: mass} | {name: [POLICIES[name](c) for c, _ in contexts] for name in policies}
+    ranks = {ORACLE: mass} | {name: [POLICIES[name](c) for c in bounded] for name in policies}
     for name, modules in indexers.items():
-        ranks[name] = [m.ranks(c.hidden, c.positions, n - 1) for m, (c, _) in zip(modules, contexts)]
+        ranks[name] = [m.ranks(c.hidden, c.positions, n - 1) for m, c in zip(modules, bounded)]
     for name in indexers:
-        for a, b in layer_groups(decoder.config.n_layer, groups):
-            ranks[f"{name}, oracle in {a} to {b - 1}"] = [*ranks[name][:a], *mass[a:b], *ranks[name][b:]]
+        for a, b in layer_groups(len(bounded), groups):
+            ranks[f"{name}, oracle in {bounded[a].layer} to {bounded[b - 1].layer}"] = [*ranks[name][:a], *mass[a:b], *ranks[name][b:]]
     for ratio in budgets:
         for name, rank in ranks.items():
-            score, nll, _ = ask(decoder, compress(contexts, rank, int(np.ceil(ratio * n))), n, asked)
+            score, nll, _ = ask(decoder, compress(contexts, rank, int(np.ceil(ratio * n)), windowed), n, asked)
             yield {"policy": name, "ratio": ratio, "score": score, "nll": nll}
 
 

@@ -219,7 +219,9 @@ INDEXMEM_API bool indexmem_set_load_pin(struct llama_context * ctx, int32_t n);
 // set it. It must outlive the context, or NULL be set before. GPU backends do not look at it within a ubatch.
 //
 // A ubatch that was stopped does not count (llama_memory_seq_pos_max). If it would have evicted, its sequence
-// is broken: nothing can be evaluated or saved until it is cleared or its state restored.
+// is broken: nothing can be evaluated or saved until it is cleared or its state restored. So it is if the model has recurrent
+// layers, unless the context was created with an abort callback (llama_context_params), whichever that was: then it keeps a
+// second state of each sequence to go back to, which takes memory (recurrent_bytes) and no time.
 INDEXMEM_API void indexmem_set_cancel(struct llama_context * ctx, const int32_t * flag);
 
 // The table of policies.

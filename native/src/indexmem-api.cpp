@@ -30,6 +30,7 @@ struct request {
     std::string sidecar; // path, empty = none
     std::string memory;  // empty = that of the sidecar
     uint32_t    memory_slots;
+    bool        can_stop = false; // what is computed, so that states that are overwritten need a way back
 };
 
 static thread_local std::optional<request> request_next;
@@ -122,9 +123,10 @@ bool indexmem_next_context(const indexmem_params * params) {
     return true;
 }
 
-indexmem_creation::indexmem_creation(const llama_model * model) :
+indexmem_creation::indexmem_creation(const llama_model * model, bool can_stop) :
     requested(request_next.has_value()), dry(model && model->hparams.no_alloc) {
     if (requested) {
+        request_next->can_stop = can_stop;
         indexmem_clear_error();
     }
 }
@@ -263,7 +265,7 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
 
 // the bounded cache, and beside it what layers of other kinds need
 static llama_memory_i * make_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-        const indexmem_layer_kinds & kinds, const llama_kv_cache_bounded::config & cfg) {
+        const indexmem_layer_kinds & kinds, const llama_kv_cache_bounded::config & cfg, bool can_stop) {
     const auto & hparams = model.hparams;
 
     const bool hybrid = llm_arch_is_hybrid(model.arch);
@@ -294,14 +296,13 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
         return bounded.release();
     }
     std::unique_ptr<indexmem_window>        window;
-    std::unique_ptr<llama_memory_recurrent> recurrent;
+    std::unique_ptr<indexmem_recurrent>     recurrent;
     if (slides) {
         window.reset(new indexmem_window(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max, cparams.n_ubatch,
                     is_window, kinds.reuse));
     }
     if (hybrid) {
-        recurrent.reset(new llama_memory_recurrent(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv,
-                    std::max(1u, cparams.n_seq_max), cparams.n_seq_max, cparams.n_rs_seq, is_recurrent));
+        recurrent.reset(new indexmem_recurrent(model, cparams.offload_kqv, cparams.n_seq_max, cparams.n_rs_seq, can_stop, is_recurrent));
     }
     return new llama_memory_mixed(std::move(bounded), std::move(window), std::move(recurrent));
 }
@@ -343,7 +344,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     }
     choose_span(model, cparams, params.type_k, cfg);
     try {
-        return make_memory(model, params, cparams, kinds, cfg);
+        return make_memory(model, params, cparams, kinds, cfg, req.can_stop);
     } catch (const std::exception & err) {
         if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
             throw;

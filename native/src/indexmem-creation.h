@@ -6,7 +6,8 @@ struct llama_model;
 
 class indexmem_creation {
 public:
-    explicit indexmem_creation(const llama_model * model);
+    // can_stop: whether the context has a callback that stops what is computed
+    indexmem_creation(const llama_model * model, bool can_stop);
 
     // Uses up the request, unless this was a dry run. A bounded context that was asked for and not made leaves an error, also
     // when llama.cpp refused it before it came to its cache.

@@ -1,6 +1,6 @@
 #include "indexmem-graph-cache.h"
 
-#include "indexmem-kv-cache.h"
+#include "indexmem-mixed.h"
 
 // The ubatches of decode: of more tokens the compute buffers are large, and one for each kind would be too much.
 static constexpr uint32_t N_TOKENS = 32;
@@ -17,7 +17,8 @@ int indexmem_graph_cache::kind_of(const llama_memory_context_i * mctx, const std
         }
     }
     const auto & st = bounded->get_step();
-    return (st.evict ? 2 : 0) + (st.score ? 1 : 0);
+    const auto * mixed = indexmem_mixed_context(mctx);
+    return (mixed ? 4*mixed->get_bank() : 0) + (st.evict ? 2 : 0) + (st.score ? 1 : 0);
 }
 
 void indexmem_graph_cache::take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,

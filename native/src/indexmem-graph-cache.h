@@ -14,9 +14,10 @@ struct llama_ubatch;
 //
 // Graphs of decode that come back
 //
-// A context reuses its last graph, and an eviction is three changes of graph: scoring, evicting, and back. Building and
-// allocating one takes a quarter of the time of a small model's token. So graphs of few tokens are put aside with their
-// scheduler, which holds the plan of one graph, when another kind is needed.
+// A context reuses its last graph, and an eviction is three changes of graph: scoring, evicting, and back; recurrent states with
+// a way back are written to each of two places in turn. Building and allocating one takes a quarter of the time of a small model's
+// token. So graphs of few tokens are put aside with their scheduler, which holds the plan of one graph, when another kind is
+// needed.
 //
 // Invariants
 //   - the context holds the graph and the scheduler of the kind that was taken last, here lie the others

@@ -63,7 +63,7 @@ std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph
     return std::make_unique<llm_graph_input_attn_bounded>(graph, mctx);
 }
 
-const llama_memory_recurrent_context * indexmem_recurrent(const llama_memory_context_i * mctx) {
+const llama_memory_recurrent_context * indexmem_recurrent_of(const llama_memory_context_i * mctx) {
     const auto * mixed = indexmem_mixed_context(mctx);
     return mixed ? mixed->get_recurrent() : nullptr;
 }

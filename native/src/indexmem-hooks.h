@@ -76,8 +76,8 @@ std::unique_ptr<llm_graph_input_attn_k> indexmem_build_attn_inp_k(const llm_grap
 std::unique_ptr<llm_graph_input_attn_kv> indexmem_build_attn_inp(const llm_graph_context & graph);
 
 // Of a memory with a bounded cache: its recurrent states, its window; null if it has none.
-const llama_memory_recurrent_context * indexmem_recurrent(const llama_memory_context_i * mctx);
-const llama_kv_cache_context         * indexmem_window_of(const llama_memory_context_i * mctx);
+const llama_memory_recurrent_context * indexmem_recurrent_of(const llama_memory_context_i * mctx);
+const llama_kv_cache_context         * indexmem_window_of   (const llama_memory_context_i * mctx);
 
 // The inputs of models that have those; mask: of the window.
 std::unique_ptr<llm_graph_input_attn_kv_iswa>    indexmem_build_attn_inp_iswa  (const llm_graph_context & graph, ggml_tensor * mask);

@@ -53,50 +53,7 @@ void for_each_size(const std::vector<ggml_tensor *> & tensors, const char * what
     }
 }
 
-std::vector<ggml_tensor *> states_of(const llama_memory_recurrent & recurrent) {
-    std::vector<ggml_tensor *> res;
-    for (size_t il = 0; il < recurrent.r_l.size(); ++il) {
-        res.insert(res.end(), { recurrent.r_l[il], recurrent.s_l[il], recurrent.p_l[il] });
-    }
-    return res;
-}
-
-// the states of a sequence in `row`
-std::vector<indexmem_state_piece> recurrent_rows(const llama_memory_recurrent & recurrent, int64_t row) {
-    std::vector<indexmem_state_piece> res;
-    for (ggml_tensor * t : states_of(recurrent)) {
-        if (t && t->ne[0] > 0) {
-            res.push_back({ t, row*t->nb[1], ggml_row_size(t->type, t->ne[0]) });
-        }
-    }
-    return res;
-}
-
-// where the state of a sequence lies now: a copy that has not been evaluated yet has that of its source
-int64_t recurrent_row(const llama_memory_recurrent & recurrent, llama_seq_id seq_id) {
-    const int32_t cell = recurrent.cells[seq_id].tail;
-    GGML_ASSERT(cell >= 0);
-    const int32_t src = recurrent.cells[cell].src;
-    return (int64_t) recurrent.rs_idx[seq_id]*recurrent.size + (src >= 0 ? src : cell);
-}
-
-// an empty row for a sequence that has seen n tokens
-int64_t recurrent_place(llama_memory_recurrent & recurrent, llama_seq_id seq_id, llama_pos n_seen, uint32_t n_pos) {
-    recurrent.seq_rm(seq_id, -1, -1);
-
-    llama_batch_allocr balloc(n_pos);
-    GGML_ASSERT(recurrent.find_slot(indexmem_ubatch_of(balloc, seq_id, n_seen - 1, n_seen)));
-    recurrent.cells[recurrent.head].src = recurrent.head; // its row is not to be cleared by the next ubatch
-    return recurrent.head;
-}
-
 } // namespace
-
-void llama_memory_mixed::copy_snapshot(llama_seq_id src, llama_seq_id dst) {
-    const auto bytes = indexmem_state_get(recurrent_rows(*recurrent, recurrent_row(*recurrent, src)));
-    const int64_t row = recurrent_place(*recurrent, dst, bounded->get_seq(dst)->n_seen, bounded->get_model().hparams.n_pos_per_embd());
-    indexmem_state_set(recurrent_rows(*recurrent, row), bytes);
-}
 
 void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     const bool on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
@@ -123,9 +80,9 @@ void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id,
         }
     }
     if (recurrent) {
-        for_each_size(states_of(*recurrent), "the recurrent state", put_size);
+        for_each_size(recurrent->tensors(), "the recurrent state", put_size);
         for (llama_seq_id id : ids) {
-            indexmem_state_put(io, recurrent_rows(*recurrent, recurrent_row(*recurrent, id)), on_device);
+            indexmem_state_put(io, recurrent->row(id), on_device);
         }
     }
 }
@@ -189,16 +146,12 @@ void llama_memory_mixed::read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
     }
     if (recurrent) {
-        for_each_size(states_of(*recurrent), "the recurrent state", check);
-        size_t size = 0;
-        for (const auto & piece : recurrent_rows(*recurrent, 0)) {
-            size += piece.size;
-        }
+        for_each_size(recurrent->tensors(), "the recurrent state", check);
         for (const auto & [id, seq] : state->seqs) {
             if (seq.n_seen == 0) {
                 continue;
             }
-            part p = { id, seq.n_seen, 1, std::vector<uint8_t>(size) };
+            part p = { id, seq.n_seen, 1, std::vector<uint8_t>(recurrent->size_row()) };
             io.read(p.data.data(), p.data.size());
             states.push_back(std::move(p));
         }
@@ -217,8 +170,7 @@ void llama_memory_mixed::read(llama_io_read_i & io, llama_seq_id seq_id) {
         window->place(p.id, p.n_seen - p.n, p.n_seen);
         indexmem_state_set(window->rows(p.id, p.n_seen - p.n, p.n_seen), p.data);
     }
-    const uint32_t n_pos = bounded->get_model().hparams.n_pos_per_embd();
     for (const auto & p : states) {
-        indexmem_state_set(recurrent_rows(*recurrent, recurrent_place(*recurrent, p.id, p.n_seen, n_pos)), p.data);
+        indexmem_state_set(recurrent->place(p.id, p.n_seen), p.data);
     }
 }

@@ -15,7 +15,7 @@
 llama_memory_mixed::llama_memory_mixed(
         std::unique_ptr<llama_kv_cache_bounded> bounded,
         std::unique_ptr<indexmem_window>        window,
-        std::unique_ptr<llama_memory_recurrent> recurrent) :
+        std::unique_ptr<indexmem_recurrent>     recurrent) :
     bounded(std::move(bounded)), window(std::move(window)), recurrent(std::move(recurrent)), n_latest(this->bounded->get_n_seq_max(), 0) {
 }
 
@@ -24,7 +24,8 @@ llama_memory_context_ptr llama_memory_mixed::init_batch(llama_batch_allocr & bal
 
     balloc.split_reset();
 
-    const uint32_t n_keep = recurrent && recurrent->n_rs_seq > 0 ? recurrent->n_rs_seq + 1 : 0; // together at the end, to go back to
+    const uint32_t n_rs   = recurrent ? recurrent->get().n_rs_seq : 0;
+    const uint32_t n_keep = n_rs > 0 ? n_rs + 1 : 0; // together at the end, to go back to
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
@@ -78,7 +79,7 @@ void llama_memory_mixed::clear(bool data) {
         window->get().clear(data);
     }
     if (recurrent) {
-        recurrent->clear(data);
+        recurrent->get().clear(data);
     }
 }
 
@@ -105,7 +106,7 @@ bool llama_memory_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     if (recurrent && some && n_seen - p0 >= (llama_pos) n_latest[seq_id]) {
         return false; // its snapshots, if it keeps any, are of the tokens of one ubatch
     }
-    if (recurrent && (all || some) && !recurrent->seq_rm(seq_id, p0, -1)) {
+    if (recurrent && (all || some) && !recurrent->get().seq_rm(seq_id, p0, -1)) {
         return false; // and has not changed
     }
     n_latest[seq_id] = all || some ? 0 : n_latest[seq_id];
@@ -133,12 +134,7 @@ void llama_memory_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
         window->copy(seq_id_src, seq_id_dst, bounded->get_seq(seq_id_dst)->n_seen);
     }
     if (recurrent) {
-        recurrent->seq_rm(seq_id_dst, -1, -1);
-        if (recurrent->rs_idx[seq_id_src] > 0) {
-            copy_snapshot(seq_id_src, seq_id_dst);
-        } else {
-            recurrent->seq_cp(seq_id_src, seq_id_dst, -1, -1);
-        }
+        recurrent->copy(seq_id_src, seq_id_dst, bounded->get_seq(seq_id_dst)->n_seen);
         n_latest[seq_id_dst] = 0;
     }
 }
@@ -186,7 +182,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_memory_mixed::memory_breakdow
         add(window->get());
     }
     if (recurrent) {
-        add(*recurrent);
+        add(recurrent->get());
     }
     return res;
 }
@@ -204,7 +200,7 @@ size_t llama_memory_mixed::size_window_bytes() const {
 }
 
 size_t llama_memory_mixed::size_recurrent_bytes() const {
-    return recurrent ? size_of(*recurrent) : 0;
+    return recurrent ? size_of(recurrent->get()) : 0;
 }
 
 bool llama_memory_mixed::rebase(const llama_kv_cache_bounded::step & st) {
@@ -253,10 +249,16 @@ void llama_memory_mixed::abandon(const llama_kv_cache_bounded::step & st) {
         if (window) {
             window->get().seq_rm(st.s0 + i, st.before[i].n_seen, -1);
         }
-        if (recurrent) {
-            bounded->spoil(st.s0 + i);
+    }
+    if (!recurrent) {
+        return;
+    }
+    for (uint32_t s = 0; s < bounded->get_n_seq_max(); ++s) {
+        if (recurrent->touched(s)) { // also one that was only moved, to make room
+            bounded->spoil(s);
         }
     }
+    recurrent->abandon();
 }
 
 //
@@ -269,7 +271,7 @@ llama_memory_mixed_context::llama_memory_mixed_context(llama_memory_mixed * mem)
         window.reset(new llama_kv_cache_context(&mem->get_window()->get()));
     }
     if (mem->get_recurrent()) {
-        recurrent.reset(new llama_memory_recurrent_context(mem->get_recurrent()));
+        recurrent.reset(new llama_memory_recurrent_context(&mem->get_recurrent()->get()));
     }
 }
 
@@ -284,7 +286,7 @@ llama_memory_mixed_context::llama_memory_mixed_context(
         window.reset(new llama_kv_cache_context(&mem->get_window()->get(), std::move(slots), this->ubatches));
     }
     if (mem->get_recurrent()) {
-        recurrent.reset(new llama_memory_recurrent_context(mem->get_recurrent(), this->ubatches));
+        recurrent.reset(new llama_memory_recurrent_context(&mem->get_recurrent()->get(), this->ubatches));
     }
 }
 
@@ -316,8 +318,11 @@ bool llama_memory_mixed_context::apply() {
     if (!mem->rebase(bounded->get_step()) || !bounded->apply()) {
         return false;
     }
+    if (recurrent) {
+        mem->get_recurrent()->begin(get_ubatch());
+    }
     begun = true;
-    return (!window || window->apply()) && (!recurrent || recurrent->apply());
+    return !window || window->apply();
 }
 
 void llama_memory_mixed_context::learn_window_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) const {

@@ -1,9 +1,8 @@
 #pragma once
 
 #include "indexmem-kv-cache.h"
+#include "indexmem-recurrent.h"
 #include "indexmem-window.h"
-
-#include "llama-memory-recurrent.h"
 
 #include <memory>
 #include <vector>
@@ -17,15 +16,15 @@
 // Invariants
 //   - all parts have seen the same tokens; what one of them refuses none does, and all are as they were
 //   - the parts hold indices. Rotary positions are known to the bounded cache alone, and keys of the window are turned with its own
-//   - a recurrent state cannot go back, or as far as its snapshots reach (n_rs_seq): a sequence whose ubatch was begun and not
-//     computed is broken
+//   - a recurrent state cannot go back, or as far as its snapshots reach (n_rs_seq). A ubatch that was begun and not computed has
+//     not happened if the states have a way back; otherwise its sequences are broken
 //
 class llama_memory_mixed : public llama_memory_i {
 public:
     llama_memory_mixed(
             std::unique_ptr<llama_kv_cache_bounded> bounded,
             std::unique_ptr<indexmem_window>        window,      // null if no layer has one
-            std::unique_ptr<llama_memory_recurrent> recurrent);  // likewise
+            std::unique_ptr<indexmem_recurrent>     recurrent);  // likewise
 
     //
     // llama_memory_i
@@ -64,8 +63,8 @@ public:
 
     llama_kv_cache_bounded & get_bounded() const { return *bounded; }
 
-    indexmem_window        * get_window()    const { return window.get(); }    // null if there is none
-    llama_memory_recurrent * get_recurrent() const { return recurrent.get(); } // likewise
+    indexmem_window    * get_window()    const { return window.get(); }    // null if there is none
+    indexmem_recurrent * get_recurrent() const { return recurrent.get(); } // likewise
 
     size_t size_window_bytes()    const;
     size_t size_recurrent_bytes() const;
@@ -80,12 +79,9 @@ public:
 private:
     void read(llama_io_read_i & io, llama_seq_id seq_id);
 
-    // a snapshot that a sequence has gone back to: it lies apart, and a copy would not know. The device is idle
-    void copy_snapshot(llama_seq_id src, llama_seq_id dst);
-
     const std::unique_ptr<llama_kv_cache_bounded> bounded;
     const std::unique_ptr<indexmem_window>        window;
-    const std::unique_ptr<llama_memory_recurrent> recurrent;
+    const std::unique_ptr<indexmem_recurrent>     recurrent;
 
     llama_context * lctx = nullptr; // known from the first batch on
 
@@ -118,6 +114,9 @@ public:
     const llama_kv_cache_bounded_context * get_bounded()   const { return bounded.get(); }
     const llama_kv_cache_context         * get_window()    const { return window.get(); }    // null if there is none
     const llama_memory_recurrent_context * get_recurrent() const { return recurrent.get(); } // likewise
+
+    // indexmem_recurrent::get_bank: a graph writes to one of them
+    uint32_t get_bank() const { return recurrent ? mem->get_recurrent()->get_bank() : 0; }
 
     void learn_window_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) const;
 

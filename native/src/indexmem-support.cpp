@@ -81,6 +81,9 @@ static std::string reason_without_arch(const llama_model & model) {
     if (hparams.ple_n_heads > 0) {
         return "n-gram embeddings that read past tokens from the cache";
     }
+    if ((model.arch == LLM_ARCH_QWEN3VL || model.arch == LLM_ARCH_QWEN3VLMOE) && hparams.n_deepstack_layers >= hparams.n_layer()) {
+        return "parts of images in its last layer, which llama.cpp's graph aborts at"; // an assertion: outputs are fewer than tokens there
+    }
     uint32_t kinds = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         kinds |= indexmem_layer_kind(model, il);

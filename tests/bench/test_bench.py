@@ -249,15 +249,26 @@ def test_memory_runs_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     assert all(row["meta_bytes"] > row["indexer_bytes"] > 0 < row["sidecar_bytes"] for row in rows)
 
 
-def test_memory_of_layers_of_several_kinds(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("qwen3vl", ()), ("qwen35", ("recurrent",)), ("gemma3", ("window",)), ("gpt-oss", ("window",)),
+        ("gemma4-shared", ("window",)), ("deepseek2", ()), ("kimi-linear", ("recurrent",)),
+    ],
+)  # fmt: skip
+def test_memory_of_each_kind_of_layers(tiny: Any, tmp_path: Path, name: str, parts: tuple[str, ...]) -> None:
     """The table names the parts that there are, and none of them changes."""
-    for name, part in (("gemma3", "window_bytes"), ("qwen35", "recurrent_bytes")):
-        common = ["-m", tiny(name)[0], "--out", tmp_path, "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
-        shown = invoke("memory", *common, "--tokens", 1500, "--unbounded-tokens", 1024, "--repeats", 1).stdout
-        data = json.loads((tmp_path / "memory.json").read_text())
-        assert data["verdicts"][0]["ok"] and len({row[part] for row in data["rows"] if row["budget"]}) == 1
-        assert all(row[part] > 0 for row in data["rows"])
-        assert [word for word in ("window", "recurrent") if word in shown.split("\nok")[0]] == [part.split("_")[0]]
+    common = ["-m", tiny(name)[0], "--out", tmp_path, "--kv-budget", 96, "--kv-window", 32, "-ub", 64, "-t", 1]
+    shown = invoke("memory", *common, "--tokens", 1100, "--unbounded-tokens", 512, "--repeats", 1).stdout
+    data = json.loads((tmp_path / "memory.json").read_text())
+    bounded, whole = ([row for row in data["rows"] if bool(row["budget"]) == b] for b in (True, False))
+    assert data["verdicts"][0]["ok"] and [row["tokens_seen"] for row in bounded] == [1024, 1100]
+    for key in ("kv_bytes", "window_bytes", "recurrent_bytes", "meta_bytes"):
+        assert len({row[key] for row in bounded}) == 1
+    for part in ("window", "recurrent"):
+        assert all((row[f"{part}_bytes"] > 0) == (part in parts) for row in data["rows"])
+    assert bounded[0]["kv_bytes"] < whole[-1]["kv_bytes"]
+    assert tuple(word for word in ("window", "recurrent") if word in shown.split("\nok")[0]) == parts
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen35"])

@@ -36,8 +36,11 @@ def test_expected_strings_are_found_among_the_tokens_of_the_answer(tiny: Tiny) -
     model.close()
 
 
-def test_a_cache_that_lost_nothing_answers_like_one_reading(tiny: Tiny) -> None:
-    decoder = load_decoder(tiny("llama")[0], torch.float32)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_cache_that_lost_nothing_answers_like_one_reading(tiny: Tiny, name: str) -> None:
+    """Layers of gemma3 that look at a window of 16 tokens have nothing to choose."""
+    decoder = load_decoder(tiny(name)[0], torch.float32)
+    windowed = decoder.config.windowed
     tokens = list(range(5, 45))
     asked = ceiling.Question(tokens[:6], tokens[6:10], [(0, 2), (2, 4)])
     with torch.no_grad():
@@ -45,10 +48,15 @@ def test_a_cache_that_lost_nothing_answers_like_one_reading(tiny: Tiny) -> None:
         _, nll, mass = ceiling.ask(decoder, [(c.k, v) for c, v in contexts], 40, asked)
         whole = decoder.logits(decoder(torch.tensor([tokens + asked.question + asked.answer])))[0, 45:49].log_softmax(-1)
         assert nll == pytest.approx(float(-whole[range(4), asked.answer].mean()), abs=1e-4)
-        everything = ceiling.compress(contexts, mass, 40)
+        assert len(mass) == len(decoder.config.bounded) == decoder.config.n_layer - len(windowed)
+        everything = ceiling.compress(contexts, mass, 40, windowed)
         for (k, v), (c, value) in zip(everything, contexts):
             assert torch.equal(k, c.k) and torch.equal(v, value)
-        half = ceiling.compress(contexts, mass, 20)
+        assert ceiling.ask(decoder, everything, 40, asked)[1] == nll
+        cache = ceiling.compress(contexts, mass, 20, windowed)
+        for (k, v), (c, value) in zip(cache, contexts):
+            assert c.layer not in windowed or (k is c.k and v is value)
+        half, contexts = ([pair for il, pair in enumerate(pairs) if il not in windowed] for pairs in (cache, contexts))
         assert all(k.shape == (c.k.shape[0], 20, c.k.shape[2]) for (k, _), (c, _) in zip(half, contexts))
         assert all(torch.equal(k[:, :4], c.k[:, :4]) and torch.equal(k[:, -5:], c.k[:, -5:]) for (k, _), (c, _) in zip(half, contexts))
 
@@ -73,8 +81,18 @@ def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path)
     assert both.exit_code == 1 and "unknown policy 'nope'" in both.output
 
 
-def test_models_with_window_layers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_models_with_window_layers(tiny: Tiny, tmp_path: Path) -> None:
+    """What is exchanged, and what an indexer chooses in, are the layers that a budget bounds."""
+    path, config = tiny("gemma3")
     ruler_folder(tmp_path / "data")
-    words = ["ceiling", "-m", tiny("gemma3")[0], "--data", tmp_path / "data", "--lengths", 256, "--out", tmp_path]
+    sidecar = tmp_path / "mine.indexmem.gguf"
+    write_sidecar(sidecar, random_indexer("retention-mlp", config.n_layer, config.n_embd, config.n_head_kv, 0))
+    words = ["ceiling", "-m", path, "--data", tmp_path / "data", "--lengths", 256, "--samples", 1, "--out", tmp_path]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--indexmem", sidecar, "--groups", 2]])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "ceiling.json").read_text())["rows"]
+    found = {row["policy"] for row in rows}
+    assert found == {"full", "oracle", "mine", "keydiff", "mine, oracle in 1 to 1", "mine, oracle in 3 to 3"}
+    words[2] = tiny("gemma3-window")[0]
     result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 1 and "this one has window layers" in result.output
+    assert result.exit_code == 1 and "all of its layers look at a window" in result.output

@@ -29,6 +29,15 @@ def test_models_that_cannot_be_bounded(tiny: Tiny, name: str) -> None:
         Context(model).close()  # without a budget the model is as usable as ever
 
 
+def test_images_in_the_last_layer(tiny: Tiny) -> None:
+    """Such a file ends the process where llama.cpp makes a graph of it; that of real models is the first few."""
+    path, _ = tiny("qwen3vlmoe", metadata=(("n_deepstack_layers", 2),))
+    with open_model(path) as model:
+        assert "parts of images in its last layer" in str(api.model_unsupported_reason(model))
+        with pytest.raises(Refused, match="parts of images in its last layer"):
+            Context(model, budget=64, n_seq=3)
+
+
 @pytest.mark.parametrize("arch", SUPPORTED)
 def test_models_with_it(tiny: Tiny, arch: str) -> None:
     path, _ = tiny(arch)

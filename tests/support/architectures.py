@@ -76,6 +76,8 @@ TABLE: dict[str, Architecture] = {
     "step35": _of("window", window=16, rotation="unlike"),
     "olmo2": _of("window", window=16),
     "exaone4": _of("window", window=16, full=(3,), rotation="none"),
+    "exaone-moe": _of("window", window=16, rotation="none"),
+    "granite_swa": _of("window", "sinks", window=16, rotation="some"),
     "cohere2": _of("window", window=16, rotation="none"),
     "llama4": _of("window", window=8192, full=(3,), rotation="some"),
     "deepseek2": _of("latent", full=(0,), n_layer=1),
@@ -83,6 +85,8 @@ TABLE: dict[str, Architecture] = {
     "deepseek2-old": _of(full=(0,), n_layer=1, n_head=1),
     "mistral4": _of("latent", full=(0,), n_layer=1),
     "kimi-linear": _of("latent", "hybrid", rotation="none"),
+    "kimi-k3": _of("latent", "hybrid", rotation="none"),
+    "bailingmoe3": _of("latent", "hybrid"),
     "lfm2-window": _of("hybrid", "window", "bounded already", window=16),
     "gemma3-window": _of("window", "bounded already", window=16),
 }

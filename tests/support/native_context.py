@@ -64,6 +64,7 @@ class Context:
         flash_attn: bool = True,
         n_threads: int = 2,
         n_rs_seq: int = 0,
+        can_stop: bool = False,
         sidecar: Optional[Path] = None,
         budget_ratio: float = 0.0,
         memory: Optional[str] = None,
@@ -84,6 +85,9 @@ class Context:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        self._go_on = llama_cpp.ggml_abort_callback(lambda _: False)  # until aborting() says otherwise
+        if can_stop:
+            params.abort_callback = self._go_on
         self._capture = capture  # its callback is called until the context is freed
         if capture:
             params.cb_eval = capture.callback

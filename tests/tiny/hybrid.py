@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,58 @@ def _kimi_linear(c: TinyConfig, draw: Draw) -> Model:
     return meta, assemble(c, draw, layers)
 
 
+def _kimi_k3(c: TinyConfig, draw: Draw) -> Model:
+    """Experts on a shorter row, layers that read what several before them have left, and gates behind both kinds of attention."""
+    latent = c.n_embd // 2
+    meta = latent_metadata(c) | expert_metadata(c) | {
+        "attention.head_count_kv": [int(il in c.full_layers) for il in range(c.n_layer)],
+        "ssm.conv_kernel": recurrent.N_CONV, "kda.head_dim": recurrent.N_STATE, "kda.gate_lower_bound": -0.5,
+        "expert_shared_count": 1, "expert_gating_func": 2, "leading_dense_block_count": 1, "expert_latent_length": latent,
+        "attn_res.block_size": 2, "activation.situ_beta": 4.0, "activation.situ_linear_beta": 4.0,
+    }  # fmt: skip
+    layers = []
+    for il in range(c.n_layer):
+        layer = norms(c, draw, "attn_norm", "ffn_norm") | norms(c, draw, "attn_res_score", "ffn_res_score", gain=c.n_embd**-0.5)
+        if il in c.full_layers:
+            layer |= latent_attention(c, draw) | {"attn_gate": draw.matrix(c.n_head * c.head_dim, c.n_embd)}
+        else:
+            layer |= recurrent.kimi_delta_whole(c, draw)
+        if il == 0:
+            layer |= feed_forward(c, draw)
+        else:
+            inner = replace(c, n_embd=latent)
+            parts = experts(inner, draw) | {f"{name}_shexp": a for name, a in feed_forward(c, draw).items()}
+            layer |= parts | {
+                "ffn_gate_inp": draw.matrix(N_EXPERT, c.n_embd), "exp_probs_b.bias": draw.normal(N_EXPERT, std=0.1),
+                "ffn_routed_down": draw.matrix(latent, c.n_embd), "ffn_routed_up": draw.matrix(c.n_embd, latent),
+                "ffn_routed_norm": draw.norm(latent),
+            }  # fmt: skip
+        layers.append(layer)
+    return meta, assemble(c, draw, layers) | {"output_res_score.weight": draw.norm(c.n_embd, c.n_embd**-0.5)}
+
+
+def _bailingmoe3(c: TinyConfig, draw: Draw) -> Model:
+    """Latent attention that is rotated, each head with a gate, beside recurrent layers."""
+    meta = latent_metadata(c) | expert_metadata(c) | {
+        "attention.head_count_kv": [int(il in c.full_layers) for il in range(c.n_layer)],
+        "ssm.conv_kernel": recurrent.N_CONV, "kda.head_dim": recurrent.N_STATE, "kda.gate_lower_bound": -0.5,
+        "expert_shared_count": 1, "expert_gating_func": 2, "leading_dense_block_count": 1,
+    }  # fmt: skip
+    layers = []
+    for il in range(c.n_layer):
+        layer = norms(c, draw, "attn_norm", "ffn_norm")
+        if il in c.full_layers:
+            layer |= latent_attention(c, draw) | {"attn_gate": draw.matrix(c.n_head, c.n_embd)}
+        else:
+            layer |= recurrent.kimi_delta_whole(c, draw)
+        if il == 0:
+            layer |= feed_forward(c, draw)
+        else:
+            layer |= experts(c, draw, shared=True) | {"exp_probs_b.bias": draw.normal(N_EXPERT, std=0.1)}
+        layers.append(layer)
+    return meta, assemble(c, draw, layers)
+
+
 _COMMON: dict[str, Any] = {"n_layer": 4, "full_layers": (1, 3), "head_dim": 32, "n_head": 4, "n_ff": 64, "n_vocab": 272}
 _QWEN = _COMMON | {"rope_neox": True, "rope_dim": 16}
 HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -196,4 +249,6 @@ HYBRID: dict[str, tuple[Any, dict[str, Any]]] = {
     "minimax-01": (_minimax, _COMMON | {"rope_neox": True, "rope_dim": 16}),
     "plamo2": (_plamo2, _COMMON | {"rope_neox": True}),
     "kimi-linear": (_kimi_linear, _COMMON | {"rope_dim": 32}),
+    "kimi-k3": (_kimi_k3, _COMMON | {"rope_dim": 32}),
+    "bailingmoe3": (_bailingmoe3, _COMMON | {"rope_dim": 32}),
 }

@@ -85,6 +85,18 @@ def kimi_delta(c: TinyConfig, draw: Draw) -> Weights:
     }  # fmt: skip
 
 
+def kimi_delta_whole(c: TinyConfig, draw: Draw) -> Weights:
+    """The same as Kimi K3 and Ling 3 have it: one matrix for the gate, and a rate of forgetting between two bounds."""
+    n_inner = c.n_head * N_STATE
+    w = kimi_delta(c, draw)
+    gate = {"ssm_g": draw.matrix(n_inner, c.n_embd), "ssm_a": _decay(draw, c.n_head) * 4}
+    if c.arch == "bailingmoe3":
+        gate = {"ssm_g_a": gate["ssm_g"], "ssm_f_a": draw.matrix(n_inner, c.n_embd), "ssm_a": -gate["ssm_a"][:, None]}
+        del w["ssm_f_b"]
+    del w["ssm_g_a"], w["ssm_g_b"]
+    return w | gate
+
+
 def lightning(c: TinyConfig, draw: Draw) -> Weights:
     """MiniMax's linear attention, which forgets at fixed rates."""
     n_inner = c.n_head * c.head_dim

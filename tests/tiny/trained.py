@@ -27,9 +27,9 @@ def _qwen3moe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
 
 
 def _qwen3vlmoe(c: TinyConfig, draw: Draw) -> tuple[dict[str, Any], Weights]:
-    """Positions of four dimensions; text has nothing in the last."""
+    """Positions of four dimensions; text has nothing in the last. An image gives something to the first layer, too."""
     meta, w = _qwen3moe(c, draw)
-    return {"rope.dimension_sections": [11, 9, 10, 2], "n_deepstack_layers": 2} | meta, w
+    return {"rope.dimension_sections": [11, 9, 10, 2], "n_deepstack_layers": 1} | meta, w
 
 
 TRAINED: dict[str, tuple[Writer, dict[str, Any]]] = {

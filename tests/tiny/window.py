@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tiny.config import Draw, TinyConfig, Weights, attention_metadata
-from tiny.layers import assemble, attention, expert_metadata, experts, feed_forward, norms
+from tiny.layers import N_EXPERT, assemble, attention, expert_metadata, experts, feed_forward, norms
 
 Model = tuple[dict[str, Any], Weights]
 _POST = ("post_attention_norm", "post_ffw_norm")
@@ -128,6 +128,32 @@ def _llama4(c: TinyConfig, draw: Draw) -> Model:
     return meta, assemble(c, draw, layers)
 
 
+def _exaone_moe(c: TinyConfig, draw: Draw) -> Model:
+    """As EXAONE 4, with norms in front, and experts in all layers but the first."""
+    meta = _metadata(c) | expert_metadata(c) | {
+        "leading_dense_block_count": 1, "expert_shared_count": 1, "expert_gating_func": 2,
+    }  # fmt: skip
+    layers = []
+    for il in range(c.n_layer):
+        part = experts(c, draw, shared=True) | {"exp_probs_b.bias": draw.normal(N_EXPERT, std=0.1)} if il else feed_forward(c, draw)
+        layers.append(norms(c, draw, "attn_norm", "ffn_norm") | attention(c, draw, qk_norm="head") | part)
+    return meta, assemble(c, draw, layers)
+
+
+def _granite_swa(c: TinyConfig, draw: Draw) -> Model:
+    """Granite with sinks in all layers, of which the file says what is rotated: here all but the last."""
+    meta = _metadata(c) | {k: getattr(c, k) for k in ("embedding_scale", "residual_scale", "logit_scale")}
+    meta |= {"attention.scale": c.scale, "attention.rope_pattern": [int(il + 1 < c.n_layer) for il in range(c.n_layer)]}
+    layers = [
+        norms(c, draw, "attn_norm", "ffn_norm")
+        | attention(c, draw)
+        | {"attn_sinks": draw.normal(c.n_head) + 2}
+        | feed_forward(c, draw)
+        for _ in range(c.n_layer)
+    ]
+    return meta, assemble(c, draw, layers)
+
+
 def _gemma3n(c: TinyConfig, draw: Draw) -> Model:
     """Layers from the 21st on read what the 20th (full) and the 19th (window) have cached."""
     meta = _metadata(c) | {"rope.freq_base_swa": c.rope_base / 100}
@@ -225,6 +251,11 @@ WINDOW: dict[str, tuple[Any, dict[str, Any]]] = {
     "exaone4": (
         _behind,
         _NEOX | {"n_layer": 64, "full_layers": tuple(range(3, 64, 4)), "n_head": 2, "n_head_kv": 1, "n_ff": 32},
+    ),
+    "exaone-moe": (_exaone_moe, _NEOX),
+    "granite_swa": (
+        _granite_swa,
+        _COMMON | {"embedding_scale": 6.0, "residual_scale": 0.4, "attention_scale": 0.2, "logit_scale": 3.0},
     ),
     "cohere2": (_cohere2, _COMMON | {"tied": True}),
     "llama4": (_llama4, _COMMON | {"sliding_window": 8192}),

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Tiny
 from tiny.gguf_copy import copy_model
-from tiny.huggingface import huggingface_weights, write_folder
+from tiny.huggingface import huggingface_weights, with_images, write_folder
 from tiny.models import BOS
 
 torch = pytest.importorskip("torch")
@@ -31,6 +31,19 @@ EACH = [
     ("llama", {"qkv_bias": True, "other_bias": True}),
     ("qwen2", {}),
     ("qwen3", {"tied": True}),
+    ("gemma", {}),
+    ("gemma", {"rope_base": 5e4, "head_dim": 32}),
+    ("gemma3", {}),
+    ("gemma3", {"n_layer": 6, "full_layers": (1, 2, 5)}),
+    ("granite", {}),
+    ("granite", {"qkv_bias": True, "other_bias": True}),
+    ("phi3", {}),
+    ("phi3", {"rope_dim": 48}),
+    ("phi3", {"long_factors": True, "n_ctx_orig": 64, "rope_magnitude": 2**0.5}),
+    ("qwen3moe", {}),
+    ("smollm3", {"n_layer": 9, "tied": True}),
+    ("qwen2vl", {}),
+    ("qwen3vl", {"tied": True}),
 ]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
 
@@ -44,9 +57,13 @@ def assert_same(ours: Decoder, theirs: Decoder) -> None:
         for key, value in vars(b).items():
             if isinstance(value, float):
                 assert getattr(a, key) == pytest.approx(value), key
-            elif key not in ("rope", "factors"):
+            elif key not in ("rope", "window_rope", "factors"):
                 assert getattr(a, key) == value, key
-    np.testing.assert_allclose(ours.config.rope.frequencies(), theirs.config.rope.frequencies(), rtol=1e-6)
+    for il in range(theirs.config.n_layer):
+        rope, expected = ours.config.rope_of(il), theirs.config.rope_of(il)
+        assert (rope is None) == (expected is None)
+        if rope is not None and expected is not None:
+            np.testing.assert_allclose(rope.frequencies(), expected.frequencies(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -56,6 +73,43 @@ def test_they_are_the_gguf_file(tiny: Tiny, tmp_path: Path, arch: str, overrides
     folder = write_folder(tmp_path / "model", config, shards=shards)
     for dtype in (torch.float32, torch.bfloat16):
         assert_same(load_decoder(folder, dtype), load_decoder(path, dtype))
+
+
+@pytest.mark.parametrize("arch", ["qwen3vl", "qwen2vl", "gemma3"])
+def test_text_inside_a_model_of_images(tiny: Tiny, tmp_path: Path, arch: str) -> None:
+    path, config = tiny(arch, tied=True)
+    raw, weights = with_images(config)
+    folder = write_folder(tmp_path / "model", config, weights=weights, only=raw)
+    assert_same(load_decoder(folder, torch.float32), load_decoder(path, torch.float32))
+    older = {name.replace("model.language_model.", "language_model.model."): w for name, w in weights.items()}
+    folder = write_folder(tmp_path / "older", config, weights=older, only=raw)
+    assert_same(load_decoder(folder, torch.float32), load_decoder(path, torch.float32))
+
+
+def test_factors_follow_the_context(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("phi3", long_factors=True, n_ctx_orig=64, rope_magnitude=2**0.5)
+    folder, seen = write_folder(tmp_path / "model", config), []
+    for n_ctx in (64, 65):
+        ours = load_decoder(folder, torch.float32, n_ctx=n_ctx)
+        assert_same(ours, load_decoder(path, torch.float32, n_ctx=n_ctx))
+        seen.append(ours.config.rope.factors)
+    assert seen[0] != seen[1]
+
+
+def test_windows_by_their_distance_and_rotations_by_their_kind(tiny: Tiny, tmp_path: Path) -> None:
+    """The older and the newer way to say it."""
+    path, config = tiny("gemma3", n_layer=6, full_layers=(2, 5), metadata=(("rope.scaling.type", "linear"), ("rope.scaling.factor", 8.0)))
+    linear = {"rope_type": "linear", "factor": 8.0}
+    by_kind = {
+        "full_attention": {**linear, "rope_theta": config.rope_base},
+        "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_base / 100},
+    }
+    for i, change in enumerate((
+        {"layer_types": None, "sliding_window_pattern": 3, "rope_scaling": linear},
+        {"rope_parameters": by_kind, "rope_theta": None, "rope_local_base_freq": None},
+    )):  # fmt: skip
+        folder = write_folder(tmp_path / str(i), config, **change)
+        assert_same(load_safetensors(folder, torch.float32), load_gguf(path, torch.float32))
 
 
 def test_rows_are_permuted_as_the_rotation_is(tiny: Tiny) -> None:
@@ -118,7 +172,7 @@ def test_what_may_be_left_out_and_what_is_ignored(tiny: Tiny, tmp_path: Path) ->
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gemma2"}, "architecture 'gemma2': folders are read of llama, mistral, qwen2, qwen3 alone; name the GGUF"),
+    ({"model_type": "gemma2"}, "architecture 'gemma2': folders are read of llama, mistral, qwen2, .* alone; name the GGUF"),
     ({"hidden_act": "gelu"}, "activation 'gelu' instead of silu"),
     ({"quantization_config": {"bits": 4}}, "quantised weights"),
     ({"use_sliding_window": True}, "a sliding window"),
@@ -153,6 +207,64 @@ def test_configurations(tiny: Tiny, tmp_path: Path, change: dict[str, Any], mess
     folder = write_folder(tmp_path / "model", tiny("llama")[1], **change)
     with pytest.raises(kind, match=message):
         load_safetensors(folder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "message"),
+    [
+        ("qwen3moe", {"norm_topk_prob": False}, "weights of experts that do not add up to 1"),
+        ("qwen3moe", {"norm_topk_prob": None}, "weights of experts that do not add up to 1"),
+        ("qwen3moe", {"mlp_only_layers": [0]}, "layers without experts among those that have them"),
+        ("qwen3moe", {"decoder_sparse_step": 2}, "layers without experts among those that have them"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "other layers without rotation than every 4th"),
+        ("smollm3", {"no_rope_layer_interval": 3}, "other layers without rotation than every 4th"),
+        ("gemma", {"hidden_act": "silu"}, "the activation 'silu' instead of gelu_pytorch_tanh"),
+        ("gemma3", {"query_pre_attn_scalar": 100}, "a scale of attention of its own"),
+        ("gemma3", {"use_bidirectional_attention": True}, "attention that is not causal"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "a soft cap of attention logits"),
+        ("granite", {"position_embedding_type": "nope"}, "positions that are not rotary"),
+        ("qwen3vl", {"rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": False}}, "another order of the dimensions"),
+    ],
+)
+def test_what_folders_of_one_kind_may_not_say(
+    tiny: Tiny, tmp_path: Path, arch: str, change: dict[str, Any], message: str
+) -> None:
+    folder = write_folder(tmp_path / "model", tiny(arch)[1], **change)
+    with pytest.raises(ModelNotSupported, match=message):
+        load_safetensors(folder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "message"),
+    [
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types in config.json must name the attention of each layer"),
+        ("gemma3", {"layer_types": None, "num_hidden_layers": 10**9}, "1000000000 layers and only"),
+        ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 10**9}, "1000000000 layers and only"),
+        ("granite", {"attention_multiplier": None}, "config.json has no attention_multiplier"),
+        ("qwen2vl", {"rope_scaling": {"type": "mrope"}}, "mrope_section in config.json must be three numbers of pairs"),
+        ("qwen2vl", {"text_config": [1]}, "text_config in config.json must be an object"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "short_factor in config.json must be 32 numbers"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [-1.0] * 32}}, "must have positive numbers only"),
+    ],
+)
+def test_folders_of_one_kind_that_are_damaged(tiny: Tiny, tmp_path: Path, arch: str, change: dict[str, Any], message: str) -> None:
+    folder = write_folder(tmp_path / "model", tiny(arch)[1], **change)
+    with pytest.raises(ModelFileError, match=message):
+        load_safetensors(folder)
+
+
+def test_experts_that_are_missing_or_differ(tiny: Tiny, tmp_path: Path) -> None:
+    _, config = tiny("qwen3moe")
+    one = "model.layers.1.mlp.experts.2.up_proj.weight"
+    weights = huggingface_weights(config)
+    for change, message in (
+        ({one: None}, "has the experts 0, 1, 3, 4, 5 of 'blk.1.ffn_up_exps.weight': some are missing"),
+        ({one: weights[one][:-1]}, "the experts of 'blk.1.ffn_up_exps.weight' differ in shape"),
+        ({one: np.full_like(weights[one], np.inf)}, f"tensor '{one}' has values that are not finite"),
+    ):
+        changed = {name: w for name, w in (weights | change).items() if w is not None}
+        with pytest.raises(ModelFileError, match=message):
+            load_safetensors(write_folder(tmp_path / "model", config, weights=changed))
 
 
 def test_tensors(tiny: Tiny, tmp_path: Path) -> None:

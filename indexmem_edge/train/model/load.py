@@ -22,10 +22,10 @@ def load_decoder(
     """A GGUF file, or a folder with config.json and safetensors files. Numbers are those of the same model either way.
 
     Args:
-        n_ctx: as of `load_gguf`; models in folders rotate alike in all contexts.
+        n_ctx: as of `load_gguf`.
 
     Raises:
         ModelFileError: it is neither, or damaged.
         ModelNotSupported: it is fine, but nothing that training knows.
     """
-    return load_safetensors(path, dtype, device) if Path(path).is_dir() else load_gguf(path, dtype, device, n_ctx)
+    return load_safetensors(path, dtype, device, n_ctx) if Path(path).is_dir() else load_gguf(path, dtype, device, n_ctx)

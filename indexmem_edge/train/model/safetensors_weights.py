@@ -2,7 +2,7 @@
 
 Weights get the names and the order of dimensions that the model's GGUF file has, because what is trained is run with
 that file: Hugging Face rotates halves of a head in every architecture, a llama GGUF file neighbours, so the rows of its
-queries and keys are in another order.
+queries and keys are in another order (`huggingface_names`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,26 +22,25 @@ from indexmem_edge.convert.safefile import SafeTensor
 
 from ...errors import ConvertError, ModelFileError
 from ...files.untrusted import quote, show
-from .architectures import ARCHITECTURES, check_tensors
-from .decoder import Config, Decoder, stored_dtype
-from .huggingface import read_config
+from .architectures import check_tensors
+from .decoder import Decoder, stored_dtype
+from .huggingface import read_config, text_settings
+from .huggingface_names import Stored, as_in_gguf, by_gguf_name, sizes
 
 _TYPES = ("F64", "F32", "F16", "BF16")
-_IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # computed from the configuration
 _MAX_JSON = 64 << 20
-_LAYER = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def load_safetensors(
-    folder: Union[str, os.PathLike[str]], dtype: torch.dtype = torch.bfloat16, device: Union[str, torch.device] = "cpu"
+    folder: Union[str, os.PathLike[str]],
+    dtype: torch.dtype = torch.bfloat16,
+    device: Union[str, torch.device] = "cpu",
+    n_ctx: Optional[int] = None,
 ) -> Decoder:
     """Reads a model, tensor by tensor, straight into `dtype` on `device`; norms stay float32.
+
+    Args:
+        n_ctx: as of `load_gguf`.
 
     Raises:
         ModelFileError: a file is missing or damaged, or tensors and configuration contradict each other.
@@ -51,32 +50,38 @@ def load_safetensors(
     where = str(path)
     if not path.is_dir():
         raise ModelFileError(f"{where} is not a folder: name one with config.json and *.safetensors files")
-    raw = _json(path / "config.json")
+    arch, settings = text_settings(where, _json(path / "config.json"))
     try:
-        found = {_gguf_name(t.name): t for t in _tensors(path) if not t.name.endswith(_IGNORED)}
+        found = by_gguf_name(where, arch, _tensors(path))
     except ConvertError as error:
         raise ModelFileError(str(error)) from None
-    if raw.get("tie_word_embeddings") is True:
+    if settings.get("tie_word_embeddings") is True:
         found.pop("output.weight", None)  # a copy of the embedding, if it was saved at all
     embedding = found.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(f"{where} lacks the matrix model.embed_tokens.weight: is it a language model?")
-    config = read_config(where, raw, embedding.shape[0])
-    check_tensors(where, config, {name: t.shape for name, t in found.items()})
-    if "output.weight" not in found and raw.get("tie_word_embeddings") is not True:
+    config = read_config(where, arch, settings, embedding.shape[0], n_ctx)
+    check_tensors(where, config, sizes(found))
+    if "output.weight" not in found and settings.get("tie_word_embeddings") is not True:
         raise ModelFileError(f"{where} lacks lm_head.weight, and its config.json does not say tie_word_embeddings")
-    for t in found.values():
-        if t.dtype not in _TYPES:
+    for piece in (piece for stored in found.values() for piece in stored.pieces):
+        if piece.dtype not in _TYPES:
             raise ModelFileError(
-                f"{where}: tensor {quote(t.name)} has type {t.dtype}, expected one of {', '.join(_TYPES)}: name a folder "
+                f"{where}: tensor {quote(piece.name)} has type {piece.dtype}, expected one of {', '.join(_TYPES)}: name a folder "
                 "with weights that are not quantised"
             )
     weights: dict[str, Tensor] = {}
-    for name, tensor in _read(found):
-        weights[name] = out = torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device=device)
-        out.copy_(_in_gguf_order(config, name, tensor))
-        if not torch.isfinite(out).all():
-            raise ModelFileError(f"{where}: tensor {quote(found[name].name)} has values that are not finite in {out.dtype}")
+    for name, number, tensor in _read(found):
+        stored = found[name]
+        for part, w in as_in_gguf(config, name, tensor).items():
+            if part not in weights:
+                shape = (len(stored.pieces), *w.shape) if stored.stacked else w.shape
+                weights[part] = torch.empty(shape, dtype=stored_dtype(part, dtype), device=device)
+            out = weights[part][number] if stored.stacked else weights[part]
+            out.copy_(w)
+            if not torch.isfinite(out).all():
+                of = quote(stored.pieces[number].name)
+                raise ModelFileError(f"{where}: tensor {of} has values that are not finite in {out.dtype}")
     return Decoder(config, weights)
 
 
@@ -96,17 +101,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} is damaged: expected an object, found {show(content)}")
     return content
-
-
-def _gguf_name(name: str) -> str:
-    """A name that has no counterpart stays as it is, and is refused as left over."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _MODEL:
-        return f"{_MODEL[stem]}.{kind}"
-    parts = stem.split(".", 3)
-    if parts[:2] == ["model", "layers"] and len(parts) == 4 and parts[3] in _LAYER:
-        return f"blk.{parts[2]}.{_LAYER[parts[3]]}.{kind}"
-    return name
 
 
 def _tensors(folder: Path) -> Iterator[SafeTensor]:
@@ -137,22 +131,14 @@ def _present(file: Path, why: str) -> Path:
     return file
 
 
-def _read(found: Mapping[str, SafeTensor]) -> Iterator[tuple[str, Tensor]]:
-    """One tensor at a time, out of one mapped file at a time."""
-    for path in sorted({t.path for t in found.values()}):
+def _read(found: Mapping[str, Stored]) -> Iterator[tuple[str, int, Tensor]]:
+    """One tensor at a time with the number of its expert, out of one mapped file at a time."""
+    everything = [(name, i, piece) for name, stored in found.items() for i, piece in enumerate(stored.pieces)]
+    for path in sorted({piece.path for _, _, piece in everything}):
         try:
             with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-                for name, t in found.items():
-                    if t.path == path:
-                        yield name, file.get_tensor(t.name)
+                for name, i, piece in everything:
+                    if piece.path == path:
+                        yield name, i, file.get_tensor(piece.name)
         except (SafetensorError, OSError) as error:
             raise ModelFileError(f"cannot read {path}: {quote(str(error), 200)}") from None
-
-
-def _in_gguf_order(config: Config, name: str, w: Tensor) -> Tensor:
-    """Rows of queries and keys so that halves of a head become neighbours, where the GGUF file has them so."""
-    kind = name.split(".")[-2]
-    if not ARCHITECTURES[config.architecture].interleaved or kind not in ("attn_q", "attn_k"):
-        return w
-    heads = config.n_head if kind == "attn_q" else config.n_head_kv
-    return w.unflatten(0, (heads, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
