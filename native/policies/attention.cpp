@@ -15,7 +15,9 @@ using namespace indexmem_simd;
 
 namespace {
 
-constexpr int64_t WEIGHTS = 1 << 20; // of a head in a turn, if at least LEAST queries fit
+// Weights of a head in a turn, for each thread, if at least LEAST queries fit: they are read again soon, and what does not fit into the
+// cache of a core takes longer than the products.
+constexpr int64_t WEIGHTS = 3 << 16;
 constexpr int64_t LEAST   = 2*MANY;
 
 // where what lies in the scratch of a head
@@ -36,7 +38,7 @@ struct attention_layout {
     explicit attention_layout(const indexmem_rank_shape & sh) {
         n_chunks = sh.n_chunks();
         n_all    = sh.n_group*sh.n_queries;
-        const int64_t n_fit = std::max(WEIGHTS/(n_chunks*CHUNK), LEAST);
+        const int64_t n_fit = std::max(sh.n_threads*WEIGHTS/(n_chunks*CHUNK), LEAST);
         n_turns = (n_all + n_fit - 1)/n_fit;
         n_turn  = (n_all + n_turns - 1)/n_turns;
         n_turn  = n_turns > 1 ? GGML_PAD(n_turn, MANY) : n_turn;

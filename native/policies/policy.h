@@ -76,6 +76,7 @@ struct indexmem_rank_shape {
     uint64_t seed;
     int32_t  il;            // layer of the model
     bool     needs_keys;
+    int      n_threads;
 
     int64_t n_chunks() const { return (n_slots + INDEXMEM_RANK_CHUNK - 1)/INDEXMEM_RANK_CHUNK; }
 

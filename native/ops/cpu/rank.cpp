@@ -19,7 +19,7 @@ const indexmem_rank_t rank_functions[] = {
 #undef INDEXMEM_POLICY
 };
 
-indexmem_rank_shape shape_of(const ggml_tensor * op) {
+indexmem_rank_shape shape_of(const ggml_tensor * op, int n_threads) {
     const ggml_tensor * k      = op->src[0];
     const ggml_tensor * q      = op->src[3];
     const int           policy = ggml_get_op_params_i32(op, INDEXMEM_PARAM_POLICY);
@@ -27,6 +27,7 @@ indexmem_rank_shape shape_of(const ggml_tensor * op) {
 
     indexmem_rank_shape sh = {};
     sh.k          = k;
+    sh.n_threads  = n_threads;
     sh.n_slots    = op->ne[0];
     sh.n_embd     = k->ne[0];
     sh.needs_keys = info->needs_keys;
@@ -161,14 +162,19 @@ indexmem_rank_head head_at(const ggml_tensor * op, const indexmem_rank_shape & s
 
 } // namespace
 
+// Enough for fewer threads, too: what one takes of the scratch depends on their number.
 size_t rank_work_size(const ggml_tensor * op, int n_tasks) {
-    const auto sh = shape_of(op);
-    const rank_work work(op, sh, nullptr, 0);
-    return work.size_shared + n_tasks*work.size_thread;
+    size_t res = 0;
+    for (int n = 1; n <= n_tasks; ++n) {
+        const auto sh = shape_of(op, n);
+        const rank_work work(op, sh, nullptr, 0);
+        res = std::max(res, work.size_shared + n*work.size_thread);
+    }
+    return res;
 }
 
 void rank(const ggml_compute_params * params, ggml_tensor * dst) {
-    const auto sh = shape_of(dst);
+    const auto sh = shape_of(dst, params->nth);
     const rank_work work(dst, sh, params->wdata, params->ith);
 
     ranking_of_threads ranking(params, sh, work.thread);
