@@ -113,6 +113,10 @@ class Model:
     def trained_length(self) -> int:
         return int(llama_cpp.llama_model_n_ctx_train(self.raw.model))
 
+    def kv_heads(self) -> int:
+        """KV heads of a layer, the first where layers differ."""
+        return int(llama_cpp.llama_model_n_head_kv(self.raw.model))
+
     def kv_bytes(self, n_tokens: int, cache_type: str, window: bool = False) -> int:
         """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
         return self.token_bytes(cache_type, window) * -(-n_tokens // 256) * 256

@@ -55,7 +55,7 @@ def speed(
     parts: str = typer.Option(
         "depths,rows,latency,prefill",
         help="What to measure: decode and prefill at growing depths, tokens evaluated at once, latency of single "
-        "tokens, time of a long prompt.",
+        "tokens, time of a long prompt; and `evictions`, what one costs at growing budgets.",
     ),
     depths: str = typer.Option(
         "0,1024,2048,4096,8192", help="Tokens seen before each measurement; 32768,131072 take minutes a system."
@@ -69,6 +69,8 @@ def speed(
         show_default="all",
     ),
     latency_tokens: int = typer.Option(320, min=1, help="Tokens whose latency is taken, at least."),
+    eviction_budgets: str = typer.Option("2048,16384,32768", help="Budgets of the part `evictions`."),
+    eviction_rounds: int = typer.Option(15, min=1, help="Evictions of each policy at each of them."),
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
@@ -122,6 +124,9 @@ def speed(
             prefill_tokens=prefill_tokens,
             prefill_full_tokens=prefill_full_tokens,
             latency_tokens=latency_tokens,
+            eviction_budgets=numbers(eviction_budgets, int),
+            eviction_rounds=eviction_rounds,
+            eviction_policies=[kv_policy] if kv_policy else None,
             text=text,
             decode_tokens=decode_tokens,
             repeats=repeats,

@@ -16,6 +16,8 @@ FLAT, FLAT_FROM, FLAT_TO = 0.03, 2048, 131072  # spread of decode between two de
 ROWS, ROWS_GOAL = 8, 4.0
 TAIL = 1.5  # 99th percentile / median of the latency of a token
 LONG, LONG_GOAL = 32768, 4.0  # tokens of a prompt, and its time in the unbounded cache / with indexer and memory
+FLAT_ENTRY, SMALL, LARGE = 1.3, 2048, 32768  # cost of an eviction per entry: between two budgets
+EVICT_AT, EVICT_STEPS, EVICT_SNAPKV = 16384, 1.0, 4.0  # an eviction in decode steps, at a budget
 BELOW = 0.97  # decode below the budget / the unbounded cache
 
 
@@ -51,6 +53,23 @@ def verdicts(report: Report) -> list[Verdict]:
             found.append(
                 Verdict(f"{row['system']}: prefill of {at} tokens{short}: unbounded / this", row["vs_unbounded"], goal)
             )
+    return found + _evictions(report.extra.get("evictions", []))
+
+
+def _evictions(rows: Sequence[Row]) -> list[Verdict]:
+    found: list[Verdict] = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == policy]
+        small, large = mine[0], mine[-1]
+        if small is not large:
+            whole = small["budget"] <= SMALL and large["budget"] >= LARGE
+            name = f"{policy}: cost of an eviction per entry at {large['budget']} / at {small['budget']}"
+            found.append(Verdict(name, large["vs_smallest"], FLAT_ENTRY if whole else None, at_most=True))
+        goal = EVICT_SNAPKV if policy == "snapkv" else EVICT_STEPS
+        for row in mine:
+            name = f"{policy}: an eviction at {row['budget']} in decode steps"
+            limit = goal if row["budget"] == EVICT_AT else None
+            found.append(Verdict(name, row["decode_steps"], limit, at_most=True))
     return found
 
 

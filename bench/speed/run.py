@@ -16,7 +16,7 @@ from ..report import Report, Row, print_rows, series
 from ..runner import UNBOUNDED, BenchError, Model, Setup, System, library
 from ..stats import alternate, pair_ratio
 from ..text import TokenStream, read_text
-from . import parts as parts_of
+from . import evictions as evictions_of, parts as parts_of
 from .goals import bytes_limit, has_all, verdicts
 
 COLUMNS = (
@@ -33,7 +33,8 @@ COLUMNS = (
     "decode_vs_no_flash",
     "prefill_vs_flash",
 )
-PARTS = ("depths", "rows", "latency", "prefill")
+PARTS = ("depths", "rows", "latency", "prefill", "evictions")
+COLUMNS_OF = {**parts_of.COLUMNS, "evictions": evictions_of.COLUMNS}
 PREFILL = 512
 CHUNK = 32  # decoded tokens of one turn: at least one eviction falls into each
 FLASH, NO_FLASH = "unbounded", "unbounded, no flash"  # as Setup.label has them
@@ -49,6 +50,9 @@ def run_speed(
     prefill_tokens: int = 32768,
     prefill_full_tokens: int | None = None,
     latency_tokens: int = 320,
+    eviction_budgets: Sequence[int] = (2048, 16384, 32768),
+    eviction_rounds: int = 15,
+    eviction_policies: Sequence[str] | None = None,
     text: Path | None = None,
     decode_tokens: int = 64,
     repeats: int = 3,
@@ -64,6 +68,7 @@ def run_speed(
         full_depth_max: the unbounded systems stop at this depth; None: they go to the end.
         prefill_tokens, prefill_full_tokens: length of the text of the part `prefill`, and how much of it the unbounded
             cache reads; None: all.
+        eviction_policies: of the part `evictions`; None: all that need nothing but the model.
 
     Raises:
         BenchError: an unknown part, no bounded system, or no depth.
@@ -115,6 +120,13 @@ def run_speed(
             "prefill",
             lambda: parts_of.long_prefill(
                 model, [stock, *bounded], corpus, prefill_tokens, prefill_full_tokens, progress
+            ),
+        ),
+        (
+            "evictions",
+            "evictions",
+            lambda: evictions_of.evictions(
+                model, base, eviction_policies or evictions_of.policies(), eviction_budgets, corpus, eviction_rounds
             ),
         ),
     ):
@@ -211,7 +223,7 @@ def _turn(
 def print_parts(report: Report) -> None:
     """The tables of the parts other than the depths."""
     for part, rows in report.extra.items():
-        print_rows(f"{report.name}: {part}", parts_of.COLUMNS[part], rows)
+        print_rows(f"{report.name}: {part}", COLUMNS_OF[part], rows)
 
 
 def plot(figure: Any, report: Report) -> None:

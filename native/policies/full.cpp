@@ -1,8 +1,8 @@
 #include "policy.h"
 
+#include <algorithm>
+
 // Nothing is ever evicted under this policy, so all entries rank the same.
-void indexmem_rank_full(const indexmem_rank_view & view, float * rank) {
-    for (int64_t i = 0; i < view.n; ++i) {
-        rank[i] = 0.0f;
-    }
+void indexmem_rank_full(indexmem_ranking & ranking) {
+    ranking.each_chunk([](const indexmem_rank_chunk & c) { std::fill(c.rank, c.rank + c.n, 0.0f); });
 }

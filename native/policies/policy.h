@@ -1,63 +1,154 @@
 #pragma once
 
-// What a policy sees and returns: ranks of the entries of one KV head of one sequence.
+// What a policy sees and does: ranks for the entries of some KV heads, each of one sequence.
+//
+// A policy is a function that all threads call at once, with rankings that differ in the thread alone. It goes through the
+// entries in chunks, which are handed out to the threads:
+//
+//     ranking.each_chunk([&](const indexmem_rank_chunk & c) {
+//         for (int64_t i = 0; i < c.n; ++i) {
+//             c.rank[i] = ...;
+//         }
+//     });
 //
 // Invariants
-//   - a rank is a pure function of the view: same view, same ranks, whatever the thread or the number of threads
+//   - a rank is a pure function of what is shown: the same ranks, whatever the thread or the number of threads
 //   - higher ranks stay; ties are broken later, by position (selection, not the policy)
 //   - entries are in slot order, which is not position order
+//   - what one call of each_chunk() or each_head() has written, all threads see in the next
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
-constexpr int INDEXMEM_MAX_QUERIES = 32;
+constexpr int     INDEXMEM_MAX_QUERIES = 32;
+constexpr int64_t INDEXMEM_RANK_CHUNK  = 128; // entries
 
-struct indexmem_rank_view {
-    int64_t n;              // entries now in the cache, those of the current ubatch included
-    int64_t n_embd;         // head size of the keys
+struct ggml_tensor;
 
-    const int32_t * pos;    // [n]          position of each entry
-    const float   * k;      // [n][n_embd]  cached (post-RoPE) keys, null unless the policy needs them
+// one KV head of one sequence
+struct indexmem_rank_head {
+    int64_t n;               // entries now in the cache, those of the current ubatch included
+    float * rank;            // [n] to be written
+    float * scratch;         // indexmem_rank_scratch() floats for the policy's own use
 
-    // queries of the group, null unless the policy needs them:  query(g, p)  for positions p in (pos_last - n_queries, pos_last]
-    const char * q;
-    int64_t      n_group;   // query heads that share this KV head
-    int64_t      n_ring;    // the query of position p is in ring row p % n_ring
-    size_t       nb_ring;   // bytes between ring rows
-    size_t       nb_head;   // bytes between query heads
-    const float * sinks;    // [n_group] a logit of each query head whose attention goes nowhere, null: none
-    int32_t      n_queries;
-    int32_t      pos_last;  // position of the newest entry
+    const int32_t * pos;     // positions of slots [0, n_fixed); see position()
+    int32_t         n_fixed;
+    int32_t         pos_tail;
+    int32_t         pos_last; // position of the newest entry
+    int32_t         head;     // KV head
+
+    const char * k;          // row 0 of the cached (post-RoPE) keys; null unless the policy needs them
+
+    // queries of the group, null unless the policy needs them
+    const char  * q;
+    const float * sinks;     // [n_group] a logit of each query head whose attention goes nowhere, null: none
 
     // what the indexer of a sidecar says of each entry, null unless the policy is `indexer`
-    const char * terms;     // [n][n_terms] floats
-    size_t       nb_term;   // bytes between entries
-    int32_t      n_terms;   // 1, or 2 with a retention rate
-    float        pos_slope;
-    float        age_scale;
+    const char * terms;      // [n][n_terms] floats
 
-    float scale;            // of the attention logits
-    float softcap;          // of the attention logits, 0 = none
+    int32_t position(int64_t i) const {
+        return i < n_fixed ? pos[i] : pos_tail + (int32_t) (i - n_fixed);
+    }
+
+    int64_t n_chunks() const { return (n + INDEXMEM_RANK_CHUNK - 1)/INDEXMEM_RANK_CHUNK; }
+};
+
+// What is the same for all heads of an op.
+struct indexmem_rank_shape {
+    const ggml_tensor * k;  // keys, or the terms of an indexer
+    int64_t n_slots;
+    int64_t n_embd;         // head size of the keys
+
+    int64_t n_group;        // query heads that share a KV head
+    int32_t n_queries;      // the latest queries, of policies.def
+    int64_t n_ring;         // the query of position p is in ring row p % n_ring
+    size_t  nb_ring;        // bytes between ring rows
+    size_t  nb_head;        // bytes between query heads
+    float   scale;          // of the attention logits
+    float   softcap;        // of the attention logits, 0 = none
+
+    size_t  nb_term;        // bytes between entries
+    int32_t n_terms;        // 1, or 2 with a retention rate
+    float   pos_slope;
+    float   age_scale;
 
     uint64_t seed;
     int32_t  il;            // layer of the model
-    int32_t  head;          // KV head
+    bool     needs_keys;
+    int      n_threads;
 
-    float * scratch;        // [2*n + n_embd] for the policy's own use
+    int64_t n_chunks() const { return (n_slots + INDEXMEM_RANK_CHUNK - 1)/INDEXMEM_RANK_CHUNK; }
 
-    const float * query(int64_t g, int32_t p) const {
-        return (const float *) (q + (p % n_ring)*nb_ring + g*nb_head);
+    // the query of head g of the group for position p in (pos_last - n_queries, pos_last]
+    const float * query(const indexmem_rank_head & h, int64_t g, int32_t p) const {
+        return (const float *) (h.q + (p % n_ring)*nb_ring + g*nb_head);
     }
 };
 
-// writes rank[n]
-typedef void (*indexmem_rank_t)(const indexmem_rank_view & view, float * rank);
+struct indexmem_rank_thread; // scratch of this thread
 
-// Attention that query (g, p) gives to every entry it may see (position <= p), as probabilities over the entries now in
-// the cache and the sink; 0 for the others. prob[n].
-void indexmem_attention_row(const indexmem_rank_view & view, int64_t g, int32_t p, float * prob);
+// entries [i0, i0 + n) of a head
+struct indexmem_rank_chunk {
+    const indexmem_rank_head   & head;
+    const indexmem_rank_shape  & shape;
+    const indexmem_rank_thread & thread;
+
+    int64_t i0;
+    int64_t n;
+    float * rank;           // [n] to be written
+
+    int64_t index() const { return i0/INDEXMEM_RANK_CHUNK; }
+
+    void positions(int32_t * pos) const {
+        const int64_t n_fixed = head.n_fixed - i0 < 0 ? 0 : head.n_fixed - i0 < n ? head.n_fixed - i0 : n;
+        for (int64_t i = 0; i < n_fixed; ++i) {
+            pos[i] = head.pos[i0 + i];
+        }
+        for (int64_t i = n_fixed; i < n; ++i) {
+            pos[i] = head.position(i0 + i);
+        }
+    }
+
+    // Of the keys, whatever their type. Results and weights have room for INDEXMEM_RANK_CHUNK values.
+    void squares(float * out) const;                             // out[i] = |key i|^2
+    void dots   (const float * x, float * out) const;            // out[i] = x . key i
+    void add    (const float * weight, float * sum) const;       // sum += weight[i]*key i
+};
+
+class indexmem_ranking {
+public:
+    typedef std::function<void(const indexmem_rank_chunk &)> of_chunk;
+    typedef std::function<void(const indexmem_rank_head &)>  of_head;
+
+    virtual ~indexmem_ranking() = default;
+
+    virtual const indexmem_rank_shape & shape() const = 0;
+
+    // Returns when all threads are done.
+    virtual void each_chunk(const of_chunk & f) = 0;
+
+    // the same for heads
+    virtual void each_head(const of_head & f) = 0;
+
+    // Returns when this thread is done: the next each_chunk() goes on with the threads that are not busy.
+    virtual void each_head_aside(const of_head & f) = 0;
+};
+
+typedef void (*indexmem_rank_t)(indexmem_ranking & ranking);
+
+// Attention that the latest queries give to every entry they may see (position <= theirs), as probabilities over the entries
+// now in the cache and the sink: the mean over queries and the group is the rank.
+void indexmem_rank_attention(indexmem_ranking & ranking);
+
+// What it takes of the scratch of a head, from the beginning, in floats.
+size_t indexmem_rank_attention_scratch(const indexmem_rank_shape & shape);
+
+// Scratch of a head, in floats: [n_chunks + 1][n_embd] if the policy reads keys alone; what attention takes and then [2][n_slots] if it
+// reads queries.
+size_t indexmem_rank_scratch(const indexmem_rank_shape & shape);
 
 #define INDEXMEM_POLICY(name, needs_keys, n_queries, help) \
-    void indexmem_rank_##name(const indexmem_rank_view & view, float * rank);
+    void indexmem_rank_##name(indexmem_ranking & ranking);
 #include "policies.def"
 #undef INDEXMEM_POLICY

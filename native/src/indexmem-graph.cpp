@@ -92,24 +92,32 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t inf  = ggml_fp32_to_fp16(-INFINITY);
 
-    std::vector<ggml_fp16_t> data_mask (ggml_nelements(mask), inf);
+    // where it lies in memory of the host the mask is written in place: it has n_kv values for each token
+    const bool in_place = ggml_backend_buffer_is_host(mask->buffer);
+
+    std::vector<ggml_fp16_t> data_mask (in_place ? 0 : ggml_nelements(mask));
     std::vector<int64_t>     data_slots(ggml_nelements(slots));
 
+    ggml_fp16_t * row = in_place ? (ggml_fp16_t *) mask->data : data_mask.data();
     for (uint32_t s = 0; s < sh.n_seq; ++s) {
         const uint32_t n_used = st.before[s].n_used;
-        for (uint32_t i = 0; i < sh.n_tokens; ++i) {
+        for (uint32_t i = 0; i < sh.n_tokens; ++i, row += sh.n_kv) {
             data_slots[s*sh.n_tokens + i] = n_used + i;
 
             // everything in the cache is in the past; among the new tokens attention is causal
-            ggml_fp16_t * row = data_mask.data() + (int64_t) (s*sh.n_tokens + i)*sh.n_kv;
+            const int64_t first = kv.get_n_front() - row_first();
+            const int64_t last  = first + n_used + i + 1;
+            std::fill(row,         row + first,   inf);
+            std::fill(row + first, row + last,    zero);
+            std::fill(row + last,  row + sh.n_kv, inf);
             if (sh.recall) {
                 std::fill(row, row + kv.get_n_latent(), zero); // empty ones are masked by their counts
             }
-            row += kv.get_n_front() - row_first();
-            std::fill(row, row + n_used + i + 1, zero);
         }
     }
-    ggml_backend_tensor_set(mask,  data_mask.data(),  0, ggml_nbytes(mask));
+    if (!in_place) {
+        ggml_backend_tensor_set(mask, data_mask.data(), 0, ggml_nbytes(mask));
+    }
     ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
 
     if (latent) {

@@ -253,7 +253,7 @@ private:
 
     // a sequence to be copied, or (src NOTHING) whose memory is to be cleared
     static constexpr uint32_t NOTHING = UINT32_MAX;
-    struct copy { uint32_t src, dst; };
+    struct copy { uint32_t src, dst, n_used = 0; }; // n_used: entries of the source
     std::vector<copy> copies; // pending, applied by init_update
 
     layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
@@ -267,6 +267,8 @@ private:
     void reserve_rotator();
 
     void apply_copies();
+    void copy_rows(ggml_tensor * t, const copy & c, const std::vector<std::pair<int64_t, int64_t>> & rows);
+    std::vector<std::pair<int64_t, int64_t>> rows_in_use(const layer & l, const ggml_tensor * t, uint32_t n_used) const;
     void clear_memory(uint32_t stream);
 
     friend class llama_kv_cache_bounded_context;

@@ -142,7 +142,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
     if (p1 >= 0 && p1 < dst.n_seen) {
         dst.truncate(p1);
     }
-    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst });
+    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst, get_seq(seq_id_src)->n_used });
     counts.assign(seq_id_dst, dst);
 }
 
@@ -150,6 +150,49 @@ void llama_kv_cache_bounded::spoil(llama_seq_id seq_id) {
     seq_state seq = *get_seq(seq_id);
     seq.broken = true;
     counts.assign(seq_id, seq);
+}
+
+// [begin, end) of the rows of each head that hold something when a sequence has so many entries. What lies in the others is never
+// looked at.
+std::vector<std::pair<int64_t, int64_t>> llama_kv_cache_bounded::rows_in_use(const layer & l, const ggml_tensor * t, uint32_t n_used) const {
+    if (t == l.k || t == l.v) {
+        return { { 0, get_n_front() + n_used } };
+    }
+    if (t == l.pos || t == l.rotary) {
+        return { { 0, n_used } };
+    }
+    if (t == l.state) {
+        return { { 0, n_used }, { get_n_slots(), t->ne[1] } };
+    }
+    return { { 0, t->ne[1] } };
+}
+
+void llama_kv_cache_bounded::copy_rows(ggml_tensor * t, const copy & c, const std::vector<std::pair<int64_t, int64_t>> & rows) {
+    const bool   table    = t->ne[3] == 1; // a row is a number
+    const size_t size     = ggml_nbytes(t)/get_n_seq_max();
+    const size_t row_size = table ? t->nb[0] : t->nb[1];
+    const size_t nb_head  = table ? t->nb[1] : t->nb[2];
+    const bool   whole    = rows.size() == 1 && (rows[0].second - rows[0].first)*row_size == nb_head;
+    for (size_t head = 0; head < size; head += whole ? size : nb_head) {
+        for (const auto & [begin, end] : rows) {
+            if (begin == end) {
+                continue;
+            }
+            ggml_tensor src = *t;
+            ggml_tensor dst = *t;
+            for (ggml_tensor * view : { &src, &dst }) {
+                view->type  = GGML_TYPE_I8;
+                view->ne[0] = whole ? size : (end - begin)*row_size;
+                view->ne[1] = view->ne[2] = view->ne[3] = 1;
+                view->nb[0] = 1;
+                view->nb[1] = view->nb[2] = view->nb[3] = view->ne[0];
+            }
+            const size_t at = head + begin*row_size;
+            src.data = (char *) t->data + c.src*size + at;
+            dst.data = (char *) t->data + c.dst*size + at;
+            ggml_backend_tensor_copy(&src, &dst);
+        }
+    }
 }
 
 // What is pending, in order, so that a copy reads what its source held then: nothing but this writes to sequences between
@@ -162,19 +205,7 @@ void llama_kv_cache_bounded::apply_copies() {
         }
         for (const auto & l : layers) {
             for (ggml_tensor * t : l.tensors()) {
-                const size_t size = ggml_nbytes(t)/get_n_seq_max();
-                ggml_tensor src = *t;
-                ggml_tensor dst = *t;
-                for (ggml_tensor * view : { &src, &dst }) {
-                    view->type  = GGML_TYPE_I8;
-                    view->ne[0] = size;
-                    view->ne[1] = view->ne[2] = view->ne[3] = 1;
-                    view->nb[0] = 1;
-                    view->nb[1] = view->nb[2] = view->nb[3] = size;
-                }
-                src.data = (char *) t->data + c.src*size;
-                dst.data = (char *) t->data + c.dst*size;
-                ggml_backend_tensor_copy(&src, &dst);
+                copy_rows(t, c, rows_in_use(l, t, c.n_used));
             }
         }
     }

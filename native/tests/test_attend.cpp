@@ -165,6 +165,11 @@ static const attend_case attend_cases[] = {
     {  64,  64,   256,  1, 3, 3,     200, false,  0.0f,   0, true }, // sinks: one sequence
     {  64,  32,   512, 17, 4, 4,     301, true,   0.0f,  20, true }, // two, with latent slots
     {  64,  64,  9000,  3, 8, 2,    8500, false, 30.0f,   0, true }, // spans of several chunks
+    {  80, 112,   512,  1, 3, 3,     500, false,  0.0f },      // rows that end with half a block: few queries,
+    { 112,  80,   768, 40, 2, 2,     700, true,   0.0f },      // and many
+    {  16,  48,   256,  2, 1, 2,     200, false, 30.0f,  20, true },
+    {  40,  72,   512,  1, 3, 2,     500, false,  0.0f },      // rows that are padded
+    {  40,  88,   512, 50, 1, 2,     500, true,   0.0f },
 };
 
 TEST(attention_equals_the_reference) {

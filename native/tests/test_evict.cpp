@@ -248,6 +248,15 @@ TEST(threads_agree_with_the_reference) {
     for (int n_threads = 1; n_threads <= 5; ++n_threads) {
         run_evict(evict_cases[4], GGML_TYPE_Q8_0, n_threads);
     }
+    // several threads for a head
+    for (int n_threads = 2; n_threads <= 7; ++n_threads) {
+        for (int ranks = 0; ranks <= 3; ++ranks) {
+            run_evict({ 1536, 1, 1, 1500, 1400,   32,  4,  128, ranks },    GGML_TYPE_F16, n_threads);
+            run_evict({ 1536, 2, 1, 1500, 1000,  512, 64,  128, ranks },    GGML_TYPE_F16, n_threads);
+            run_evict({  256, 1, 2,   41,   40,   30, 30,    9, ranks },    GGML_TYPE_F16, n_threads); // fewer may leave
+            run_evict({  256, 1, 1,  256,  100,  200,  4,   32, ranks, 9 }, GGML_TYPE_F16, n_threads); // the plan is short
+        }
+    }
 }
 
 // The ranks of every policy are finite where the cache is, whatever lies in slots that are not in use.

@@ -10,7 +10,7 @@ import pytest
 
 from indexmem_edge.bench.report import ROW_KEYS, Report, report_name
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup
-from indexmem_edge.bench.speed import goals as speed_goals, parts as speed_parts, run as speed
+from indexmem_edge.bench.speed import evictions, goals as speed_goals, parts as speed_parts, run as speed
 from support.bench_data import invoke
 
 PLAIN, ALL = "streaming 1024", "indexer 1024, memory centroid"
@@ -82,6 +82,21 @@ def test_rows_latency_and_prefill_have_goals() -> None:
     made = report(prefill=[{"system": ALL, "tokens": 32768, "compared_at": 8192, "vs_unbounded": 3.0}])
     (verdict,) = speed_goals.verdicts(made)
     assert verdict.ok is None and "8192 tokens, where the unbounded one stopped" in verdict.name
+
+
+def test_goals_of_evictions() -> None:
+    rows = [
+        {"policy": policy, "budget": budget, "vs_smallest": flat, "decode_steps": steps}
+        for policy, steps in (("snapkv", 3.0), ("knorm", 3.0))
+        for budget, flat in ((2048, 1.0), (16384, 1.2), (32768, 1.4))
+    ]
+    found = {verdict.name: verdict for verdict in speed_goals.verdicts(report(evictions=rows))}
+    assert [v.ok for name, v in found.items() if "per entry at 32768 / at 2048" in name] == [False, False]
+    assert found["snapkv: an eviction at 16384 in decode steps"].ok is True
+    assert found["knorm: an eviction at 16384 in decode steps"].ok is False
+    assert found["knorm: an eviction at 2048 in decode steps"].ok is None
+    part = speed_goals.verdicts(report(evictions=rows[1:3]))
+    assert part[0].ok is None and "at 32768 / at 16384" in part[0].name  # both ends have to be there
 
 
 def test_limits_percentiles_and_prefill_rows() -> None:
@@ -156,3 +171,23 @@ def test_all_parts_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "speed.json").read_text())
     assert data["rows"] == [] and [row["system"] for row in data["latency"]] == ["unbounded", "knorm 128"]
     assert "rows_at_once" not in data
+
+
+def test_the_cost_of_evictions(tiny: Any, tmp_path: Path) -> None:
+    common = ["-m", tiny("llama")[0], "--out", tmp_path, "--json", "--kv-window", 32, "-ub", 64, "-t", 1]
+    words = ["--parts", "evictions", "--eviction-budgets", "256,128", "--eviction-rounds", 2]
+    invoke("speed", *common, *words)
+    data = json.loads((tmp_path / "speed.json").read_text())
+    found = {(row["policy"], row["budget"]): row for row in data["evictions"]}
+    assert {policy for policy, _ in found} == set(evictions.policies()) >= {"streaming", "keydiff", "tova", "snapkv"}
+    assert {budget for _, budget in found} == {128, 256} and len(found) == len(data["evictions"])
+    for (policy, budget), row in found.items():
+        assert row["evict_ms"] > 0 < row["step_ms"]
+        assert row["decode_steps"] == pytest.approx(row["evict_ms"] / row["step_ms"])
+        small = found[policy, 128]
+        assert row["vs_smallest"] == pytest.approx(row["evict_ms"] / small["evict_ms"] * 128 / budget)
+    assert not data["rows"] and len(data["verdicts"]) == 3 * len(evictions.policies())
+
+    invoke("speed", *common, *words, "--kv-policy", "knorm")
+    data = json.loads((tmp_path / "speed.json").read_text())
+    assert {row["policy"] for row in data["evictions"]} == {"knorm"}

@@ -9,7 +9,7 @@ namespace indexmem_cpu {
 
 constexpr int VECS = 4; // vectors that share a value of a query
 
-// n rows as fp32, zeros where `top` is -inf; n_embd is a multiple of BLOCK
+// n rows as fp32, zeros where `top` is -inf; n_embd is a multiple of HALF
 template <typename From>
 void attend_convert(const attend_rows & src, int64_t n, int64_t n_embd, const float * top, float * dst) {
     using namespace indexmem_simd;
@@ -17,12 +17,12 @@ void attend_convert(const attend_rows & src, int64_t n, int64_t n_embd, const fl
     for (int64_t j = 0; j < n; ++j) {
         const char * row  = src.row(j);
         const bool   seen = top[j] != -INFINITY;
-        for (int64_t d = 0; d < n_embd; d += BLOCK) {
+        attend_blocks(n_embd, [&](int64_t d, auto size) {
             const vec scale = seen ? From::scale(row, d) : zero();
-            for (int64_t b = 0; b < BLOCK; b += WIDTH) {
+            for (int64_t b = 0; b < size; b += WIDTH) {
                 store(dst + j*n_embd + d + b, seen ? From::at(row, d, b, scale) : zero());
             }
-        }
+        });
     }
 }
 
@@ -32,20 +32,21 @@ void attend_convert_columns(const attend_rows & src, int64_t n, int64_t n_embd, 
     using namespace indexmem_simd;
 
     for (int64_t j = 0; j < n; j += WIDTH) {
-        for (int64_t d = 0; d < n_embd; d += BLOCK) {
-            vec x[BLOCK/WIDTH][WIDTH];
+        attend_blocks(n_embd, [&](int64_t d, auto size) {
+            constexpr int64_t N = decltype(size)::value/WIDTH; // vectors
+            vec x[N][WIDTH];
             for (int64_t i = 0; i < WIDTH; ++i) {
                 const char * row   = src.row(j + i);
                 const bool   seen  = j + i < n && top[j + i] != -INFINITY;
                 const vec    scale = seen ? From::scale(row, d) : zero();
-                for (int64_t b = 0; b < BLOCK/WIDTH; ++b) {
+                for (int64_t b = 0; b < N; ++b) {
                     x[b][i] = seen ? From::at(row, d, b*WIDTH, scale) : zero();
                 }
             }
-            for (int64_t b = 0; b < BLOCK/WIDTH; ++b) {
+            for (int64_t b = 0; b < N; ++b) {
                 transpose(x[b], dst + (d + b*WIDTH)*CHUNK + j, CHUNK);
             }
-        }
+        });
     }
 }
 
@@ -112,7 +113,7 @@ void attend_accumulate_columns_many(const float * p, const float * v, int64_t n,
     }
 }
 
-// out[r] += sum over j of p[r*CHUNK + j]*value j, for n values; `v` is [n][wide], `wide` a multiple of BLOCK
+// out[r] += sum over j of p[r*CHUNK + j]*value j, for n values; `v` is [n][wide], `wide` a multiple of HALF
 template <int R>
 void attend_accumulate_many(const float * p, const float * v, int64_t n, int64_t wide, float * const * out) {
     using namespace indexmem_simd;
@@ -122,8 +123,13 @@ void attend_accumulate_many(const float * p, const float * v, int64_t n, int64_t
         attend_accumulate_columns_many<R, VECS>(p, v, n, wide, d, out);
     }
     if constexpr (BLOCK < VECS*WIDTH) {
-        for (; d < wide; d += BLOCK) {
+        for (; d + BLOCK <= wide; d += BLOCK) {
             attend_accumulate_columns_many<R, BLOCK/WIDTH>(p, v, n, wide, d, out);
+        }
+    }
+    if constexpr (HALF < VECS*WIDTH) {
+        for (; d < wide; d += HALF) {
+            attend_accumulate_columns_many<R, HALF/WIDTH>(p, v, n, wide, d, out);
         }
     }
 }

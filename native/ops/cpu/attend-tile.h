@@ -4,11 +4,15 @@
 // value, and converted on the way, serves all queries of the tile. For one set of arguments the order of additions is the
 // same whatever type the rows have, so a chunk converted beforehand gives the same bits.
 //
-// Rows of K, V, q and outputs have a multiple of BLOCK values.
+// Rows of K, V, q and outputs have a multiple of HALF values, of types in blocks of BLOCK a multiple of that.
 
 #include "simd.h"
 
+#include <type_traits>
+
 namespace indexmem_cpu {
+
+constexpr int64_t HALF = indexmem_simd::BLOCK/2; // a multiple of every WIDTH
 
 constexpr int64_t CHUNK = 128; // keys, a multiple of KEYS and of every WIDTH
 constexpr int     KEYS  = 4;  // worked on at once
@@ -37,6 +41,18 @@ struct attend_ahead {
     }
 };
 
+// calls f(d, size) for the blocks of a row, size being a constant: the last may be HALF
+template <typename F>
+inline void attend_blocks(int64_t n_embd, const F & f) {
+    int64_t d = 0;
+    for (; d + indexmem_simd::BLOCK <= n_embd; d += indexmem_simd::BLOCK) {
+        f(d, std::integral_constant<int64_t, indexmem_simd::BLOCK>());
+    }
+    if (d < n_embd) {
+        f(d, std::integral_constant<int64_t, HALF>());
+    }
+}
+
 // out[r*CHUNK + j] = q[r] . row j, for n rows; what is beyond n, up to a multiple of KEYS, is undefined
 template <typename From, int R>
 void attend_dots(const float * const * q, const attend_rows & k, int64_t n, int64_t n_embd, float * out, const attend_ahead & next) {
@@ -54,12 +70,12 @@ void attend_dots(const float * const * q, const attend_rows & k, int64_t n, int6
                 acc[r][i] = zero();
             }
         }
-        for (int64_t d = 0; d < n_embd; d += BLOCK) {
+        const auto block = [&](int64_t d, auto size) {
             vec scale[KEYS];
             for (int i = 0; i < KEYS; ++i) {
                 scale[i] = From::scale(row[i], d);
             }
-            for (int64_t b = 0; b < BLOCK; b += WIDTH) {
+            for (int64_t b = 0; b < size; b += WIDTH) {
                 vec x[R];
                 for (int r = 0; r < R; ++r) {
                     x[r] = load(q[r] + d + b);
@@ -71,19 +87,21 @@ void attend_dots(const float * const * q, const attend_rows & k, int64_t n, int6
                     }
                 }
             }
-        }
+        };
+        attend_blocks(n_embd, block);
         for (int r = 0; r < R; ++r) {
             sums4(acc[r], out + r*CHUNK + j);
         }
     }
 }
 
-// columns [d, d + B*BLOCK) of attend_accumulate
-template <typename From, int R, int B>
+// columns [d, d + SIZE) of attend_accumulate, SIZE being HALF or a multiple of BLOCK
+template <typename From, int R, int64_t SIZE>
 void attend_accumulate_columns(const float * p, const attend_rows & v, int64_t n, int64_t d, float * const * out, const attend_ahead & next) {
     using namespace indexmem_simd;
 
-    constexpr int N = BLOCK/WIDTH; // vectors of a block
+    constexpr int N = (int) (std::min(BLOCK, SIZE)/WIDTH); // vectors of a block
+    constexpr int B = (int) ((SIZE + BLOCK - 1)/BLOCK);
 
     vec acc[R][B*N];
     for (int r = 0; r < R; ++r) {
@@ -122,10 +140,25 @@ void attend_accumulate(const float * p, const attend_rows & v, int64_t n, int64_
 
     int64_t d = 0;
     for (; d + B*indexmem_simd::BLOCK <= n_embd; d += B*indexmem_simd::BLOCK) {
-        attend_accumulate_columns<From, R, B>(p, v, n, d, out, d == 0 ? next : attend_ahead());
+        attend_accumulate_columns<From, R, B*indexmem_simd::BLOCK>(p, v, n, d, out, d == 0 ? next : attend_ahead());
     }
-    for (; d < n_embd; d += indexmem_simd::BLOCK) {
-        attend_accumulate_columns<From, R, 1>(p, v, n, d, out, {});
+    for (; d + indexmem_simd::BLOCK <= n_embd; d += indexmem_simd::BLOCK) {
+        attend_accumulate_columns<From, R, indexmem_simd::BLOCK>(p, v, n, d, out, {});
+    }
+    if (d < n_embd) {
+        attend_accumulate_columns<From, R, HALF>(p, v, n, d, out, {});
+    }
+}
+
+// logits l[n] become softcap*tanh(scale*l/softcap)
+inline void attend_cap(float * l, int64_t n, float scale, float softcap) {
+    using namespace indexmem_simd;
+
+    // tanh(x) = 1 - 2/(exp(2x) + 1): exact enough beside a cap, also where exp overflows
+    const vec twice = set1(2.0f*scale/softcap);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        const vec e = indexmem_simd::exp(mul(load(l + i), twice));
+        store(l + i, mul_add(set1(softcap), set1(-2.0f*softcap), div(set1(1.0f), add(e, set1(1.0f)))));
     }
 }
 

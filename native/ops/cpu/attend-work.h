@@ -9,6 +9,7 @@ namespace indexmem_cpu {
 constexpr int64_t ROWS  = 96;  // queries of a block
 constexpr int64_t FEW   = 2*indexmem_simd::TILE; // up to so many, K and V are converted in registers
 constexpr int64_t TASKS = 192; // no need for more
+constexpr int64_t MUCH  = 96;  // queries times chunks for each thread
 
 struct attend_shape {
     int64_t n_embd_k;
@@ -31,8 +32,8 @@ struct attend_shape {
     explicit attend_shape(const ggml_tensor * op) :
         n_embd_k(op->src[1]->ne[0]), n_embd_v(op->src[2]->ne[0]), n_kv(op->src[1]->ne[1]),
         n_tokens(op->src[0]->ne[1]), n_group(op->src[0]->ne[2]), n_stream(op->src[0]->ne[3]), n_mask(op->src[3]->ne[3]) {
-        wide_k       = GGML_PAD(n_embd_k, indexmem_simd::BLOCK);
-        wide_v       = GGML_PAD(n_embd_v, indexmem_simd::BLOCK);
+        wide_k       = GGML_PAD(n_embd_k, HALF);
+        wide_v       = GGML_PAD(n_embd_v, HALF);
         n_rows       = n_tokens*n_group;
         n_blocks     = (n_rows + ROWS - 1)/ROWS;
         n_rows_block = std::min(n_rows, ROWS);

@@ -1,5 +1,6 @@
 #include "attend-many.h"
 #include "attend-work.h"
+#include "hand-out.h"
 
 // Attention is cut into tasks by shape and mask alone, so that the order of additions, and with it every bit of the result,
 // does not depend on the number of threads:
@@ -7,6 +8,9 @@
 //   stream  one KV head of one sequence
 //   block   up to ROWS of its queries, those of a token next to each other (row = token*n_group + head of the group)
 //   span    some chunks of its keys; so many spans that there is enough to do for many threads
+//
+// Who does a task matters to nobody: where there is much to do they are handed out while it is done, else each thread has
+// its part, because handing out takes a barrier more.
 //
 // A task works through the chunks of its span with a running maximum, and leaves a maximum, a sum and an unnormalised output
 // per query; after a barrier the spans of each query are merged by log-sum-exp.
@@ -119,12 +123,7 @@ void soften(float * l, const float * bias, int64_t n, float scale, float softcap
     using namespace indexmem_simd;
 
     if (softcap != 0.0f) {
-        // softcap*tanh(x), with tanh(x) = 1 - 2/(exp(2x) + 1): exact enough beside a cap, also where exp overflows
-        const vec twice = set1(2.0f*scale/softcap);
-        for (int64_t i = 0; i < n; i += WIDTH) {
-            const vec e = indexmem_simd::exp(mul(load(l + i), twice));
-            store(l + i, mul_add(set1(softcap), set1(-2.0f*softcap), div(set1(1.0f), add(e, set1(1.0f)))));
-        }
+        attend_cap(l, n, scale, softcap);
         scale = 1.0f;
     }
     // beyond n biases are -inf
@@ -352,27 +351,34 @@ void attend(const ggml_compute_params * params, ggml_tensor * dst) {
     const attend_shape sh(dst);
     const attend_work  work(sh, params->wdata, params->ith);
 
-    // in chunks: what there is to do, and the part of this thread
-    int64_t n_all = 0;
+    int64_t n_all = 0; // chunks
     for (int64_t i = 0; i < sh.n_mask*sh.n_blocks; ++i) {
         work.visible[i] = (int32_t) find_visible(sh, dst->src[3], i/sh.n_blocks, i % sh.n_blocks);
         n_all += (work.visible[i] + CHUNK - 1)/CHUNK*(sh.n_stream/sh.n_mask);
     }
-    const int64_t begin = n_all*params->ith/params->nth;
-    const int64_t end   = n_all*(params->ith + 1)/params->nth;
 
-    int64_t at = 0;
-    for (int64_t stream = 0; stream < sh.n_stream && at < end; ++stream) {
-        for (int64_t block = 0; block < sh.n_blocks && at < end; ++block) {
-            const int64_t n_chunks = (work.visible[(stream % sh.n_mask)*sh.n_blocks + block] + CHUNK - 1)/CHUNK;
-            for (int64_t c = 0; c < n_chunks; c += sh.span) {
-                const int64_t n = std::min(sh.span, n_chunks - c);
-                if (at >= begin && at < end) {
-                    attend_span(sh, dst, work, stream, block, c, c + n, at + n < end && c + n < n_chunks);
+    // the tasks that begin in chunks [begin, end) of all
+    const auto do_tasks = [&](int64_t begin, int64_t end) {
+        int64_t at = 0;
+        for (int64_t stream = 0; stream < sh.n_stream && at < end; ++stream) {
+            for (int64_t block = 0; block < sh.n_blocks && at < end; ++block) {
+                const int64_t n_chunks = (work.visible[(stream % sh.n_mask)*sh.n_blocks + block] + CHUNK - 1)/CHUNK;
+                for (int64_t c = 0; c < n_chunks; c += sh.span) {
+                    const int64_t n = std::min(sh.span, n_chunks - c);
+                    if (at >= begin && at < end) {
+                        attend_span(sh, dst, work, stream, block, c, c + n, at + n < end && c + n < n_chunks);
+                    }
+                    at += n;
                 }
-                at += n;
             }
         }
+    };
+    if (params->nth > 1 && n_all*sh.n_rows_block >= MUCH*params->nth) {
+        hand_out portions(params);
+        portions.begin();
+        portions.each(n_all, do_tasks);
+    } else {
+        do_tasks(n_all*params->ith/params->nth, n_all*(params->ith + 1)/params->nth);
     }
 
     ggml_barrier(params->threadpool);
