@@ -19,6 +19,8 @@ from ..runtime.choice import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
 MEMORIES = {MEMORY_OFF: None, "centroid": None, "residual": "residual-mse"}
+TORCH, NATIVE = "torch", "native"
+ENGINES = (TORCH, NATIVE)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_LENGTH = 1 << 21
@@ -41,6 +43,7 @@ class TrainOptions:
     model: Path
     texts: tuple[Path, ...]
     out: Path
+    engine: str = TORCH  # who computes the model: PyTorch, or the native library
     kind: str = "retention"
     mid_dim: int = 128  # 0: linear
     decay: bool = False
@@ -77,6 +80,7 @@ class TrainOptions:
         """
         from indexmem_edge.convert.writer import OUTTYPES  # not above: it takes a while, and the command line reads this page
 
+        _check_choice("--engine", self.engine, ENGINES)
         _check_choice("--kind", self.kind, KINDS)
         _check_choice("--memory", self.memory, MEMORIES)
         _check_choice("--device", self.device, DEVICES)

@@ -29,6 +29,7 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
@@ -36,7 +37,7 @@ class Objective(ABC):
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that the modules are for."""
-        return self.decoder.config.bounded
+        return self.decoder.geometry.bounded
 
     def module_of(self, layer: int) -> Optional[nn.Module]:
         """The module of a layer, None if nothing is ever evicted there."""

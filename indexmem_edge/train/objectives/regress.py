@@ -7,19 +7,22 @@ the networks are fitted to random batches of them, which costs next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cache.future import future_attention
 from ..data.sample import Sample
-from ..model.attention import Heads, causal
+from ..model.attention import Heads
 from ..model.decoder import Decoder
 from .objective import Objective, Progress
 
@@ -31,6 +34,7 @@ class Regress(Objective):
     """Huber loss between ranks and log attention, in nats; a constant per layer and head is free."""
 
     name = "regress"
+    observes = True
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         super().__init__(decoder, modules, sinks, window)
@@ -60,33 +64,41 @@ class Regress(Objective):
         where = torch.from_numpy(chosen).to(self.device)
         hidden, targets = [], []
 
-        def attend(heads: Heads) -> Tensor:
-            if heads.layer in self.layers:
-                best, _ = future_attention(heads.q[0], heads.k[0], heads.scale, self.window)
-                hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
-                targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
-            return causal(heads)
+        def look(heads: Heads) -> None:
+            best, _ = future_attention(
+                heads.q[0], heads.k[0], heads.scale, self.window, softcap=heads.softcap, sinks=heads.sinks
+            )
+            hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
+            targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
 
-        self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], attend)
+        self.decoder.observe(torch.from_numpy(sample.tokens).long().to(self.device), look)
         return {"hidden": torch.stack(hidden), "target": torch.stack(targets), "positions": where.cpu()}
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         rng = np.random.default_rng((seed, step))
-        parts = [load_file(self.shards[i]) for i in rng.integers(0, len(self.shards), max(len(samples), 1))]
         losses = []
-        for i, module in enumerate(self.modules):
-            loss = torch.zeros((), device=self.device)
-            for part in parts:
-                hidden, positions = part["hidden"][i].to(self.device), part["positions"].to(self.device)
-                target = (part["target"][i].float() - self.mean[i]).to(self.device)
-                ranks = module.ranks(hidden, positions, int(positions[-1]))
-                loss = loss + F.smooth_l1_loss(ranks, target)
-            (loss / len(parts) / len(self.modules)).backward()
-            losses.append(float(loss.detach()) / len(parts))
+        with contextlib.ExitStack() as stack:
+            drawn = rng.integers(0, len(self.shards), max(len(samples), 1))
+            parts = [stack.enter_context(_opened(self.shards[i])) for i in drawn]
+            for i, module in enumerate(self.modules):
+                loss = torch.zeros((), device=self.device)
+                for part in parts:
+                    hidden, positions = part.get_slice("hidden")[i].to(self.device), part.get_tensor("positions").to(self.device)
+                    target = (part.get_slice("target")[i].float() - self.mean[i]).to(self.device)
+                    ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+                    loss = loss + F.smooth_l1_loss(ranks, target)
+                (loss / len(parts) / len(self.modules)).backward()
+                losses.append(float(loss.detach()) / len(parts))
         return {"loss": sum(losses) / len(losses)}
+
+
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    """A file of which one layer after the other is read: all of them together may be as large as the model."""
+    return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 def _target(path: Path) -> Tensor:
     """Without the hidden states, which are a hundred times as large."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
-        return file.get_tensor("target")
+    with _opened(path) as file:
+        target: Tensor = file.get_tensor("target")
+        return target
