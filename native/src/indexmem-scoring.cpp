@@ -86,7 +86,7 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
     }
     if (hidden) {
         // a node of its own, so that whoever follows the evaluation (training does) finds what the indexer reads in every architecture
-        hidden = ggml_is_contiguous(hidden) ? ggml_view_tensor(ctx, hidden) : ggml_cont(ctx, hidden);
+        hidden = ggml_is_contiguous(hidden) ? ggml_reshape_2d(ctx, hidden, n_embd, ggml_nrows(hidden)) : ggml_cont(ctx, hidden);
         ggml_format_name(hidden, "indexmem_hidden-%d", (int) l.il);
     }
 

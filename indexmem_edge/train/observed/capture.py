@@ -15,7 +15,7 @@ from torch import Tensor
 from ...calibrate.capture import Array, Callback, Tensor as Node
 from ..model.attention import Heads, Look
 
-_HIDDEN = b"indexmem_hidden-"  # the node that shows what an indexer reads (indexmem-scoring.cpp)
+_HIDDEN = re.compile(rb"indexmem_hidden-(\d+)")  # the node that shows what an indexer reads (indexmem-scoring.cpp)
 _ENTRIES = re.compile(rb"bounded_k_l(\d+)")
 _ATTEND = 4  # enum indexmem_op
 
@@ -40,7 +40,7 @@ class HeadsCapture(Callback):
         super().__init__()
         self.device, self.look = device, None  # type: torch.device, Optional[Look]
         self.readers: Counter[int] = Counter()  # by the layer that has the entries
-        self.heads: dict[int, tuple[int, int, int]] = {}  # of the first text: query heads of a layer, KV heads, size of a key
+        self.sizes: dict[int, tuple[int, int]] = {}  # of each layer: KV heads, size of a key
         self._known = False
         self._layers: dict[int, _Layer] = {}
 
@@ -50,38 +50,32 @@ class HeadsCapture(Callback):
         self.look, self._layers = look, {}
 
     def wants(self, tensor: Node) -> bool:
-        if tensor.name.startswith(_HIDDEN):
-            return True
-        return self._operands_of(tensor) is not None
+        return _HIDDEN.fullmatch(tensor.name) is not None or self._operands_of(tensor) is not None
 
     def take(self, tensor: Node) -> None:
-        if tensor.name.startswith(_HIDDEN):
-            if self._known:
-                number = int(tensor.name[len(_HIDDEN) :])
-                self._layers.setdefault(number, _Layer()).hidden = self._tensor(self.read(tensor).reshape(-1, tensor.ne[0]))
-            else:
-                self.heads.setdefault(int(tensor.name[len(_HIDDEN) :]), (0, 0, 0))
+        if shown := _HIDDEN.fullmatch(tensor.name):
+            hidden = self._tensor(self.read(tensor).reshape(-1, tensor.ne[0]))
+            self._layers.setdefault(int(shown[1]), _Layer()).hidden = hidden
             return
         found = self._operands_of(tensor)
         assert found is not None
         number, scale, softcap, sinks = found
         q, k = tensor.src[0].contents, tensor.src[1].contents
         n_kv = int(k.ne[2] * k.ne[3])
+        layer = self._layers.setdefault(number, _Layer())
+        if layer.hidden is None:
+            raise ValueError(f"layer {number} attends before it is known what it reads")
         if not self._known:
             self.readers[number] += 1
-            self.heads[number] = int(q.ne[2] * q.ne[3]), n_kv, int(k.ne[0])
+            self.sizes[number] = n_kv, int(k.ne[0])
             return
-        layer = self._layers.setdefault(number, _Layer())
-        # one scale for all: that of the layer which attends last
         queries = self._tensor(self.read(q).reshape(-1, q.ne[1], q.ne[0]))
-        layer.queries.append(queries * scale)
+        layer.queries.append(queries * scale)  # which may differ among those that read the same entries
         if sinks is not None:
             layer.sinks.append(self._tensor(self.read(sinks).reshape(-1)))
         if len(layer.queries) < self.readers[number]:
             return
         del self._layers[number]
-        if layer.hidden is None:
-            raise ValueError(f"layer {number} attends before it is known what it reads")
         keys, values = (self._entries(tensor.src[i].contents, n_kv, queries.shape[1]) for i in (1, 2))
         if self.look is not None:
             self.look(

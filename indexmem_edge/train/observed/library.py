@@ -53,9 +53,9 @@ class LibraryModel(Frozen):
         self._context, self._capture, self._longest = context, capture, longest
         capture.begin(None)
         context.decode(np.zeros(_PROBE, np.int32))
-        if missing := [il for il in bounded if not capture.readers[il] or il not in capture.heads]:
+        if missing := [il for il in bounded if not capture.readers[il]]:
             raise ModelNotSupported(f"the attention of layer {missing[0]} cannot be observed: training cannot learn what it asks for")
-        _, n_head_kv, head_dim = capture.heads[bounded[0]]
+        n_head_kv, head_dim = capture.sizes[bounded[0]]
         g = base.geometry
         self._geometry = LibraryGeometry(g.block_count, g.embedding_length, n_head_kv, head_dim, bounded)
 
@@ -96,7 +96,7 @@ def open_library_model(
         bounded = tuple(il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="indexmem-"))
         sidecar = _write_silent(Path(folder) / "silent.indexmem.gguf", base, bounded)
-        options = CacheOptions(budget=longest, sidecar=str(sidecar), policy=INDEXER_POLICY, sinks=0, window=0, pin=0, span=0)
+        options = CacheOptions(budget=longest, sidecar=str(sidecar), policy=INDEXER_POLICY, sinks=0, window=1, pin=0, span=0)
         capture = HeadsCapture(device)
         context = TextContext(loaded, longest, longest, n_threads, options, capture)
         stack.callback(context.close)
@@ -115,7 +115,7 @@ def _write_silent(path: Path, base: BaseModel, bounded: tuple[int, ...]) -> Path
         constants=constants,
         layers=[layer if il in bounded else {} for il in range(g.block_count)],
         only=bounded,
-        provenance=Provenance("indexmem-edge"),
+        provenance=Provenance("indexmem-edge", ("nothing",), ("0" * 64,)),
         architecture=base.architecture,
     )
     write_sidecar(path, checkpoint, "f32", force=True)
