@@ -44,8 +44,8 @@ from .model.frozen import Frozen
 from .model.load import load_decoder
 from .model.tokenizer import open_tokenizer
 from .objectives.objective import Objective, Progress
-from .observed.library import open_library_model
-from .options import NATIVE, RUN_FILE, TORCH, TrainOptions
+from .observed.library import check_bounded, open_library_model
+from .options import NATIVE, RUN_FILE, TrainOptions
 from .parts import Parts, build_parts
 from .processes import Processes, open_processes
 from .watch import Interrupt, Watcher
@@ -192,8 +192,11 @@ def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Se
     if unknown := [name for name in options.objective if name not in tools.objectives]:
         raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
     processes = open_processes(options.device)
-    if options.engine == TORCH:
-        _check_architecture(options.model)  # before minutes are spent on reading
+    # before minutes are spent on reading
+    if options.engine == NATIVE:
+        check_bounded(options.model)
+    else:
+        _check_architecture(options.model)
     base = read_base_model(options.model, options.fingerprint)
     files = find_books(options.texts)
     if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):

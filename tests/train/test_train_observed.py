@@ -132,7 +132,7 @@ def test_attention_follows_from_what_is_observed(tiny: Tiny, arch: str, monkeypa
             for i, said in enumerate(probe.outputs[heads.layer]):
                 near(ours[:, i].flatten(0, 1), said, 5e-3)
             several += len(probe.outputs[heads.layer]) > 1
-            assert (heads.sinks is not None) == ("sinks" in TABLE[arch].steps)
+            assert heads.sinks is not None or arch != "gpt-oss"
         assert bool(several) == ("shared" in TABLE[arch].steps)
 
 
@@ -154,16 +154,16 @@ def test_texts_do_not_disturb_each_other(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("arch", "words"), [("mamba", "recurrent"), ("bloom", "ALiBi"), ("gemma3-window", "windows in all")])
-def test_what_no_budget_bounds_is_refused(tiny: Tiny, arch: str, words: str) -> None:
-    path, _ = tiny(arch)
-    with pytest.raises((ModelNotSupported, indexmem_edge.ConvertError), match=words), opened(path):
-        pass
+def test_what_no_budget_bounds_is_refused(tiny: Tiny, tmp_path: Path, arch: str, words: str) -> None:
+    with pytest.raises(ModelNotSupported, match=words):
+        run(native(tiny(arch)[0], tmp_path))
 
 
 # from a model and books to a sidecar
 
 
 def native(model: Path, folder: Path, **more: Any) -> TrainOptions:
+    folder.mkdir(exist_ok=True)
     return small_options(model, folder, **{"engine": "native", "objective": ("regress",), **more})
 
 

@@ -76,6 +76,17 @@ class LibraryModel(Frozen):
         self._context.decode(tokens.cpu().numpy().astype(np.int32))
 
 
+def check_bounded(path: Path) -> None:
+    """
+    Raises:
+        ModelNotSupported: no budget can bound the model; the message says why.
+        ModelFileError: it does not load.
+    """
+    with loaded_model(check_model_file(path), dry=True) as loaded:
+        if why := api.model_unsupported_reason(loaded):
+            raise ModelNotSupported(f"{path} cannot have a bounded KV cache, so nothing can be trained for it: {why}")
+
+
 @contextlib.contextmanager
 def open_library_model(
     path: Path, base: BaseModel, longest: int, device: torch.device, n_threads: Optional[int] = None
@@ -87,12 +98,10 @@ def open_library_model(
         device: where what is observed is looked at.
 
     Raises:
-        ModelNotSupported: no budget can bound it, or an indexer cannot read along; the message says why.
+        ModelNotSupported: its attention cannot be observed. Whether a budget can bound it is for `check_bounded` to say.
         ContextError: there is no memory for texts of that length.
     """
     with loaded_model(check_model_file(path), as_used=True, offload=True) as loaded, contextlib.ExitStack() as stack:
-        if why := api.model_unsupported_reason(loaded):
-            raise ModelNotSupported(f"{path} cannot have a bounded KV cache, so nothing can be trained for it: {why}")
         bounded = tuple(il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="indexmem-"))
         sidecar = _write_silent(Path(folder) / "silent.indexmem.gguf", base, bounded)
