@@ -52,7 +52,7 @@ def train(
         _of(
             _MODEL, "engine", "--engine",
             help=f"Who computes the model: {', '.join(ENGINES)}. native: the library that runs it, so any model that a budget "
-            "works for, in the memory that it takes to run; objective regress alone.",
+            "works for, in the memory that it takes to run; objectives asked-kl and regress alone.",
         ),
     ] = None,
     kind: Annotated[Optional[str], _of(_WHAT, "kind", "--kind", help=f"Indexer: {', '.join(KINDS)}.")] = None,
@@ -79,7 +79,7 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
+            "regress (fast), asked-kl (as fast, much better), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
             "texts), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,

@@ -80,27 +80,28 @@ def estimate(options: TrainOptions, *, tools: Optional[Tools] = None, watcher: W
     begun = time.monotonic()
     with opened(options, tools, watcher) as setup, tempfile.TemporaryDirectory(prefix="indexmem-") as folder:
         loading = time.monotonic() - begun
-        stages, recall = [], _measuring(setup, options, tools)
+        stages, recall = [], _recall(setup, tools)
         for number, name in enumerate(options.objective):
             objective = make_objective(tools.objectives[name], setup.decoder, setup.parts, options)
             chooses = not trains_memory(tools.objectives[name])
-            stages.append(_stage(setup, options, objective, number, Path(folder), recall if chooses else 0.0))
-        return Estimate(tuple(stages), loading, _REPORT * recall if tools.report is not None else 0.0, peak_memory())
+            stages.append(_stage(setup, options, objective, number, Path(folder), recall if chooses else None))
+        report = _REPORT * recall * options.eval_samples if tools.report is not None and recall is not None else 0.0
+        return Estimate(tuple(stages), loading, report, peak_memory())
 
 
-def _measuring(setup: Setup, options: TrainOptions, tools: Tools) -> float:
-    """Seconds of a measurement on all held-out sequences, from one of them."""
-    if tools.evaluate is None:
-        return 0.0
-    begun = time.monotonic()
+def _recall(setup: Setup, tools: Tools) -> Optional[float]:
+    """Seconds of a measurement on one held-out sequence; None where there is none."""
+    evaluate = tools.evaluate
+    if evaluate is None:
+        return None
     with torch.no_grad():
-        tools.evaluate(setup.decoder, setup.parts.indexer, setup.data.held_out()[:1])
-    return (time.monotonic() - begun) * options.eval_samples
+        return _seconds(lambda: evaluate(setup.decoder, setup.parts.indexer, setup.data.held_out()[:1]))
 
 
 def _stage(
-    setup: Setup, options: TrainOptions, objective: Objective, number: int, folder: Path, recall: float
+    setup: Setup, options: TrainOptions, objective: Objective, number: int, folder: Path, recall: Optional[float]
 ) -> StageEstimate:
+    """`recall`: seconds of measuring it on one sequence; None if nothing is measured."""
     steps, world, data = options.steps_of(number), setup.processes.world, setup.data
     pool = data.pool(options.batch, setup.processes.rank, world, steps, number)
     own = folder / str(number)
@@ -116,10 +117,16 @@ def _stage(
     with _gradients(setup.parts, objective):
         objective.backward(samples, 0, options.seed)
         training = _seconds(lambda: [objective.backward(samples, step, options.seed) for step in range(_STEPS)]) / _STEPS
-    measured = 1 + max(steps // options.eval_every if options.eval_every else 1, 1) if recall else 0
+    measuring = 0.0
+    if recall is not None:
+        some = data.held_out()[:1]
+        first, again = (_seconds(lambda: objective.held_out_loss(some)) for _ in range(2))
+        measurements = 1 + (max(steps // options.eval_every, 1) if options.eval_every else 1)
+        measuring = options.eval_samples * (max(first - again, 0) + measurements * (recall + again))
     return StageEstimate(
-        objective.name, len(pool), steps, preparing * len(pool), training * steps, recall * measured, kept * len(pool) * world
-    )
+        objective.name, len(pool), steps, preparing * len(pool), training * steps, measuring,
+        (_size(own) - kept * (1 + n)) * options.eval_samples + kept * len(pool) * world,
+    )  # fmt: skip
 
 
 @contextmanager

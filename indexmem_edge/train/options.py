@@ -18,6 +18,7 @@ from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
+OBSERVED = {"retention": "asked-kl", "kvzap": "asked-kl"}  # by --engine native
 MEMORIES = {MEMORY_OFF: None, "centroid": None, "residual": "residual-mse"}
 TORCH, NATIVE = "torch", "native"
 ENGINES = (TORCH, NATIVE)
@@ -86,7 +87,8 @@ class TrainOptions:
         _check_choice("--device", self.device, DEVICES)
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--outtype", self.outtype, OUTTYPES)
-        by_default = [KINDS[self.kind], *([trains] if (trains := MEMORIES[self.memory]) else [])]
+        trained_by = KINDS | OBSERVED if self.engine == NATIVE else KINDS
+        by_default = [trained_by[self.kind], *([trains] if (trains := MEMORIES[self.memory]) else [])]
         o = replace(self, objective=self.objective or tuple(by_default), run=self.run or run_folder(self.out))
         if not o.texts:
             raise TrainingError("there is nothing to train on: name books, or folders of books, with --text")

@@ -87,7 +87,7 @@ def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, op
     if not objective.observes and not isinstance(decoder, Decoder):
         raise TrainingError(
             f"the objective {objective.name} computes the model in PyTorch, and --engine native only watches it: take --objective "
-            "regress, or --engine torch"
+            "asked-kl or regress, or --engine torch"
         )
     decoder = cast(Decoder, decoder)  # those that only observe ask for nothing else of it
     if not trains_memory(objective):

@@ -208,7 +208,8 @@ def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Se
         tokenizer = stack.enter_context(open_tokenizer(options.model))
         books = read_books(files, tokenizer.tokenize, options.held_out, lambda done, total: watcher.work(done, total, "books"))
         data = Data(books, tokenizer, tools.generate, options)
-        decoder = stack.enter_context(_loaded(options, base, processes))
+        readings = max(tools.objectives[name].readings for name in options.objective)
+        decoder = stack.enter_context(_loaded(options, base, processes, readings * max(options.lengths)))
         parts = build_parts(decoder.geometry, options, processes.device)
         yield Setup(base, [book.name for book in books], data, decoder, parts, processes, deciding)
 
@@ -227,10 +228,10 @@ def _run(options: TrainOptions) -> Path:
 
 
 @contextlib.contextmanager
-def _loaded(options: TrainOptions, base: BaseModel, processes: Processes) -> Iterator[Frozen]:
-    """The model, by the engine that was asked for."""
+def _loaded(options: TrainOptions, base: BaseModel, processes: Processes, longest: int) -> Iterator[Frozen]:
+    """The model, by the engine that was asked for; `longest`: tokens of a text."""
     if options.engine == NATIVE:
-        with open_library_model(options.model, base, max(options.lengths), processes.device, torch.get_num_threads()) as model:
+        with open_library_model(options.model, base, longest, processes.device, torch.get_num_threads()) as model:
             yield model
     else:
         dtype = _fast_dtype(processes.device) if options.dtype == "auto" else getattr(torch, options.dtype)

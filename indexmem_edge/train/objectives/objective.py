@@ -30,6 +30,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
+    readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window

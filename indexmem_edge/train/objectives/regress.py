@@ -8,12 +8,13 @@ the networks are fitted to random batches of them, which costs next to nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..cache.future import future_attention
 from ..data.sample import Sample
-from ..model.attention import Heads
+from ..model.attention import Heads, Look
 from ..model.decoder import Decoder
 from .objective import Objective, Progress
 
@@ -45,11 +46,9 @@ class Regress(Objective):
         folder.mkdir(parents=True, exist_ok=True)
         self.shards = []
         for n, sample in enumerate(samples):
-            path = folder / f"regress-{n:05}.safetensors"
+            path = folder / f"{self.name}-{n:05}.safetensors"
             if not path.exists():
-                draft = path.with_suffix(".draft")
-                save_file(self._observe(sample, n), draft)
-                draft.replace(path)
+                write(path, self._observe(sample, n))
             self.shards.append(path)
             progress(n + 1, len(samples), "attention of sequences")
         some = self.shards[:: max(len(self.shards) // 32, 1)]
@@ -58,10 +57,7 @@ class Regress(Objective):
     @torch.no_grad()
     def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
         """hidden bf16 [layers, n, d] and target float16 [layers, H, n] of some tokens, and their positions [n]."""
-        last = len(sample.tokens) - self.window
-        rng = np.random.default_rng(n)
-        chosen = np.sort(rng.permutation(np.arange(self.sinks, last))[:TOKENS])
-        where = torch.from_numpy(chosen).to(self.device)
+        where = torch.from_numpy(chosen_positions(self.sinks, len(sample.tokens) - self.window, n)).to(self.device)
         hidden, targets = [], []
 
         def look(heads: Heads) -> None:
@@ -71,34 +67,59 @@ class Regress(Objective):
             hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
             targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
 
-        self.decoder.observe(torch.from_numpy(sample.tokens).long().to(self.device), look)
+        self._read(sample.tokens, look)
         return {"hidden": torch.stack(hidden), "target": torch.stack(targets), "positions": where.cpu()}
+
+    def _read(self, tokens: npt.NDArray[np.int32], look: Look) -> None:
+        self.decoder.observe(torch.from_numpy(tokens).long().to(self.device), look)
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         rng = np.random.default_rng((seed, step))
+        drawn = rng.integers(0, len(self.shards), max(len(samples), 1))
         losses = []
+        for loss in self._losses([self.shards[i] for i in drawn]):
+            (loss / len(self.modules)).backward()
+            losses.append(float(loss.detach()))
+        return {"loss": sum(losses) / len(losses)}
+
+    def _losses(self, shards: Sequence[Path]) -> Iterator[Tensor]:
+        """Of each layer, the mean over some sequences. Of the files one layer after the other is read: all of them together may be
+        as large as the model.
+        """
         with contextlib.ExitStack() as stack:
-            drawn = rng.integers(0, len(self.shards), max(len(samples), 1))
-            parts = [stack.enter_context(_opened(self.shards[i])) for i in drawn]
+            parts = [stack.enter_context(opened(path)) for path in shards]
             for i, module in enumerate(self.modules):
                 loss = torch.zeros((), device=self.device)
                 for part in parts:
-                    hidden, positions = part.get_slice("hidden")[i].to(self.device), part.get_tensor("positions").to(self.device)
-                    target = (part.get_slice("target")[i].float() - self.mean[i]).to(self.device)
-                    ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
-                    loss = loss + F.smooth_l1_loss(ranks, target)
-                (loss / len(parts) / len(self.modules)).backward()
-                losses.append(float(loss.detach()) / len(parts))
-        return {"loss": sum(losses) / len(losses)}
+                    hidden, target = (part.get_slice(name)[i].to(self.device) for name in ("hidden", "target"))
+                    loss = loss + self._loss(module, hidden, target.float(), part.get_tensor("positions").to(self.device), i)
+                yield loss / len(parts)
+
+    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """Of one layer, the module with that number, and one sequence."""
+        ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+        return F.smooth_l1_loss(ranks, target - self.mean[layer].to(target.device))
 
 
-def _opened(path: Path) -> AbstractContextManager[Any]:
-    """A file of which one layer after the other is read: all of them together may be as large as the model."""
+def chosen_positions(first: int, end: int, seed: int) -> npt.NDArray[np.int64]:
+    """Some positions of a sequence from `first` to `end` - 1, ascending; all if there are not too many."""
+    return np.sort(np.random.default_rng(seed).permutation(np.arange(first, end))[:TOKENS])
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file appears as a whole or not at all."""
+    draft = path.with_suffix(".draft")
+    save_file(tensors, draft)
+    draft.replace(path)
+
+
+def opened(path: Path) -> AbstractContextManager[Any]:
+    """A file of which tensors, or parts of them, are read."""
     return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 def _target(path: Path) -> Tensor:
     """Without the hidden states, which are a hundred times as large."""
-    with _opened(path) as file:
+    with opened(path) as file:
         target: Tensor = file.get_tensor("target")
         return target
