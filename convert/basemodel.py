@@ -69,8 +69,9 @@ def _geometry(file_name: str, file: GGUFFile, arch: str) -> Geometry:
 
     n_embd, n_head = needed("embedding_length"), needed("attention.head_count")
     n_head_kv = number("attention.head_count_kv")
+    guessing = number("nextn_predict_layers") or 0  # layers behind the last one, which the file counts and the library does not
     return Geometry(
-        block_count=needed("block_count"),
+        block_count=needed("block_count") - guessing,
         embedding_length=n_embd,
         head_count_kv=n_head if n_head_kv is None else n_head_kv,
         head_count=n_head,

@@ -39,7 +39,7 @@ _SAME_VALUES = (b"VIEW", b"PERMUTE", b"RESHAPE", b"CONT", b"TRANSPOSE")
 _TYPES: dict[int, npt.DTypeLike] = {llama_lib.GGML_TYPE_F32: np.float32, llama_lib.GGML_TYPE_F16: np.float16}
 
 
-class _Callback:
+class Callback:
     """What a context takes as `cb_eval`; it is called until the context is freed, so this must live as long.
 
     An exception would vanish in the library: it is kept in `error`, and ends the computation.
@@ -83,7 +83,7 @@ class _Callback:
         return np.ndarray(shape, kind, raw, strides=strides)
 
 
-class Capture(_Callback):
+class Capture(Callback):
     """Every tensor whose name begins with one of the prefixes."""
 
     def __init__(self, *prefixes: str) -> None:
@@ -120,7 +120,7 @@ class LayerCapture:
     values: Optional[Array] = None
 
 
-class AttentionCapture(_Callback):
+class AttentionCapture(Callback):
     """The operands of the attention op of some layers of an ordinary cache with flash attention, whatever the model
     calls them.
     """

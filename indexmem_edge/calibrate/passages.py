@@ -14,12 +14,12 @@ from ..native import api
 from ..native.logs import collected_errors, reason
 from ..options import CacheOptions
 from .attention import Array, Kept, Passage
-from .capture import AttentionCapture, LayerCapture
+from .capture import AttentionCapture, Callback, LayerCapture
 
 ROWS = 16  # measured of each ubatch
 
 
-class _Context:
+class TextContext:
     """A context that reads one text after the other, ubatch by ubatch; bounded if there are options."""
 
     def __init__(
@@ -29,7 +29,7 @@ class _Context:
         n_ubatch: int,
         n_threads: Optional[int],
         options: Optional[CacheOptions] = None,
-        capture: Optional[AttentionCapture] = None,
+        capture: Optional[Callback] = None,
     ) -> None:
         self._model, self._capture = model, capture
         params = llama_lib.llama_context_default_params()
@@ -61,8 +61,11 @@ class _Context:
         """Continues the text with one ubatch."""
         data = (llama_lib.llama_token * len(tokens))(*tokens.tolist())
         status = llama_lib.llama_decode(self._ctx, llama_lib.llama_batch_get_one(data, len(tokens)))
-        if self._capture is not None and self._capture.error is not None:
-            raise IndexMemError(f"cannot observe the attention of this model: {self._capture.error}")
+        if self._capture is not None and (error := self._capture.error) is not None:
+            self._capture.error = None
+            if isinstance(error, (KeyboardInterrupt, IndexMemError, MemoryError)):
+                raise error
+            raise IndexMemError(f"cannot observe the attention of this model: {error}") from error
         if status != 0:
             raise DecodeError(f"evaluating {len(tokens):,} tokens failed with code {status}: {api.last_error()}")
 
@@ -94,8 +97,8 @@ class Reader:
             self._full = self._context(model, n_ctx, n_ubatch, n_threads, None, self._capture)
             self._open = self._open.pop_all()
 
-    def _context(self, *arguments: Any) -> _Context:
-        context = _Context(*arguments)
+    def _context(self, *arguments: Any) -> TextContext:
+        context = TextContext(*arguments)
         self._open.callback(context.close)
         return context
 

@@ -343,7 +343,7 @@ def _model_tables(facts: Facts) -> list[Any]:
     else:
         about.append(("bounded cache", f"not possible: {facts['why_not']}"))
     if facts["bounded"]:
-        training = facts["untrainable"] and f"indexmem train cannot make one: {facts['untrainable']}"
+        training = facts["untrainable"] and f"`indexmem train --engine native` can make one; not --engine torch: {facts['untrainable']}"
         about.append(("indexer", training or "`indexmem train` can make one"))
     about += [
         ("sidecar", f"{sidecar['file']}: " + ("fits" if sidecar["fits"] else sidecar["why_not"])) for sidecar in facts["sidecars"]

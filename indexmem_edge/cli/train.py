@@ -12,10 +12,10 @@ from typing_extensions import Annotated
 
 from ..errors import TrainingError, TrainingStopped
 from ..models.demo import demo_model
-from ..train.options import DEVICES, DTYPES, KINDS, MEMORIES, TrainOptions, numbers, options_of
+from ..train.options import DEVICES, DTYPES, ENGINES, KINDS, MEMORIES, TORCH, TrainOptions, numbers, options_of
 from ..train.torch_extra import require_torch
 from .options import one_line_errors
-from .train_show import show, watching
+from .train_show import show, show_estimate, watching
 
 if TYPE_CHECKING:
     from ..train.run import TrainResult
@@ -47,6 +47,14 @@ def train(
     out: Annotated[
         Optional[Path], _option(_FILE, "-o", "--out", help="Sidecar to write, FILE.indexmem.gguf.")
     ] = None,
+    engine: Annotated[
+        Optional[str],
+        _of(
+            _MODEL, "engine", "--engine",
+            help=f"Who computes the model: {', '.join(ENGINES)}. native: the library that runs it, so any model that a budget "
+            "works for, in the memory that it takes to run; objectives asked-kl and regress alone.",
+        ),
+    ] = None,
     kind: Annotated[Optional[str], _of(_WHAT, "kind", "--kind", help=f"Indexer: {', '.join(KINDS)}.")] = None,
     mid_dim: Annotated[
         Optional[int], _of(_WHAT, "mid_dim", "--mid-dim", min=0, help="Width of its hidden layer; 0: linear.")
@@ -71,7 +79,7 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
+            "regress (fast), asked-kl (as fast, much better), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
             "texts), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,
@@ -148,6 +156,10 @@ def train(
         Optional[Path],
         _option(_FILE, "--resume", metavar="FOLDER", help="Go on with the training in that folder; needs no other option."),
     ] = None,
+    estimate: Annotated[
+        bool,
+        _option(_FILE, "--estimate", help="Say what time, memory and disk it would take, measured on a few batches, and end."),
+    ] = False,
     restart: Annotated[bool, _option(_FILE, "--restart", help="Forget what the --run folder holds.")] = False,
     force: Annotated[bool, _option(_FILE, "--force", help="Overwrite a sidecar that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_FILE)] = False,
@@ -165,10 +177,12 @@ def train(
 
     indexmem train -m model.gguf --text books/ --objective regress,gated-kl --steps 300,100 --out model.indexmem.gguf
 
+    indexmem train -m model.gguf --engine native --text books/ --out model.indexmem.gguf --estimate
+
     indexmem train --resume model.indexmem.train
     """
     given = {
-        "model": model, "texts": tuple(text) if text else None, "out": out, "kind": kind, "mid_dim": mid_dim,
+        "model": model, "texts": tuple(text) if text else None, "out": out, "engine": engine, "kind": kind, "mid_dim": mid_dim,
         "decay": decay or None, "start": start, "memory": memory, "memory_slots": memory_slots, "objective": objective, "steps": steps,
         "lr": lr, "batch": batch, "lengths": length, "samples": samples, "generated": generated, "held_out": held_out,
         "eval_samples": eval_samples, "budgets": budget, "eval_every": eval_every, "patience": patience,
@@ -179,8 +193,11 @@ def train(
         from ..files.atomic import check_target
 
         options = _options({name: value for name, value in given.items() if value is not None}, resume, restart)
-        check_target(options.out, force)  # before anything takes time
+        check_target(options.out, force or estimate)  # before anything takes time
         require_torch()
+        if estimate:
+            _estimate(options, as_json)
+            return
         result = _train(options, force, restart, as_json)
         if result is None:
             return
@@ -219,11 +236,22 @@ def _options(given: dict[str, Any], resume: Optional[Path], restart: bool) -> Tr
     return TrainOptions(**given).checked()
 
 
+def _estimate(options: TrainOptions, as_json: bool) -> None:
+    from ..train.estimate import estimate
+
+    with watching(not as_json) as watcher:
+        found = estimate(options, watcher=watcher)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show_estimate(found, options)
+
+
 def _train(options: TrainOptions, force: bool, restart: bool, as_json: bool) -> Optional[TrainResult]:
     """The result; None in a process that only helped, or that only started others."""
     from ..train import processes
 
-    n = processes.to_launch(options.device, options.batch)
+    n = processes.to_launch(options.device, options.batch) if options.engine == TORCH else 1
     if n > 1:
         status = processes.launch(n, sys.argv[1:])
         if status:

@@ -15,6 +15,7 @@ from .terminal import printable
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from ..train.estimate import Estimate
     from ..train.run import TrainResult
 
 
@@ -121,6 +122,36 @@ def show(result: TrainResult, options: TrainOptions) -> None:
     out.print(
         f"indexmem chat -m {printable(str(options.model))} --indexmem {printable(result.path)}", markup=False
     )
+
+
+def show_estimate(found: Estimate, options: TrainOptions) -> None:
+    """What a training would take."""
+    from rich import box
+    from rich.table import Table
+
+    out = console()
+    table = Table(title="Estimate", title_justify="left", title_style="bold", box=box.SIMPLE)
+    for name in ("objective", "sequences", "preparing", "steps", "training", "measuring", "disk"):
+        table.add_column(name, justify="left" if name == "objective" else "right")
+    for stage in found.stages:
+        seconds = (_duration(s) for s in (stage.preparing, stage.training, stage.measuring))
+        preparing, training, measuring = seconds
+        table.add_row(
+            stage.objective, f"{stage.sequences:,}", preparing, f"{stage.steps:,}", training, measuring, _size(stage.disk)
+        )
+    out.print(table)
+    memory = f"{_size(found.memory)} of memory" if found.memory else "memory unknown"
+    out.print(f"{_duration(found.seconds)} at most, {memory}, {_size(found.disk)} of disk in {printable(str(options.run))}", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(n: int) -> str:
+    return f"{n / (1 << 30):.2f} GiB" if n >= 1 << 30 else f"{n / (1 << 20):.0f} MiB"
 
 
 def _number(value: Any) -> str:

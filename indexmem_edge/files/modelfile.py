@@ -194,12 +194,15 @@ def model_fingerprint(path: str) -> str:
 
 
 @contextlib.contextmanager
-def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False, dry: bool = False) -> Iterator[int]:
+def loaded_model(
+    path: str, vocab_only: bool = False, as_used: bool = False, dry: bool = False, offload: bool = False
+) -> Iterator[int]:
     """The model as the library sees it, weights mapped and not copied, for as long as the block runs.
 
     Args:
         vocab_only: the vocabulary without the weights: enough to tokenize, in a moment.
         as_used: with the copies of weights in another order that a CPU may want, as `Llama` has them.
+        offload: layers lie on the devices that there are; else in the host's memory.
         dry: without weights and without memory for caches, to learn what they would take.
 
     Raises:
@@ -210,7 +213,7 @@ def loaded_model(path: str, vocab_only: bool = False, as_used: bool = False, dry
 
     llama = api.llama_lib
     params = llama.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = 0, vocab_only
+    params.n_gpu_layers, params.vocab_only = -1 if offload else 0, vocab_only
     params.use_extra_bufts, params.no_alloc = as_used, dry
     if dry:
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # there is nothing to map

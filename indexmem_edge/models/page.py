@@ -18,13 +18,14 @@ its layers keep, and how many bytes that is.
 {with_budget} of the {all} architectures that this llama.cpp knows. A budget bounds the layers that attend to all of the text.
 Layers that look at a *window* keep llama.cpp's cache of that size, *recurrent* ones their state: neither grows with the
 text, so the whole is bounded. Every policy works, and so does an indexer that has been trained for the model, in any of the formats
-that `indexmem-convert` reads. The last column says whether `indexmem train` can make one from the GGUF.
+that `indexmem-convert` reads. `indexmem train --engine native` can make one for all of them; the last column says whether the engine
+`torch`, which can train more than attention shows, can as well.
 
-| architecture | models | layers | `indexmem train` |
+| architecture | models | layers | `--engine torch` |
 |---|---|---|---|
 """
 _WITHOUT = """
-Why not, where that column says no:
+Why it cannot, where that column says no:
 
 """
 _REFUSED = """

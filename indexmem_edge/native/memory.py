@@ -73,6 +73,15 @@ def resident_memory() -> int:
     return 0
 
 
+def peak_memory() -> int:
+    """The most bytes that this process had in memory so far, as `resident_memory`; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
 def _granted(cgroups: Path, own: Path) -> Iterator[int]:
     """Bytes that each control group of this process leaves it."""
     names = {  # limit, use, and files among that, by version

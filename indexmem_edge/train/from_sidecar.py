@@ -13,10 +13,10 @@ from indexmem_edge.convert.sidecar import read_sidecar
 
 from ..errors import SidecarError
 from .indexers.scorers import SCORERS
-from .model.decoder import Config
+from .model.frozen import Geometry
 
 
-def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Config] = None) -> nn.ModuleList:
+def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Geometry] = None) -> nn.ModuleList:
     """The indexer of a sidecar, one module per layer that it is for, float32 on the CPU. A memory beside it is left out.
 
     Args:

@@ -22,7 +22,7 @@ from .checkpoints import Position, Snapshot, optimizer_tensors, restore_optimize
 from .data.sample import Sample
 from .data.stream import Data
 from .judge.metrics import Metrics
-from .model.decoder import Decoder
+from .model.frozen import Frozen
 from .objectives.objective import Objective
 from .options import TrainOptions
 from .parts import Parts, make_objective, trains_memory
@@ -33,7 +33,7 @@ from .watch import Interrupt, Watcher
 BETAS, CLIP = (0.9, 0.95), 1.0  # method section 7.4
 STAGE_SEEDS = 1_000_003  # between the seeds of objectives, so that processes of one do not meet those of another
 
-Evaluate = Callable[[Decoder, nn.ModuleList, Sequence[Sample]], Mapping[str, float]]
+Evaluate = Callable[[Frozen, nn.ModuleList, Sequence[Sample]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Loop:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Frozen,
         parts: Parts,
         data: Data,
         options: TrainOptions,

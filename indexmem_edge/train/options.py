@@ -18,7 +18,10 @@ from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
+OBSERVED = {"retention": "asked-kl", "kvzap": "asked-kl"}  # by --engine native
 MEMORIES = {MEMORY_OFF: None, "centroid": None, "residual": "residual-mse"}
+TORCH, NATIVE = "torch", "native"
+ENGINES = (TORCH, NATIVE)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_LENGTH = 1 << 21
@@ -41,6 +44,7 @@ class TrainOptions:
     model: Path
     texts: tuple[Path, ...]
     out: Path
+    engine: str = TORCH  # who computes the model: PyTorch, or the native library
     kind: str = "retention"
     mid_dim: int = 128  # 0: linear
     decay: bool = False
@@ -77,12 +81,14 @@ class TrainOptions:
         """
         from indexmem_edge.convert.writer import OUTTYPES  # not above: it takes a while, and the command line reads this page
 
+        _check_choice("--engine", self.engine, ENGINES)
         _check_choice("--kind", self.kind, KINDS)
         _check_choice("--memory", self.memory, MEMORIES)
         _check_choice("--device", self.device, DEVICES)
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--outtype", self.outtype, OUTTYPES)
-        by_default = [KINDS[self.kind], *([trains] if (trains := MEMORIES[self.memory]) else [])]
+        trained_by = KINDS | OBSERVED if self.engine == NATIVE else KINDS
+        by_default = [trained_by[self.kind], *([trains] if (trains := MEMORIES[self.memory]) else [])]
         o = replace(self, objective=self.objective or tuple(by_default), run=self.run or run_folder(self.out))
         if not o.texts:
             raise TrainingError("there is nothing to train on: name books, or folders of books, with --text")

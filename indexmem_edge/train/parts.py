@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from .from_sidecar import modules_from_sidecar
 from .indexers.scorers import SCORERS
-from .model.decoder import Config, Decoder
+from .model.decoder import Decoder
+from .model.frozen import Frozen, Geometry
 from .objectives.objective import Objective
 from .options import TrainOptions
 
@@ -40,7 +41,7 @@ class Parts:
         return [("indexer", self.indexer), *([("memory", self.memory)] if self.memory is not None else [])]
 
 
-def build_parts(config: Config, options: TrainOptions, device: torch.device) -> Parts:
+def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -> Parts:
     """Modules to train: those of the sidecar `options.start`, or untrained ones, the same for the same seed.
 
     Raises:
@@ -76,12 +77,19 @@ def trains_memory(objective: type[Objective]) -> bool:
     return "scorers" in inspect.signature(objective).parameters
 
 
-def make_objective(objective: type[Objective], decoder: Decoder, parts: Parts, options: TrainOptions) -> Objective:
+def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, options: TrainOptions) -> Objective:
     """The objective with the modules that it trains.
 
     Raises:
-        TrainingError: they are not there, or not of the kind that it trains.
+        TrainingError: they are not there, or not of the kind that it trains; or it computes more of the model than the engine
+            shows.
     """
+    if not objective.observes and not isinstance(decoder, Decoder):
+        raise TrainingError(
+            f"the objective {objective.name} computes the model in PyTorch, and --engine native only watches it: take --objective "
+            "asked-kl or regress, or --engine torch"
+        )
+    decoder = cast(Decoder, decoder)  # those that only observe ask for nothing else of it
     if not trains_memory(objective):
         return objective(decoder, parts.indexer, options.sinks, options.window)
     if parts.memory is None:

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,22 +40,23 @@ from .export import to_checkpoint
 from .judge.metrics import NAME as METRICS, Metrics
 from .loop import Evaluate, Loop
 from .model.architectures import architecture
-from .model.decoder import Decoder
+from .model.frozen import Frozen
 from .model.load import load_decoder
 from .model.tokenizer import open_tokenizer
 from .objectives.objective import Objective, Progress
-from .options import RUN_FILE, TrainOptions
+from .observed.library import check_bounded, open_library_model
+from .options import NATIVE, RUN_FILE, TrainOptions
 from .parts import Parts, build_parts
 from .processes import Processes, open_processes
 from .watch import Interrupt, Watcher
 
 PREPARED = "prepared"
 _PREPARED_BY = (  # options that decide what objectives prepare
-    "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "model",
+    "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "engine", "model",
     "text",
 )  # fmt: skip
 
-Report = Callable[[Decoder, nn.ModuleList, Sequence[Sample], Path, Progress], Sequence[Path]]
+Report = Callable[[Frozen, nn.ModuleList, Sequence[Sample], Path, Progress], Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ def default_tools(options: TrainOptions) -> Tools:
 
     how = options.budgets, options.sinks, options.window
 
-    def evaluate(decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample]) -> dict[str, float]:
+    def evaluate(decoder: Frozen, modules: nn.ModuleList, samples: Sequence[Sample]) -> dict[str, float]:
         return {"recall": held_out_recall(decoder, modules, samples, *how)}
 
     def report(
-        decoder: Decoder, modules: nn.ModuleList, samples: Sequence[Sample], folder: Path, progress: Progress
+        decoder: Frozen, modules: nn.ModuleList, samples: Sequence[Sample], folder: Path, progress: Progress
     ) -> list[Path]:
         recall_report.report(decoder, modules, samples, folder, *how, progress)
         return [path for name in (recall_report.JSON, recall_report.PLOT) if (path := folder / name).exists()]
@@ -132,43 +133,28 @@ def train(
     run = _run(options)
     check_target(options.out, force)
     tools = tools or default_tools(options)
-    if unknown := [name for name in options.objective if name not in tools.objectives]:
-        raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
-    processes = open_processes(options.device)
-    _check_architecture(options.model)  # before minutes are spent on reading
-    base = read_base_model(options.model, options.fingerprint)
-    files = find_books(options.texts)
-    if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
-        raise TrainingError(f"{options.out} is to be read as well: name another file to write")
-    deciding = {**options.deciding(), "model": fingerprint(options.model), "text": books_digest(files)}
-    if options.start is not None:
-        deciding["start"] = file_sha256(options.start)
-    with contextlib.ExitStack() as stack:
-        tokenizer = stack.enter_context(open_tokenizer(options.model))
-        books = read_books(files, tokenizer.tokenize, options.held_out, lambda done, total: watcher.work(done, total, "books"))
-        data = Data(books, tokenizer, tools.generate, options)
+    with opened(options, tools, watcher) as setup, contextlib.ExitStack() as stack:
+        processes, decoder, parts = setup.processes, setup.decoder, setup.parts
         if processes.main:
             _open_folder(run, options, restart)
         processes.wait()
-        snapshot = load_snapshot(run, deciding)
+        snapshot = load_snapshot(run, setup.deciding)
         if snapshot is not None and not restart:
             watcher.note(f"going on with the training in {run}")
-        decoder = _load(options, processes)
-        parts = build_parts(decoder.config, options, processes.device)
         interrupt = stack.enter_context(
             Interrupt(processes.world == 1, lambda: watcher.note("stopping after this step; Ctrl-C again: at once"))
         )
         loop = Loop(
             decoder,
             parts,
-            data,
+            setup.data,
             options,
             objectives=tools.objectives,
             evaluate=tools.evaluate,
             processes=processes,
-            prepared=run / PREPARED / _digest({k: v for k, v in deciding.items() if k in _PREPARED_BY}),
+            prepared=run / PREPARED / _digest({k: v for k, v in setup.deciding.items() if k in _PREPARED_BY}),
             metrics=Metrics(run),
-            save=lambda snapshot: save_snapshot(run, snapshot, deciding),
+            save=lambda snapshot: save_snapshot(run, snapshot, setup.deciding),
             watcher=watcher,
             interrupt=interrupt,
         )
@@ -180,7 +166,52 @@ def train(
             ) from None
         if not processes.main:
             return None
-        return _write(options, base, parts, position, [book.name for book in books], loop, tools, force, watcher)
+        return _write(options, setup.base, parts, position, setup.texts, loop, tools, force, watcher)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a training works with, opened."""
+
+    base: BaseModel
+    texts: Sequence[str]  # names of the books
+    data: Data
+    decoder: Frozen
+    parts: Parts
+    processes: Processes
+    deciding: Mapping[str, Any]  # what decides the weights beside the code
+
+
+@contextlib.contextmanager
+def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Setup]:
+    """Reads the model and the books. `options` are checked ones.
+
+    Raises:
+        IndexMemError: an option, the model or the text cannot be used.
+    """
+    if unknown := [name for name in options.objective if name not in tools.objectives]:
+        raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
+    processes = open_processes(options.device)
+    # before minutes are spent on reading
+    if options.engine == NATIVE:
+        check_bounded(options.model)
+    else:
+        _check_architecture(options.model)
+    base = read_base_model(options.model, options.fingerprint)
+    files = find_books(options.texts)
+    if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
+        raise TrainingError(f"{options.out} is to be read as well: name another file to write")
+    deciding = {**options.deciding(), "model": fingerprint(options.model), "text": books_digest(files)}
+    if options.start is not None:
+        deciding["start"] = file_sha256(options.start)
+    with contextlib.ExitStack() as stack:
+        tokenizer = stack.enter_context(open_tokenizer(options.model))
+        books = read_books(files, tokenizer.tokenize, options.held_out, lambda done, total: watcher.work(done, total, "books"))
+        data = Data(books, tokenizer, tools.generate, options)
+        readings = max(tools.objectives[name].readings for name in options.objective)
+        decoder = stack.enter_context(_loaded(options, base, processes, readings * max(options.lengths)))
+        parts = build_parts(decoder.geometry, options, processes.device)
+        yield Setup(base, [book.name for book in books], data, decoder, parts, processes, deciding)
 
 
 def _check_architecture(model: Path) -> None:
@@ -196,9 +227,15 @@ def _run(options: TrainOptions) -> Path:
     return options.run
 
 
-def _load(options: TrainOptions, processes: Processes) -> Decoder:
-    dtype = _fast_dtype(processes.device) if options.dtype == "auto" else getattr(torch, options.dtype)
-    return load_decoder(options.model, dtype, processes.device)
+@contextlib.contextmanager
+def _loaded(options: TrainOptions, base: BaseModel, processes: Processes, longest: int) -> Iterator[Frozen]:
+    """The model, by the engine that was asked for; `longest`: tokens of a text."""
+    if options.engine == NATIVE:
+        with open_library_model(options.model, base, longest, processes.device, torch.get_num_threads()) as model:
+            yield model
+    else:
+        dtype = _fast_dtype(processes.device) if options.dtype == "auto" else getattr(torch, options.dtype)
+        yield load_decoder(options.model, dtype, processes.device)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
@@ -238,7 +275,7 @@ def _write(
     """The report and the sidecar."""
     run = _run(options)
     enabled, scores = _measured(position, "untrained" if options.start is None else "start")
-    bounded = loop.decoder.config.bounded
+    bounded = loop.decoder.geometry.bounded
     checkpoint = to_checkpoint(
         parts,
         base,

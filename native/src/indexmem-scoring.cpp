@@ -84,8 +84,10 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
                     (long long) hidden->ne[0], (long long) n_embd));
     }
-    if (hidden && !ggml_is_contiguous(hidden)) {
-        hidden = ggml_cont(ctx, hidden);
+    if (hidden) {
+        // a node of its own, so that whoever follows the evaluation (training does) finds what the indexer reads in every architecture
+        hidden = ggml_is_contiguous(hidden) ? ggml_reshape_2d(ctx, hidden, n_embd, ggml_nrows(hidden)) : ggml_cont(ctx, hidden);
+        ggml_format_name(hidden, "indexmem_hidden-%d", (int) l.il);
     }
 
     ggml_tensor * ring = indexmem_view_seqs(ctx, l.pending, l.pending->ne[1], s0, n_seq);

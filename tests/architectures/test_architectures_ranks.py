@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import Tiny
-from indexmem_edge.calibrate.capture import Tensor, _Callback
+from indexmem_edge.calibrate.capture import Callback, Tensor
 from indexmem_edge.native import api
 from reference.indexers import random_indexer, write_sidecar
 from reference.mirror import BARE, EXACT, SETTINGS
@@ -69,7 +69,7 @@ def least_leave(positions: np.ndarray, ranks: np.ndarray, where: str) -> None:
     assert wrong < 1e-3 * np.std(ranks[[*stays, *leaves]]), where
 
 
-class KeyInputs(_Callback):
+class KeyInputs(Callback):
     """What the keys of each layer are projected from, whatever the model calls it."""
 
     def __init__(self) -> None:

@@ -115,4 +115,4 @@ def test_doctor_and_inspect_say_it_of_a_file(tiny: Tiny) -> None:
     assert facts["layers_in_words"] == words and facts["layers_by_kind"] == {"bounded": 2, "recurrent": 2}
     assert facts["kv_heads"] == 2 and facts["kv_bytes_per_1024"] == 1024 * 2 * 2 * (32 + 32) * 2
     shown = run("inspect", path).stdout
-    assert f"possible: {words}" in shown and "cannot make one: it has recurrent layers" in " ".join(shown.split())
+    assert f"possible: {words}" in shown and "--engine native` can make one; not --engine torch: it has recurrent layers" in " ".join(shown.split())

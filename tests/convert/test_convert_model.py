@@ -57,6 +57,12 @@ def test_a_model_says_its_geometry_and_fingerprint(model: Path) -> None:
     assert read_base_model(model, fingerprint=False).fingerprint is None
 
 
+@pytest.mark.parametrize("arch", ["qwen35-draft", "deepseek2-draft"])
+def test_layers_that_guess_ahead_are_no_layers_of_the_model(tmp_path: Path, arch: str) -> None:
+    config = write_model(tmp_path / "m.gguf", arch)
+    assert config.draft_layers > 0 and read_base_model(tmp_path / "m.gguf").geometry.block_count == config.n_layer
+
+
 def test_the_fingerprint_survives_quantisation_and_tells_weights_apart(tmp_path: Path) -> None:
     for name, more in (("base", {}), ("q", {"tensor_type": "Q8_0"}), ("other", {"seed": 1})):
         write_model(tmp_path / f"{name}.gguf", "llama", **{**SHAPE, "n_head": 6, **more})  # rows of 96 for Q8_0

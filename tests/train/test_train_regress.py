@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file
+
 from indexmem_edge.train.cache.future import future_attention, future_mass, kept_mask
 from indexmem_edge.train.indexers.scorers import KVzap, Retention
 from indexmem_edge.train.model.decoder import causal
@@ -62,7 +64,7 @@ def test_targets_are_log_attention_of_tokens_outside_of_the_window(tmp_path: Pat
     decoder, sample = random_decoder(), random_sample(60)
     objective = Regress(decoder, torch.nn.ModuleList(), 2, 8)
     objective.prepare([sample], tmp_path, lambda *_: None)
-    found = regress.load_file(objective.shards[0])
+    found = load_file(objective.shards[0])
     assert found["positions"].tolist() == list(range(2, 52))
     seen = {}
 
@@ -92,7 +94,7 @@ def test_long_sequences_are_thinned_out_and_nothing_is_computed_twice(tmp_path: 
     again = Regress(decoder, torch.nn.ModuleList(), 2, 8)
     again.prepare(samples, tmp_path, lambda *_: None)
     assert [path.stat().st_mtime_ns for path in again.shards[:2]] == stamps and len(again.shards) == 3
-    parts = [regress.load_file(path) for path in again.shards]
+    parts = [load_file(path) for path in again.shards]
     assert all(len(part["positions"]) == 16 and part["hidden"].shape == (2, 16, 32) for part in parts)
     assert not np.array_equal(parts[0]["positions"], parts[1]["positions"])
 

@@ -7,6 +7,7 @@ All functions take the operands of one layer and never hold more than one block 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -14,21 +15,34 @@ from torch import Tensor
 BLOCK = 256
 
 
-def attention_blocks(q: Tensor, k: Tensor, scale: float, first: int = 0, block: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+def attention_blocks(
+    q: Tensor, k: Tensor, scale: float, first: int = 0, block: int = BLOCK, softcap: float = 0.0,
+    sinks: Optional[Tensor] = None,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Probabilities of causal attention, block of queries by block: (i, p [H, G, n, i + n]) of queries i to i + n.
 
-    q [Hq, T, D], k [H, T, D]; query head h reads KV head h // G. Queries before `first` are left out.
+    q [Hq, T, D], k [H, T, D]; query head h reads KV head h // G. Queries before `first` are left out. `softcap` and `sinks`
+    are those of `Heads`; what a sink takes is left out, so that rows sum to less than 1.
     """
     n_head, total, _ = q.shape
     grouped = q.unflatten(0, (len(k), n_head // len(k)))
     for i in range(first, total, block):
         n = min(block, total - i)
         s = (grouped[:, :, i : i + n] @ k[:, None, : i + n].mT).float() * scale
+        if softcap:
+            s = softcap * (s / softcap).tanh()
         s[..., i:].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-        yield i, s.softmax(-1)
+        if sinks is None:
+            yield i, s.softmax(-1)
+        else:
+            taken = sinks.float().view(len(k), -1, 1, 1).expand(-1, -1, n, 1)
+            yield i, torch.cat((s, taken), -1).softmax(-1)[..., :-1]
 
 
-def future_attention(q: Tensor, k: Tensor, scale: float, window: int, asked: int | None = None) -> tuple[Tensor, Tensor]:
+def future_attention(
+    q: Tensor, k: Tensor, scale: float, window: int, asked: int | None = None, softcap: float = 0.0,
+    sinks: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The largest attention that each key receives from a query `window` or more tokens later.
 
     Returns [H, T] twice, the maximum over the query heads of the group: from all such queries, and from those at
@@ -38,7 +52,7 @@ def future_attention(q: Tensor, k: Tensor, scale: float, window: int, asked: int
     best, best_asked = (torch.zeros(heads, total, device=k.device) for _ in range(2))
     asked = total if asked is None else asked
     keys = torch.arange(total, device=k.device)
-    for i, p in attention_blocks(q, k, scale):
+    for i, p in attention_blocks(q, k, scale, softcap=softcap, sinks=sinks):
         n, seen = p.shape[-2], p.shape[-1]
         rows = torch.arange(i, i + n, device=k.device)[:, None]
         p = p.amax(1).masked_fill_(keys[:seen] > rows - window, 0)  # [H, n, seen]
@@ -49,10 +63,12 @@ def future_attention(q: Tensor, k: Tensor, scale: float, window: int, asked: int
     return best, best_asked
 
 
-def future_mass(q: Tensor, k: Tensor, scale: float, n_context: int) -> Tensor:
+def future_mass(
+    q: Tensor, k: Tensor, scale: float, n_context: int, softcap: float = 0.0, sinks: Optional[Tensor] = None
+) -> Tensor:
     """Attention mass [H, n_context] that keys of the context receive from the queries after it, summed over them and the group."""
     mass = torch.zeros(len(k), n_context, device=k.device)
-    for _, p in attention_blocks(q, k, scale, first=n_context):
+    for _, p in attention_blocks(q, k, scale, first=n_context, softcap=softcap, sinks=sinks):
         mass += p[..., :n_context].sum((1, 2))
     return mass
 

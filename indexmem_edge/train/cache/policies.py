@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class Context:
     q: Tensor  # [Hq, n, D]
     k: Tensor  # [H, n, D]
     scale: float
+    softcap: float = 0.0  # as of `Heads`
+    sinks: Optional[Tensor] = None
 
     @property
     def positions(self) -> Tensor:
@@ -81,7 +84,7 @@ def snapkv(c: Context) -> Tensor:
 def _attention_of_last(c: Context, count: int) -> Tensor:
     n = c.q.shape[1]
     count = min(count, n)
-    blocks = attention_blocks(c.q, c.k, c.scale, first=n - count, block=count)
+    blocks = attention_blocks(c.q, c.k, c.scale, first=n - count, block=count, softcap=c.softcap, sinks=c.sinks)
     return next(blocks)[1].mean((1, 2))
 
 

@@ -22,8 +22,8 @@ from ...options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..cache.future import future_mass, kept_mask
 from ..cache.policies import POLICIES, Context, Policy, streaming
 from ..data.sample import Sample
-from ..model.attention import Heads, causal
-from ..model.decoder import Decoder
+from ..model.attention import Heads
+from ..model.frozen import Frozen
 from ..objectives.objective import Progress
 
 BUDGETS = (0.5, 0.25, 0.1)  # shares of the context
@@ -106,7 +106,7 @@ def context_length(sample: Sample) -> int:
 
 
 def measure(
-    decoder: Decoder,
+    decoder: Frozen,
     modules: nn.ModuleList,
     samples: Sequence[Sample],
     budgets: Sequence[float] = BUDGETS,
@@ -134,7 +134,7 @@ def measure(
     for sample in samples:
         for budget in budgets:
             _room(context_length(sample), budget, sinks, window)
-    layers = decoder.config.bounded
+    layers = decoder.geometry.bounded
     names = (INDEXER, *policies, ORACLE, _PROTECTED)
     found: dict[str, dict[float, list[Array]]] = {name: {b: [] for b in budgets} for name in names}
     done = 0
@@ -158,14 +158,14 @@ def measure(
 
     for sample in samples:
         _each_layer(decoder, sample, look)
-    shape = len(samples), len(layers), decoder.config.n_head_kv
+    shape = len(samples), len(layers), decoder.geometry.n_head_kv
     shares = {name: {b: np.stack(rows).reshape(shape) for b, rows in by.items()} for name, by in found.items()}
     protected = shares.pop(_PROTECTED)
     return Recall(shares, protected, tuple(map(_measured, samples)), sinks, window, layers)
 
 
 def held_out_recall(
-    decoder: Decoder,
+    decoder: Frozen,
     modules: nn.ModuleList,
     samples: Sequence[Sample],
     budgets: Sequence[float] = BUDGETS,
@@ -188,17 +188,16 @@ def kept_share(mass: Tensor, kept: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _each_layer(decoder: Decoder, sample: Sample, look: Callable[[Context, Tensor], None]) -> None:
+def _each_layer(decoder: Frozen, sample: Sample, look: Callable[[Context, Tensor], None]) -> None:
     """Reads a sample and shows the context of each bounded layer, with the mass [H, n] that it receives from what follows."""
     n = context_length(sample)
 
-    def attend(heads: Heads) -> Tensor:
-        if heads.layer in decoder.config.bounded:
-            q, k, scale = heads.q[0], heads.k[0], heads.scale
-            look(Context(heads.layer, heads.hidden[0, :n], q[:, :n], k[:, :n], scale), future_mass(q, k, scale, n))
-        return causal(heads)
+    def context(heads: Heads) -> None:
+        q, k, how = heads.q[0], heads.k[0], (heads.softcap, heads.sinks)
+        mass = future_mass(q, k, heads.scale, n, *how)
+        look(Context(heads.layer, heads.hidden[0, :n], q[:, :n], k[:, :n], heads.scale, *how), mass)
 
-    decoder(torch.tensor(sample.tokens, device=decoder.device)[None], attend)
+    decoder.observe(torch.tensor(sample.tokens, device=decoder.device), context)
 
 
 def _indexer(module: nn.Module) -> Policy:

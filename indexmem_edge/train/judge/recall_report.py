@@ -16,7 +16,7 @@ from torch import nn
 from ...files.atomic import replacing
 from ...options import DEFAULT_SINKS, DEFAULT_WINDOW
 from ..data.sample import Sample
-from ..model.decoder import Decoder
+from ..model.frozen import Frozen
 from ..objectives.objective import Progress
 from .recall import BUDGETS, INDEXER, ORACLE, Recall, measure
 
@@ -25,7 +25,7 @@ COLOURS = ("C0", "C1", "C2", "C7", "C4", "C5", "C6", "C8", "C9")  # nothing near
 
 
 def report(
-    decoder: Decoder,
+    decoder: Frozen,
     modules: nn.ModuleList,
     samples: Sequence[Sample],
     folder: Path,

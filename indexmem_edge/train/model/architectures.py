@@ -90,7 +90,7 @@ _REASONS = {  # why nothing can be trained for an architecture, where more can b
     "it is a draft head that works with the cache of another model": families.DRAFT,
 }  # fmt: skip
 _UNTRAINABLE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-WITHOUT_TRAINING = "policies such as --kv-policy keydiff need no training"
+WITHOUT_TRAINING = "train with --engine native, or take a policy that needs no training, such as --kv-policy keydiff"
 
 
 def trainable(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,12 @@ class Heads:
     v: Tensor  # [B, H, T, D]
     scale: float  # of q.k before the softmax
     window: int = 0  # tokens that a query reads at most, its own among them; 0: all before it
+    softcap: float = 0.0  # c tanh(logits / c) of the logits; 0: none
+    sinks: Optional[Tensor] = None  # [Hq], of each head a logit whose value is 0
 
 
 Attend = Callable[[Heads], Tensor]  # -> [B, Hq, T, D]
+Look = Callable[[Heads], None]
 
 
 def causal(heads: Heads) -> Tensor:

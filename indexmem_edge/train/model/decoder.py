@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import feedforward
-from .attention import Attend, Heads, causal
+from .attention import Attend, Heads, Look, causal
+from .frozen import Frozen
 from .rope import Rope
 
 Weights = Mapping[str, Tensor]
@@ -85,7 +86,7 @@ def soft_capped(logits: Tensor, cap: float) -> Tensor:
     return cap * (logits / cap).tanh() if cap else logits
 
 
-class Decoder:
+class Decoder(Frozen):
     """Weights by their GGUF names, `blk.0.attn_q.weight` and so on; nothing here is trained.
 
     All have the dtype of the computation, norms and routers at least float32. What a file may lack (biases, an output
@@ -94,6 +95,10 @@ class Decoder:
 
     def __init__(self, config: Config, weights: Weights) -> None:
         self.config, self.weights = config, weights
+
+    @property
+    def geometry(self) -> Config:
+        return self.config
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,6 +170,15 @@ class Decoder:
             else:
                 x = self.layer(il, x, positions, attend)
         return self.final(x)
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, look: Look) -> None:
+        def attend(heads: Heads) -> Tensor:
+            if heads.layer in self.config.bounded:
+                look(heads)
+            return causal(heads)
+
+        self(tokens.long()[None], attend)
 
     def _feed_forward(self, il: int, h: Tensor) -> Tensor:
         c, w, activation = self.config, self.weights, feedforward.gelu if self.config.gelu else feedforward.silu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .asked_kl import AskedKL
 from .gated_kl import GatedKL
 from .objective import Objective
 from .outlive_kl import OutliveKL
@@ -10,5 +11,5 @@ from .regress import Regress
 from .residual_mse import ResidualMSE
 from .select_kl import SelectKL
 
-_TABLE: tuple[type[Objective], ...] = (Regress, GatedKL, SelectKL, OutliveKL, PooledKL, ResidualMSE)
+_TABLE: tuple[type[Objective], ...] = (Regress, AskedKL, GatedKL, SelectKL, OutliveKL, PooledKL, ResidualMSE)
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _TABLE}

@@ -29,6 +29,8 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
+    readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
@@ -36,7 +38,7 @@ class Objective(ABC):
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that the modules are for."""
-        return self.decoder.config.bounded
+        return self.decoder.geometry.bounded
 
     def module_of(self, layer: int) -> Optional[nn.Module]:
         """The module of a layer, None if nothing is ever evicted there."""

@@ -7,19 +7,23 @@ the networks are fitted to random batches of them, which costs next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..cache.future import future_attention
 from ..data.sample import Sample
-from ..model.attention import Heads, causal
+from ..model.attention import Heads, Look
 from ..model.decoder import Decoder
 from .objective import Objective, Progress
 
@@ -31,6 +35,7 @@ class Regress(Objective):
     """Huber loss between ranks and log attention, in nats; a constant per layer and head is free."""
 
     name = "regress"
+    observes = True
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         super().__init__(decoder, modules, sinks, window)
@@ -41,11 +46,9 @@ class Regress(Objective):
         folder.mkdir(parents=True, exist_ok=True)
         self.shards = []
         for n, sample in enumerate(samples):
-            path = folder / f"regress-{n:05}.safetensors"
+            path = folder / f"{self.name}-{n:05}.safetensors"
             if not path.exists():
-                draft = path.with_suffix(".draft")
-                save_file(self._observe(sample, n), draft)
-                draft.replace(path)
+                write(path, self._observe(sample, n))
             self.shards.append(path)
             progress(n + 1, len(samples), "attention of sequences")
         some = self.shards[:: max(len(self.shards) // 32, 1)]
@@ -54,39 +57,69 @@ class Regress(Objective):
     @torch.no_grad()
     def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
         """hidden bf16 [layers, n, d] and target float16 [layers, H, n] of some tokens, and their positions [n]."""
-        last = len(sample.tokens) - self.window
-        rng = np.random.default_rng(n)
-        chosen = np.sort(rng.permutation(np.arange(self.sinks, last))[:TOKENS])
-        where = torch.from_numpy(chosen).to(self.device)
+        where = torch.from_numpy(chosen_positions(self.sinks, len(sample.tokens) - self.window, n)).to(self.device)
         hidden, targets = [], []
 
-        def attend(heads: Heads) -> Tensor:
-            if heads.layer in self.layers:
-                best, _ = future_attention(heads.q[0], heads.k[0], heads.scale, self.window)
-                hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
-                targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
-            return causal(heads)
+        def look(heads: Heads) -> None:
+            best, _ = future_attention(
+                heads.q[0], heads.k[0], heads.scale, self.window, softcap=heads.softcap, sinks=heads.sinks
+            )
+            hidden.append(heads.hidden[0, where].to(torch.bfloat16).cpu())
+            targets.append(best[:, where].clamp_min(FLOOR).log().half().cpu())
 
-        self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], attend)
+        self._read(sample.tokens, look)
         return {"hidden": torch.stack(hidden), "target": torch.stack(targets), "positions": where.cpu()}
+
+    def _read(self, tokens: npt.NDArray[np.int32], look: Look) -> None:
+        self.decoder.observe(torch.from_numpy(tokens).long().to(self.device), look)
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         rng = np.random.default_rng((seed, step))
-        parts = [load_file(self.shards[i]) for i in rng.integers(0, len(self.shards), max(len(samples), 1))]
+        drawn = rng.integers(0, len(self.shards), max(len(samples), 1))
         losses = []
-        for i, module in enumerate(self.modules):
-            loss = torch.zeros((), device=self.device)
-            for part in parts:
-                hidden, positions = part["hidden"][i].to(self.device), part["positions"].to(self.device)
-                target = (part["target"][i].float() - self.mean[i]).to(self.device)
-                ranks = module.ranks(hidden, positions, int(positions[-1]))
-                loss = loss + F.smooth_l1_loss(ranks, target)
-            (loss / len(parts) / len(self.modules)).backward()
-            losses.append(float(loss.detach()) / len(parts))
+        for loss in self._losses([self.shards[i] for i in drawn]):
+            (loss / len(self.modules)).backward()
+            losses.append(float(loss.detach()))
         return {"loss": sum(losses) / len(losses)}
+
+    def _losses(self, shards: Sequence[Path]) -> Iterator[Tensor]:
+        """Of each layer, the mean over some sequences. Of the files one layer after the other is read: all of them together may be
+        as large as the model.
+        """
+        with contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(opened(path)) for path in shards]
+            for i, module in enumerate(self.modules):
+                loss = torch.zeros((), device=self.device)
+                for part in parts:
+                    hidden, target = (part.get_slice(name)[i].to(self.device) for name in ("hidden", "target"))
+                    loss = loss + self._loss(module, hidden, target.float(), part.get_tensor("positions").to(self.device), i)
+                yield loss / len(parts)
+
+    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """Of one layer, the module with that number, and one sequence."""
+        ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+        return F.smooth_l1_loss(ranks, target - self.mean[layer].to(target.device))
+
+
+def chosen_positions(first: int, end: int, seed: int) -> npt.NDArray[np.int64]:
+    """Some positions of a sequence from `first` to `end` - 1, ascending; all if there are not too many."""
+    return np.sort(np.random.default_rng(seed).permutation(np.arange(first, end))[:TOKENS])
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file appears as a whole or not at all."""
+    draft = path.with_suffix(".draft")
+    save_file(tensors, draft)
+    draft.replace(path)
+
+
+def opened(path: Path) -> AbstractContextManager[Any]:
+    """A file of which tensors, or parts of them, are read."""
+    return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
 def _target(path: Path) -> Tensor:
     """Without the hidden states, which are a hundred times as large."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
-        return file.get_tensor("target")
+    with opened(path) as file:
+        target: Tensor = file.get_tensor("target")
+        return target
