@@ -1,4 +1,4 @@
-#include "indexmem-kv-cache.h"
+#include "indexmem-state.h"
 
 #include "llama-impl.h"
 
@@ -163,17 +163,8 @@ void llama_kv_cache_bounded::apply_copies() {
         for (const auto & l : layers) {
             for (ggml_tensor * t : l.tensors()) {
                 const size_t size = ggml_nbytes(t)/get_n_seq_max();
-                ggml_tensor src = *t;
-                ggml_tensor dst = *t;
-                for (ggml_tensor * view : { &src, &dst }) {
-                    view->type  = GGML_TYPE_I8;
-                    view->ne[0] = size;
-                    view->ne[1] = view->ne[2] = view->ne[3] = 1;
-                    view->nb[0] = 1;
-                    view->nb[1] = view->nb[2] = view->nb[3] = size;
-                }
-                src.data = (char *) t->data + c.src*size;
-                dst.data = (char *) t->data + c.dst*size;
+                ggml_tensor src = indexmem_state_view({ t, c.src*size, size });
+                ggml_tensor dst = indexmem_state_view({ t, c.dst*size, size });
                 ggml_backend_tensor_copy(&src, &dst);
             }
         }
