@@ -33,8 +33,10 @@ class KVStats:
     memory_layers: int = 0  # layers that have it
     memory_bytes: int = 0  # the part of meta_bytes that it keeps
     cancel_bytes: int = 0  # of the copy of the state that a cancelled call is brought back from
+    cancel_device_bytes: int = 0  # those of them in memory of devices
     checkpoints: int = 0  # copies of the state that prompts go on from
     checkpoint_bytes: int = 0  # that they take
+    checkpoint_device_bytes: int = 0  # those of them in memory of devices, where the cache lies: copies there do not pass through the host
     background: int = 0  # of tokens_seen: those that every prompt comes after, because a session was loaded as a background
     budget_now: int = 0  # the budget at this length: smaller than `budget` only with kv_budget_ratio
     compute_bytes: int = 0  # compute buffers of the context, whatever the length
@@ -105,11 +107,19 @@ class KVStats:
             rows.append(("work memory", work))
             rows.append(("eviction", f"{self.evict_seconds:.3f} s in {self.evictions:,} evictions"))
         if self.cancel_bytes:
-            rows.append(("way back", f"{format_bytes(self.cancel_bytes)}, a copy of the state, should a call be cancelled"))
+            size = _copied(self.cancel_bytes, self.cancel_device_bytes)
+            rows.append(("way back", f"{size}, a copy of the state, should a call be cancelled"))
         if self.checkpoints:
-            rows.append(("checkpoints", f"{self.checkpoints}, {format_bytes(self.checkpoint_bytes)}: what edits and other answers go on from"))
+            size = _copied(self.checkpoint_bytes, self.checkpoint_device_bytes)
+            rows.append(("checkpoints", f"{self.checkpoints}, {size}: what edits and other answers go on from"))
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+def _copied(n: int, on_device: int) -> str:
+    """Bytes of copies, and where they lie if that is not the host."""
+    where = "" if not on_device else f" ({format_bytes(on_device)} of it on the device)"
+    return format_bytes(n) + where
 
 
 def _because(reason: Optional[str]) -> str:

@@ -19,7 +19,7 @@ from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 from . import find
 
-API_VERSION = 6
+API_VERSION = 7
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
@@ -85,7 +85,7 @@ class Stats(ctypes.Structure):
     ]
 
 
-_P, _INT, _I32, _U32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_uint32
+_P, _INT, _I32, _U32, _U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64
 _I32_P = ctypes.POINTER(ctypes.c_int32)
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -121,6 +121,13 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
     "indexmem_set_load_pin": (ctypes.c_bool, [_P, _I32]),
+    "indexmem_copy_new": (_P, []),
+    "indexmem_copy_free": (None, [_P]),
+    "indexmem_copy_size": (_U64, [_P, _I32]),
+    "indexmem_copy_take": (ctypes.c_bool, [_P, _P, _I32]),
+    "indexmem_copy_put": (ctypes.c_bool, [_P, _P, _I32]),
+    "indexmem_copy_bytes": (_U64, [_P, ctypes.c_bool]),
+    "indexmem_copy_state": (_U64, [_P, _P, _U64]),
     "indexmem_set_cancel": (None, [_P, _I32_P]),
     "indexmem_policy_count": (_INT, []),
     "indexmem_policy_name": (ctypes.c_char_p, [_INT]),

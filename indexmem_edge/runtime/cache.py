@@ -52,6 +52,11 @@ class Watch(Protocol):
         """Bytes that it keeps."""
         ...
 
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them in memory of devices."""
+        ...
+
     def check(self) -> None:
         """Between two batches; raises if there is to be no other."""
         ...
@@ -410,8 +415,10 @@ class BoundedCache:
             memory_layers=native.memory_layers,
             memory_bytes=native.memory_bytes,
             cancel_bytes=self._watch.nbytes,
+            cancel_device_bytes=self._watch.device_nbytes,
             checkpoints=len(self.checkpoints),
             checkpoint_bytes=self.checkpoints.nbytes,
+            checkpoint_device_bytes=self.checkpoints.device_nbytes,
             background=len(self.background.tokens),
             budget_now=native.budget_now,
             compute_bytes=native.compute_bytes,

@@ -166,8 +166,13 @@ class Calls:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept for the way back."""
+        """Bytes kept for the way back, in memory of the host and of devices."""
         return self._copy.nbytes if self._copy is not None else 0
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them in memory of devices."""
+        return self._copy.device_nbytes if self._copy is not None else 0
 
     @property
     def in_progress(self) -> bool:

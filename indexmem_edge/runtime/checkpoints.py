@@ -47,18 +47,15 @@ class Checkpoint:
     _copy: StateCopy = field(default_factory=StateCopy, repr=False)
 
     @classmethod
-    def of(
-        cls, ctx: int, tokens: Tokens, logits: Logits = None, copy: Optional[StateCopy] = None, size: Optional[int] = None
-    ) -> Optional[Checkpoint]:
+    def of(cls, ctx: int, tokens: Tokens, logits: Logits = None, copy: Optional[StateCopy] = None) -> Optional[Checkpoint]:
         """The state as it is now, after these tokens; None: there is no memory for it.
 
         Args:
-            copy: the buffer of another one, which this takes over.
-            size: bytes of the state, if they are known.
+            copy: the memory of another one, which this takes over.
         """
         first = int(llama_lib.llama_memory_seq_pos_min(llama_lib.llama_get_memory(ctx), 0))
         made = cls(tokens.copy(), max(first + 1, 1), logits, _copy=copy or StateCopy())
-        return made if len(tokens) and made._copy.take(ctx, size) else None
+        return made if len(tokens) and made._copy.take(ctx) else None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -73,6 +70,11 @@ class Checkpoint:
         """Bytes that it takes."""
         logits = self.logits.nbytes if self.logits is not None else 0
         return self._copy.nbytes + self.tokens.nbytes + logits
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them in memory of devices."""
+        return self._copy.device_nbytes
 
     def fits(self, prompt: Tokens) -> int:
         """How many of the first tokens of a prompt it can be put back as. After all of them the logits are known."""
@@ -120,8 +122,13 @@ class Checkpoints:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take."""
+        """Bytes that they take, in memory of the host and of devices."""
         return self._bytes + (self.held.nbytes if self.held is not None else 0)
+
+    @property
+    def device_nbytes(self) -> int:
+        """Those of them in memory of devices."""
+        return sum(kept.device_nbytes for kept in [*self._kept, *([self.held] if self.held is not None else [])])
 
     @property
     def _bytes(self) -> int:
@@ -146,14 +153,13 @@ class Checkpoints:
             same.logits = logits if logits is not None else same.logits
             self._touch(same)
             return
-        size = StateCopy.size(ctx)
-        room = size + tokens.nbytes
+        room = StateCopy.size(ctx) + tokens.nbytes
         if len(tokens) == 0 or room > self.limit:
             return
-        buffer: Optional[StateCopy] = None
+        memory: Optional[StateCopy] = None
         while self._kept and self._bytes + room > self.limit:
-            buffer = self._drop()
-        made = Checkpoint.of(ctx, tokens, logits, buffer, size)
+            memory = self._drop()
+        made = Checkpoint.of(ctx, tokens, logits, memory)
         if made is not None:
             self._kept.append(made)
 
@@ -193,7 +199,7 @@ class Checkpoints:
         self._kept.append(checkpoint)
 
     def _drop(self) -> StateCopy:
-        """Takes the least useful one out and returns its buffer.
+        """Takes the least useful one out and returns its memory.
 
         Who edits or branches mostly does so in the last turns: two newer ones of the same conversation are enough.
         """

@@ -2,7 +2,7 @@
 //
 //   cmake -B build/fuzz -G Ninja -DINDEXMEM_FUZZ=ON -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 //   cmake --build build/fuzz --target fuzz_state                                           (compiles all of llama.cpp)
-//   mkdir -p build/corpus-state && build/fuzz/fuzz_state -timeout=20 -max_len=8192 -max_total_time=600
+//   mkdir -p build/corpus-state && build/fuzz/fuzz_state -timeout=20 -max_len=24576 -max_total_time=600
 //       build/corpus-state native/fuzz/corpus-state                                                     (one line)
 //
 // `fuzz_state --seeds <folder>` writes real states, with which corpus-state/ began; it is what -merge=1 keeps of all that

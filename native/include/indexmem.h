@@ -44,8 +44,9 @@ extern "C" {
 
 struct llama_model;
 struct llama_context;
+struct indexmem_copy; // of a sequence
 
-#define INDEXMEM_API_VERSION 6
+#define INDEXMEM_API_VERSION 7
 
 #define INDEXMEM_SPAN_TRAINED UINT32_MAX
 
@@ -213,6 +214,29 @@ INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, u
 // States that are loaded from now on bring the pinned prefix that they were saved with (n < 0, the default), or get one of n tokens,
 // of a sequence that has evicted as far as all of it is still there.
 INDEXMEM_API bool indexmem_set_load_pin(struct llama_context * ctx, int32_t n);
+
+// Copies of a sequence, to come back to: any number, each with memory that it keeps for the next one taken into it. What lies on a
+// device is copied there without passing through the host, as far as the device has room, and the rest to the host's memory. Only
+// slots in use are copied. A copy may outlive its context.
+INDEXMEM_API struct indexmem_copy * indexmem_copy_new (void);
+INDEXMEM_API void                   indexmem_copy_free(struct indexmem_copy * copy);
+
+// Bytes that a copy of the sequence takes; 0, with an error, if there can be none: of a broken one, or without a bounded cache.
+INDEXMEM_API uint64_t indexmem_copy_size(struct llama_context * ctx, int32_t seq_id);
+
+// False with an error: nothing is copied then, and there is no copy any more.
+INDEXMEM_API bool indexmem_copy_take(struct indexmem_copy * copy, struct llama_context * ctx, int32_t seq_id);
+
+// Makes a sequence what the copied one was. In the context that it came from nothing is checked; any other takes it up as it does a
+// state, or refuses it with an error.
+INDEXMEM_API bool indexmem_copy_put(const struct indexmem_copy * copy, struct llama_context * ctx, int32_t seq_id);
+
+// Bytes that it takes, in memory of devices or in that of the host.
+INDEXMEM_API uint64_t indexmem_copy_bytes(const struct indexmem_copy * copy, bool on_device);
+
+// The same as llama_state_seq_get_data() gave at that time: writes it to `dst` (may be NULL), which has room for `size` bytes, and
+// returns how many it has; 0 with an error.
+INDEXMEM_API uint64_t indexmem_copy_state(const struct indexmem_copy * copy, uint8_t * dst, uint64_t size);
 
 // Computations of the context stop after the node they are at once *flag is not 0, and llama_decode then returns 2, as with
 // llama_set_abort_callback, which this calls: the flag is read without a lock, by the thread that computes, so any thread may

@@ -12,6 +12,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -47,6 +48,11 @@ static bool ranks_by_indexer(const llama_kv_cache_bounded::config & cfg) {
     return strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") == 0;
 }
 
+static uint64_t next_id() {
+    static std::atomic<uint64_t> n = 0;
+    return ++n;
+}
+
 static indexmem_kv_counts::geometry geometry_of(const llama_kv_cache_bounded::config & cfg, uint32_t n_ubatch) {
     const uint32_t n_latent = cfg.memory ? cfg.memory->n_slots() : 0;
 
@@ -75,7 +81,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
              const config & cfg,
     const layer_filter_cb & filter,
     const layer_reuse_cb  & reuse) :
-    model(model), cfg(cfg), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
+    model(model), cfg(cfg), id(next_id()), counts(cfg, geometry_of(cfg, n_ubatch), n_seq_max), span_reason(cfg.span_reason) {
     const auto & hparams = model.hparams;
 
     if (cfg.memory && hparams.is_mla()) {

@@ -141,6 +141,13 @@ public:
     std::shared_ptr<loading> read_state(llama_io_read_i & io, llama_seq_id seq_id) const;
     void apply_state(const loading & what);
 
+    // What these sequences held is forgotten, and who calls this puts what they are to hold into their streams. The device is
+    // idle.
+    void replace(const std::vector<std::pair<llama_seq_id, seq_state>> & seqs);
+
+    // Tells caches apart, also from one that was where another is now. Never 0.
+    uint64_t get_id() const { return id; }
+
     // a sequence whose entries no longer belong together
     void spoil(llama_seq_id seq_id);
 
@@ -227,6 +234,8 @@ private:
     const llama_model & model;
 
     const config cfg;
+
+    const uint64_t id;
 
     const indexmem_indexer * indexer = nullptr;
 

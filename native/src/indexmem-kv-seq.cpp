@@ -1,4 +1,4 @@
-#include "indexmem-kv-cache.h"
+#include "indexmem-state.h"
 
 #include "llama-impl.h"
 
@@ -178,18 +178,10 @@ void llama_kv_cache_bounded::copy_rows(ggml_tensor * t, const copy & c, const st
             if (begin == end) {
                 continue;
             }
-            ggml_tensor src = *t;
-            ggml_tensor dst = *t;
-            for (ggml_tensor * view : { &src, &dst }) {
-                view->type  = GGML_TYPE_I8;
-                view->ne[0] = whole ? size : (end - begin)*row_size;
-                view->ne[1] = view->ne[2] = view->ne[3] = 1;
-                view->nb[0] = 1;
-                view->nb[1] = view->nb[2] = view->nb[3] = view->ne[0];
-            }
-            const size_t at = head + begin*row_size;
-            src.data = (char *) t->data + c.src*size + at;
-            dst.data = (char *) t->data + c.dst*size + at;
+            const size_t at    = head + begin*row_size;
+            const size_t bytes = whole ? size : (end - begin)*row_size;
+            ggml_tensor src = indexmem_state_view({ t, c.src*size + at, bytes });
+            ggml_tensor dst = indexmem_state_view({ t, c.dst*size + at, bytes });
             ggml_backend_tensor_copy(&src, &dst);
         }
     }

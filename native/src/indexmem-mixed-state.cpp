@@ -55,6 +55,36 @@ void for_each_size(const std::vector<ggml_tensor *> & tensors, const char * what
 
 } // namespace
 
+llama_pos llama_memory_mixed::n_window(llama_seq_id seq_id) const {
+    const llama_pos held = window ? window->get().seq_pos_min(seq_id) : -1;
+    return held < 0 ? 0 : bounded->get_seq(seq_id)->n_seen - held;
+}
+
+void llama_memory_mixed::replace(llama_seq_id seq_id, const llama_kv_cache_bounded::seq_state & seq, llama_pos n_window) {
+    seq_rm(seq_id, -1, -1);
+    bounded->replace({ { seq_id, seq } });
+    if (window) {
+        window->place(seq_id, seq.n_seen - n_window, seq.n_seen);
+    }
+    if (recurrent && seq.n_seen > 0) {
+        recurrent->place(seq_id, seq.n_seen);
+    }
+}
+
+std::vector<indexmem_state_piece> llama_memory_mixed::pieces(llama_seq_id seq_id) const {
+    auto res = indexmem_state_pieces(*bounded, seq_id);
+
+    const llama_pos n_seen = bounded->get_seq(seq_id)->n_seen;
+    const auto add = [&](const std::vector<indexmem_state_piece> & more) { res.insert(res.end(), more.begin(), more.end()); };
+    if (window) {
+        add(window->rows(seq_id, n_seen - n_window(seq_id), n_seen));
+    }
+    if (recurrent && n_seen > 0) {
+        add(recurrent->row(seq_id));
+    }
+    return res;
+}
+
 void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     const bool on_device = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE;
 
@@ -72,11 +102,9 @@ void llama_memory_mixed::state_write(llama_io_write_i & io, llama_seq_id seq_id,
     if (window) {
         for_each_size(window->tensors(), "the window's cache", put_size);
         for (llama_seq_id id : ids) {
-            const llama_pos p1   = bounded->get_seq(id)->n_seen;
-            const llama_pos held = window->get().seq_pos_min(id);
-            const llama_pos p0   = held < 0 ? p1 : held;
-            put<uint64_t>(io, p1 - p0);
-            indexmem_state_put(io, window->rows(id, p0, p1), on_device);
+            const llama_pos p1 = bounded->get_seq(id)->n_seen;
+            put<uint64_t>(io, n_window(id));
+            indexmem_state_put(io, window->rows(id, p1 - n_window(id), p1), on_device);
         }
     }
     if (recurrent) {

@@ -69,6 +69,15 @@ public:
     size_t size_window_bytes()    const;
     size_t size_recurrent_bytes() const;
 
+    // positions of a sequence that the cache of the window holds, up to the newest; 0 without one
+    llama_pos n_window(llama_seq_id seq_id) const;
+
+    // as llama_kv_cache_bounded::replace, with so many positions of the window; then pieces() says where all that lies
+    void replace(llama_seq_id seq_id, const llama_kv_cache_bounded::seq_state & seq, llama_pos n_window);
+
+    // all that the parts hold of a sequence, in the order in which it is written
+    std::vector<indexmem_state_piece> pieces(llama_seq_id seq_id) const;
+
     // before a ubatch of the bounded cache: the rebases that have to come first, of all parts; false with a message
     bool rebase(const llama_kv_cache_bounded::step & st);
 

@@ -262,17 +262,21 @@ std::shared_ptr<llama_kv_cache_bounded::loading> llama_kv_cache_bounded::read_st
     return res;
 }
 
+void llama_kv_cache_bounded::replace(const std::vector<std::pair<llama_seq_id, seq_state>> & seqs) {
+    for (const auto & [id, _] : seqs) {
+        reset(id);
+    }
+    apply_copies(); // and clear the memories that are about to be replaced
+    for (const auto & [id, seq] : seqs) {
+        counts.assign(id, seq);
+    }
+}
+
 void llama_kv_cache_bounded::apply_state(const loading & what) {
     if (what.seq_id == -1) {
         clear(false);
     }
-    for (const auto & [id, _] : what.seqs) {
-        reset(id);
-    }
-    apply_copies(); // and clear the memories that are about to be replaced
-    for (const auto & [id, seq] : what.seqs) {
-        counts.assign(id, seq);
-    }
+    replace(what.seqs);
     for (const auto & h : what.held) {
         h.apply();
     }

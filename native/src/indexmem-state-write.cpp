@@ -59,7 +59,8 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
 } // namespace
 
 // A state that is asked to stay on the device (LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) holds its bytes all the same: llama.cpp's
-// writer for it takes tensors of types without blocks only, and what has left the state could not be checked.
+// writer for it takes tensors of types without blocks only, keeps one state of each sequence, and what has left the state could
+// not be checked. What stays there is a copy (indexmem-copy.h).
 void indexmem_state_put(llama_io_write_i & io, const std::vector<indexmem_state_piece> & pieces, bool on_device) {
     std::vector<uint8_t> buf;
     for (const auto & p : pieces) {
@@ -95,17 +96,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
     put<uint32_t>(io, ids.size());
     for (llama_seq_id id : ids) {
-        const uint32_t stream = get_stream(id);
-        const auto   & seq    = *get_seq(id);
-
-        put_head(io, id, seq);
-        for (const auto & l : layers) {
-            indexmem_state_put(io, indexmem_state_table(l, seq, stream), on_device);
-        }
-        for (const auto & l : layers) {
-            for (const auto & part : indexmem_state_rows_of(*this, l, seq, stream)) {
-                indexmem_state_put(io, part, on_device);
-            }
-        }
+        put_head(io, id, *get_seq(id));
+        indexmem_state_put(io, indexmem_state_pieces(*this, id), on_device);
     }
 }

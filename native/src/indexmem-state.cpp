@@ -25,6 +25,17 @@ void indexmem_state_set(const std::vector<indexmem_state_piece> & pieces, const 
     }
 }
 
+ggml_tensor indexmem_state_view(const indexmem_state_piece & piece) {
+    ggml_tensor res = *piece.tensor;
+    res.type  = GGML_TYPE_I8;
+    res.ne[0] = (int64_t) piece.size;
+    res.ne[1] = res.ne[2] = res.ne[3] = 1;
+    res.nb[0] = 1;
+    res.nb[1] = res.nb[2] = res.nb[3] = piece.size;
+    res.data  = (char *) piece.tensor->data + piece.offset;
+    return res;
+}
+
 std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
     std::vector<indexmem_state_piece> res;
     for (ggml_tensor * t : { l.pos, seq.n_rebases > 0 ? l.rotary : nullptr }) {
@@ -75,6 +86,23 @@ indexmem_state_rows indexmem_state_rows_of(
         }
         add(INDEXMEM_STATE_MEMORY, l.k, 0, kv.get_n_latent());
         add(INDEXMEM_STATE_MEMORY, l.v, 0, kv.get_n_latent());
+    }
+    return res;
+}
+
+std::vector<indexmem_state_piece> indexmem_state_pieces(const kv_cache & kv, llama_seq_id seq_id) {
+    const uint32_t stream = kv.get_stream(seq_id);
+    const auto   & seq    = *kv.get_seq(seq_id);
+
+    std::vector<indexmem_state_piece> res;
+    const auto add = [&](const std::vector<indexmem_state_piece> & pieces) { res.insert(res.end(), pieces.begin(), pieces.end()); };
+    for (const auto & l : kv.get_layers()) {
+        add(indexmem_state_table(l, seq, stream));
+    }
+    for (const auto & l : kv.get_layers()) {
+        for (const auto & part : indexmem_state_rows_of(kv, l, seq, stream)) {
+            add(part);
+        }
     }
     return res;
 }

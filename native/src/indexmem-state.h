@@ -46,6 +46,9 @@ struct indexmem_state_piece {
     size_t        size;
 };
 
+// The bytes of a piece as a tensor, for what copies tensors; it is valid as long as the other.
+ggml_tensor indexmem_state_view(const indexmem_state_piece & piece);
+
 // The table of a layer: of each head its positions, then, if there was a rebase, of each head its rotary ones. The sequence lies
 // in this stream.
 std::vector<indexmem_state_piece> indexmem_state_table(
@@ -69,6 +72,9 @@ indexmem_state_rows indexmem_state_rows_of(
         const llama_kv_cache_bounded            & kv,
         const llama_kv_cache_bounded::layer     & l,
         const llama_kv_cache_bounded::seq_state & seq, uint32_t stream);
+
+// all that a sequence holds, tables and rows, in the order in which they are written: after its head
+std::vector<indexmem_state_piece> indexmem_state_pieces(const llama_kv_cache_bounded & kv, llama_seq_id seq_id);
 
 // Bytes of a row of each part, all heads: of an entry, a query, a pending token, and of the memory all
 using indexmem_state_sizes = std::array<uint32_t, INDEXMEM_STATE_N_PARTS>;

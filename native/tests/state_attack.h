@@ -5,6 +5,7 @@
 #include "state_contexts.h"
 
 #include <functional>
+#include <memory>
 
 // The first byte of an input chooses what it is loaded into, and how. The rest is the state.
 enum : uint8_t {
@@ -53,6 +54,10 @@ public:
     // inputs that are accepted, of every kind
     std::vector<bytes> seeds() {
         std::vector<bytes> res;
+        const auto add = [&](bytes state, int how) {
+            state.insert(state.begin(), (uint8_t) how);
+            res.push_back(std::move(state));
+        };
         for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
             llama_context * ctx = contexts.get(kind);
             for (int n : { 0, 3, 9, 33 }) {
@@ -65,25 +70,40 @@ public:
                 for (int how : { 0, (int) ATTACK_PADDED, (int) ATTACK_WHOLE, (int) ATTACK_FILE }) {
                     bytes state = save(ctx, how & ATTACK_WHOLE ? -1 : 0);
                     if (how & ATTACK_PADDED) {
+                        if (kind >= N_PLAIN_KINDS) {
+                            continue; // numbers of the other layers come after the rows of the first
+                        }
                         state.resize(std::min<size_t>(state.size(), 1024)); // header and positions
                     }
-                    state.insert(state.begin(), (uint8_t) (how | kind));
-                    res.push_back(state);
+                    add(std::move(state), how | kind);
                 }
             }
-            // more than the budget has room for
+            // more than the budget has room for, of one sequence and of two
             llama_context * large = contexts.get_large(kind);
             llama_memory_clear(llama_get_memory(large), true);
-            require(decode(large, 0, 32) && decode(large, 0, 30), "no decode");
-            bytes state = save(large, 0);
-            state.insert(state.begin(), (uint8_t) kind);
-            res.push_back(state);
+            require(decode(large, 0, 32) && decode(large, 0, 30) && decode(large, 2, 27), "no decode");
+            for (int how : { 0, (int) ATTACK_WHOLE, (int) ATTACK_FILE }) {
+                add(save(large, how & ATTACK_WHOLE ? -1 : 0), how | kind);
+            }
+            // of caches with other policies, indexers and memories
+            for (int other = 0; other < N_PLAIN_KINDS && kind < N_PLAIN_KINDS; ++other) {
+                for (llama_context * from : { contexts.get(other), contexts.get_large(other) }) {
+                    llama_memory_clear(llama_get_memory(from), true);
+                    for (int n : { 9, 24 }) {
+                        require(decode(from, 0, n), "no decode");
+                        const bytes state = save(from, 0);
+                        if (kind != other && load(contexts.get(kind), 1, state)) {
+                            add(state, kind);
+                        }
+                    }
+                }
+            }
         }
         return res;
     }
 
 private:
-    static constexpr size_t N_PADDED = 1 << 15;
+    static constexpr size_t N_PADDED = 1 << 16;
 
     static void require(bool ok, const std::string & what) {
         if (!ok) {
@@ -105,6 +125,8 @@ private:
             check_counts(ctx, s);
             const bytes again = save(ctx, s);
             require(load(ctx, s, again) && save(ctx, s) == again, "a state that was accepted is not the same again");
+            require(indexmem_copy_take(copy.get(), ctx, s) && indexmem_copy_put(copy.get(), ctx, s) && save(ctx, s) == again,
+                    "a copy of a state that was accepted is not the same");
         }
         const auto goes_on = [&](llama_seq_id seq, int n) { return decode(ctx, seq, n) || lacks_queries(contexts.take_log()); };
         require(goes_on(0, 1) && goes_on(1, 1), "no token after a state that was accepted");
@@ -131,6 +153,8 @@ private:
     }
 
     state_contexts contexts;
+
+    std::unique_ptr<indexmem_copy, decltype(&indexmem_copy_free)> copy = { indexmem_copy_new(), indexmem_copy_free };
 
     std::function<std::string(const bytes &)> write_file;
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Contexts with a bounded cache of every kind that states differ in, of a model of a few kilobytes; and what must hold
-// whatever bytes are loaded into them.
+// Contexts with a bounded cache of every kind that states differ in, of models of a few kilobytes; and what must hold whatever
+// bytes are loaded into them.
 
 #include "sidecar_file.h"
 #include "tiny_model.h"
@@ -13,7 +13,6 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,25 +27,31 @@ struct state_kind {
     ggml_type    cache;
     double       ratio;
     uint32_t     span;     // 32: full when so many tokens have been seen as in test_state.cpp
+    const char * arch;     // of write_tiny_mixed_model, null: all layers attend to everything
 };
 
 inline const state_kind STATE_KINDS[] = {
-    { "plain",      "streaming", "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 0 },
-    { "ring",       "snapkv",    "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 32 },
-    { "centroid",   "keydiff",   "centroid", nullptr,     "none",     GGML_TYPE_F32,  0.0, 32 },
-    { "retention",  "indexer",   nullptr,    "retention", "none",     GGML_TYPE_F16,  0.5, 32 },
-    { "pairwise",   "indexer",   nullptr,    "pairwise",  "residual", GGML_TYPE_BF16, 0.0, INDEXMEM_SPAN_TRAINED },
+    { "plain",      "streaming", "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 0,  nullptr },
+    { "ring",       "snapkv",    "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 32, nullptr },
+    { "centroid",   "keydiff",   "centroid", nullptr,     "none",     GGML_TYPE_F32,  0.0, 32, nullptr },
+    { "retention",  "indexer",   nullptr,    "retention", "none",     GGML_TYPE_F16,  0.5, 32, nullptr },
+    { "pairwise",   "indexer",   nullptr,    "pairwise",  "residual", GGML_TYPE_BF16, 0.0, INDEXMEM_SPAN_TRAINED, nullptr },
+    { "hybrid",     "streaming", "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 32, "lfm2" },
+    { "window",     "snapkv",    "off",      nullptr,     "none",     GGML_TYPE_F16,  0.0, 32, "cohere2" },
+    { "shared",     "keydiff",   "centroid", nullptr,     "none",     GGML_TYPE_F32,  0.0, 32, "gemma4" },
 };
 inline constexpr int N_STATE_KINDS = sizeof(STATE_KINDS)/sizeof(STATE_KINDS[0]);
+inline constexpr int N_PLAIN_KINDS = 5; // the first ones, whose models have layers of one kind
 
+inline constexpr int STATE_N_LAYER = 4; // at most
 inline constexpr uint32_t STATE_N_SEQ = 3, STATE_BUDGET = 20, STATE_LARGE = 44, STATE_SINKS = 2, STATE_WINDOW = 4;
 
 using bytes = std::vector<uint8_t>;
 
 class state_contexts {
 public:
-    // folder: where the files it needs may be written; they are gone when this returns
-    explicit state_contexts(const std::string & folder) {
+    // folder: where the files it needs may be written; they are gone when this returns. device: where all layers lie, null: the host
+    explicit state_contexts(const std::string & folder, ggml_backend_dev_t device = nullptr) {
         static constexpr tiny_shape shape = { 24, 16, 2, 2, 2, 16, 4096 };
 
         llama_log_set([](ggml_log_level level, const char * text, void * data) {
@@ -54,18 +59,18 @@ public:
         }, this);
         llama_backend_init();
 
-        std::mt19937 rng(0);
-        std::normal_distribution<float> normal;
         const std::string path = folder + "test-state-model.gguf";
-        write_tiny_model(path, shape, [&](const std::string & name, int64_t) {
-            return name.find("norm") != std::string::npos ? 1.0f : normal(rng)*0.3f;
-        });
-        auto params = llama_model_default_params();
-        params.n_gpu_layers = 0;
-        model = llama_model_load_from_file(path.c_str(), params);
-        remove(path.c_str());
-
         for (const auto & kind : STATE_KINDS) {
+            if (models.empty() || kind.arch) {
+                kind.arch ? write_tiny_mixed_model(path, kind.arch, shape, tiny_random(0.3f)) : write_tiny_model(path, shape, tiny_random(0.3f));
+                ggml_backend_dev_t devices[] = { device, nullptr };
+                auto params = llama_model_default_params();
+                params.devices      = device ? devices : nullptr;
+                params.n_gpu_layers = device ? 99 : 0;
+                models.push_back(llama_model_load_from_file(path.c_str(), params));
+                remove(path.c_str());
+            }
+            llama_model * model = models.back();
             const std::string sidecar = folder + "test-state.indexmem.gguf";
             if (kind.indexer) {
                 const sidecar_shape sizes = { shape.n_layer, shape.n_embd, shape.n_head_kv };
@@ -81,10 +86,10 @@ public:
             request.budget_ratio = kind.ratio;
             request.span         = kind.span;
             request.sidecar      = kind.indexer ? sidecar.c_str() : nullptr;
-            contexts.push_back(make(request, kind.cache));
+            contexts.push_back(make(model, request, kind.cache));
             request.budget = STATE_LARGE;
             request.span   = kind.span > 0 ? INDEXMEM_SPAN_TRAINED : 0;
-            large.push_back(make(request, kind.cache));
+            large.push_back(make(model, request, kind.cache));
             remove(sidecar.c_str());
         }
     }
@@ -95,7 +100,9 @@ public:
                 llama_free(ctx);
             }
         }
-        llama_model_free(model);
+        for (llama_model * model : models) {
+            llama_model_free(model);
+        }
         llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     }
 
@@ -106,7 +113,7 @@ public:
     std::string take_log() { return std::exchange(log, {}); } // errors since the last call
 
 private:
-    llama_context * make(const indexmem_params & request, ggml_type cache) {
+    llama_context * make(llama_model * model, const indexmem_params & request, ggml_type cache) {
         auto params = llama_context_default_params();
         params.n_ctx     = 4096;
         params.n_batch   = 32;
@@ -124,8 +131,7 @@ private:
         return ctx;
     }
 
-    llama_model * model = nullptr;
-
+    std::vector<llama_model *>   models;
     std::vector<llama_context *> contexts;
     std::vector<llama_context *> large;
 
@@ -212,7 +218,7 @@ inline void check_counts(llama_context * ctx, llama_seq_id seq) {
     if (stats.next_position > stats.n_seen || (stats.n_rebases == 0 && stats.next_position != stats.n_seen)) {
         throw std::runtime_error("impossible positions");
     }
-    for (int il = 0; il < 2; ++il) {
+    for (int il = 0; il < STATE_N_LAYER; ++il) {
         for (int h = 0; h < indexmem_n_head_kv(ctx, il); ++h) {
             std::vector<int32_t> pos(stats.n_kept);
             std::vector<int32_t> rotary(stats.n_kept);
@@ -239,7 +245,7 @@ inline void check_counts(llama_context * ctx, llama_seq_id seq) {
 // and what is protected is there, if it came from one of these
 inline void check_sequence(llama_context * ctx, llama_seq_id seq) {
     check_counts(ctx, seq);
-    for (int il = 0; il < 2; ++il) {
+    for (int il = 0; il < STATE_N_LAYER; ++il) {
         for (int h = 0; h < indexmem_n_head_kv(ctx, il); ++h) {
             std::vector<int32_t> pos(indexmem_get_positions(ctx, seq, il, h, nullptr, 0));
             indexmem_get_positions(ctx, seq, il, h, pos.data(), (int32_t) pos.size());

@@ -76,12 +76,12 @@ TEST(counting_reads_no_tensor) {
 
         counting_writer whole;
         mem->state_write(whole, -1);
-        CHECK(whole.n_data < 400 && whole.n_tensor > 1000);
+        CHECK(whole.n_data < 700 && whole.n_tensor > 1000);
         CHECK(save(ctx, -1).size() > whole.n_bytes()); // the architecture is beside it
 
         counting_writer one;
         mem->state_write(one, 0);
-        CHECK(one.n_data < 400 && one.n_bytes() + 8 == save(ctx, 0).size());
+        CHECK(one.n_data < 700 && one.n_bytes() + 8 == save(ctx, 0).size());
     }
 }
 
@@ -189,7 +189,7 @@ TEST(truncated_everywhere) {
     }
 }
 
-// where the parts of the state of a sequence begin
+// where the parts of the state of a sequence begin, of a model whose layers are of one kind
 struct parts {
     size_t head, table, rows;
 
@@ -212,7 +212,7 @@ struct parts {
 };
 
 TEST(numbers_that_lie) {
-    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+    for (int kind = 0; kind < N_PLAIN_KINDS; ++kind) {
         llama_context * ctx = filled(kind);
         const bytes state  = save(ctx, 0);
         const bytes before = save(ctx, -1);
@@ -246,7 +246,7 @@ TEST(numbers_that_lie) {
 
 // accepted, whatever they hold: no step after that may fail
 TEST(rows_of_any_bytes) {
-    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+    for (int kind = 0; kind < N_PLAIN_KINDS; ++kind) {
         llama_context * ctx = filled(kind);
         const bytes state = save(ctx, 0);
         const parts at(ctx, state);
@@ -263,7 +263,7 @@ TEST(rows_of_any_bytes) {
 }
 
 TEST(far_ahead) {
-    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+    for (int kind = 0; kind < N_PLAIN_KINDS; ++kind) {
         llama_context * ctx = filled(kind);
         const bytes state = save(ctx, 0);
         const parts at(ctx, state);
@@ -341,7 +341,7 @@ TEST(states_of_other_caches) {
 
 // ranked, remembered and moved when they are read
 TEST(rows_of_any_bytes_that_do_not_fit) {
-    for (int kind = 0; kind < N_STATE_KINDS; ++kind) {
+    for (int kind = 0; kind < N_PLAIN_KINDS; ++kind) {
         llama_context * from = contexts().get_large(kind);
         llama_memory_clear(llama_get_memory(from), true);
         CHECK(decode(from, 0, 32) && decode(from, 0, 30));
@@ -396,7 +396,7 @@ TEST(corpus_of_the_fuzzer) {
     }
     CHECK(n > 50 && n_accepted > 10);
     for (const auto & seed : attack.seeds()) {
-        CHECK(attack.run(seed.data(), seed.size()));
+        CHECK_MSG(attack.run(seed.data(), seed.size()), "%02x: %s", seed[0], indexmem_last_error());
     }
     remove(FILE_PATH.c_str());
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
 import pytest
 
-from indexmem_edge import BudgetError, ContextError, Llama
+from indexmem_edge import BudgetError, ContextError, KVStats, Llama, llama_cpp
 from indexmem_edge.native import find
 from indexmem_edge.runtime.checkpoints import Checkpoint, Checkpoints
 
@@ -137,6 +139,39 @@ def test_what_comes_back_is_what_was(make: Any, n: int) -> None:
     logits = [one._inside.last_logits() for one in (llm, other)]
     np.testing.assert_array_equal(*logits)
     assert llm.kv_stats().checkpoints == 0
+
+
+def test_a_checkpoint_outlives_its_llama(make: Any) -> None:
+    """It is a state as the library writes it, which another cache takes up: one of another budget, too."""
+    llm = make(kv_checkpoints=0)
+    tokens = llm.tokenize(README[:3000].encode(), add_bos=False)
+    llm.eval(tokens[:500])
+    kept = llm.checkpoint()
+    assert kept.device_nbytes == 0 < len(kept.state) <= kept.nbytes
+    written = (ctypes.c_uint8 * len(kept.state))()
+    assert llama_cpp.llama_state_seq_get_data(llm.ctx, written, len(kept.state), 0) == len(kept.state)
+    assert bytes(written) == kept.state
+    llm.eval(tokens[500:560])
+    after = llm._inside.last_logits().copy()
+    llm.close()
+    for budget in (192, 256):
+        other = make(kv_checkpoints=0, kv_budget=budget)
+        other.eval(tokens[600:900])
+        other.restore(kept)
+        assert other.n_tokens == 500 and other.kv_stats().kept <= budget
+        other.eval(tokens[500:560])
+        if budget == 192:
+            np.testing.assert_array_equal(other._inside.last_logits(), after)
+    smaller = make(kv_checkpoints=0, kv_budget=128)  # what it has no room for leaves
+    smaller.restore(kept)
+    assert smaller.n_tokens == 500 and smaller.kv_stats().kept <= 128
+
+
+def test_where_copies_lie_is_said() -> None:
+    stats = KVStats("streaming", 64, 100, 60, 40, cancel_bytes=2048, checkpoints=2, checkpoint_bytes=4096)
+    assert "on the device" not in str(stats)
+    here = replace(stats, cancel_device_bytes=1024, checkpoint_device_bytes=3072)
+    assert "2.0 KiB (1.0 KiB of it on the device), a copy" in str(here) and "2, 4.0 KiB (3.0 KiB of it on the device)" in str(here)
 
 
 def test_a_checkpoint_of_another_cache_is_refused(make: Any) -> None:

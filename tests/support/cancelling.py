@@ -82,7 +82,8 @@ class Nodes:
 def condition(llm: Any) -> dict[str, Any]:
     """All that a person can find out about a conversation, but not what it cost."""
     stats = llm.kv_stats().to_dict()
-    for cost in ("evict_seconds", "rebase_seconds", "cancel_bytes", "checkpoints", "checkpoint_bytes", "compute_bytes", "work_bytes"):
+    costs = ("evict_seconds", "rebase_seconds", "checkpoints", "compute_bytes", "work_bytes")
+    for cost in (*costs, "cancel_bytes", "cancel_device_bytes", "checkpoint_bytes", "checkpoint_device_bytes"):
         del stats[cost]
     stats["fresh"] = llm.n_tokens > 0 and not llm._requires_eval
     found = {"tokens": llm._input_ids.tolist(), "stats": stats, "turn": copy.copy(llm._turn), "seed": llm._seed}
