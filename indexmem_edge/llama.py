@@ -154,6 +154,8 @@ class Llama(inside.Base):
     def draft_model(self) -> Optional[LlamaDraftModel]:
         """What guesses the next tokens, or None. Another one can be assigned between two calls.
 
+        While a stream waits for its next item, `n_tokens` may count guesses that are not accepted yet; `kv_stats()` does not.
+
         Raises:
             RequestError: it is no draft model.
             ModelNotSupported: the model has recurrent layers, which cannot take a wrong draft back.

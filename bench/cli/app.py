@@ -47,7 +47,7 @@ from .options import (
 )
 from .quality import quality
 from .serve import app as serve
-from .speed import speed
+from .speed import drafts, speed
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 app.command()(cli_ruler.ruler)
@@ -109,6 +109,7 @@ def memory(
 
 
 app.command()(speed)
+app.command()(drafts)
 app.command()(quality)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")

@@ -297,8 +297,10 @@ class Calls:
             cancelled = self._flag.value != 0
             self._call = None
             self._flag.value = 0
-        if self._access.mine:  # who is not, because a stream was closed from outside, leaves it to the next call
-            self.take_back_drafts()
+        if self.drafts is not None:
+            with self._access.at_once() as free:  # of a stream that is closed from outside; otherwise the next call does it
+                if free:
+                    self.take_back_drafts()
         return cancelled
 
     def _step(self, call: Call, work: Callable[[], Any]) -> Any:
