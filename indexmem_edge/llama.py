@@ -10,6 +10,7 @@ from typing import Any, Callable, Generator, Iterator, Optional, Sequence, Union
 import numpy as np
 import numpy.typing as npt
 
+from ._vendor.llama_cpp.llama_speculative import LlamaDraftModel
 from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
 from .errors import BudgetError, RequestError, SessionError, SidecarError
 from .files.modelfile import check_model_file
@@ -22,6 +23,7 @@ from .runtime.align import align
 from .runtime.cancel import Calls, one_call
 from .runtime.checkpoints import NO_BACKGROUND, Checkpoint
 from .runtime.creation import base_keywords, explain, lacks_template, options_for, require_lora
+from .runtime.drafts import Drafts
 from .runtime.formats import use_format
 from .runtime.grammar import check_grammar
 from .runtime.inside import Inside
@@ -59,7 +61,7 @@ class Llama(inside.Base):
     Options of the cache are refused without a budget. Threads are as many as the process may use, unless n_threads says
     otherwise. With a budget, `n_ubatch` follows the budget (512 from 1024 on), so that the working room does not outweigh
     it, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory, `flash_attn` is on, and
-    `embedding=True` and `draft_model` are refused. With `logits_all=True` the logits of `n_ctx` tokens are kept, so `n_ctx`
+    `embedding=True` is refused. With `logits_all=True` the logits of `n_ctx` tokens are kept, so `n_ctx`
     then defaults to the length that the model was trained for.
 
     What is in messages is text, even where it is spelled like a control token; a prompt that is given as text to
@@ -94,6 +96,7 @@ class Llama(inside.Base):
         require_known(others, inside.MAKE.parameters)
         path = check_model_file(model_path)
         options, found = options_for(path, asked)
+        draft_model = others.pop("draft_model", None)  # llama_cpp would keep the logits of a whole text for it
         base = {**base_keywords(others, options), "seed": _seed(others.get("seed"))}
         self.kv_options = options
         self._cache: Optional[cache.BoundedCache] = None
@@ -106,6 +109,7 @@ class Llama(inside.Base):
         self._aligning = False
         self._checkpoint_bytes = kv_checkpoints
         self._one_sequence_per_token = options.bounded
+        self._drafts: Optional[Drafts] = None
         self._pieces: dict[tuple[int, bool], bytes] = {}
         refused: Optional[SidecarError] = None
         with collected_errors(base.get("verbose", True)) as log:
@@ -114,6 +118,7 @@ class Llama(inside.Base):
                 options.request()
                 super().__init__(path, **base)
                 require_lora(self._inside, log)
+                self.draft_model = draft_model
             except (ValueError, RuntimeError, MemoryError) as error:
                 explained = explain(self._inside, options.bounded, error, path, log)
                 self.close()
@@ -145,6 +150,24 @@ class Llama(inside.Base):
 
     # evaluation and generation
 
+    @property
+    def draft_model(self) -> Optional[LlamaDraftModel]:
+        """What guesses the next tokens, or None. Another one can be assigned between two calls.
+
+        While a stream waits for its next item, `n_tokens` may count guesses that are not accepted yet; `kv_stats()` does not.
+
+        Raises:
+            RequestError: it is no draft model.
+            ModelNotSupported: the model has recurrent layers, which cannot take a wrong draft back.
+        """
+        return self._drafts
+
+    @draft_model.setter
+    def draft_model(self, model: Optional[LlamaDraftModel]) -> None:
+        model = model.model if isinstance(model, Drafts) else model
+        self._drafts = None if model is None else Drafts(model, self._inside, self._kept, self.kv_options.bounded)
+        self._calls.drafts = self._drafts
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens after those already evaluated.
 
@@ -162,13 +185,25 @@ class Llama(inside.Base):
     def _evaluate(self, tokens: Sequence[int]) -> None:
         if self._turn.evaluated < 0:
             self._turn.evaluated = len(tokens)
+        drafts = self._drafts.handed_out() if self._drafts is not None else 0
         if self._cache is not None:
             self._cache.settle()
-            self._cache.read(tokens)
-            self._look()
-            return
+            self._cache.read(tokens, every=drafts > 0)
+        else:
+            self._evaluate_unbounded(tokens, drafts > 0)
+        if self._drafts is not None:
+            self._drafts.evaluated(drafts)
+        self._look()
+
+    def _evaluate_unbounded(self, tokens: Sequence[int], every: bool) -> None:
         if len(tokens) > 0:
             self._kept.forget()
+        if every and not self._inside.logits_all:
+            self._calls.check()
+            with quiet(self.verbose):
+                unbounded.evaluate_drafts(self._inside, tokens)
+            self._calls.check()
+            return
         for start in range(0, max(len(tokens), 1), self.n_batch):
             self._calls.check()
             try:
@@ -178,7 +213,6 @@ class Llama(inside.Base):
                 self._calls.check()
                 raise
             self._calls.evaluated()
-        self._look()
 
     def _look(self) -> None:
         self._notices.look(self._inside, self.kv_options, self._stats)
@@ -215,6 +249,8 @@ class Llama(inside.Base):
                 finally:
                     if own is None and self._inside.stream_sampler is not before:
                         own = self._inside.stream_sampler
+                if self._drafts is not None:
+                    self._drafts.sampled()
                 sent = yield token
         finally:
             tokens.close()
@@ -581,6 +617,7 @@ class Llama(inside.Base):
             SessionError: the file could not be written; a file that was there before is intact.
         """
         with self._access.alone():
+            self._calls.take_back_drafts()
             data = session.taken(self._talk, extra, checkpoints)
         if copied is not None:
             copied()
@@ -638,6 +675,7 @@ class Llama(inside.Base):
     def save_state(self) -> Any:
         """See `llama_cpp.Llama.save_state`."""
         with self._access.alone():
+            self._calls.take_back_drafts()
             state = super().save_state()
             state.input_ids = state.input_ids[: state.n_tokens].copy()
             state.__dict__["logits"] = self._kept.now()  # where llama_cpp leaves it alone, and pickles it
@@ -663,7 +701,8 @@ class Llama(inside.Base):
                 self._cache.background = NO_BACKGROUND
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}
+        draft_model = self._drafts.model if self._drafts is not None else None
+        return {**super().__getstate__(), "draft_model": draft_model, **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}
 
     # the end
 

@@ -356,8 +356,6 @@ def bounded_keywords(kwargs: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """
     if kwargs.get("embedding"):
         raise BudgetError("embedding=True cannot be combined with kv_budget: use a second Llama without one")
-    if kwargs.get("draft_model") is not None:
-        raise BudgetError("draft_model cannot be combined with kv_budget: rejected drafts cannot be taken out again")
     if kwargs.get("flash_attn") is not None and not kwargs["flash_attn"]:
         raise BudgetError("flash_attn=False cannot be combined with kv_budget: leave flash_attn out")
     n_ctx, n_ubatch = kwargs.get("n_ctx"), kwargs.get("n_ubatch")

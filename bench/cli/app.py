@@ -49,7 +49,7 @@ from .options import (
 from .page import one_page
 from .quality import quality
 from .serve import app as serve
-from .speed import speed
+from .speed import drafts, speed
 from .stock import stock
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
@@ -113,6 +113,7 @@ def memory(
 
 app.command()(speed)
 app.command()(stock)
+app.command()(drafts)
 app.command()(quality)
 app.command()(longbench)
 app.command(name="report")(one_page)

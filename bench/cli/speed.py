@@ -29,7 +29,9 @@ from .options import (
     UBATCH,
     WEIGHTS,
     WINDOW,
+    demo_model,
     demo_sidecar,
+    fail,
     finish,
     numbers,
     random_model,
@@ -138,3 +140,40 @@ def speed(
     if not as_json:
         bench.print_parts(report)
     finish(report, bench.COLUMNS, out, bench.plot, as_json)
+
+
+def drafts(
+    model: Optional[Path] = MODEL,
+    kv_budget: int = BUDGET,
+    kv_policy: Optional[str] = POLICY,
+    indexmem: Optional[Path] = INDEXMEM,
+    passages: int = typer.Option(6, min=1, help="Passages that are edited."),
+    tokens: int = typer.Option(200, min=1, help="Tokens of an answer at most."),
+    ngram: int = typer.Option(2, min=1, help="Tokens that are looked up, at most."),
+    guesses: int = typer.Option(10, min=1, help="Tokens that are guessed at once."),
+    threads: int = THREADS,
+    repeats: int = typer.Option(3, min=1, help="Times that each passage is edited, with and without drafts in turns."),
+    text: Optional[Path] = TEXT,
+    out: Path = OUT,
+    as_json: bool = JSON,
+) -> None:
+    """Prompt lookup on a text-editing task: tokens per second with it and without, and whether the tokens are the same."""
+    from indexmem_edge.cli.console import progress
+    from indexmem_edge.errors import IndexMemError
+    from indexmem_edge.runtime.creation import options_for
+
+    from ..speed import drafts as bench
+
+    path = model or demo_model()
+    given = {"kv_budget": kv_budget, "kv_policy": kv_policy, "indexmem": str(indexmem) if indexmem is not None else None}
+    try:
+        options, _ = options_for(str(path), given)
+        with progress(not as_json, transient=False) as bar:
+            report = bench.run_drafts(
+                path, options, passages=passages, tokens=tokens, rounds=repeats, ngram=ngram, drafts=guesses, threads=threads, text=text,
+                progress=bar,
+            )  # fmt: skip
+    except IndexMemError as error:
+        fail(error)
+        return
+    finish(report, bench.COLUMNS, out, None, as_json)

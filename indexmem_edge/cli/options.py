@@ -152,6 +152,13 @@ class RunOptions:
         ),
     ] = None
 
+    draft_lookup: Annotated[
+        int,
+        panel_option(
+            _SAMPLING, "--draft-lookup", min=0, metavar="N", show_default="0: none",
+            help="Guess up to N next tokens from what followed the last two earlier in the text: faster where an answer repeats it.",
+        ),
+    ] = 0
     predict: Annotated[
         int,
         panel_option(
@@ -197,6 +204,7 @@ class RunOptions:
         Raises:
             IndexMemError: it cannot be loaded with these options.
         """
+        from .._vendor.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
         from ..llama import Llama
         from ..runtime.sizes import kv_bytes
 
@@ -208,7 +216,8 @@ class RunOptions:
         if self.gpu_layers and not _has_gpu():
             _note(f"-ngl {self.gpu_layers} has no effect: this build of the library has no GPU backend")
         copies = None if self.kv_checkpoints is None else parsed_bytes("--kv-checkpoints", self.kv_checkpoints)
-        llm = Llama(path, **keywords, kv_checkpoints=copies, kv_warn=lambda warning: _note(str(warning)))
+        lookup = LlamaPromptLookupDecoding(num_pred_tokens=self.draft_lookup) if self.draft_lookup else None
+        llm = Llama(path, **keywords, kv_checkpoints=copies, draft_model=lookup, kv_warn=lambda warning: _note(str(warning)))
         if llm.sidecar_where and not quiet:
             name = os.path.basename(llm.kv_options.sidecar or "")
             _note(f"using the sidecar {name}, which {llm.sidecar_where} (--indexmem off: none)")

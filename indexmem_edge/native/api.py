@@ -120,6 +120,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_span_reason": (ctypes.c_char_p, [_P]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
+    "indexmem_draft_room": (_U32, [_P, _I32, _U32]),
     "indexmem_set_load_pin": (ctypes.c_bool, [_P, _I32]),
     "indexmem_copy_new": (_P, []),
     "indexmem_copy_free": (None, [_P]),
@@ -351,6 +352,11 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
+
+
+def draft_room(ctx: int, n: int, seq_id: int = 0) -> int:
+    """Of `n` drafts behind the next token, how many can be taken out again without a trace; without a budget all."""
+    return int(library().indexmem_draft_room(ctx, seq_id, n))
 
 
 def set_load_pin(ctx: int, n: Optional[int]) -> None:

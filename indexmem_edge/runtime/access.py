@@ -101,6 +101,24 @@ class Access:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
+    def at_once(self) -> Iterator[bool]:
+        """Like `alone`, but without waiting: False if another thread computes or reads. For finalizers, which run anywhere."""
+        if self.mine or self.forked or not self._changed.acquire(blocking=False):
+            yield self.mine and not self.forked
+            return
+        try:
+            free = self._owner is None and not self._reading and not self._admitted and not self._closed
+            if free:
+                self._owner, self._depth = threading.get_ident(), 1
+        finally:
+            self._changed.release()
+        try:
+            yield free
+        finally:
+            if free:
+                self._leave()
+
+    @contextlib.contextmanager
     def between(self) -> Iterator[None]:
         """Waits until no other thread computes, or until that stands aside."""
         if self.mine and not self.forked:

@@ -297,8 +297,8 @@ class BoundedCache:
         self._options.require_room(n, "a pinned prefix of")
         api.set_pin(self._llm.ctx, n)
 
-    def read(self, tokens: Sequence[int]) -> None:
-        """Evaluates what the application gives. Where the last part of a prompt begins, and near its end, the state is kept, if
+    def read(self, tokens: Sequence[int], every: bool = False) -> None:
+        """Evaluates what the application gives, see `evaluate`. Where the last part of a prompt begins, and near its end, the state is kept, if
         what follows leaves no way back there.
         """
         llm, end = self._llm, self._turn.prompt
@@ -309,7 +309,7 @@ class BoundedCache:
                 self.evaluate(tokens[:first])
                 self._before(end)
             tokens = tokens[first:]
-        self.evaluate(tokens)
+        self.evaluate(tokens, every)
         if self._after_prompt is None and llm.n_tokens == len(self._prompt) > 0:
             self._end_of_prompt()
 
@@ -328,13 +328,13 @@ class BoundedCache:
             room = min(room, int(native.span) - int(native.next_position))
         return int(native.n_seen) + room
 
-    def evaluate(self, tokens: Sequence[int]) -> None:
-        """Runs tokens through the model, batch by batch."""
+    def evaluate(self, tokens: Sequence[int], every: bool = False) -> None:
+        """Runs tokens through the model, batch by batch. `every`: the logits after each of a batch are wanted."""
         n_batch = self._llm.n_batch
         for start in range(0, len(tokens), n_batch):
-            self._decode(tokens[start : start + n_batch])
+            self._decode(tokens[start : start + n_batch], every)
 
-    def _decode(self, batch: Sequence[int]) -> None:
+    def _decode(self, batch: Sequence[int], every: bool) -> None:
         llm = self._llm
         self._watch.check()
         past, end = llm.n_tokens, llm.n_tokens + len(batch)
@@ -352,7 +352,7 @@ class BoundedCache:
         code = 0
         try:
             with quiet(llm.verbose):
-                code = llm.decode(batch, past)
+                code = llm.decode(batch, past, every)
         finally:
             llm.n_tokens = min(self.length(), end)
             llm.fresh = llm.n_tokens == end
@@ -380,18 +380,24 @@ class BoundedCache:
 
     def snapshot(self, rotary: bool) -> dict[int, list[npt.NDArray[np.int32]]]:
         """Positions held, per layer and KV head: in the text, or those that keys are rotated by."""
-        ctx, read = self._llm.ctx, api.rotary if rotary else api.positions
+        ctx, unsure = self._llm.ctx, self._llm.unsure  # drafts are the newest entries of every head
+
+        def read(ctx: int, layer: int, head: int) -> npt.NDArray[np.int32]:
+            found = (api.rotary if rotary else api.positions)(ctx, layer, head)
+            return found[: len(found) - unsure]
+
         heads = {layer: api.n_head_kv(ctx, layer) for layer in range(llama_lib.llama_model_n_layer(self._llm.model))}
         return {layer: [read(ctx, layer, h) for h in range(n)] for layer, n in heads.items() if n > 0}
 
     def stats(self) -> KVStats:
         """Counts of the sequence."""
         native, reason = api.get_stats(self._llm.ctx), api.span_reason(self._llm.ctx)
+        seen, position = native.n_seen - self._llm.unsure, native.next_position - self._llm.unsure
         return KVStats(
             policy=self._options.policy,
             budget=native.budget,
-            tokens_seen=native.n_seen,
-            kept=native.n_kept,
+            tokens_seen=seen,
+            kept=native.n_kept - self._llm.unsure,
             evicted=native.n_evicted,
             reevaluated=self.reevaluations[0],
             reevaluated_reason=self.reevaluations[1],
@@ -427,7 +433,7 @@ class BoundedCache:
             span_reason=reason,
             rebases=native.n_rebases,
             rebase_seconds=native.rebase_us / 1e6,
-            **common_counts(self._llm, self._turn, native.n_seen, native.next_position, native.span, reason or "kv_span is 0"),
+            **common_counts(self._llm, self._turn, seen, position, native.span, reason or "kv_span is 0"),
         )
 
 

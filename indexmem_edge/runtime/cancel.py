@@ -26,6 +26,7 @@ from . import unbounded
 from .access import Access
 from .align import common_prefix
 from .cache import BoundedCache, Turn
+from .drafts import Drafts
 from .inside import Inside
 from .kept_logits import KeptLogits
 from .statecopy import StateCopy
@@ -154,6 +155,7 @@ class Calls:
         self._flag = ctypes.c_int32(0)  # the library reads it after every node
         self._lock = threading.RLock()  # of what cancel reads; reentrant, because signal handlers call it
         self._call: Optional[Call] = None
+        self.drafts: Optional[Drafts] = None  # of the draft model, if there is one
         self.watcher: Optional[Callable[[int, int], None]] = None  # is told of every batch of a prompt
         self._inside = False  # its code is running, or, between two items of a stream, the application's
         self._closing: Optional[Callable[[], None]] = None  # to be done when the call has ended
@@ -250,10 +252,16 @@ class Calls:
         if self.watcher is not None and 0 <= ahead < self._turn.evaluated:
             self.watcher(self._turn.evaluated - ahead, self._turn.evaluated)
 
+    def take_back_drafts(self) -> None:
+        """What a draft model guessed and nobody has accepted leaves: a stream that goes on has it guessed again."""
+        if self.drafts is not None:
+            self.drafts.take_back()
+
     def overtake(self) -> None:
         """The conversation changes by something too short to be stopped: a stream that was left unfinished has ended."""
         if not self._inside:
             self._end(self._call)
+            self.take_back_drafts()
 
     def close(self, free: Callable[[], None]) -> None:
         """Frees the model: now, or, if the call in progress asks for it, when that has ended."""
@@ -276,6 +284,7 @@ class Calls:
 
     def _begin(self) -> Call:
         self._end(self._call)
+        self.take_back_drafts()
         call: Call
         if self._cache is not None:
             call = BoundedCall(self._llm, self._turn, self._kept, self._cache, self._copy)
@@ -293,7 +302,11 @@ class Calls:
             cancelled = self._flag.value != 0
             self._call = None
             self._flag.value = 0
-            return cancelled
+        if self.drafts is not None:
+            with self._access.at_once() as free:  # of a stream that is closed from outside; otherwise the next call does it
+                if free:
+                    self.take_back_drafts()
+        return cancelled
 
     def _step(self, call: Call, work: Callable[[], Any]) -> Any:
         if self._inside:

@@ -82,6 +82,13 @@ class Base(llama_cpp.Llama):
             # has its own copy of the parameters, and the true value is put back afterwards.
             self.context_params.n_ctx = 1
 
+    @property
+    def _scores(self) -> npt.NDArray[np.single]:
+        # What `generate` shows to criteria for stopping, by a row behind each draft. Without `logits_all` nobody has kept any.
+        if self._logits_all or self.draft_model is None:
+            return self.scores[: self.n_tokens]
+        return np.broadcast_to(self.scores[:1], (self.n_tokens + 1, self.scores.shape[1]))
+
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         # A grammar with a mistake makes a sampler that is null, and the first token a crash. And processors of logits
         # are called through a closure that holds the Llama, in a sampler that the Llama holds.
@@ -103,6 +110,7 @@ class Inside:
 
     def __init__(self, llm: Base) -> None:
         self._llm = cast(Base, weakref.proxy(llm))
+        self.sure: Optional[int] = None  # tokens of the history before drafts that have not been accepted yet, if there are any
 
     # the conversation
 
@@ -128,6 +136,11 @@ class Inside:
     def history(self) -> npt.NDArray[np.intc]:
         """The tokens evaluated so far: a view."""
         return self._llm._input_ids
+
+    @property
+    def unsure(self) -> int:
+        """Tokens at the end of the history that are drafts, and not accepted yet."""
+        return 0 if self.sure is None else max(self.n_tokens - self.sure, 0)
 
     @property
     def fresh(self) -> bool:
@@ -212,9 +225,13 @@ class Inside:
 
     # evaluation
 
-    def decode(self, batch: Sequence[int], past: int) -> int:
-        """Evaluates at most `n_batch` tokens after `past` others; returns the library's code, 0 if all is well."""
-        self._llm._batch.set_batch(batch=batch, n_past=past, logits_all=self.logits_all)
+    def decode(self, batch: Sequence[int], past: int, every: bool = False) -> int:
+        """Evaluates at most `n_batch` tokens after `past` others; returns the library's code, 0 if all is well.
+
+        Args:
+            every: the logits after each token are wanted, not only those after the last.
+        """
+        self._llm._batch.set_batch(batch=batch, n_past=past, logits_all=self.logits_all or every)
         return int(llama_lib.llama_decode(self.ctx, self._llm._batch.batch))
 
     # logits
@@ -242,9 +259,9 @@ class Inside:
         """Those after each of the `n` tokens of the last batch: a view."""
         return np.ctypeslib.as_array(self._llm._ctx.get_logits(), shape=(n, self.n_vocab))
 
-    def last_logits(self) -> Optional[npt.NDArray[np.single]]:
-        """A copy of those that the library has after the last token that it evaluated, if there are any."""
-        found = llama_lib.llama_get_logits_ith(self.ctx, -1)
+    def last_logits(self, before: int = 0) -> Optional[npt.NDArray[np.single]]:
+        """A copy of those that the library has after the last token that it evaluated, if there are any, or `before` tokens earlier."""
+        found = llama_lib.llama_get_logits_ith(self.ctx, -1 - before)
         return np.ctypeslib.as_array(found, shape=(self.n_vocab,)).copy() if found else None
 
     # sampling

@@ -30,12 +30,14 @@ class KeptLogits:
             return None
         return self._values if self._values is not None else inside.last_logits()
 
-    def restore(self, values: Logits) -> None:
-        """The conversation is another now, with these logits after its last token; None: they have to be computed."""
+    def restore(self, values: Logits, known: bool = False) -> None:
+        """The conversation is another now, with these logits after its last token; None: they have to be computed. `known`: with
+        `logits_all`, those after the tokens before it are what `scores` has.
+        """
         inside = self._inside
         self._values = values
         inside.fresh = values is not None
-        self.all_known = False
+        self.all_known = known
         if values is not None and inside.logits_all:
             inside.scores[inside.n_tokens - 1] = values
 

@@ -18,7 +18,7 @@ from .inside import Inside
 
 def stats(llm: Inside, turn: Turn) -> KVStats:
     """The counts of `BoundedCache.stats` for llama.cpp's own cache, which keeps everything."""
-    n = llm.n_tokens
+    n = llm.n_tokens - llm.unsure
     return KVStats(
         policy="unbounded",
         budget=0,
@@ -45,6 +45,15 @@ def make_room(llm: Inside) -> None:
         llm.tokens = np.empty(llm.n_ctx, dtype=np.intc)
         if llm.logits_all:
             llm.scores = np.empty((llm.n_ctx, llm.n_vocab), dtype=np.single)
+
+
+def evaluate_drafts(llm: Inside, tokens: Sequence[int]) -> None:
+    """Evaluates a token and the drafts behind it, with the logits after each: llama_cpp keeps those of a whole text for that."""
+    past, end = llm.n_tokens, llm.n_tokens + len(tokens)
+    if code := llm.decode(tokens, past, every=True):
+        raise DecodeError(f"evaluating {len(tokens):,} tokens after {past:,} failed with code {code}")
+    llm.tokens[past:end] = tokens
+    llm.n_tokens, llm.fresh = end, True
 
 
 def rewind(llm: Inside, target: int) -> None:

@@ -211,6 +211,13 @@ INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_
 // and when pin and window leave no room in the budget.
 INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
 
+// Of `n` guessed tokens (drafts) that a batch is to have behind the next token of a sequence, how many it may have, so that those
+// which turn out to be wrong can be taken out again (llama_memory_seq_rm), and then nothing is left of them: the cache is the one
+// that has never seen them. For that, nothing in the batch evicts, renews positions or is scored by the indexer, and all of it is
+// within what layers with a window or a recurrent state can go back. 0: evaluate the next token alone. Contexts without a
+// budget: `n`.
+INDEXMEM_API uint32_t indexmem_draft_room(const struct llama_context * ctx, int32_t seq_id, uint32_t n);
+
 // States that are loaded from now on bring the pinned prefix that they were saved with (n < 0, the default), or get one of n tokens,
 // of a sequence that has evicted as far as all of it is still there.
 INDEXMEM_API bool indexmem_set_load_pin(struct llama_context * ctx, int32_t n);

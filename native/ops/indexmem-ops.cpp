@@ -356,6 +356,10 @@ ggml_tensor * ggml_indexmem_attend(
     return result;
 }
 
+void ggml_indexmem_attend_alone(ggml_tensor * op) {
+    ggml_set_op_params_i32(op, INDEXMEM_PARAM_ALONE, 1);
+}
+
 void ggml_indexmem_set_timer(ggml_tensor * op, int64_t * counter) {
     GGML_ASSERT(op->op == GGML_OP_INDEXMEM);
     memcpy(op->op_params + INDEXMEM_PARAM_TIMER, &counter, sizeof(counter));

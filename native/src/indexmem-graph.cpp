@@ -26,6 +26,9 @@ std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_boun
     return c;
 }
 
+// Tokens of a ubatch that may be drafts, if the logits after each are wanted: so few that it does not matter how they are attended
+static constexpr uint32_t N_DRAFTS = 32;
+
 //
 // llm_graph_input_attn_bounded
 //
@@ -275,7 +278,11 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
     if (l.attends) {
-        return ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
+        ggml_tensor * cur = ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
+        if (sh.n_tokens <= N_DRAFTS && graph.n_outputs == (int64_t) sh.n_tokens*sh.n_seq) {
+            ggml_indexmem_attend_alone(cur);
+        }
+        return cur;
     }
     ggml_tensor * op;
     ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap(), op);

@@ -81,6 +81,26 @@ uint32_t indexmem_kv_counts::evict_max(uint32_t n_tokens) const {
     return n_tokens + (lim.evict_step > 0 ? std::min(lim.evict_step, lim.budget) : EVICT_STEP_DEFAULT);
 }
 
+uint32_t indexmem_kv_counts::n_drafts(const seq_state & seq, uint32_t n) const {
+    if (seq.broken) {
+        return 0;
+    }
+    const auto last = [&](const seq_state & next) { // whether there is more to do than to append it, as a single token
+        const bool fills = geo.n_wait > 0 && next.n_used == budget_of(next);
+        return fills || next.n_used > budget_of(next) || (geo.n_wait > 0 && next.n_pending() >= geo.n_wait) ||
+            (lim.span > 0 && next.rotary_next() > (int64_t) lim.span);
+    };
+    seq_state next = seq;
+    for (uint32_t i = 0; i <= n; ++i) {
+        next.n_seen++;
+        next.n_used++;
+        if (last(next)) {
+            return std::max(i, 1u) - 1;
+        }
+    }
+    return n;
+}
+
 //
 // steps
 //

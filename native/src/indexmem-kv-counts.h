@@ -154,6 +154,10 @@ public:
     // entries that leave at once at most, after n_tokens more
     uint32_t evict_max(uint32_t n_tokens) const;
 
+    // Of n drafts, guesses at what follows the next token, how many a batch may have behind that token so that they can be taken
+    // back, and nothing is left of them: no entry leaves, gets a new position or is scored before it is known to stay.
+    uint32_t n_drafts(const seq_state & seq, uint32_t n) const;
+
     // Without a span rotary positions go on growing, also of sequences that have been rebased.
     void drop_span() { lim.span = 0; }
 

@@ -344,6 +344,23 @@ const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_conte
     return mixed ? mixed->get_bounded() : dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
 }
 
+uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n) {
+    const auto * bounded = indexmem_bounded(memory);
+    const auto * seq     = bounded ? bounded->get_seq(seq_id) : nullptr;
+    if (!bounded || !seq) {
+        return bounded ? 0 : n; // without a budget llama.cpp's own rules are in force
+    }
+    if (const auto * mixed = dynamic_cast<const llama_memory_mixed *>(memory)) {
+        if (const auto * window = mixed->get_window()) {
+            n = std::min(n, window->n_spare() - 1);
+        }
+        if (const auto * recurrent = mixed->get_recurrent()) {
+            n = std::min(n, recurrent->n_rs_seq);
+        }
+    }
+    return bounded->get_counts().n_drafts(*seq, n);
+}
+
 const llama_kv_cache_bounded * indexmem_bounded(const llama_memory_i * memory) {
     const auto * mixed = dynamic_cast<const llama_memory_mixed *>(memory);
     return mixed ? &mixed->get_bounded() : dynamic_cast<const llama_kv_cache_bounded *>(memory);

@@ -147,6 +147,10 @@ private:
 // the mixed memory behind a memory context, or null
 const llama_memory_mixed_context * indexmem_mixed_context(const llama_memory_context_i * mctx);
 
+// Of n drafts that follow the next token of a sequence in a batch, how many can be taken back exactly, whatever ubatches the
+// batch is cut into: see indexmem_draft_room()
+uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n);
+
 // the bounded cache that a memory is or has, or null
 llama_kv_cache_bounded * indexmem_bounded(llama_memory_i * memory);
 const llama_kv_cache_bounded * indexmem_bounded(const llama_memory_i * memory);

@@ -50,6 +50,11 @@ llama_pos indexmem_window::first_way_on(llama_seq_id seq_id) const {
     return held <= 0 ? 0 : p0;
 }
 
+// Its cells are overwritten in the order of their positions, since those of a tail that is taken back are the next to be used.
+uint32_t indexmem_window::n_spare() const {
+    return cache.get_size() - model.hparams.n_swa;
+}
+
 std::vector<indexmem_state_piece> indexmem_window::rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     const auto & cells = cache.get_cells(seq_id);
 

@@ -39,6 +39,9 @@ public:
     // the first position for which, and for all after it, that is so
     llama_pos first_way_on(llama_seq_id seq_id) const;
 
+    // tokens that a sequence can grow by before what its present end looks at is overwritten: at least one ubatch
+    uint32_t n_spare() const;
+
     // What it holds of a sequence in front of position p1 becomes what it holds of another. The device is idle.
     void copy(llama_seq_id src, llama_seq_id dst, llama_pos p1);
 

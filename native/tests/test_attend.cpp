@@ -275,3 +275,58 @@ TEST(attention_is_no_less_exact_than_flash_attention) {
 TEST(a_row_that_sees_nothing) {
     run_attend({ 64, 64, 256, 3, 1, 1, 2, false, 0.0f }, GGML_TYPE_F16, 2);
 }
+
+// Tokens that see more and more keys, as drafts do: all at once, and one by one.
+TEST(drafts_get_the_bits_of_single_tokens) {
+    constexpr int64_t D = 64, KV = 1280, G = 3, H = 2, T = 13;
+    std::mt19937 rng(11);
+    std::normal_distribution<float> normal;
+
+    op_graph g;
+    auto * q      = g.input(GGML_TYPE_F32, D, T, G, H);
+    auto * k      = g.input(GGML_TYPE_F16, D, KV, 1, H);
+    auto * v      = g.input(GGML_TYPE_F16, D, KV, 1, H);
+    auto * mask   = g.input(GGML_TYPE_F16, KV, T);
+    auto * at_once = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
+    auto * alone   = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
+    ggml_indexmem_attend_alone(alone);
+
+    std::vector<ggml_tensor *> outputs = { at_once, alone };
+    for (int64_t t = 0; t < T; ++t) {
+        auto * qt = ggml_view_4d(g.ctx, q, D, 1, G, H, q->nb[1], q->nb[2], q->nb[3], t*q->nb[1]);
+        auto * mt = ggml_view_4d(g.ctx, mask, KV, 1, 1, 1, mask->nb[1], mask->nb[2], mask->nb[3], t*mask->nb[1]);
+        outputs.push_back(ggml_indexmem_attend(g.ctx, qt, k, v, mt, nullptr, nullptr, 0.125f, 0.0f));
+    }
+    g.alloc();
+    const auto random = [&](int64_t n) {
+        std::vector<float> x(n);
+        for (auto & y : x) {
+            y = 2.0f*normal(rng);
+        }
+        return x;
+    };
+    g.set(q, random(ggml_nelements(q)));
+    g.set(k, to_type(GGML_TYPE_F16, random(ggml_nelements(k)), D));
+    g.set(v, to_type(GGML_TYPE_F16, random(ggml_nelements(v)), D));
+    std::vector<ggml_fp16_t> data(ggml_nelements(mask), ggml_fp32_to_fp16(-INFINITY));
+    for (int64_t t = 0; t < T; ++t) {
+        std::fill_n(data.begin() + t*KV, 1015 + t, ggml_fp32_to_fp16(0.0f)); // some end in a chunk that others do not reach
+    }
+    g.set(mask, data);
+    g.compute(outputs, 2);
+
+    const auto together = g.get<float>(alone);
+    for (int64_t t = 0; t < T; ++t) {
+        const auto single = g.get<float>(outputs[2 + t]); // [D, G, 1, H]
+        for (int64_t h = 0; h < H; ++h) {
+            const float * expected = single.data() + h*G*D;
+            CHECK(std::equal(expected, expected + G*D, together.data() + (h*T + t)*G*D));
+        }
+    }
+    const auto usual = g.get<float>(at_once);
+    double worst = 0.0;
+    for (size_t i = 0; i < usual.size(); ++i) {
+        worst = std::max(worst, (double) std::abs(usual[i] - together[i]));
+    }
+    CHECK(worst < 1e-5);
+}

@@ -387,3 +387,81 @@ TEST(what_is_sure_to_be_there) {
     CHECK(c.set_pin(0, 2, error));
     c.reset(0); check(0, 0);
 }
+
+// n tokens one by one; eventful: something left, was scored, or got a new position
+static counts::seq_state fed_alone(counts & c, uint32_t n, bool & eventful) {
+    eventful = false;
+    for (uint32_t i = 0; i < n; ++i) {
+        const uint64_t n_rebases = c.get(0)->n_rebases;
+        const auto st = feed(c, 1);
+        eventful = eventful || st.evict || st.score || st.after[0].n_rebases > n_rebases;
+    }
+    return *c.get(0);
+}
+
+// Whatever number of drafts is wrong, and however a batch is cut into ubatches: what is left is what tokens that came one by one
+// would have left.
+TEST(drafts_leave_nothing_behind) {
+    std::mt19937 rng(7);
+    for (const kind & k : { kind{}, kind{ 0, 32 }, kind{ 5, 0, false, true }, kind{ 0, 0, true }, kind{ 0, 128, true } }) {
+        for (uint32_t budget : { 30u, 100u, 1100u }) {
+            for (double ratio : { 0.0, 0.25 }) {
+                for (uint32_t span : { 0u, budget + 200 }) {
+                    counts::limits lim = limits_of(budget);
+                    lim.ratio = ratio;
+                    lim.span  = span;
+                    counts c = counts_of(lim, k);
+                    if (budget > 1000) {
+                        for (int i = 0; i < 33; ++i) {
+                            feed(c, 32);
+                        }
+                    }
+                    for (int i = 0; i < 60; ++i) {
+                        const uint32_t n_asked = rng() % 20;
+                        const uint32_t n       = c.n_drafts(*c.get(0), n_asked);
+                        CHECK(n <= n_asked && c.n_drafts(*c.get(0), n) == n);
+
+                        bool eventful;
+                        std::vector<counts> left; // after 0, 1, ... drafts that were right
+                        for (uint32_t right = 0; right <= n; ++right) {
+                            counts one_by_one = c, drafted = c;
+                            for (uint32_t todo = 1 + n; todo > 0;) {
+                                const uint32_t some = 1 + rng() % todo;
+                                const auto st = feed(drafted, some);
+                                CHECK(n == 0 || (!st.evict && !st.score));
+                                todo -= some;
+                            }
+                            const auto expected = fed_alone(one_by_one, 1 + right, eventful);
+                            CHECK(n == 0 || !eventful);
+                            CHECK(n == right || drafted.can_remove(*drafted.get(0), expected.n_seen));
+                            if (n > right) {
+                                drafted.truncate(0, expected.n_seen);
+                            }
+                            const auto & found = *drafted.get(0);
+                            CHECK(same(found, expected) && found.shift == expected.shift && found.n_rebases == expected.n_rebases);
+                            CHECK(found.n_first == expected.n_first && found.n_last == expected.n_last);
+                            CHECK(found.ring_from <= std::max(0, found.n_seen - (int32_t) k.n_queries)); // all that a rank reads
+                            left.push_back(drafted);
+                        }
+                        // there is a reason for every draft that may not be
+                        if (n < n_asked) {
+                            counts beyond = c;
+                            fed_alone(beyond, n + 2, eventful);
+                            CHECK(eventful);
+                        }
+                        c = left[rng() % left.size()];
+                    }
+                }
+            }
+        }
+    }
+    counts c = counts_of(limits_of(40), {});
+    feed(c, 32);
+    CHECK(c.n_drafts(*c.get(0), UINT32_MAX) == 7); // and the token before them fill it
+    feed(c, 8);
+    CHECK(c.n_drafts(*c.get(0), 1) == 0);
+    auto broken = *c.get(0);
+    broken.n_used = 10;
+    broken.broken = true;
+    CHECK(c.n_drafts(broken, 5) == 0);
+}

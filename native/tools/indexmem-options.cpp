@@ -78,11 +78,13 @@ void indexmem_add_options(common_params_context & context) {
     add("--kv-span", "LLAMA_ARG_KV_SPAN", "N",
         "positions that are used before kept keys are rotated to smaller ones; 0: they grow (default: as many as the model was trained for)",
         [](common_params & p, const std::string & v) { p.indexmem.span = whole("--kv-span", v, 0); });
+    add("--kv-budget-draft", "LLAMA_ARG_KV_BUDGET_DRAFT", "N", "the same as --kv-budget for the draft model; 0: it keeps all tokens (default: 0)",
+        [](common_params & p, const std::string & v) { p.indexmem.draft_budget = (uint32_t) whole("--kv-budget-draft", v, 0); });
 }
 
 static bool is_asked(const indexmem_options & o) {
     return o.budget_ratio > 0 || !o.policy.empty() || !o.sidecar.empty() || !o.memory.empty() || o.memory_slots > 0 || o.sinks >= 0 ||
-        o.window >= 0 || o.pin >= 0 || o.evict_step > 0 || o.span > 0;
+        o.window >= 0 || o.pin >= 0 || o.evict_step > 0 || o.span > 0 || o.draft_budget > 0;
 }
 
 [[noreturn]] static void stop(const std::string & why) {
@@ -131,8 +133,12 @@ void indexmem_prepare(common_params & params) {
     if (!indexmem_ask(params.indexmem, params.flash_attn_type)) {
         return;
     }
-    if (params.speculative.has_dft() && params.n_ctx == 0) {
-        stop("a draft model keeps all tokens, its cache is not bounded: say with -c how many, of all conversations together, or leave it out");
+    const bool has_draft = params.speculative.has_dft(), bounded_draft = params.indexmem.draft_budget > 0;
+    if (bounded_draft && !has_draft) {
+        stop("--kv-budget-draft is for a draft model, and there is none: name it with --model-draft");
+    }
+    if (has_draft && !bounded_draft && params.n_ctx == 0) {
+        stop("the draft model keeps all tokens: give it a --kv-budget-draft, or say with -c how many, of all conversations together");
     }
     params.kv_unified = false; // each conversation has a budget of its own
     params.ctx_shift  = false; // positions are renewed inside of the cache
@@ -140,6 +146,16 @@ void indexmem_prepare(common_params & params) {
         params.n_ctx = LOGICAL_MAX*std::min(std::max(params.n_parallel, 1), 512);
         params.fit_params_min_ctx = UINT32_MAX; // there is no memory to win by less
     }
+}
+
+void indexmem_prepare_draft(const indexmem_options & o, llama_context_params & cparams) {
+    if (o.draft_budget == 0) {
+        return;
+    }
+    indexmem_options own;
+    own.budget = o.draft_budget;
+    own.pin    = 0;
+    indexmem_ask(own, cparams.flash_attn_type);
 }
 
 void indexmem_explain() {

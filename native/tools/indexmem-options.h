@@ -25,6 +25,7 @@ struct indexmem_options {
     uint32_t    evict_step   = 0;
     uint64_t    seed         = 0;
     int64_t     span         = -1; // -1: as many positions as the model was trained for
+    uint32_t    draft_budget = 0; // of a draft model; 0: it keeps all tokens
 };
 
 void indexmem_add_options(common_params_context & context);
@@ -35,6 +36,9 @@ bool indexmem_ask(const indexmem_options & options, llama_flash_attn_type & flas
 
 // The same for the parameters of most programs, of which the cache needs more.
 void indexmem_prepare(common_params & params);
+
+// Before the context of a draft model is made: asks for its own bounded cache, if it is to have one.
+void indexmem_prepare_draft(const indexmem_options & options, llama_context_params & cparams);
 
 // whether a budget was asked for, and that the system prompt of each conversation stays
 bool indexmem_pins_system();

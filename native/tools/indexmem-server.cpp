@@ -148,6 +148,10 @@ uint32_t indexmem_count_tokens(const llama_vocab * vocab, const std::string & te
     return (uint32_t) (std::mismatch(tokens.begin(), tokens.end(), prompt.begin(), prompt.end()).first - tokens.begin());
 }
 
+int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n) {
+    return ctx && n > 0 ? (int32_t) indexmem_draft_room(ctx, id, (uint32_t) n) : n;
+}
+
 void indexmem_pin(llama_context * ctx, llama_seq_id id, uint32_t n) {
     indexmem_stats stats;
     if (n > 0 && stats_of(ctx, id, stats) && stats.n_evicted == 0 && stats.pin != n) {

@@ -42,5 +42,9 @@ std::string indexmem_system_text(const common_chat_templates * templates, common
 // how many of the first tokens of a prompt are of that text
 uint32_t indexmem_count_tokens(const llama_vocab * vocab, const std::string & text, const llama_tokens & prompt);
 
+// Of n drafts behind the next token of a conversation, how many the cache can take back without a trace (indexmem_draft_room). n
+// without a context.
+int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n);
+
 // Pins so many tokens. Where entries have left already, or the budget has no room for them, the pin stays what it was.
 void indexmem_pin(llama_context * ctx, llama_seq_id id, uint32_t n);

@@ -44,6 +44,16 @@ def test_an_answer_of_no_tokens() -> None:
 
 @needs_library
 @pytest.mark.usefixtures("demo_model")
+def test_guesses_change_no_word() -> None:
+    flags = ("generate", *FLAGS, "--json", "-n", "40", "--repeat-penalty", "1", "-p", "The ferry comes back at noon with letters and apples. " * 16)
+    plain, guessed = (json.loads(run(*flags, *more).stdout) for more in ((), ("--draft-lookup", "8")))
+    assert plain["text"] == guessed["text"] and plain["stats"]["evictions"] > 1
+    for name in ("tokens_seen", "kept", "evicted", "evictions"):
+        assert plain["stats"][name] == guessed["stats"][name], name
+
+
+@needs_library
+@pytest.mark.usefixtures("demo_model")
 def test_an_answer_ends_before_a_text() -> None:
     flags = ("generate", *FLAGS, "-q", "-n", "12", "-p", "A B C D E")
     whole = run(*flags).stdout

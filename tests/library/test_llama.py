@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import indexmem_edge
-from indexmem_edge import BudgetError, BudgetExhausted, DecodeError, PolicyError
+from indexmem_edge import BudgetError, BudgetExhausted, DecodeError, PolicyError, RequestError
 from indexmem_edge.native import find
 
 pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
@@ -59,7 +59,7 @@ def say(llm: Any, messages: list[dict[str, Any]], n: int = 6) -> dict[str, Any]:
         ({"kv_policy": "best"}, PolicyError, "full, indexer, keydiff, knorm, random, snapkv, streaming, tova"),
         ({"embedding": True}, BudgetError, "embedding"),
         ({"flash_attn": False}, BudgetError, "flash_attn"),
-        ({"draft_model": object()}, BudgetError, "draft_model"),
+        ({"draft_model": object()}, RequestError, "draft_model"),
     ],
 )
 def test_impossible_options(demo_model: Path, options: dict[str, Any], kind: type[Exception], words: str) -> None:

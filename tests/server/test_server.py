@@ -114,16 +114,38 @@ def test_figures(server: Server) -> None:
     assert values["llamacpp:kv_bytes"] == slots[0]["kv"]["bytes"]
 
 
+REPEATED = "The ferry leaves the old harbour at nine and comes back at noon with letters and apples. " * 14
+DRAFTS: dict[str, tuple[Any, ...]] = {
+    "model that keeps all": ("--spec-type", "draft-simple", "--model-draft", "MODEL", "-c", 4096),
+    "model with a budget": ("--spec-type", "draft-simple", "--model-draft", "MODEL", "--kv-budget-draft", 192),
+    "ngrams": ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", 3, "--spec-ngram-simple-size-m", 8),
+}
+
+
 def test_a_draft_changes_no_word(demo_model: Path) -> None:
-    asked = {"prompt": README[:1500], "n_predict": 40, "temperature": 0}
-    options = ("--kv-budget", BUDGET, "--kv-window", 48, "-np", 1, "-ub", 64, "-c", 4096)
-    told = []
-    for draft in ((), ("--spec-type", "draft-simple", "--model-draft", demo_model)):
-        with serving(demo_model, *options, *draft) as drafting:
-            status, text = drafting.ask("/completion", asked)
-            assert status == 200 and kv(drafting)["evicted"] > 0
-            told.append(json.loads(text))
-    assert told[1]["timings"]["draft_n_accepted"] > 10 and told[1]["content"] == told[0]["content"]
+    """Two conversations at once, each of which evicts while it answers."""
+    options = ("--kv-budget", BUDGET, "--kv-window", 48, "-np", 2, "-ub", 64)
+
+    def answers(*draft: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        with serving(demo_model, *options, *(demo_model if word == "MODEL" else word for word in draft)) as drafting:
+            def ask(slot: int) -> Any:
+                status, text = drafting.ask(
+                    "/completion", {"prompt": REPEATED[slot * 40 :], "n_predict": 60, "temperature": 0, "id_slot": slot, "ignore_eos": True}
+                )
+                assert status == 200, text
+                return json.loads(text)
+
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                told = list(pool.map(ask, (0, 1)))
+            return told, [kv(drafting, slot) for slot in (0, 1)]
+
+    expected, held = answers()
+    assert all(state["evictions"] > 2 for state in held)
+    for name, draft in DRAFTS.items():
+        told, state = answers(*draft)
+        assert [one["content"] for one in told] == [one["content"] for one in expected], name
+        assert all(one["timings"]["draft_n_accepted"] > 10 for one in told), name
+        assert state == held, name
 
 
 def test_figures_are_there_while_it_sleeps(demo_model: Path) -> None:
@@ -162,7 +184,9 @@ def test_bad_requests_hurt_nobody(server: Server) -> None:
         (("--kv-policy", "keydiff"), ("need a --kv-budget",)),
         (("--kv-budget", "512", "--indexmem", __file__), ("not a GGUF file",)),
         (("--kv-budget", "512", "-fa", "off"), ("flash attention",)),
-        (("--kv-budget", "512", "--spec-type", "draft-simple", "--model-draft", "MODEL"), ("draft model", "-c")),
+        (("--kv-budget", "512", "--spec-type", "draft-simple", "--model-draft", "MODEL"), ("draft model", "--kv-budget-draft", "-c")),
+        (("--kv-budget", "512", "--kv-budget-draft", "512"), ("--model-draft",)),
+        (("--kv-budget", "512", "--spec-type", "draft-simple", "--model-draft", "MODEL", "--kv-budget-draft", "9"), ("budget of 9", "too small")),
     ],
 )
 def test_impossible_options_are_refused(demo_model: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:

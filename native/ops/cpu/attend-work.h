@@ -29,6 +29,8 @@ struct attend_shape {
     int64_t span; // chunks
     int64_t n_spans;
 
+    bool alone; // no token may get other bits because of others
+
     explicit attend_shape(const ggml_tensor * op) :
         n_embd_k(op->src[1]->ne[0]), n_embd_v(op->src[2]->ne[0]), n_kv(op->src[1]->ne[1]),
         n_tokens(op->src[0]->ne[1]), n_group(op->src[0]->ne[2]), n_stream(op->src[0]->ne[3]), n_mask(op->src[3]->ne[3]) {
@@ -38,7 +40,8 @@ struct attend_shape {
         n_blocks     = (n_rows + ROWS - 1)/ROWS;
         n_rows_block = std::min(n_rows, ROWS);
         n_chunks     = (n_kv + CHUNK - 1)/CHUNK;
-        span         = std::max<int64_t>(1, n_stream*n_blocks*n_chunks/TASKS);
+        alone        = ggml_get_op_params_i32(op, INDEXMEM_PARAM_ALONE);
+        span         = std::max<int64_t>(1, n_stream*(alone ? 1 : n_blocks)*n_chunks/TASKS);
         n_spans      = (n_chunks + span - 1)/span;
     }
 

@@ -17,7 +17,8 @@
 //
 // With few queries, K and V are converted in registers, or beforehand where nobody may look at a key that lies between others
 // (it may hold NaN). With many, a chunk is converted to fp32 beforehand, its keys transposed, and the two products and what
-// is between them go over all queries of the block one after the other.
+// is between them go over all queries of the block one after the other. That adds in another order, so the tokens of a batch of
+// drafts take the first way, however many they are: each gets the bits that it would get if it came alone.
 
 namespace indexmem_cpu {
 
@@ -300,7 +301,7 @@ void attend_span(const attend_shape & sh, const ggml_tensor * op, const attend_w
             next_k = { rows_of(op->src[1], stream, i0 + CHUNK), n_next };
             next_v = { rows_of(op->src[2], stream, i0 + CHUNK), n_next };
         }
-        if (task.r1 - task.r0 <= FEW) {
+        if (task.r1 - task.r0 <= FEW || sh.alone) {
             attend_few(task, i0, n, holes, next_k, next_v);
         } else {
             attend_many(task, i0, n, next_k, next_v);
