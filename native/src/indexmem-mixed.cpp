@@ -355,7 +355,7 @@ uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, u
             n = std::min(n, window->n_spare() - 1);
         }
         if (const auto * recurrent = mixed->get_recurrent()) {
-            n = std::min(n, recurrent->n_rs_seq);
+            n = std::min(n, recurrent->get().n_rs_seq);
         }
     }
     return bounded->get_counts().n_drafts(*seq, n);
