@@ -102,6 +102,12 @@ class Report:
             console(width_in_pipes=PIPE_WIDTH).print(str(verdict))
 
 
+def report_name(kind: str, geometry: str | None, cache_type: str) -> str:
+    """A report of its own for each geometry and each type of cache."""
+    words = [kind, *([geometry] if geometry else []), *([] if cache_type == "f16" else [cache_type.replace("/", "-")])]
+    return "-".join(words)
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """A table of the keys `columns` of rows."""
     names = [name.replace("_", " ") for name in columns]

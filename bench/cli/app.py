@@ -12,6 +12,7 @@ from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
 from . import ruler as cli_ruler
 from .endless import endless
 from .gpu import app as gpu
+from .longbench import longbench
 from .options import (
     BUDGET,
     CACHE,
@@ -45,9 +46,11 @@ from .options import (
     session,
     setup_of,
 )
+from .page import one_page
 from .quality import quality
 from .serve import app as serve
 from .speed import drafts, speed
+from .stock import stock
 
 app = typer.Typer(no_args_is_help=True, help="Measure the bounded cache against the unbounded one on this machine.")
 app.command()(cli_ruler.ruler)
@@ -110,7 +113,10 @@ def memory(
 
 app.command()(speed)
 app.command()(drafts)
+app.command()(stock)
 app.command()(quality)
+app.command()(longbench)
+app.command(name="report")(one_page)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
 app.add_typer(serve, name="serve")

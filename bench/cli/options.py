@@ -215,6 +215,12 @@ def demo_model() -> Path:
     return demo.demo_model()
 
 
+def demo_sidecar() -> Path:
+    from indexmem_edge.models import demo
+
+    return demo.demo_sidecar()
+
+
 def finish(report: Any, columns: Sequence[str], out: Path, plot: Any, as_json: bool, rows: Any = None) -> None:
     """Saves and prints a report, all rows of it or some."""
     files = report.save(out, plot)

@@ -34,11 +34,17 @@ def ruler(
     model: Optional[Path] = MODEL,
     lengths: str = typer.Option("2048,4096", help="Tokens of a sample, those to generate included."),
     tasks: Optional[str] = typer.Option(
-        None, help="Tasks; default: all, without --text those that need none.", show_default=False
+        None, help="Tasks; default: all that need no file which is not named.", show_default=False
     ),
     samples: int = typer.Option(25, help="Samples of each task at each length."),
     seed: int = SEED,
     text: Optional[Path] = BOOK,
+    squad: Optional[Path] = typer.Option(
+        None, exists=True, dir_okay=False, help="File of SQuAD: the questions of qa_1.", show_default=False
+    ),
+    hotpotqa: Optional[Path] = typer.Option(
+        None, exists=True, dir_okay=False, help="File of HotpotQA: the questions of qa_2.", show_default=False
+    ),
     out: Optional[Path] = typer.Option(
         None, "--out", help="Folder for <length>/<task>.jsonl.gz; default: one for temporary files.", show_default=False
     ),
@@ -52,14 +58,15 @@ def ruler(
     ),
     as_json: bool = typer.Option(False, "--json", help="Print the folder and nothing else."),
 ) -> None:
-    """Make samples of RULER's tasks (all but the two that need data sets) for the tokenizer of a model."""
+    """Make samples of RULER's tasks for the tokenizer of a model; those of qa_1 and qa_2 take files of questions."""
     from ..report import print_table, show
     from ..ruler import compare
 
     checks: list[compare.Check] = []
     with session(model, as_json) as (loaded, progress):
         wanted = numbers(lengths, int)
-        order = _order(wanted, tasks, samples, seed, text)
+        files = {form: path for form, path in (("squad", squad), ("hotpotqa", hotpotqa)) if path}
+        order = _order(wanted, tasks, samples, seed, text, files)
         folder = _generate(loaded, order, out, progress)[0]
         if check:
             checks = compare.compare(
@@ -152,10 +159,17 @@ def samples_for(
     return _generate(model, _order(lengths, tasks, samples, seed, text), None, progress)
 
 
-def _order(lengths: Sequence[int], tasks: Optional[str], samples: int, seed: int, text: Optional[Path]) -> Any:
+def _order(
+    lengths: Sequence[int],
+    tasks: Optional[str],
+    samples: int,
+    seed: int,
+    text: Optional[Path],
+    questions: Optional[dict[str, Path]] = None,
+) -> Any:
     from ..ruler.generate import Order
 
-    return Order.of(lengths, tasks.split(",") if tasks else None, samples, seed, text)
+    return Order.of(lengths, tasks.split(",") if tasks else None, samples, seed, text, questions)
 
 
 def _generate(model: Any, order: Any, out: Optional[Path], progress: Any) -> tuple[Path, str]:

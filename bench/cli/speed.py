@@ -30,6 +30,7 @@ from .options import (
     WEIGHTS,
     WINDOW,
     demo_model,
+    demo_sidecar,
     fail,
     finish,
     numbers,
@@ -86,6 +87,7 @@ def speed(
     for other models a random one): or the one that --kv-policy, --indexmem and --memory name.
     """
     from .. import synthetic
+    from ..report import report_name
     from ..speed import run as bench
 
     def setup(policy: Optional[str], sidecar: Optional[Path], memory: Optional[str]) -> Any:
@@ -108,7 +110,7 @@ def speed(
         if any(given is not None for given in (kv_policy, indexmem, latent)):
             systems = [setup(kv_policy, indexmem, latent)]
         else:
-            sidecar = _demo_sidecar() if model is None and geometry is None else None
+            sidecar = demo_sidecar() if model is None and geometry is None else None
             sidecar = sidecar or synthetic.random_sidecar(
                 Path(folder) / "random.indexmem.gguf", synthetic.shape_of(loaded), "retention"
             )
@@ -126,7 +128,7 @@ def speed(
             decode_tokens=decode_tokens,
             repeats=repeats,
             no_flash=cache_type in ("f16", "f32"),
-            name=bench.report_name(geometry, cache_type),
+            name=report_name("speed", geometry, cache_type),
             progress=progress,
             out=out,
         )
@@ -170,9 +172,3 @@ def drafts(
         fail(error)
         return
     finish(report, bench.COLUMNS, out, None, as_json)
-
-
-def _demo_sidecar() -> Path:
-    from indexmem_edge.models import demo
-
-    return demo.demo_sidecar()

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from indexmem_edge.runtime.choice import MEMORY_OFF
 
+from .. import ruler
 from ..runner import F16, Setup
 from .arms import FULL_ARM, Arm, Sidecars, arms
 from .summary import BOOK
+
+ABLE = 0.6  # score of the full cache from which a task of RULER is judged
+RAW = "raw prompt; score: share of expected strings found"
+
+
+class Sample(Protocol):
+    """A text, what is asked of it, and what an answer is worth."""
+
+    @property
+    def context(self) -> str: ...
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def n_generate(self) -> int: ...
+
+    def score(self, text: str) -> float: ...
+
+    def settled(self, text: str) -> bool: ...
+
+
+Load = Callable[[Path, int, str, int], Sequence[Sample]]  # folder, length, task, how many
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,10 @@ class Plan:
     budget_in: str = "bytes"
     full_only: bool = False
     made: str = ""  # names the samples if they were made here: a log does not mix them with others
+    load: Load = ruler.load
+    name: str = "quality"  # of the report
+    able: float = ABLE  # score of the full cache from which a task is judged
+    scored: str = RAW  # for the report
 
     @property
     def rounds(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,6 @@ from rich.progress import Progress
 
 from indexmem_edge.runtime.choice import MEMORY_OFF
 
-from .. import ruler
 from ..machine import describe
 from ..report import Report, Row
 from ..runner import BenchError, Model, library
@@ -26,12 +25,11 @@ from . import byte_budget, effect, standing as standings
 from .arms import FULL_ARM, Sidecars
 from .balance import balanced
 from .byte_budget import Budgets, DoesNotFit
-from .plan import Job, Plan
+from .plan import Job, Plan, Sample
 from .recall import recalled
 from .summary import BOOK, summarise
 from .trial import AGREED, BOOK_SCORED, run_book, run_sample
 
-ABLE = 0.6  # score of the full cache from which a task is judged
 SAVE_SECONDS = 30  # a report is written as often
 
 
@@ -91,7 +89,7 @@ class Runner:
         self.others = plan.others()
         self.tasks = {length: list(plan.tasks) for length in plan.lengths}
         self.planned = {job.key for job in plan.jobs(self.tasks, [FULL_ARM, *self.others])}
-        self.samples: dict[tuple[str, int], list[ruler.Sample]] = {}
+        self.samples: dict[tuple[str, int], Sequence[Sample]] = {}
         self.book = self._book_windows(seed) if plan.book_windows else {}
         self.marked: dict[tuple[int, int], np.ndarray] = {}  # of a window: which scored tokens are recalled
         self.deadline = time.monotonic() + seconds if seconds else None
@@ -112,10 +110,10 @@ class Runner:
             length: [bos + tokens[end - length - BOOK_SCORED : end] for end in ends] for length in self.plan.lengths
         }
 
-    def sample(self, job: Job) -> ruler.Sample | None:
+    def sample(self, job: Job) -> Sample | None:
         where = job.task, job.length
         if where not in self.samples:
-            self.samples[where] = ruler.load(self.plan.data, job.length, job.task, self.plan.samples)
+            self.samples[where] = self.plan.load(self.plan.data, job.length, job.task, self.plan.samples)
         return self.samples[where][job.sample] if job.sample < len(self.samples[where]) else None
 
     def run(self, progress: Progress | None = None) -> Iterator[Job]:
@@ -186,7 +184,7 @@ class Runner:
             if (row["policy"], row["cache_type"]) == (FULL_ARM.policy, FULL_ARM.cache_type) and row["task"] != BOOK:
                 scores.setdefault((row["length"], row["task"]), []).append(row["score"])
         return {
-            length: [t for t in self.plan.tasks if (of := scores.get((length, t))) and np.mean(of) >= ABLE]
+            length: [t for t in self.plan.tasks if (of := scores.get((length, t))) and np.mean(of) >= self.plan.able]
             for length in self.plan.lengths
         }
 
@@ -210,15 +208,15 @@ def run_quality(
         settings += f" at most {base.budget_ratio:g} of the tokens seen"
     if plan.made:
         settings += f" samples {plan.made}"
-    runner = Runner(model, plan, Log(out / "quality.rows.jsonl", settings, plan.sidecars), seed, seconds)
+    runner = Runner(model, plan, Log(out / f"{plan.name}.rows.jsonl", settings, plan.sidecars), seed, seconds)
     how = (
-        f"raw prompt; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and "
-        "answer prefix; true answer scored teacher-forced, then greedy; score: share of expected strings found; judged: "
-        f"tasks where the full cache has at least {ABLE}, on samples that all arms finished; agreement over at most "
+        f"{plan.scored}; context evaluated with the cache at its budget (ubatches of {base.ubatch}), then question and "
+        "answer prefix; true answer scored teacher-forced, then greedy; judged: "
+        f"tasks where the full cache has at least {plan.able:g}, on samples that all arms finished; agreement over at most "
         f"{AGREED} tokens; book: {BOOK_SCORED} tokens after each window, 128 at a time; {byte_budget.HOW[plan.budget_in]}"
     )
     report = Report(
-        "quality",
+        plan.name,
         describe(
             model.path.name,
             library(),

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import ruler
 from ..machine import rss_bytes
 from ..report import Row
 from ..runner import Model, System
 from ..stats import tps
 from .byte_budget import Budgets
-from .plan import Job
+from .plan import Job, Sample
 
 BOOK_SCORED = 512  # tokens scored after each window of a book
 AGREED = 32  # tokens of the full cache's answer that the others are compared with
@@ -33,7 +32,7 @@ def split_tokens(model: Model, before: str, after: str) -> tuple[list[int], list
     return whole[:cut], whole[cut:]
 
 
-def run_sample(model: Model, budgets: Budgets, job: Job, sample: ruler.Sample, reference: Sequence[int] | None) -> Row:
+def run_sample(model: Model, budgets: Budgets, job: Job, sample: Sample, reference: Sequence[int] | None) -> Row:
     """`reference`: the answer of the full cache, as in its row under `tokens`; None makes this the row that has one.
 
     Raises:
@@ -61,7 +60,7 @@ def run_sample(model: Model, budgets: Budgets, job: Job, sample: ruler.Sample, r
             system,
             budgets,
             len(context),
-            score=ruler.score(text, sample.outputs),
+            score=sample.score(text),
             nll=nll,
             text=text,
             **({"tokens": out[:AGREED]} if reference is None else agreed),
@@ -79,14 +78,14 @@ def agreement(choices: np.ndarray, reference: Sequence[int]) -> Row:
     return {"agreement": float(same.mean()), "prefix": len(same) if same.all() else int(same.argmin())}
 
 
-def _generate(system: System, sample: ruler.Sample, least: int) -> list[int]:
-    """Greedily, until all that is expected was found: more text cannot raise the score. At least `least` tokens, as far as the
-    task has so many; with the token that ends the text, if one does.
+def _generate(system: System, sample: Sample, least: int) -> list[int]:
+    """Greedily, until more text cannot raise the score. At least `least` tokens, as far as the task has so many; with the token
+    that ends the text, if one does.
     """
     out: list[int] = []
     while len(out) < sample.n_generate:
         out.append(token := system.greedy())
-        found = len(out) >= least and ruler.score(_text(system.model, out), sample.outputs) == 1
+        found = len(out) >= least and sample.settled(_text(system.model, out))
         if found or system.model.is_end(token):
             break
         if len(out) < sample.n_generate:

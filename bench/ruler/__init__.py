@@ -7,6 +7,7 @@
     needles.py   niah_*: needles in noise, in an essay or among other needles
     chains.py    vt: chains of variables
     lists.py     cwe and fwe: the most frequent words
+    questions.py qa_*: questions about documents, out of files of SQuAD and HotpotQA
     generate.py  all of them into a folder
     anatomy.py   a sample taken apart again, knowing nothing of how it was made
     compare.py   are the samples of two folders built alike?

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from .essay import Essay
 from .lists import CommonWords, FrequentWords
 from .needles import ESSAY, LINES, NEEDLES, Needles
 from .prompt import Count, Material, Prompt, Task, largest
+from .questions import HOTPOTQA, SQUAD, Question, Questions
 from .samples import n_generate, path_of, write
 from .words import Words
 
@@ -33,7 +34,10 @@ TASKS: dict[str, Task] = {
     "vt": Chain(),
     "cwe": CommonWords(),
     "fwe": FrequentWords(),
+    "qa_1": Question(SQUAD),
+    "qa_2": Question(HOTPOTQA),
 }
+NEEDS_QUESTIONS = {name: task.form for name, task in TASKS.items() if isinstance(task, Question)}
 NEEDS_ESSAY = frozenset(name for name, task in TASKS.items() if isinstance(task, Needles) and task.haystack == ESSAY)
 
 
@@ -54,31 +58,48 @@ class Order:
     samples: int  # of each task at each length
     seed: int = 0
     text: Path | None = None  # the book of the tasks that need one
+    questions: Mapping[str, Path] = field(default_factory=dict)  # files of the tasks that need them, by their form
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], tasks: Sequence[str] | None, samples: int, seed: int = 0, text: Path | None = None
+        cls,
+        lengths: Sequence[int],
+        tasks: Sequence[str] | None,
+        samples: int,
+        seed: int = 0,
+        text: Path | None = None,
+        questions: Mapping[str, Path] | None = None,
     ) -> Order:
         """Without tasks: all that can be made.
 
         Raises:
             BenchError: a task is unknown or needs a text that is not named; a number makes no sense.
         """
-        names = tuple(tasks) if tasks else tuple(t for t in TASKS if text or t not in NEEDS_ESSAY)
+        questions = questions or {}
+        lacks = {t for t in NEEDS_ESSAY if not text} | {t for t, form in NEEDS_QUESTIONS.items() if form not in questions}
+        names = tuple(tasks) if tasks else tuple(t for t in TASKS if t not in lacks)
         if unknown := [name for name in names if name not in TASKS]:
             raise BenchError(f"unknown task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
-        if not text and (lacking := [name for name in names if name in NEEDS_ESSAY]):
+        for name in names:
+            if name in lacks and name in NEEDS_QUESTIONS:
+                form = NEEDS_QUESTIONS[name]
+                raise BenchError(f"{name}: its questions come from a file of {form}; name one with --{form}, or leave it out")
+        if lacking := [name for name in names if name in lacks]:
             raise BenchError(
                 f"{', '.join(lacking)}: the haystack is an essay; name a text file with --text, or leave them out"
             )
         if samples < 1 or not lengths or min(lengths) < 1:
             raise BenchError(f"expected lengths and samples above 0, found {samples} samples at {list(lengths)}")
-        return cls(tuple(dict.fromkeys(lengths)), tuple(dict.fromkeys(names)), samples, seed, text)
+        return cls(tuple(dict.fromkeys(lengths)), tuple(dict.fromkeys(names)), samples, seed, text, questions)
 
 
-def identity(model: Tokenizer, seed: int, essay: Essay | None, words: Words) -> str:
+def identity(
+    model: Tokenizer, seed: int, essay: Essay | None, words: Words, questions: Mapping[str, Questions] | None = None
+) -> str:
     """Stands for everything that samples depend on, beside task, length and index: different samples never share it."""
-    parts = (VERSION, model.tokenizer_identity(), seed, essay.identity if essay else "", words.source)
+    parts: tuple[object, ...] = (VERSION, model.tokenizer_identity(), seed, essay.identity if essay else "", words.source)
+    if questions:
+        parts += tuple(sorted((form, found.identity) for form, found in questions.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -134,7 +155,8 @@ def generate(
     """
     essay = Essay.read(order.text) if order.text else None
     words = words or Words.installed()
-    name = identity(model, order.seed, essay, words)
+    questions = {form: Questions.read(path, form) for form, path in order.questions.items()}
+    name = identity(model, order.seed, essay, words, questions)
     where = folder or cache_folder() / f"ruler-{name}-{order.samples}"
     todo = [(n, t) for n in order.lengths for t in order.tasks if folder or not path_of(where, n, t).is_file()]
     bar = progress.add_task("samples", total=len(todo) * order.samples) if progress and todo else None
@@ -143,7 +165,7 @@ def generate(
         return len(model.tokens(text))
 
     for length, task in todo:
-        material, rows = Material(length, words, essay), []
+        material, rows = Material(length, words, essay, questions), []
         for index in range(order.samples):
             rows.append(make(task, index, order.seed, material, count))
             if progress and bar is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..runner import BenchError
 from .essay import Essay
 from .words import Words
+
+if TYPE_CHECKING:
+    from .questions import Questions
 
 Count = Callable[[str], int]  # tokens of a text
 
@@ -32,6 +35,7 @@ class Material:
     length: int  # tokens, those to generate included
     words: Words
     essay: Essay | None = None
+    questions: Mapping[str, Questions] = field(default_factory=dict)  # by the form of their file
 
 
 class Task(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # tokens to generate, by the beginning of the task's name
-GENERATE = {"niah": 128, "needle": 32, "vt": 30, "cwe": 120, "fwe": 50}
+GENERATE = {"niah": 128, "needle": 32, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 SUFFIX = ".jsonl.gz"
 
 
@@ -35,11 +35,23 @@ class Sample:
         kind = self.task.split("_")[0]
         if kind == "cwe":
             return "".join(f" {i}. {word}" for i, word in enumerate(self.outputs, 1))
+        if kind == "qa":
+            return f" {self.outputs[0]}"
         return " " + (" " if kind == "vt" else ", ").join(self.outputs)
 
     @property
     def n_generate(self) -> int:
         return n_generate(self.task)
+
+    def score(self, text: str) -> float:
+        """Share of the expected strings; of a question's answers, which are all right, one is enough."""
+        if self.task.startswith("qa"):
+            return max(score(text, [answer]) for answer in self.outputs)
+        return score(text, self.outputs)
+
+    def settled(self, text: str) -> bool:
+        """Whether more text cannot raise the score: all that is expected was found."""
+        return self.score(text) == 1
 
 
 def split_question(text: str) -> tuple[str, str]:

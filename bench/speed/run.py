@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ..machine import describe, rss_bytes
 from ..report import Report, Row, print_rows, series
-from ..runner import F16, UNBOUNDED, BenchError, Model, Setup, System, library
+from ..runner import UNBOUNDED, BenchError, Model, Setup, System, library
 from ..stats import alternate, pair_ratio
 from ..text import TokenStream, read_text
 from . import parts as parts_of
@@ -206,13 +206,6 @@ def _turn(
         return value
 
     return turn
-
-
-def report_name(geometry: str | None, cache_type: str) -> str:
-    """A report of its own for each geometry and each type of cache."""
-    return "-".join(["speed", *([geometry] if geometry else []), *([] if cache_type == F16 else [cache_type])]).replace(
-        "/", "-"
-    )
 
 
 def print_parts(report: Report) -> None:

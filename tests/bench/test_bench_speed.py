@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from indexmem_edge.bench.report import ROW_KEYS, Report
+from indexmem_edge.bench.report import ROW_KEYS, Report, report_name
 from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup
 from indexmem_edge.bench.speed import goals as speed_goals, parts as speed_parts, run as speed
 from support.bench_data import invoke
@@ -96,8 +96,8 @@ def test_limits_percentiles_and_prefill_rows() -> None:
 
 
 def test_reports_of_other_geometries_and_types_have_names_of_their_own() -> None:
-    assert speed.report_name(None, "f16") == "speed"
-    assert speed.report_name("llama-1b", "q8_0/q4_0") == "speed-llama-1b-q8_0-q4_0"
+    assert report_name("speed", None, "f16") == "speed"
+    assert report_name("speed", "llama-1b", "q8_0/q4_0") == "speed-llama-1b-q8_0-q4_0"
 
 
 def test_unknown_parts_and_empty_lists_are_refused(tiny: Any) -> None:

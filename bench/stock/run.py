@@ -1,0 +1,225 @@
+"""Decode, whole prompts, the second question and memory, at growing depths: a stock llama.cpp and this library take turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from ..machine import describe
+from ..report import Report, Row, Verdict, series
+from ..runner import F16, UNBOUNDED, BenchError, Setup
+from ..stats import alternate, pair_interval, pair_ratio
+from .remote import SLICE, Remote
+
+COLUMNS = (
+    "system",
+    "depth",
+    "prompt_seconds",
+    "prompt_vs_stock",
+    "decode_tps",
+    "decode_vs_stock",
+    "first_token_ms",
+    "kv_bytes",
+    "peak_bytes",
+)
+CHUNK = 32  # decoded tokens of one turn: at least one eviction falls into each
+QUESTION = 24  # tokens of a second question, after the text and a first answer
+FLASH, NO_FLASH, SHIFT = "stock, flash attention", "stock, without", "stock, context shift"
+HOW = (
+    "each system in a process of its own, all read the same text and take turns: {slice} tokens of a prompt, {rounds} times {chunk} "
+    "greedy tokens and a question of {question} tokens; figures are medians, ratios medians of the pairwise ratios with 95 % "
+    "intervals; the context shift keeps as many cells as the budget has entries"
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    setup: Setup
+    stock: bool
+
+    @property
+    def shifts(self) -> bool:
+        return self.name == SHIFT
+
+    @property
+    def unbounded(self) -> bool:
+        return self.stock and not self.shifts
+
+
+def contenders(bounded: Sequence[Setup], deepest: int) -> list[Contender]:
+    """The stock ones, of which the first is what the others are compared with, then ours.
+
+    Args:
+        deepest: tokens that the unbounded ones have room for.
+    """
+    ours = bounded[0]
+    stock = replace(ours, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
+    room = deepest + 2 * CHUNK + QUESTION
+    found = [Contender(FLASH, replace(stock, n_ctx=room), True)]
+    if ours.cache_type in (F16, "f32"):  # values of other types take flash attention
+        found.append(Contender(NO_FLASH, replace(stock, n_ctx=room, flash=False), True))
+    # what is read at once has to fit beside the half that a shift leaves
+    shifting = replace(stock, n_ctx=ours.budget, ubatch=max(1, min(ours.ubatch, ours.budget // 8)))
+    found.append(Contender(SHIFT, shifting, True))
+    return found + [Contender(setup.label, setup, False) for setup in bounded]
+
+
+def run_stock(
+    model: Path,
+    bounded: Sequence[Setup],
+    depths: Sequence[int],
+    library: Path,
+    *,
+    unbounded_max: int,
+    rounds: int,
+    text: Path | None,
+    name: str = "stock",
+    progress: Progress,
+    out: Path | None = None,
+) -> Report:
+    """Fills every system once, depth by depth; at each depth they take turns.
+
+    Args:
+        bounded: ours; they differ in no more than policy, sidecar and memory.
+        library: folder of the stock libraries.
+        unbounded_max: the stock caches that keep everything stop at this depth; it takes hours to go far.
+
+    Raises:
+        BenchError: nothing to measure, or a system that cannot be opened or fails.
+    """
+    if not bounded or not depths:
+        raise BenchError("stock takes at least one bounded system and one depth")
+    depths = sorted(set(depths))
+    systems = contenders(bounded, max((d for d in depths if d <= unbounded_max), default=0))
+    how = HOW.format(slice=SLICE, rounds=rounds, chunk=CHUNK, question=QUESTION)
+    report = Report(name, {})
+    report.meta = describe(
+        model.name, "", bounded[0].threads, how=how, cache_type=bounded[0].cache_type, text=text.name if text else "built in"
+    )
+    task = progress.add_task("tokens read", total=sum(_deepest(s, depths, unbounded_max) for s in systems))
+    with ExitStack() as stack:
+        remotes: list[tuple[Contender, Remote]] = []
+        for system in systems:
+            opened = Remote(
+                system.name, model, system.setup, library=library if system.stock else None, shift=system.shifts, text=text
+            )
+            remotes.append((system, stack.enter_context(opened)))
+        report.meta["library"] = remotes[-1][1].library
+        report.meta["stock"] = remotes[0][1].library
+        prompts = dict.fromkeys((s.name for s in systems), 0.0)
+        for depth in depths:
+            here = [(s, r) for s, r in remotes if not s.unbounded or depth <= unbounded_max]
+            _read(here, depth, prompts, lambda n: progress.advance(task, n))
+            report.rows += _measure(here, depth, prompts, rounds)
+            report.verdicts = verdicts(report.rows)
+            if out:
+                report.save(out)
+    return report
+
+
+def _deepest(system: Contender, depths: Sequence[int], unbounded_max: int) -> int:
+    return max((d for d in depths if not system.unbounded or d <= unbounded_max), default=0)
+
+
+def _read(
+    here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict[str, float], advance: Callable[[int], None]
+) -> None:
+    """All systems read up to `depth`, in turns of a slice, so that a machine that slows down does so for each of them."""
+    start = min((remote.seen for _, remote in here), default=depth)
+    for upto in [*range(start + SLICE, depth, SLICE), depth]:
+        for system, remote in here:
+            prompts[system.name] += remote.fill(upto, advance)
+
+
+def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict[str, float], rounds: int) -> list[Row]:
+    def turn(remote: Remote, act: Callable[[Remote], float]) -> Callable[[], float]:
+        def once() -> float:
+            value = act(remote)
+            remote.go_back(depth)
+            return value
+
+        return once
+
+    decode = alternate(rounds, [turn(remote, lambda r: r.decode(CHUNK)) for _, remote in here])
+    asked = alternate(rounds, [turn(remote, lambda r: r.feed(QUESTION)) for _, remote in here])
+    base = next((i for i, (system, _) in enumerate(here) if system.name == FLASH), None)
+    rows = []
+    for i, (system, remote) in enumerate(here):
+        row: Row = {
+            "system": system.name,
+            "stock": system.stock,
+            "budget": system.setup.budget,
+            "depth": depth,
+            "prompt_seconds": prompts[system.name] if depth else None,
+            "decode_tps": statistics.median(decode[i]),
+            "first_token_ms": 1000 * statistics.median(asked[i]),
+            **remote.figures(),
+        }
+        if base is not None:
+            row["decode_vs_stock"] = pair_ratio(decode[i], decode[base])
+            row["decode_interval"] = pair_interval(decode[i], decode[base])
+            row["prompt_vs_stock"] = prompts[FLASH] / prompts[system.name] if depth else None
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """At the deepest depth that an unbounded stock cache went to: the slower of ours against the faster of theirs."""
+    deepest = max((row["depth"] for row in rows if row["system"] == FLASH), default=None)
+    if deepest is None:
+        return []
+    here = [row for row in rows if row["depth"] == deepest]
+    ours = [row for row in here if not row["stock"]]
+    theirs = [row for row in here if row["stock"] and row["system"] != SHIFT]
+    shift = next(row for row in here if row["system"] == SHIFT)
+    found = [
+        Verdict(f"decode at {deepest} / the faster stock cache", _least(ours, "decode_tps") / _most(theirs, "decode_tps"), 1),
+        Verdict(f"decode at {deepest} / stock context shift", _least(ours, "decode_tps") / shift["decode_tps"], 1),
+        Verdict(
+            f"first token of a question at {deepest}, times faster than the faster stock cache",
+            _least(theirs, "first_token_ms") / _most(ours, "first_token_ms"),
+            1,
+        ),
+        Verdict(
+            f"peak memory at {deepest} / the smaller stock one",
+            _most(ours, "peak_bytes") / _least(theirs, "peak_bytes"),
+            1,
+            True,
+        ),
+    ]
+    if deepest:
+        ratio = _least(theirs, "prompt_seconds") / _most(ours, "prompt_seconds")
+        found.insert(1, Verdict(f"a prompt of {deepest}, times faster than the faster stock cache", ratio, 1))
+    return found
+
+
+def _least(rows: Sequence[Row], key: str) -> float:
+    return min(float(row[key]) for row in rows)
+
+
+def _most(rows: Sequence[Row], key: str) -> float:
+    return max(float(row[key]) for row in rows)
+
+
+def plot(figure: Any, report: Report) -> None:
+    """Decode, time of the prompt, and memory over tokens seen; dashed: stock."""
+    panels = [("decode_tps", "decode, tokens/s"), ("prompt_seconds", "seconds to read it"), ("peak_bytes", "peak memory, MiB")]
+    for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels):
+        for name in dict.fromkeys(row["system"] for row in report.rows):
+            rows = [row for row in report.rows if row["system"] == name]
+            x, y = series(rows, "depth", key)
+            values = [v / 2**20 for v in y] if key == "peak_bytes" else y
+            axis.plot(x, values, marker="o", label=name, linestyle="--" if rows[0]["stock"] else "-")
+        axis.set_xscale("symlog", base=2, linthresh=1024)
+        if key == "prompt_seconds":
+            axis.set_yscale("log")
+        axis.set(xlabel="tokens already seen", ylabel=label)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
