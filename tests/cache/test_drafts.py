@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import Tiny
+from indexmem_edge.native import api
 from reference.indexers import random_indexer, write_sidecar
 from support.comparing import tokens_of
 from support.mixed import RECURRENT, WINDOWS
 from support.native_context import Q8_0, Context, open_model
-from indexmem_edge.native import api
 from tiny.models import write_model
 
 SAME_SUMS: dict[str, Any] = dict(tensor_type="Q4_1", n_head=2, n_head_kv=2)

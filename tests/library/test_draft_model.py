@@ -36,7 +36,7 @@ class Known(LlamaDraftModel):
         return np.array([t if i < right else t + 1 for i, t in enumerate(guess)], dtype=np.intc)
 
 
-@pytest.fixture(scope="module", params=[160, 0], ids=["budget", "unbounded"])
+@pytest.fixture(scope="module", params=[130, 0], ids=["budget", "unbounded"])
 def llm(demo_model: Path, request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = {**OPTIONS, "kv_budget": request.param} if request.param else {"n_ctx": 1024, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
     with Llama(demo_model, **options) as made:
@@ -137,8 +137,8 @@ def test_another_call_finds_no_drafts(llm: Llama, plain: tuple[list[int], list[i
 def test_criteria_for_stopping_and_tokens_of_the_application(llm: Llama, plain: tuple[list[int], list[int]]) -> None:
     prompt, expected = plain
     llm.draft_model = LlamaPromptLookupDecoding()
-    stop = [lambda ids, logits: len(ids) >= len(prompt) + 20]
-    stream = llm.generate(prompt, temp=0.0, repeat_penalty=1.0, stopping_criteria=stop)  # type: ignore[arg-type]
+    stop = llama_cpp.StoppingCriteriaList([lambda ids, logits: len(ids) >= len(prompt) + 20])
+    stream = llm.generate(prompt, temp=0.0, repeat_penalty=1.0, stopping_criteria=stop)
     found = list(stream)
     assert found == expected[: len(found)] and len(found) >= 18
     stream = llm.generate(prompt, temp=0.0, repeat_penalty=1.0)
