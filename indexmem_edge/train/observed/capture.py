@@ -38,7 +38,8 @@ class HeadsCapture(Callback):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.look = device, None  # type: torch.device, Optional[Look]
+        self.device = device
+        self.look: Optional[Look] = None
         self.readers: Counter[int] = Counter()  # by the layer that has the entries
         self.sizes: dict[int, tuple[int, int]] = {}  # of each layer: KV heads, size of a key
         self._known = False
