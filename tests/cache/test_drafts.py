@@ -73,7 +73,7 @@ def check_draft(c: Context, text: list[int], asked: int, right: int) -> int:
     n = api.draft_room(c.ctx, asked)
     assert n <= asked
     right = min(right, n)
-    drafts = [t if i < right else (t + 1) % 300 for i, t in enumerate(text[start + 1 : start + 1 + n])]
+    drafts = [t if i < right else t ^ 1 for i, t in enumerate(text[start + 1 : start + 1 + n])]
     before = c.stats()
     c.decode([text[start], *drafts])
     after = c.stats()
