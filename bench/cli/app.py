@@ -46,6 +46,7 @@ from .options import (
     session,
     setup_of,
 )
+from .page import one_page
 from .quality import quality
 from .serve import app as serve
 from .speed import speed
@@ -114,6 +115,7 @@ app.command()(speed)
 app.command()(stock)
 app.command()(quality)
 app.command()(longbench)
+app.command(name="report")(one_page)
 app.command()(endless)
 app.add_typer(gpu, name="gpu")
 app.add_typer(serve, name="serve")
