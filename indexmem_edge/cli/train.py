@@ -79,7 +79,7 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), asked-kl (as fast, much better), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
+            "regress (fast), asked-kl (as fast, learns from questions and a second reading), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
             "texts), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,
