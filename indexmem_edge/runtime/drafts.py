@@ -60,6 +60,7 @@ class Drafts(LlamaDraftModel):
     def handed_out(self) -> int:
         """How many of the tokens that are evaluated now are drafts; asked once."""
         n, self._handed_out = self._handed_out, 0
+        self._llm.sure = None
         return n
 
     def evaluated(self, n: int) -> None:
