@@ -183,9 +183,9 @@ def test_the_cost_of_evictions(tiny: Any, tmp_path: Path) -> None:
     assert {budget for _, budget in found} == {128, 256} and len(found) == len(data["evictions"])
     for (policy, budget), row in found.items():
         assert row["evict_ms"] > 0 < row["step_ms"]
-        assert row["decode_steps"] == pytest.approx(row["evict_ms"] / row["step_ms"])
+        assert row["decode_steps"] == pytest.approx(row["evict_ms"] / row["step_ms"], rel=1e-3)
         small = found[policy, 128]
-        assert row["vs_smallest"] == pytest.approx(row["evict_ms"] / small["evict_ms"] * 128 / budget)
+        assert row["vs_smallest"] == pytest.approx(row["evict_ms"] / small["evict_ms"] * 128 / budget, rel=1e-3)
     assert not data["rows"] and len(data["verdicts"]) == 3 * len(evictions.policies())
 
     invoke("speed", *common, *words, "--kv-policy", "knorm")
