@@ -145,7 +145,8 @@ def test_a_draft_changes_no_word(demo_model: Path) -> None:
         told, state = answers(*draft)
         assert [one["content"] for one in told] == [one["content"] for one in expected], name
         assert all(one["timings"]["draft_n_accepted"] > 10 for one in told), name
-        assert state == held, name
+        # how a prompt is cut into ubatches, and so its evictions, depends on what else is read at that moment
+        assert [{**one, "evictions": None} for one in state] == [{**one, "evictions": None} for one in held], name
 
 
 def test_figures_are_there_while_it_sleeps(demo_model: Path) -> None:
