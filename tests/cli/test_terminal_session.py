@@ -110,6 +110,7 @@ def test_stopped_and_continued_in_a_terminal_of_another_size(chat: tuple[str, ..
         person.prompted(2)
         person.type(CTRL_C)
         person.wait_for("(Ctrl-D leaves, so does /exit)")
+        person.prompted(3)
         person.type(CTRL_D)
         assert person.ends() == 0
     assert kept(tmp_path)[0] == "half a message"

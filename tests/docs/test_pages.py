@@ -58,7 +58,7 @@ def test_options_that_pages_name_exist() -> None:
     known = {
         name for _, command in cli_page.commands() for p in command.params for name in (*p.opts, *p.secondary_opts)
     }
-    known |= {"--help", "--version", "--parallel"}  # the last one is llama-server's
+    known |= {"--help", "--version", "--parallel", "--kv-budget-draft"}  # the last two are llama-server's
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         if page.name in ("serve.md", "server-tests.md"):
             continue  # names llama-server's

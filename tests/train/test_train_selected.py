@@ -184,6 +184,7 @@ def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytes
 
     monkeypatch.setattr(objective, "decoder", type("Watched", (), {
         "__call__": staticmethod(watched), "config": decoder.config, "device": decoder.device, "output": decoder.output,
+        "geometry": decoder.geometry,
     })())  # fmt: skip
     for sample, rows in ((random_sample(100), (84, 16)), (random_sample(40), (30, 10)), (asking(100, 40), (40, 16)), (asking(9, 3), (7, 2))):
         assert torch.isfinite(objective.loss(sample, (0.3,)))

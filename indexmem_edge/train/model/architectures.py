@@ -89,6 +89,11 @@ _REASONS = {  # why nothing can be trained for an architecture, where more can b
         " ".join((families.ENCODERS, families.DIFFUSION, families.BUCKETS, families.EMBEDDING, "wavtokenizer-dec")),
     "it is a draft head that works with the cache of another model": families.DRAFT,
 }  # fmt: skip
+# no budget works for these, so that neither another engine nor a policy is of use
+_NO_BUDGET = {
+    reason for reason in _REASONS
+    if reason.startswith(("it is recurrent", "it has sparse", "its attention is biased", "it is an encoder", "it is a draft"))
+}  # fmt: skip
 _UNTRAINABLE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 WITHOUT_TRAINING = "train with --engine native, or take a policy that needs no training, such as --kv-policy keydiff"
 
@@ -104,7 +109,8 @@ def architecture(where: str, name: str) -> Architecture:
         ModelNotSupported: training does not know it.
     """
     if reason := trainable(name):
-        raise ModelNotSupported(f"{where} has the architecture {quote(name)}: {reason}; {WITHOUT_TRAINING}")
+        advice = "" if reason in _NO_BUDGET else f"; {WITHOUT_TRAINING}"
+        raise ModelNotSupported(f"{where} has the architecture {quote(name)}: {reason}{advice}")
     return ARCHITECTURES[name]
 
 
