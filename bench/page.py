@@ -115,10 +115,7 @@ def _verdict(values: Row) -> str:
     verdict = Verdict(**known)
     kind = {True: "ok", False: "miss", None: ""}[verdict.ok]
     mark = {True: "✓ ", False: "✗ ", None: ""}[verdict.ok]
-    value = "not measured" if verdict.value is None else f"{verdict.value:.3f}"
-    bound = "at most" if verdict.at_most else "above" if verdict.strictly else "at least"
-    goal = "" if verdict.threshold is None else f" ({bound} {verdict.threshold:g})"
-    return f'<li class="{kind}">{mark}{_text(verdict.name)}: {value}{goal}</li>'
+    return f'<li class="{kind}">{mark}{_text(verdict.text)}</li>'
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -51,9 +51,14 @@ class Verdict:
 
     def __str__(self) -> str:
         word = {True: "[green]ok[/]  ", False: "[red]MISS[/]", None: "    "}[self.ok]
+        return f"{word} {self.text}"
+
+    @property
+    def text(self) -> str:
+        """The claim, its number and the goal."""
         bound = "at most" if self.at_most else "above" if self.strictly else "at least"
         bound = "" if self.threshold is None else f" ({bound} {self.threshold:g})"
-        return f"{word} {self.name}: {'not measured' if self.value is None else format(self.value, '.3f')}{bound}"
+        return f"{self.name}: {'not measured' if self.value is None else format(self.value, '.3f')}{bound}"
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Setup(CacheOptions):
     threads: int = 2
     ubatch: int = 512
     offload: bool = True  # the cache of a layer that is on a GPU lies there, too
+
+    def unbounded(self) -> Setup:
+        """The stock cache in the place of this one."""
+        return replace(self, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
 
     @property
     def label(self) -> str:

@@ -215,10 +215,15 @@ def demo_model() -> Path:
     return demo.demo_model()
 
 
-def demo_sidecar() -> Path:
+def any_sidecar(loaded: Any, is_demo: bool, folder: str) -> Path:
+    """The demo model's own sidecar; for other models one with random weights, which costs as much, in `folder`."""
     from indexmem_edge.models import demo
 
-    return demo.demo_sidecar()
+    from .. import synthetic
+
+    if is_demo:
+        return demo.demo_sidecar()
+    return synthetic.random_sidecar(Path(folder) / "random.indexmem.gguf", synthetic.shape_of(loaded), "retention")
 
 
 def finish(report: Any, columns: Sequence[str], out: Path, plot: Any, as_json: bool, rows: Any = None) -> None:

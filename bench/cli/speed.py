@@ -29,8 +29,8 @@ from .options import (
     UBATCH,
     WEIGHTS,
     WINDOW,
+    any_sidecar,
     demo_model,
-    demo_sidecar,
     fail,
     finish,
     numbers,
@@ -88,7 +88,6 @@ def speed(
     The bounded systems are the policy streaming, and an indexer with the memory centroid (the sidecar of the demo model;
     for other models a random one): or the one that --kv-policy, --indexmem and --memory name.
     """
-    from .. import synthetic
     from ..report import report_name
     from ..speed import run as bench
 
@@ -112,10 +111,7 @@ def speed(
         if any(given is not None for given in (kv_policy, indexmem, latent)):
             systems = [setup(kv_policy, indexmem, latent)]
         else:
-            sidecar = demo_sidecar() if model is None and geometry is None else None
-            sidecar = sidecar or synthetic.random_sidecar(
-                Path(folder) / "random.indexmem.gguf", synthetic.shape_of(loaded), "retention"
-            )
+            sidecar = any_sidecar(loaded, model is None and geometry is None, folder)
             systems = [setup("streaming", None, "off"), setup(None, sidecar, "centroid")]
         report = bench.run_speed(
             loaded,

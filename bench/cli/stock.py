@@ -24,7 +24,7 @@ from .options import (
     UBATCH,
     WEIGHTS,
     WINDOW,
-    demo_sidecar,
+    any_sidecar,
     finish,
     numbers,
     random_model,
@@ -68,7 +68,6 @@ def stock(
     Ours are the policy streaming, and an indexer with the memory centroid: that of --indexmem, for the demo model its own, for
     other models one with random weights, which costs as much.
     """
-    from .. import synthetic
     from ..report import report_name
     from ..stock import run as bench
     from ..stock.environment import stock_library
@@ -78,14 +77,9 @@ def stock(
 
     make = random_model(geometry, model, layers, weights, cache)
     with tempfile.TemporaryDirectory() as temp, session(model, as_json, make) as (loaded, progress):
-        path, sidecar = loaded.path, indexmem
-        if sidecar is None and model is None and geometry is None:
-            sidecar = demo_sidecar()
-        if sidecar is None:
-            shape = synthetic.shape_of(loaded)
-            sidecar = synthetic.random_sidecar(Path(temp) / "random.indexmem.gguf", shape, "retention")
+        sidecar = indexmem or any_sidecar(loaded, model is None and geometry is None, temp)
         report = bench.run_stock(
-            path,
+            loaded.path,
             [setup("streaming", None, "off"), setup(None, sidecar, "centroid")],
             numbers(depths, int),
             stock_library(folder, progress.console.print),

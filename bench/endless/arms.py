@@ -58,11 +58,14 @@ def arms_of(policies: Sequence[str], spans: Sequence[int | None]) -> list[Endles
     return shift + [EndlessArm(policy, span) for policy in policies if policy != SHIFT for span in spans]
 
 
+def shifting(base: Setup, cells: int) -> Setup:
+    """The stock cache of so many cells that a `ShiftingSystem` takes; what is read at once fits beside the half that a shift leaves."""
+    return replace(base, policy=UNBOUNDED, budget=0, n_ctx=cells, ubatch=max(1, min(base.ubatch, cells // 8)))
+
+
 def setup_of(base: Setup, arm: EndlessArm, sidecars: Sidecars, budget: int) -> Setup:
     if arm.policy == SHIFT:
-        # what is read at once has to fit beside the half that a shift leaves
-        ubatch = max(1, min(base.ubatch, budget // 8))
-        return replace(base, policy=UNBOUNDED, budget=0, n_ctx=budget, ubatch=ubatch)
+        return shifting(base, budget)
     return replace(bounded_setup(base, Arm(arm.policy, 1.0), sidecars, budget), span=arm.span)
 
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ..machine import describe, rss_bytes
 from ..report import Report, Row, print_rows, series
-from ..runner import UNBOUNDED, BenchError, Model, Setup, System, library
+from ..runner import BenchError, Model, Setup, System, library
 from ..stats import alternate, pair_ratio
 from ..text import TokenStream, read_text
 from . import evictions as evictions_of, parts as parts_of
@@ -101,7 +101,7 @@ def run_speed(
         ),
     )
     corpus = model.tokens(read_text(text))
-    stock = replace(base, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
+    stock = base.unbounded()
 
     def save() -> None:
         report.verdicts = verdicts(report)

@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.progress import Progress
 
+from ..endless.arms import shifting
 from ..machine import describe
 from ..report import Report, Row, Verdict, series
-from ..runner import F16, UNBOUNDED, BenchError, Setup
+from ..runner import F16, BenchError, Setup
 from ..stats import alternate, pair_interval, pair_ratio
 from .remote import SLICE, Remote
 
@@ -60,14 +61,12 @@ def contenders(bounded: Sequence[Setup], deepest: int) -> list[Contender]:
         deepest: tokens that the unbounded ones have room for.
     """
     ours = bounded[0]
-    stock = replace(ours, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
+    stock = ours.unbounded()
     room = deepest + 2 * CHUNK + QUESTION
     found = [Contender(FLASH, replace(stock, n_ctx=room), True)]
     if ours.cache_type in (F16, "f32"):  # values of other types take flash attention
         found.append(Contender(NO_FLASH, replace(stock, n_ctx=room, flash=False), True))
-    # what is read at once has to fit beside the half that a shift leaves
-    shifting = replace(stock, n_ctx=ours.budget, ubatch=max(1, min(ours.ubatch, ours.budget // 8)))
-    found.append(Contender(SHIFT, shifting, True))
+    found.append(Contender(SHIFT, shifting(stock, ours.budget), True))
     return found + [Contender(setup.label, setup, False) for setup in bounded]
 
 

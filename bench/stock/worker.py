@@ -4,7 +4,7 @@ A library can be loaded once in a process, so the stock one and ours take a proc
 then the memory of one system.
 
     {"do": "open", "model": PATH, "setup": {...}, "shift": false, "text": PATH or null}
-    {"do": "feed", "n": 512}      {"do": "decode", "n": 32}      {"do": "ask", "n": 24}
+    {"do": "feed", "n": 512}      {"do": "decode", "n": 32}
     {"do": "rollback", "to": 8192}                               {"do": "figures"}
 """
 
@@ -54,10 +54,6 @@ class Worker:
 
     def do_decode(self, n: int) -> dict[str, Any]:
         return {"seconds": sum(self._open.decode(n, self._next(1)[0]))}
-
-    def do_ask(self, n: int) -> dict[str, Any]:
-        """The time from a question of `n` tokens to the first token of its answer."""
-        return self.do_feed(n)
 
     def do_rollback(self, to: int) -> dict[str, Any]:
         done = self._open.rollback(to)

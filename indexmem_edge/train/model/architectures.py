@@ -74,7 +74,6 @@ KNOWN = ", ".join(sorted(ARCHITECTURES))
 _GRAPH = f"its graph is not among those that training computes ({KNOWN})"
 _REASONS = {  # why nothing can be trained for an architecture, where more can be said than that
     "it has recurrent layers beside its attention, which training does not compute": families.HYBRID,
-    "it is recurrent: there are no keys and values to choose from": families.RECURRENT,
     "its attention is latent (MLA), one vector for the keys and values of all heads, which training does not compute":
         families.LATENT,
     "its attention has sinks, logits beside those of keys, which training does not compute": families.SINKS,
@@ -83,18 +82,16 @@ _REASONS = {  # why nothing can be trained for an architecture, where more can b
     "some of its layers read the keys and values of others, which training does not compute": families.SHARED,
     "its attention logits have a soft cap, which training does not compute": "gemma2 grok",
     "its layers attend in chunks, which training does not compute": "llama4",
+}  # fmt: skip
+_NO_BUDGET = {  # the same of those that no budget works for, so that neither another engine nor a policy is of use
+    "it is recurrent: there are no keys and values to choose from": families.RECURRENT,
     "it has sparse attention with an indexer of its own": families.SPARSE,
     "its attention is biased by distance (ALiBi), and no budget can bound that": families.ALIBI,
     "it is an encoder or a diffusion model, without a cache to bound":
         " ".join((families.ENCODERS, families.DIFFUSION, families.BUCKETS, families.EMBEDDING, "wavtokenizer-dec")),
     "it is a draft head that works with the cache of another model": families.DRAFT,
 }  # fmt: skip
-# no budget works for these, so that neither another engine nor a policy is of use
-_NO_BUDGET = {
-    reason for reason in _REASONS
-    if reason.startswith(("it is recurrent", "it has sparse", "its attention is biased", "it is an encoder", "it is a draft"))
-}  # fmt: skip
-_UNTRAINABLE = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+_UNTRAINABLE = {name: reason for reason, names in {**_REASONS, **_NO_BUDGET}.items() for name in names.split()}
 WITHOUT_TRAINING = "train with --engine native, or take a policy that needs no training, such as --kv-policy keydiff"
 
 
