@@ -118,7 +118,7 @@ def test_rows_are_permuted_as_the_rotation_is(tiny: Tiny) -> None:
     gguf = load_gguf(path, torch.float32)
     theirs = {name: torch.from_numpy(w) for name, w in huggingface_weights(config).items()}
     halves = {f"blk.{il}.attn_{x}.weight": theirs[f"model.layers.{il}.self_attn.{x}_proj.weight"] for il in (0, 1) for x in "qk"}
-    other = Decoder(replace(gguf.config, rope=replace(gguf.config.rope, interleaved=False)), gguf.weights | halves)
+    other = Decoder(replace(gguf.config, rope=replace(gguf.config.rope, interleaved=False)), dict(gguf.weights) | halves)
     tokens, positions = torch.tensor([TOKENS]), torch.arange(len(TOKENS))
     torch.testing.assert_close(other(tokens), gguf(tokens), rtol=0, atol=1e-4)
     assert (other.heads(0, other.embed(tokens), positions).k - gguf.heads(0, gguf.embed(tokens), positions).k).abs().max() > 1

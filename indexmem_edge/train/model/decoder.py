@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import feedforward
 from .attention import Attend, Heads, Look, causal
 from .frozen import Frozen
+from .quantised import StoredWeights
 from .rope import Rope
 
 Weights = Mapping[str, Tensor]
@@ -94,7 +95,8 @@ class Decoder(Frozen):
     """
 
     def __init__(self, config: Config, weights: Weights) -> None:
-        self.config, self.weights = config, weights
+        self.config = config
+        self.weights = weights if isinstance(weights, StoredWeights) else StoredWeights(weights)
 
     @property
     def geometry(self) -> Config:
@@ -111,7 +113,7 @@ class Decoder(Frozen):
     def to(self, device: torch.device | str, dtype: Optional[torch.dtype] = None) -> Decoder:
         """The same decoder elsewhere, or computing in another dtype. Norms that were loaded as float32 stay exact."""
         kept = dtype or self.dtype
-        return Decoder(self.config, {name: w.to(device, stored_dtype(name, kept)) for name, w in self.weights.items()})
+        return Decoder(self.config, self.weights.to(device, lambda name: stored_dtype(name, kept)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] integers -> [B, T, d]"""

@@ -1,4 +1,4 @@
-"""Decoders from GGUF files: every tensor type that the package gguf can dequantise."""
+"""Decoders from GGUF files: every tensor type that the package gguf can dequantise. Matrices stay in blocks where they can."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ...files.untrusted import quote
 from .architectures import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, check_factors, fused_parts
 from .decoder import Config, Decoder, stored_dtype
 from .gguf_config import factors_for, read_config
+from .quantised import Quantised, StoredWeights, can_stay
 
 _CHUNK = 1 << 22  # elements that are dequantised at once
 _FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
@@ -31,7 +32,8 @@ def load_gguf(
     device: Union[str, torch.device] = "cpu",
     n_ctx: Optional[int] = None,
 ) -> Decoder:
-    """Reads a model, some rows of a tensor at a time, straight into `dtype` on `device`; norms stay float32.
+    """Reads a model, some rows of a tensor at a time, straight to `device`: quantised matrices of layers in the blocks of the file,
+    all else in `dtype`, and norms in float32.
 
     Args:
         n_ctx: tokens of the context that it will run in, which decide how the positions of LongRoPE are rotated; None:
@@ -52,7 +54,7 @@ def load_gguf(
             factors = factors_for(file, config.architecture, n_ctx)
             if factors is not None:
                 config = _with_factors(where, file, config, file.tensors[factors], types)
-            weights: dict[str, Tensor] = {}
+            weights: dict[str, Tensor | Quantised] = {}
             for name, info in file.tensors.items():
                 if name not in _FACTORS:
                     weights |= _parts_of(
@@ -61,7 +63,7 @@ def load_gguf(
     except ConvertError as error:
         message = str(error)
         raise ModelFileError(message if where in message else f"{where}: {message}") from None
-    return Decoder(config, weights)
+    return Decoder(config, StoredWeights(weights))
 
 
 def _type(where: str, info: TensorInfo) -> gguf.GGMLQuantizationType:
@@ -98,30 +100,32 @@ def _row_bytes(where: str, info: TensorInfo, kind: gguf.GGMLQuantizationType) ->
 
 def _parts(
     where: str, file: GGUFFile, info: TensorInfo, kind: gguf.GGMLQuantizationType
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of a tensor as float32 [n, row length], and the number of the first."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Rows of a tensor as they are stored [n, bytes of a row] and as float32 [n, row length], after the number of the first."""
     size, step = _row_bytes(where, info, kind), max(1, _CHUNK // info.dims[0])
     for i in range(0, _rows(info), step):
         n = min(step, _rows(info) - i)
-        stored = np.frombuffer(bytearray(file.read_part(info, i * size, (i + n) * size)), np.uint8)
+        stored = np.frombuffer(bytearray(file.read_part(info, i * size, (i + n) * size)), np.uint8).reshape(n, size)
         with np.errstate(all="ignore"):  # a damaged scale; what comes of it is not finite
-            yield i, gguf.quants.dequantize(stored.reshape(n, size), kind)
+            yield i, stored, gguf.quants.dequantize(stored, kind)
 
 
 def _load(
     where: str, file: GGUFFile, info: TensorInfo, kind: gguf.GGMLQuantizationType,
     dtype: torch.dtype, device: Union[str, torch.device],
-) -> Tensor:  # fmt: skip
-    out = torch.empty(_rows(info), info.dims[0], dtype=dtype, device=device)
-    for i, part in _parts(where, file, info, kind):
-        rows = out[i : i + len(part)]
-        rows.copy_(torch.from_numpy(part))
-        if not torch.isfinite(rows).all():
+) -> Tensor | Quantised:  # fmt: skip
+    shape, stays = info.dims[::-1], can_stay(info.name, kind)
+    columns, stored_as = (_row_bytes(where, info, kind), torch.uint8) if stays else (info.dims[0], dtype)
+    out = torch.empty(_rows(info), columns, dtype=stored_as, device=device)
+    for i, stored, numbers in _parts(where, file, info, kind):
+        read = torch.from_numpy(numbers).to(dtype)
+        if not torch.isfinite(read).all():
             raise ModelFileError(f"{where}: tensor {quote(info.name)} has values that are not finite in {dtype}")
-    return out.reshape(info.dims[::-1])
+        out[i : i + len(read)].copy_(torch.from_numpy(stored) if stays else read)
+    return Quantised(out, kind, tuple(shape), dtype) if stays else out.reshape(shape)
 
 
-def _parts_of(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _parts_of(config: Config, name: str, tensor: Tensor | Quantised) -> dict[str, Tensor | Quantised]:
     """A tensor by its name, or what is fused in it by theirs; the parts share its memory."""
     parts = fused_parts(config, name)
     return dict(zip(parts, tensor.split(list(parts.values())))) if parts else {name: tensor}
@@ -130,5 +134,5 @@ def _parts_of(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _with_factors(
     where: str, file: GGUFFile, config: Config, info: TensorInfo, types: dict[int, gguf.GGMLQuantizationType]
 ) -> Config:
-    values = [float(v) for _, part in _parts(where, file, info, types[info.type]) for v in part.ravel()]
+    values = [float(v) for _, _, part in _parts(where, file, info, types[info.type]) for v in part.ravel()]
     return replace(config, rope=replace(config.rope, factors=check_factors(where, info.name, values)))
