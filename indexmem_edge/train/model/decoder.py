@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import feedforward
 from .attention import Attend, Heads, Look, causal
 from .frozen import Frozen
-from .quantised import StoredWeights
+from .quantised import StoredWeights, linear
 from .rope import Rope
 
 Weights = Mapping[str, Tensor]
@@ -185,9 +185,8 @@ class Decoder(Frozen):
     def _feed_forward(self, il: int, h: Tensor) -> Tensor:
         c, w, activation = self.config, self.weights, feedforward.gelu if self.config.gelu else feedforward.silu
         if c.n_expert:
-            router, gate, up, down = (
-                w[f"blk.{il}.ffn_{part}.weight"] for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")
-            )
+            router = w[f"blk.{il}.ffn_gate_inp.weight"]
+            gate, up, down = (w.stored[f"blk.{il}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
             return feedforward.experts(h, router, c.n_expert_used, gate, up, down, activation)
         gate, up = self._linear(f"blk.{il}.ffn_gate", h), self._linear(f"blk.{il}.ffn_up", h)
         return self._linear(f"blk.{il}.ffn_down", activation(gate) * up)
@@ -200,4 +199,4 @@ class Decoder(Frozen):
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.config.norm_eps).to(x.dtype)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return linear(x, self.weights.stored[f"{name}.weight"], self.weights.get(f"{name}.bias"))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantised import Matrix, linear
+
 LEAST_WEIGHT = 2.0**-14  # what llama.cpp divides the weights of experts by at least: the smallest normal float16
 
 Activation = Callable[[Tensor], Tensor]
@@ -28,7 +30,7 @@ def route(x: Tensor, router: Tensor, n_used: int) -> tuple[Tensor, Tensor]:
 
 
 def experts(
-    x: Tensor, router: Tensor, n_used: int, gate: Tensor, up: Tensor, down: Tensor, activation: Activation
+    x: Tensor, router: Tensor, n_used: int, gate: Matrix, up: Matrix, down: Matrix, activation: Activation
 ) -> Tensor:
     """x [..., d] -> [..., d]; gate and up [E, n_ff, d], down [E, d, n_ff].
 
@@ -40,6 +42,6 @@ def experts(
     for e in chosen.unique().tolist():
         token, place = (chosen == e).nonzero(as_tuple=True)
         h = flat[token]
-        said = F.linear(activation(F.linear(h, gate[e])) * F.linear(h, up[e]), down[e])
+        said = linear(activation(linear(h, gate[e])) * linear(h, up[e]), down[e])
         out = out.index_add(0, token, said.to(out.dtype) * shares[token, place, None].to(out.dtype))
     return out.to(x.dtype).view_as(x)

@@ -20,7 +20,7 @@ from ...files.untrusted import quote
 from .architectures import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, check_factors, fused_parts
 from .decoder import Config, Decoder, stored_dtype
 from .gguf_config import factors_for, read_config
-from .quantised import Quantised, StoredWeights, can_stay
+from .quantised import Matrix, Quantised, StoredWeights, can_stay
 
 _CHUNK = 1 << 22  # elements that are dequantised at once
 _FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
@@ -54,7 +54,7 @@ def load_gguf(
             factors = factors_for(file, config.architecture, n_ctx)
             if factors is not None:
                 config = _with_factors(where, file, config, file.tensors[factors], types)
-            weights: dict[str, Tensor | Quantised] = {}
+            weights: dict[str, Matrix] = {}
             for name, info in file.tensors.items():
                 if name not in _FACTORS:
                     weights |= _parts_of(
@@ -113,7 +113,7 @@ def _parts(
 def _load(
     where: str, file: GGUFFile, info: TensorInfo, kind: gguf.GGMLQuantizationType,
     dtype: torch.dtype, device: Union[str, torch.device],
-) -> Tensor | Quantised:  # fmt: skip
+) -> Matrix:  # fmt: skip
     shape, stays = info.dims[::-1], can_stay(info.name, kind)
     columns, stored_as = (_row_bytes(where, info, kind), torch.uint8) if stays else (info.dims[0], dtype)
     out = torch.empty(_rows(info), columns, dtype=stored_as, device=device)
@@ -125,7 +125,7 @@ def _load(
     return Quantised(out, kind, tuple(shape), dtype) if stays else out.reshape(shape)
 
 
-def _parts_of(config: Config, name: str, tensor: Tensor | Quantised) -> dict[str, Tensor | Quantised]:
+def _parts_of(config: Config, name: str, tensor: Matrix) -> dict[str, Matrix]:
     """A tensor by its name, or what is fused in it by theirs; the parts share its memory."""
     parts = fused_parts(config, name)
     return dict(zip(parts, tensor.split(list(parts.values())))) if parts else {name: tensor}

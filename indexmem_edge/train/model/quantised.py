@@ -1,8 +1,9 @@
 """Frozen weights as a GGUF file stores them, dequantised when they are used.
 
-A matrix lies in memory as the blocks of its file, a quarter to a half of what it takes in bfloat16, and becomes numbers when a layer
-reads it. What is read is gone when the layer is done, so a training needs the memory of the file and of one layer. The numbers are
-those of the package gguf, bit for bit; here they are computed by PyTorch, so that a GPU does it where the blocks lie.
+A matrix lies in memory as the blocks of its file, a quarter to a half of what it takes in bfloat16, and becomes numbers when something is
+multiplied with it, for the result and once more for the gradient: autograd would keep the numbers of all layers until then. So a
+training needs the memory of the file and of one matrix. The numbers are those of the package gguf, bit for bit; here they are computed
+by PyTorch, so that a GPU does it where the blocks lie.
 
 A block is a run of elements of a row with scales of its own; its bytes are those of ggml's `block_*` structs.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import gguf
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Type = gguf.GGMLQuantizationType
@@ -39,6 +41,11 @@ class Quantised:
         elements, size = gguf.GGML_QUANT_SIZES[self.kind]
         return _DEQUANTISE[self.kind](self.blocks.view(-1, size)).view(-1, elements).to(self.dtype).view(self.shape)
 
+    def __getitem__(self, i: int) -> Quantised:
+        """The matrix with that number, of several."""
+        rows = self.shape[1]
+        return replace(self, blocks=self.blocks[i * rows : (i + 1) * rows], shape=self.shape[1:])
+
     def split(self, sizes: list[int]) -> list[Quantised]:
         """Along the first dimension of a matrix; the parts share its memory."""
         return [replace(self, blocks=part, shape=(len(part), *self.shape[1:])) for part in self.blocks.split(sizes)]
@@ -47,15 +54,38 @@ class Quantised:
         return replace(self, blocks=self.blocks.to(device), dtype=dtype)
 
 
+Matrix = Tensor | Quantised
+
+
+def linear(x: Tensor, weight: Matrix, bias: Optional[Tensor] = None) -> Tensor:
+    """`F.linear` with a frozen matrix, which gets no gradient."""
+    if not isinstance(weight, Quantised):
+        return F.linear(x, weight, bias)
+    product: Tensor = _Product.apply(x, weight)
+    return product if bias is None else product + bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Quantised) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.numbers())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.weight.numbers(), None
+
+
 def can_stay(name: str, kind: Type) -> bool:
-    """Whether a tensor stays in blocks. Embedding and output matrix do not: every token reads a row of one and all of the other."""
-    return kind in _DEQUANTISE and name.startswith("blk.")
+    """Whether a tensor stays in blocks. Embedding and output matrix do not: every token reads a row of one and all of the other. Routers
+    do not, either: they are small."""
+    return kind in _DEQUANTISE and name.startswith("blk.") and not name.endswith("ffn_gate_inp.weight")
 
 
 class StoredWeights(Mapping[str, Tensor]):
     """Weights by name, dequantised anew each time that one is asked for."""
 
-    def __init__(self, stored: Mapping[str, Tensor | Quantised]) -> None:
+    def __init__(self, stored: Mapping[str, Matrix]) -> None:
         self.stored = dict(stored)
 
     def __getitem__(self, name: str) -> Tensor:
