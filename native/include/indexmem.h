@@ -173,9 +173,13 @@ INDEXMEM_API const char * indexmem_architecture(int i);
 // Why none of its models can have a bounded cache; "" if that depends on the model.
 INDEXMEM_API const char * indexmem_architecture_refused(int i);
 
-// Whether the i-th device of ggml (ggml_backend_dev_get) can hold bounded caches of the usual kind, f16 and heads of 128. If
-// not, those of the layers it computes lie in host memory.
+// Whether the i-th device of ggml (ggml_backend_dev_get) has kernels for bounded caches of the usual kind, f16 and heads of 128, with
+// all policies and memories.
 INDEXMEM_API bool indexmem_device_supported(size_t i);
+
+// Whether it can hold those with this policy and without a latent memory, with kernels of ours or with ops of ggml alone. If not,
+// the caches of the layers it computes lie in host memory.
+INDEXMEM_API bool indexmem_device_supported_policy(size_t i, int32_t policy);
 
 INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);
 

@@ -10,6 +10,7 @@
 //   centroid plan, cache -> memory  writes what leaves into the slots of a centroid memory, in place
 //   residual plan, cache -> memory  writes what leaves into the matrix of a residual memory, in place
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
+//   moves    plan  -> row indices   the moves of a plan for ops of ggml, on the CPU: where a device has no kernel of ours
 //   bias     mask, counts -> mask   a mask for each KV head, with the biases of its latent slots
 //   attend   q, cache -> output     attention on the CPU; elsewhere ggml_flash_attn_ext
 //
@@ -49,6 +50,7 @@ enum indexmem_op {
     INDEXMEM_OP_RESIDUAL,
     INDEXMEM_OP_BIAS,
     INDEXMEM_OP_RETENTION,
+    INDEXMEM_OP_MOVES,
 };
 
 enum indexmem_reduce {
@@ -180,6 +182,12 @@ GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
         struct ggml_tensor  * pos,
         struct ggml_tensor  * plan,
         struct ggml_tensor  * ctl);
+
+// The moves of a plan as row indices that can all be used -> I32 [n_evict_max, H, S, 2]: where rows go | where they come from. What
+// follows the last move is the first one again, or slot 0 to itself if nothing moves.
+GGML_API struct ggml_tensor * ggml_indexmem_moves(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * plan);
 
 // The same arguments, result and semantics as ggml_flash_attn_ext without ALiBi, for one KV head per dimension 3:
 //   q F32 [n_embd_k, T, G, N]   k, v any type [n_embd, n_kv, 1, N]   mask F16 [n_kv, T, 1, 1 or N]   -> F32 [n_embd_v, G, T, N]

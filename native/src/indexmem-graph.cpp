@@ -51,6 +51,7 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
     slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
 
     if (sh.evict) {
+        stock.emplace(sh.n_seq);
         ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
     }
     if (sh.rotary) {
@@ -149,6 +150,7 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
             data_ctl.insert(data_ctl.end(), of_seq.begin(), of_seq.end());
         }
         ggml_backend_tensor_set(ctl, data_ctl.data(), 0, ggml_nbytes(ctl));
+        stock->set_input(data_ctl);
         if (ctl_rotary) {
             for (uint32_t s = 0; s < sh.n_seq; ++s) {
                 data_ctl[s*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_POS_TAIL] -= st.before[s].shift;
@@ -302,7 +304,8 @@ void llm_graph_input_attn_bounded::build_evict(
         float kq_scale) {
     mctx->learn_scale(l.il, kq_scale, softcap());
 
-    const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr);
+    const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
+            &*stock);
 
     for (ggml_tensor * t : list) {
         if (t->op == GGML_OP_INDEXMEM) {

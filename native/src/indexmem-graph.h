@@ -112,6 +112,7 @@ private:
     std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
 
     std::optional<indexmem_scoring> scoring; // if there is an indexer
+    std::optional<indexmem_stock>   stock;   // if something is evicted
     std::map<int, ggml_tensor *>    hiddens; // layer -> F32 [n_embd, n_tokens*n_seq]
 
     struct asked { ggml_tensor * q; float scale; };

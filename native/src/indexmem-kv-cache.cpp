@@ -109,15 +109,17 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
         // of the caches that this layer can have, the one that its device computes; the nodes are built as for the graph
-        const auto nodes = [&](ggml_context * ctx) {
-            const layer l = new_layer(ctx, il, type_k, type_v);
+        const auto nodes = [&](ggml_context * ctx, ggml_context * host) {
+            const layer l = new_layer(ctx, host, il, type_k, type_v);
             auto res = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, 1, n_ubatch);
             const auto single = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, n_seq_max, 1);
             res.insert(res.end(), single.begin(), single.end());
             return res;
         };
-        auto * buft = offload ? indexmem_device_buft(model.dev_layer(il), nodes) : nullptr;
-        const layer l = new_layer(buffers.context(il, buft), il, type_k, type_v);
+        bool stock = false;
+        auto * buft = offload ? indexmem_device_buft(model.dev_layer(il), nodes, stock) : nullptr;
+        auto * ctx  = buffers.context(il, buft);
+        const layer l = new_layer(ctx, stock ? buffers.context(il, ggml_backend_cpu_buffer_type()) : ctx, il, type_k, type_v);
 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);

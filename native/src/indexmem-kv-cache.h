@@ -70,6 +70,7 @@ public:
         uint32_t last; // the last layer of the model that reads its entries: they are evicted behind that one
 
         bool attends; // by our op, and not by flash attention
+        bool stock;   // its device has no kernels of ours: what is small lies in the host's memory (indexmem-stock.h)
 
         std::optional<indexmem_rotation> rotation; // of keys; known as soon as a graph was built
 
@@ -265,7 +266,8 @@ private:
     struct copy { uint32_t src, dst, n_used = 0; }; // n_used: entries of the source
     std::vector<copy> copies; // pending, applied by init_update
 
-    layer new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const;
+    // host: for all but keys, values and what waits to be scored; another context than `ctx` for a device without kernels of ours
+    layer new_layer(ggml_context * ctx, ggml_context * host, uint32_t il, ggml_type type_k, ggml_type type_v) const;
 
     void reset(llama_seq_id seq_id);
 

@@ -71,9 +71,16 @@ ggml_tensor * indexmem_layer_nodes::flash(ggml_tensor * q, ggml_tensor * k, ggml
 }
 
 ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap,
-        indexmem_scoring * scoring) const {
+        indexmem_scoring * scoring, indexmem_stock * stock) const {
     if (scoring) {
         return scoring->build_rank(ctx, kv, l, pos, ctl);
+    }
+    ggml_tensor * k = entries(l.k);
+    if (l.stock && indexmem_stock::ranks(kv.get_config().policy)) {
+        return stock->build_rank(ctx, k, kv.get_config().policy);
+    }
+    if (l.stock && !kv.get_policy().needs_keys) {
+        k = ggml_view_4d(ctx, pos, 1, pos->ne[0], pos->ne[1], pos->ne[2], pos->nb[0], pos->nb[1], pos->nb[2], 0); // for its shape
     }
     ggml_tensor * q = nullptr;
     if (l.q) {
@@ -81,11 +88,11 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row
     }
-    return ggml_indexmem_rank(ctx, entries(l.k), pos, ctl, q, l.sinks, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
+    return ggml_indexmem_rank(ctx, k, pos, ctl, q, l.sinks, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
 }
 
 std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml_tensor * ctl, ggml_tensor * ctl_rotary, float scale, float softcap,
-        indexmem_latent * latent, indexmem_scoring * scoring) const {
+        indexmem_latent * latent, indexmem_scoring * scoring, indexmem_stock * stock) const {
     ggml_tensor * k   = entries(l.k);
     ggml_tensor * v   = entries(l.v);
 
@@ -94,7 +101,7 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml
     };
     ggml_tensor * pos = table(l.pos);
 
-    ggml_tensor * ranks = rank(pos, q_cur, ctl, scale, softcap, scoring);
+    ggml_tensor * ranks = rank(pos, q_cur, ctl, scale, softcap, scoring, stock);
     ggml_tensor * plan  = ggml_indexmem_select(ctx, ranks, pos, ctl, kv.get_counts().evict_max((uint32_t) n_tokens));
 
     std::vector<ggml_tensor *> res = { ranks, plan };
@@ -102,9 +109,13 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml
         const auto writes = latent->build_write(ctx, l, k, v, plan, ctl);
         res.insert(res.end(), writes.begin(), writes.end());
     }
-    res.push_back(ggml_indexmem_compact    (ctx, k,   plan, ctl));
+    ggml_tensor * moves = l.stock ? ggml_indexmem_moves(ctx, plan) : nullptr;
+    const auto compact = [&](ggml_tensor * t) {
+        return moves && indexmem_stock_exact(t->type) ? indexmem_stock_compact(ctx, t, moves) : ggml_indexmem_compact(ctx, t, plan, ctl);
+    };
+    res.push_back(compact(k));
     if (l.has_values()) {
-        res.push_back(ggml_indexmem_compact(ctx, v,   plan, ctl));
+        res.push_back(compact(v));
     }
     res.push_back(ggml_indexmem_compact_pos(ctx, pos, plan, ctl));
     if (ctl_rotary) {
@@ -149,6 +160,7 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
 
     std::optional<indexmem_latent>  latent;
     std::optional<indexmem_scoring> scoring;
+    indexmem_stock stock(S);
 
     auto res = nodes.store(k_cur, v_cur, q_cur, slots, rings);
     const auto add = [&](const std::vector<ggml_tensor *> & more) { res.insert(res.end(), more.begin(), more.end()); };
@@ -172,6 +184,7 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, l.sinks, scale, softcap) :
         nodes.flash(q, k, v, count || l.sinks ? mask : each, count, scale, softcap, op);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
-    add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
+    add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
+            &stock));
     return res;
 }

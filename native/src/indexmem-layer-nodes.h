@@ -2,6 +2,7 @@
 
 #include "indexmem-latent.h"
 #include "indexmem-scoring.h"
+#include "indexmem-stock.h"
 
 #include <vector>
 
@@ -34,13 +35,15 @@ public:
 
     // The eviction, in the order in which it is computed: ranks, plan, what becomes of those that leave, who moves. Of q_cur the
     // newest query of each sequence is read, by policies that keep no ring. ctl_rotary: for the table of rotary positions, or null.
+    // stock: of a layer whose device has no kernels of ours (l.stock), else not read.
     std::vector<ggml_tensor *> evict(ggml_tensor * q_cur, ggml_tensor * ctl, ggml_tensor * ctl_rotary, float scale, float softcap,
-            indexmem_latent * latent, indexmem_scoring * scoring) const;
+            indexmem_latent * latent, indexmem_scoring * scoring, indexmem_stock * stock) const;
 
 private:
     ggml_tensor * entries(ggml_tensor * t) const; // the slots of entries of K or V
 
-    ggml_tensor * rank(ggml_tensor * pos, ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap, indexmem_scoring * scoring) const;
+    ggml_tensor * rank(ggml_tensor * pos, ggml_tensor * q_cur, ggml_tensor * ctl, float scale, float softcap, indexmem_scoring * scoring,
+            indexmem_stock * stock) const;
 
     ggml_context * ctx;
 

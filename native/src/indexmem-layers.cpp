@@ -20,7 +20,8 @@ static ggml_type pending_type(const indexmem_weights & weights, int64_t n_embd) 
     return half ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
 }
 
-llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * ctx, uint32_t il, ggml_type type_k, ggml_type type_v) const {
+llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * ctx, ggml_context * host, uint32_t il,
+        ggml_type type_k, ggml_type type_v) const {
     const auto & hparams = model.hparams;
 
     const int64_t n_embd_k  = hparams.n_embd_head_k(il);
@@ -33,27 +34,28 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     layer l = {};
     l.il  = il;
     l.last = il;
+    l.stock = host != ctx;
     l.sinks = model.layers[il].attn_sinks;
     l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
     l.v   = hparams.is_mla() ?
         ggml_view_4d(ctx, l.k, n_embd_v, l.k->ne[1], l.k->ne[2], l.k->ne[3], l.k->nb[1], l.k->nb[2], l.k->nb[3], 0) :
         ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
-    l.pos = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
+    l.pos = ggml_new_tensor_3d(host, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
     if (cfg.span > 0) {
-        l.rotary = ggml_dup_tensor(ctx, l.pos);
+        l.rotary = ggml_dup_tensor(host, l.pos);
         ggml_format_name(l.rotary, "bounded_rotary_l%d", il);
     }
     ggml_format_name(l.k,   "bounded_k_l%d",   il);
     ggml_format_name(l.v,   "bounded_v_l%d",   il);
     ggml_format_name(l.pos, "bounded_pos_l%d", il);
     if (indexer) {
-        l.state   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_state(), geo.n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
+        l.state   = ggml_new_tensor_4d(host, GGML_TYPE_F32, indexer->n_state(), geo.n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
         l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, geo.n_wait, 1,
                 n_seq_max);
         ggml_format_name(l.state,   "bounded_state_l%d",   il);
         ggml_format_name(l.pending, "bounded_pending_l%d", il);
         if (geo.n_ring > 0) {
-            l.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, indexer->n_query_state(), geo.n_ring + geo.n_wait, 1, n_seq_max);
+            l.queries = ggml_new_tensor_4d(host, GGML_TYPE_F32, indexer->n_query_state(), geo.n_ring + geo.n_wait, 1, n_seq_max);
             ggml_format_name(l.queries, "bounded_queries_l%d", il);
         }
     } else if (geo.n_ring > 0) {
@@ -62,7 +64,7 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     }
     if (cfg.memory) {
         for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {
-            ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
+            ggml_tensor * t = ggml_new_tensor_4d(host, GGML_TYPE_F32, shape.ne0, shape.ne1, n_head, n_seq_max);
             ggml_format_name(t, "bounded_memory%zu_l%d", l.memory.size(), il);
             l.memory.push_back(t);
         }

@@ -148,7 +148,8 @@ void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, con
         ctl        = indexmem_new_input(ctx, "fit_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
         ctl_rotary = st.rotary ? indexmem_new_input(ctx, "fit_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1) : nullptr;
         const indexmem_layer_nodes nodes(ctx, kv, l, 0, 1, n_leaving);
-        expand(nodes.evict(nullptr, ctl, ctl_rotary, ours.scale, ours.softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr));
+        expand(nodes.evict(nullptr, ctl, ctl_rotary, ours.scale, ours.softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
+                nullptr)); // the cache lies in the host's memory
     }
 
     struct deleter { void operator()(ggml_gallocr_t a) const { ggml_gallocr_free(a); } };

@@ -33,7 +33,7 @@ size_t indexmem_work_bytes(const llama_context & ctx, const llama_kv_cache_bound
     }
     size_t res = 0;
     for (const auto & l : kv.get_layers()) {
-        if (!ggml_backend_buffer_is_host(l.k->buffer)) {
+        if (!ggml_backend_buffer_is_host(l.k->buffer) && !l.stock) {
             continue;
         }
         for (const auto & [n_seq, n] : { std::pair<uint32_t, uint32_t>(1, n_tokens), { kv.get_n_seq_max(), 1 } }) {

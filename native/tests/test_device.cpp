@@ -8,7 +8,15 @@
 #include "indexmem.h"
 
 static indexmem_device_question usual(const char * policy) {
-    return [policy](ggml_context * ctx) { return indexmem_device_usual(ctx, indexmem_policy_find(policy)); };
+    return [policy](ggml_context * ctx, ggml_context * host) { return indexmem_device_usual(ctx, host, indexmem_policy_find(policy)); };
+}
+
+// where a cache lies, and whether the device does without kernels of ours there
+static ggml_backend_buffer_type_t buft_of(fake_device & dev, const char * policy, bool stock) {
+    bool res = !stock;
+    ggml_backend_buffer_type_t buft = indexmem_device_buft(&dev.device, usual(policy), res);
+    CHECK(res == stock);
+    return buft;
 }
 
 TEST(the_cpu_lacks_nothing) {
@@ -33,10 +41,10 @@ TEST(each_kernel_is_asked_for) {
         { INDEXMEM_OP_BIAS,        "masks with biases"              },
     };
     for (const auto & [kind, words] : kinds) {
-        fake_device dev([kind = kind](const ggml_tensor * op) { return op_kind(op) == kind; });
+        fake_device dev([kind = kind](const ggml_tensor * op) { return op_kind(op) == kind || op->op == GGML_OP_GET_ROWS; });
         const std::string lacks = indexmem_device_lacks(&dev.device, usual("snapkv"));
         CHECK_MSG(lacks == words, "'%s', expected '%s'", lacks.c_str(), words);
-        CHECK(indexmem_device_buft(&dev.device, usual("snapkv")) == ggml_backend_cpu_buffer_type());
+        CHECK(buft_of(dev, "snapkv", false) == ggml_backend_cpu_buffer_type());
     }
     fake_device no_rows([](const ggml_tensor * op) { return op->op == GGML_OP_SET_ROWS; });
     CHECK(indexmem_device_lacks(&no_rows.device, usual("random")) == "storing rows of type f16");
@@ -46,15 +54,15 @@ TEST(each_kernel_is_asked_for) {
 
 TEST(a_device_with_all_kernels_holds_the_cache) {
     fake_device dev([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; }); // which only the CPU has
-    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == &dev.memory);
+    CHECK(buft_of(dev, "indexer", false) == &dev.memory);
     fake_device none([](const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; });
-    CHECK(indexmem_device_buft(&none.device, usual("indexer")) == ggml_backend_cpu_buffer_type());
+    CHECK(buft_of(none, "indexer", true) == &none.memory);
 }
 
 // it says what the devices that it is made of say, and cannot split our op between them
 TEST(the_meta_device_never_does) {
     fake_device dev([](const ggml_tensor *) { return false; });
-    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == &dev.memory);
+    CHECK(buft_of(dev, "indexer", false) == &dev.memory);
     dev.type = GGML_BACKEND_DEVICE_TYPE_META;
-    CHECK(indexmem_device_buft(&dev.device, usual("indexer")) == ggml_backend_cpu_buffer_type());
+    CHECK(buft_of(dev, "indexer", false) == ggml_backend_cpu_buffer_type());
 }

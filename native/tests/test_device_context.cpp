@@ -173,6 +173,20 @@ TEST(what_is_asked_is_what_the_graph_holds) {
     remove(SIDECAR);
 }
 
+TEST(what_is_asked_of_a_device_without_our_kernels_is_what_the_graph_holds) {
+    fixture f([](const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; });
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+        for (const auto & [n_seq, n_tokens] : { std::pair<uint32_t, uint32_t>(1, N_UBATCH), { 1, 1 }, { 3, 5 } }) {
+            for (const char * policy : { "streaming", "keydiff" }) {
+                compare(f, request_of(policy, "off"), n_seq, n_tokens, type, true);
+            }
+            write_sidecar("pairwise", "none");
+            compare(f, request_of(nullptr, nullptr, SIDECAR), n_seq, n_tokens, type, true);
+        }
+    }
+    remove(SIDECAR);
+}
+
 static std::vector<float> decode(llama_context * ctx, int n, uint32_t seed) {
     std::mt19937 rng(seed);
     std::vector<float> logits;
@@ -235,6 +249,65 @@ TEST(a_device_turns_keys_as_the_host_does) {
             request.span = 160;
             compare_logits(f, request, GGML_TYPE_F32);
         }
+    }
+}
+
+static void check_positions(llama_context * a, llama_context * b, int n_seq) {
+    for (int s = 0; s < n_seq; ++s) {
+        for (size_t i = 0; i < cache_of(a).get_layers().size(); ++i) {
+            for (uint32_t h = 0; h < N_HEAD_KV; ++h) {
+                const auto & there = cache_of(a).get_layers()[i], & here = cache_of(b).get_layers()[i];
+                CHECK(there.stock && !here.stock);
+                CHECK(cache_of(a).get_positions(s, there, h) == cache_of(b).get_positions(s, here, h));
+            }
+        }
+    }
+}
+
+static bool ours(const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; }
+
+TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
+    fixture f(ours);
+    for (int kind = -1; kind < indexmem_indexer_count(); ++kind) {
+        if (kind >= 0) {
+            write_sidecar(indexmem_indexer_name(kind), "none");
+        }
+        // not knorm: keys of one token have one norm but for rounding, and which of them leave depends on that
+        for (const char * policy : { "streaming", "random", "keydiff", "indexer" }) {
+            if ((strcmp(policy, "indexer") == 0) != (kind >= 0)) {
+                continue;
+            }
+            for (uint32_t span : { 0, 160 }) {
+                auto request = request_of(policy, "off", kind >= 0 ? SIDECAR : nullptr);
+                request.span = span;
+                llama_context * there = f.context(request, 1, GGML_TYPE_F32);
+                llama_context * here  = f.context(request, 1, GGML_TYPE_F32, false);
+                CHECK(on_device(f, there) && !on_device(f, here));
+                const auto a = decode(there, 390, 1), b = decode(here, 390, 1);
+                float worst = 0.0f;
+                for (size_t i = 0; i < a.size(); ++i) {
+                    worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
+                }
+                CHECK_MSG(worst < 0.01f, "policy %s: logits differ by %g", policy, worst);
+                check_positions(there, here, 1);
+                llama_free(there);
+                llama_free(here);
+            }
+        }
+        remove(SIDECAR);
+    }
+}
+
+// policies that read queries, memories, and types that do not come through fp32 unchanged
+TEST(what_has_no_form_in_ops_of_ggml_lies_on_the_host) {
+    fixture f(ours);
+    for (const auto & [request, type] : { std::pair<indexmem_params, ggml_type>(request_of("tova"), GGML_TYPE_F16),
+            { request_of("snapkv"), GGML_TYPE_F16 }, { request_of("streaming", "centroid"), GGML_TYPE_F16 },
+            { request_of("streaming"), GGML_TYPE_IQ4_NL } }) {
+        llama_context * ctx = f.context(request, 1, type);
+        CHECK(!on_device(f, ctx) && !cache_of(ctx).get_layers()[0].stock);
+        decode(ctx, 260, 7);
+        llama_free(ctx);
     }
 }
 

@@ -3,12 +3,12 @@
 namespace indexmem_cpu {
 
 // slot src[i] -> slot dst[i], for i up to the first negative one
-struct moves {
+struct move_list {
     const int32_t * dst;
     const int32_t * src;
 };
 
-static moves moves_of(const ggml_tensor * plan, row_index row) {
+static move_list moves_of(const ggml_tensor * plan, row_index row) {
     const char * base = (const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3];
     return { (const int32_t *) (base + plan->nb[1]), (const int32_t *) (base + 2*plan->nb[1]) };
 }
@@ -26,7 +26,7 @@ void compact(const ggml_compute_params * params, ggml_tensor * dst) {
             continue;
         }
 
-        const moves m = moves_of(plan, row);
+        const move_list m = moves_of(plan, row);
 
         char * base = (char *) dst->data + row.h*dst->nb[2] + row.s*dst->nb[3];
         for (int64_t i = params->ith; i < n_evict_max && m.dst[i] >= 0; i += params->nth) {
@@ -53,9 +53,25 @@ void compact_pos(const ggml_compute_params * params, ggml_tensor * dst) {
             pos[i] = pos_at(pos, c, i);
         }
 
-        const moves m = moves_of(plan, row);
+        const move_list m = moves_of(plan, row);
         for (int64_t i = 0; i < n_evict_max && m.dst[i] >= 0; ++i) {
             pos[m.dst[i]] = pos[m.src[i]];
+        }
+    }
+}
+
+void moves(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * plan = dst->src[0];
+
+    for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[2]; ir += params->nth) {
+        const row_index row = row_at(ir, dst->ne[1]);
+        const move_list m = moves_of(plan, row);
+
+        int32_t * to   = (int32_t *) ((char *) dst->data + row.h*dst->nb[1] + row.s*dst->nb[2]);
+        int32_t * from = (int32_t *) ((char *) to + dst->nb[3]);
+        for (int64_t i = 0; i < dst->ne[0]; ++i) {
+            to  [i] = m.dst[i] >= 0 ? m.dst[i] : std::max(m.dst[0], 0);
+            from[i] = m.dst[i] >= 0 ? m.src[i] : std::max(m.src[0], 0);
         }
     }
 }

@@ -44,6 +44,7 @@ void ggml_compute_forward_indexmem(const ggml_compute_params * params, ggml_tens
         case INDEXMEM_OP_SELECT:      indexmem_cpu::select     (params, dst); break;
         case INDEXMEM_OP_COMPACT:     indexmem_cpu::compact    (params, dst); break;
         case INDEXMEM_OP_COMPACT_POS: indexmem_cpu::compact_pos(params, dst); break;
+        case INDEXMEM_OP_MOVES:       indexmem_cpu::moves      (params, dst); break;
         case INDEXMEM_OP_ATTEND:      indexmem_cpu::attend     (params, dst); break;
         case INDEXMEM_OP_RETENTION:   indexmem_cpu::retention  (params, dst); break;
         case INDEXMEM_OP_PAIRWISE:    indexmem_cpu::pairwise   (params, dst); break;

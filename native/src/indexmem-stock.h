@@ -1,0 +1,54 @@
+#pragma once
+
+#include "indexmem-ops.h"
+
+#include "ggml.h"
+
+#include <map>
+#include <vector>
+
+//
+// Evictions on devices that have no kernels of ours: Vulkan, SYCL, ...
+//
+// Keys and values lie in the memory of the device, and what it computes of an eviction are ops of ggml. What is small lies in the
+// host's memory, next to our kernels of the CPU: positions, the state of an indexer, ranks and the plan. So it is the same selection
+// as everywhere, with the same ties. Between device and host go ranks and row indices, a few values for each slot; keys and values
+// never do.
+//
+//   rank     ops of ggml if the policy reads keys; else our kernel, on the CPU
+//   select   our kernel, on the CPU
+//   moves    our kernel, on the CPU: the plan as row indices
+//   compact  K, V: get_rows, set_rows on the device; positions, state: our kernel, on the CPU
+//
+// Invariants
+//   - rows come through fp32 bit for bit, or the type is not exact
+//   - what has no form in ops of ggml stays a kernel of ours, which the device is then found to lack
+//
+
+// Whether rows of this type are the same after get_rows and set_rows: what has been rounded once rounds to itself.
+bool indexmem_stock_exact(ggml_type type);
+
+// cache [n_embd, n_slots, H, S], moves of ggml_indexmem_moves(); returns a view of `cache`
+ggml_tensor * indexmem_stock_compact(ggml_context * ctx, ggml_tensor * cache, ggml_tensor * moves);
+
+// Ranks that need keys, and the inputs for them
+class indexmem_stock {
+public:
+    explicit indexmem_stock(int64_t n_seq) : n_seq(n_seq) {}
+
+    // whether build_rank() knows the policy
+    static bool ranks(int policy);
+
+    // keys [n_embd, n_slots, H, S] -> F32 [n_slots, H, S]
+    ggml_tensor * build_rank(ggml_context * ctx, ggml_tensor * keys, int policy);
+
+    // from the values of ctl, I32 [INDEXMEM_CTL_SIZE, S]
+    void set_input(const std::vector<int32_t> & ctl);
+
+private:
+    const int64_t n_seq;
+
+    // Slots that are not in use may hold anything. They are read as slot 0, and count nothing.
+    std::map<int64_t, ggml_tensor *> rows;     // H -> I32 [n_slots, H, S]
+    ggml_tensor * weights = nullptr; // F32 [1, n_slots, 1, S]
+};
