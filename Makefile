@@ -13,6 +13,8 @@
 # make test-frozen    makes a program with PyInstaller out of a script that imports the package, and runs it
 # make patches-check  do the patches apply to the original llama.cpp, and exactly where they say?
 # make cuda           like make, with the CUDA backend; it stays on until make clean
+# make vulkan         like make, with the Vulkan backend; it stays on until make clean
+# make test-vulkan    what runs on a Vulkan device, run by Mesa's in software (VULKAN_TEST=1: by the second device that there is)
 # make server         like make, with llama.cpp's server (indexmem serve), perplexity and bench; they stay until make clean
 # make test-server    builds the server and runs its tests
 # make clean          remove all that make has made
@@ -25,10 +27,15 @@ BUILD  := build/Release
 CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 export CMAKE_BUILD_PARALLEL_LEVEL
 
-CUDA := $(wildcard build/.cuda)
-ifdef CUDA
-BUILD   := build/cuda
-OPTIONS := --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.INDEXMEM_CUDA=ON
+# Backends of devices that are on, each combination in a folder of its own.
+CUDA   := $(wildcard build/.cuda)
+VULKAN := $(wildcard build/.vulkan)
+DEVICES := $(if $(CUDA),cuda) $(if $(VULKAN),vulkan)
+ifneq ($(strip $(DEVICES)),)
+empty   :=
+BUILD   := build/$(subst $(empty) $(empty),-,$(strip $(DEVICES)))
+OPTIONS := --config-settings=build-dir=$(BUILD) $(if $(CUDA),--config-settings=cmake.define.INDEXMEM_CUDA=ON) \
+           $(if $(VULKAN),--config-settings=cmake.define.INDEXMEM_VULKAN=ON)
 endif
 
 ifneq ($(wildcard build/.server),)
@@ -67,7 +74,7 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
 endif
 
 .PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
-        pages patches-check cuda server test-server test-ops clean
+        pages patches-check cuda vulkan test-vulkan server test-server test-ops clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
@@ -91,7 +98,7 @@ setup: .venv/.installed .venv/.model
 	@command -v ninja > /dev/null || $(PIP) install --quiet ninja
 	@touch $@
 
-.venv/.installed: .venv/.tools $(SOURCES) $(CUDA) $(wildcard build/.server)
+.venv/.installed: .venv/.tools $(SOURCES) $(CUDA) $(VULKAN) $(wildcard build/.server)
 	@echo "building and installing indexmem-edge (the first time takes minutes)"
 	@$(call QUIETLY,$(RUN) $(PIP) install --verbose --no-build-isolation $(OPTIONS) "$(WHAT)")
 	@touch $@
@@ -221,6 +228,24 @@ cuda:
 	@mkdir -p build
 	@test -e build/.cuda || touch build/.cuda
 	@$(MAKE) --no-print-directory setup
+
+# The shaders are compiled one by one, which takes a quarter of an hour on two cores.
+vulkan:
+	@command -v glslc > /dev/null || \
+	    { echo "No glslc: apt install glslc libvulkan-dev spirv-headers (Debian), and the driver of the GPU or mesa-vulkan-drivers"; exit 1; }
+	@mkdir -p build
+	@test -e build/.vulkan || touch build/.vulkan
+	@$(MAKE) --no-print-directory setup
+
+# ggml takes a device of the kind CPU, which Mesa's llvmpipe is, only if it is named.
+VULKAN_TEST ?= 0
+
+test-vulkan: vulkan
+	@$(call QUIETLY,$(RUN) cmake -S . -B build/vulkan -DINDEXMEM_TESTS=ON && \
+	    $(RUN) cmake --build build/vulkan --target test_stock test_on_device)
+	cd build/vulkan && GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) INDEXMEM_TEST_DEVICE=Vulkan0 $(RUN) \
+	    ctest --output-on-failure -R '^test_(stock|on_device)$$'
+	GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) .venv/bin/pytest -q tests/library/test_vulkan.py
 
 server:
 	@mkdir -p build

@@ -38,8 +38,8 @@ NAME, VERSION = "llama-cpp-python", "0.3.36"
 SDIST = f"llama_cpp_python-{VERSION}"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
-# What building llama, ggml and the CPU, BLAS, CUDA, Metal and Vulkan backends reads, and what the programs beside them do: the server with
-# its page, perplexity, bench, and the tests of ops. Nothing else.
+# What building llama, ggml and the CPU, BLAS, CUDA, Metal and Vulkan backends reads, and what the programs beside them do: the
+# server with its page, perplexity, bench, and the tests of ops. Nothing else.
 WANTED = re.compile(
     r"LICENSE|CMakeLists\.txt|cmake/.+\.(cmake|in)|include/.+|src/.+"
     r"|vendor/.+|common/.+|tools/(server|mtmd|perplexity|llama-bench)/([^/]+|(models|debug)/.+)|tools/ui/.+|scripts/ui-assets\.cmake"

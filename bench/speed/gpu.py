@@ -178,12 +178,12 @@ def devices() -> str:
 
 def require_gpu() -> None:
     """Raises:
-        BenchError: there is none, or not one that has the kernels.
+        BenchError: there is none, or not one that can hold a bounded cache.
     """
     if not llama_cpp.llama_supports_gpu_offload():
         raise BenchError(f"no GPU: this build of the library has found {devices()}")
-    if not api.library().indexmem_device_supported(0):  # GPUs come before the CPU
-        raise BenchError(f"the first of these devices lacks kernels of the bounded cache: {devices()}")
+    if not api.policies_on(0):  # GPUs come before the CPU
+        raise BenchError(f"the first of these devices can hold no bounded cache: {devices()}")
 
 
 def check(path: Path, out: Path, threads: int) -> Report:

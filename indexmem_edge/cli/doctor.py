@@ -163,12 +163,22 @@ def _backends() -> list[Finding]:
         device = get(i)
         name = name_of(device).decode("utf-8", "replace")
         about = about_of(device).decode("utf-8", "replace").strip()
-        where = "" if api.library().indexmem_device_supported(i) else "; bounded caches stay in host memory"
-        devices.append(f"{name} ({about}{where})")
+        devices.append(f"{name} ({about}{_where_caches_lie(i)})")
     if not devices:
         return [Finding("backends", "wrong", "none: the ggml libraries beside libllama are incomplete; reinstall")]
     gpu = "" if api.llama_lib.llama_supports_gpu_offload() else "; no GPU backend in this build, -ngl has no effect"
     return [Finding("backends", "ok", ", ".join(devices) + gpu)]
+
+
+def _where_caches_lie(device: int) -> str:
+    """What is to be said of bounded caches of the layers that a device computes; nothing if they lie there whatever the options."""
+    from ..native import api
+
+    if api.library().indexmem_device_supported(device):
+        return ""
+    if not (there := api.policies_on(device)):
+        return "; bounded caches stay in host memory"
+    return f"; bounded caches lie there with {', '.join(there)}, without a memory, else in host memory"
 
 
 def _cpu() -> list[Finding]:

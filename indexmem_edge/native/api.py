@@ -110,6 +110,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_architecture": (ctypes.c_char_p, [_INT]),
     "indexmem_architecture_refused": (ctypes.c_char_p, [_INT]),
     "indexmem_device_supported": (ctypes.c_bool, [ctypes.c_size_t]),
+    "indexmem_device_supported_policy": (ctypes.c_bool, [ctypes.c_size_t, _I32]),
     "indexmem_is_bounded": (ctypes.c_bool, [_P]),
     "indexmem_cache_bytes": (ctypes.c_uint64, [_P]),
     "indexmem_model_bytes": (ctypes.c_uint64, [_P]),
@@ -231,6 +232,11 @@ def _table(name: str) -> dict[str, str]:
 def policies() -> dict[str, str]:
     """Name and one line of help of each eviction policy."""
     return _table("policy")
+
+
+def policies_on(device: int) -> list[str]:
+    """Names of the policies with which, without a memory, bounded caches can lie on that device of ggml."""
+    return [name for i, name in enumerate(policies()) if library().indexmem_device_supported_policy(device, i)]
 
 
 def indexers() -> dict[str, str]:

@@ -25,7 +25,8 @@
 //   - what has no form in ops of ggml stays a kernel of ours, which the device is then found to lack
 //
 
-// Whether rows of this type are the same after get_rows and set_rows: what has been rounded once rounds to itself.
+// Whether rows of this type are the same after get_rows and set_rows. Quantised types are where a block has a scale alone and its largest
+// value takes the last step of it: read as fp32 it has the same scale again.
 bool indexmem_stock_exact(ggml_type type);
 
 // cache [n_embd, n_slots, H, S], moves of ggml_indexmem_moves(); returns a view of `cache`

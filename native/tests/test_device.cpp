@@ -66,3 +66,23 @@ TEST(the_meta_device_never_does) {
     dev.type = GGML_BACKEND_DEVICE_TYPE_META;
     CHECK(buft_of(dev, "indexer", false) == ggml_backend_cpu_buffer_type());
 }
+
+// what a device without kernels of ours needs, by policy
+TEST(each_op_of_ggml_is_asked_for) {
+    const auto lacks = [](ggml_op op, const char * policy) {
+        fake_device dev([op](const ggml_tensor * node) { return node->op == GGML_OP_INDEXMEM || node->op == op; });
+        const std::string res = indexmem_device_lacks_stock(&dev.device, usual(policy));
+        CHECK(buft_of(dev, policy, res.empty()) == (res.empty() ? &dev.memory : ggml_backend_cpu_buffer_type()));
+        return res;
+    };
+    for (const char * policy : { "streaming", "random", "knorm", "keydiff", "indexer" }) {
+        CHECK(lacks(GGML_OP_COUNT,          policy).empty());
+        CHECK(lacks(GGML_OP_GET_ROWS,       policy) == "reading rows of type f16");
+        CHECK(lacks(GGML_OP_SET_ROWS,       policy) == "storing rows of type f16");
+        CHECK(lacks(GGML_OP_FLASH_ATTN_EXT, policy) == "flash attention with heads of 128");
+    }
+    CHECK(lacks(GGML_OP_L2_NORM, "keydiff") == "L2_NORM" && lacks(GGML_OP_L2_NORM, "knorm").empty());
+    CHECK(lacks(GGML_OP_SQRT,    "knorm")   == "SQRT"    && lacks(GGML_OP_SQRT,    "streaming").empty());
+    CHECK(lacks(GGML_OP_COUNT,   "tova")    == "the policy");
+    CHECK(lacks(GGML_OP_COUNT,   "snapkv")  == "the policy");
+}
