@@ -137,7 +137,8 @@ static void compare(llama_model * there, llama_model * here, indexmem_params req
     printf("  %-10s %-5s %d sequences: logits differ by %.2g, kept alike %.4f\n", request.policy ? request.policy : "indexer",
             ggml_type_name(type), n_seq, d, k);
     CHECK_MSG(k >= alike, "policy %s, %s: of what is kept %g are the same", request.policy, ggml_type_name(type), k);
-    CHECK_MSG(d < 0.05 || k < 1.0, "policy %s, %s: logits differ by %g", request.policy, ggml_type_name(type), d);
+    const double most = k < 1.0 ? 0.5 : type == GGML_TYPE_Q4_0 ? 0.2 : 0.05; // a step of q4_0 is a seventh of the largest value
+    CHECK_MSG(d < most, "policy %s, %s: logits differ by %g", request.policy, ggml_type_name(type), d);
     llama_free(a);
     llama_free(b);
 }
