@@ -178,7 +178,7 @@ def _where_caches_lie(device: int) -> str:
         return ""
     if not (there := api.policies_on(device)):
         return "; bounded caches stay in host memory"
-    return f"; bounded caches lie there with {', '.join(there)}, without a memory, else in host memory"
+    return f"; bounded caches lie there with {', '.join(there)}; else in host memory"
 
 
 def _cpu() -> list[Finding]:

@@ -235,7 +235,7 @@ def policies() -> dict[str, str]:
 
 
 def policies_on(device: int) -> list[str]:
-    """Names of the policies with which, without a memory, bounded caches can lie on that device of ggml."""
+    """Names of the policies with which bounded caches can lie on that device of ggml."""
     return [name for i, name in enumerate(policies()) if library().indexmem_device_supported_policy(device, i)]
 
 

@@ -177,8 +177,8 @@ INDEXMEM_API const char * indexmem_architecture_refused(int i);
 // all policies and memories.
 INDEXMEM_API bool indexmem_device_supported(size_t i);
 
-// Whether it can hold those with this policy and without a latent memory, with kernels of ours or with ops of ggml alone. If not,
-// the caches of the layers it computes lie in host memory.
+// Whether it can hold those with this policy, with kernels of ours or with ops of ggml alone. If not, the caches of the layers it
+// computes lie in host memory.
 INDEXMEM_API bool indexmem_device_supported_policy(size_t i, int32_t policy);
 
 INDEXMEM_API bool indexmem_is_bounded(const struct llama_context * ctx);

@@ -322,7 +322,7 @@ ggml_tensor * ggml_indexmem_moves(
     indexmem_assert_plan(plan, plan->ne[2], plan->ne[3]);
 
     ggml_tensor * result = indexmem_op_init(
-            ggml_new_tensor_4d(ctx, GGML_TYPE_I32, plan->ne[0], plan->ne[2], plan->ne[3], 2), INDEXMEM_OP_MOVES);
+            ggml_new_tensor_4d(ctx, GGML_TYPE_I32, plan->ne[0], plan->ne[2], plan->ne[3], 4), INDEXMEM_OP_MOVES);
 
     result->src[0] = plan;
 

@@ -183,8 +183,9 @@ GGML_API struct ggml_tensor * ggml_indexmem_compact_pos(
         struct ggml_tensor  * plan,
         struct ggml_tensor  * ctl);
 
-// The moves of a plan as row indices that can all be used -> I32 [n_evict_max, H, S, 2]: where rows go | where they come from. What
-// follows the last move is the first one again, or slot 0 to itself if nothing moves.
+// A plan as row indices that can all be used -> I32 [n_evict_max, H, S, 4]: numbers | evicted slots | where rows go | where they come from.
+// What follows the last of a list is its first again, or slot 0 if it is empty. The numbers, 0 to those that leave, then -1, are the
+// first row of a plan for the evicted rows by themselves.
 GGML_API struct ggml_tensor * ggml_indexmem_moves(
         struct ggml_context * ctx,
         struct ggml_tensor  * plan);

@@ -57,10 +57,9 @@ static bool is_bound_stock(const ggml_tensor * node, const std::set<const ggml_t
         case INDEXMEM_OP_PAIRWISE:
         case INDEXMEM_OP_RETENTION:
         case INDEXMEM_OP_BIAS:
-            return false;
-        case INDEXMEM_OP_CENTROID:
+        case INDEXMEM_OP_CENTROID: // both of rows that were gathered
         case INDEXMEM_OP_RESIDUAL:
-            return true;
+            return false;
         default:
             return !node->view_src || host.count(node->view_src) == 0; // ggml keeps the tensor that a view is of in the end
     }

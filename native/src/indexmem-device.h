@@ -27,8 +27,8 @@ std::string indexmem_device_lacks_stock(ggml_backend_dev_t dev, const indexmem_d
 // copied. Logs the reason once a device.
 ggml_backend_buffer_type_t indexmem_device_buft(ggml_backend_dev_t dev, const indexmem_device_question & question, bool & stock);
 
-// The question about caches of the usual kind, f16 and heads of 128: when there is no cache yet. With all kinds of memory, or, in a
-// context of the host, none
+// The question about caches of the usual kind, f16 and heads of 128: when there is no cache yet. With all kinds of memory, which ask for
+// nothing more of a device without kernels of ours
 std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, ggml_context * host, int policy);
 
 // Whether our op attends to keys that lie where these do: in host memory, if the CPU backend's kernels have vectors. It is

@@ -105,11 +105,12 @@ std::vector<ggml_tensor *> indexmem_layer_nodes::evict(ggml_tensor * q_cur, ggml
     ggml_tensor * plan  = ggml_indexmem_select(ctx, ranks, pos, ctl, kv.get_counts().evict_max((uint32_t) n_tokens));
 
     std::vector<ggml_tensor *> res = { ranks, plan };
+    ggml_tensor * moves = l.stock ? ggml_indexmem_moves(ctx, plan) : nullptr;
     if (latent) {
-        const auto writes = latent->build_write(ctx, l, k, v, plan, ctl);
+        const auto writes = moves ? latent->build_write(ctx, l, indexmem_stock_leaving(ctx, k, moves), indexmem_stock_leaving(ctx, v, moves),
+                indexmem_stock_leaving_plan(ctx, moves), ctl) : latent->build_write(ctx, l, k, v, plan, ctl);
         res.insert(res.end(), writes.begin(), writes.end());
     }
-    ggml_tensor * moves = l.stock ? ggml_indexmem_moves(ctx, plan) : nullptr;
     const auto compact = [&](ggml_tensor * t) {
         return moves && indexmem_stock_exact(t->type) ? indexmem_stock_compact(ctx, t, moves) : ggml_indexmem_compact(ctx, t, plan, ctl);
     };

@@ -11,13 +11,14 @@
 // Evictions on devices that have no kernels of ours: Vulkan, SYCL, ...
 //
 // Keys and values lie in the memory of the device, and what it computes of an eviction are ops of ggml. What is small lies in the
-// host's memory, next to our kernels of the CPU: positions, the state of an indexer, ranks and the plan. So it is the same selection
-// as everywhere, with the same ties. Between device and host go ranks and row indices, a few values for each slot; keys and values
-// never do.
+// host's memory, next to our kernels of the CPU: positions, the state of an indexer or a memory, ranks and the plan. So it is the same
+// selection as everywhere, with the same ties. Between device and host go ranks and row indices, a few values for each slot, and with
+// a memory the rows that leave and masks with its biases; the cache itself never does.
 //
 //   rank     ops of ggml if the policy reads keys; else our kernel, on the CPU
 //   select   our kernel, on the CPU
 //   moves    our kernel, on the CPU: the plan as row indices
+//   memory   our kernel, on the CPU, of rows that the device gathers
 //   compact  K, V: get_rows, set_rows on the device; positions, state: our kernel, on the CPU
 //
 // Invariants
@@ -31,6 +32,11 @@ bool indexmem_stock_exact(ggml_type type);
 
 // cache [n_embd, n_slots, H, S], moves of ggml_indexmem_moves(); returns a view of `cache`
 ggml_tensor * indexmem_stock_compact(ggml_context * ctx, ggml_tensor * cache, ggml_tensor * moves);
+
+// The rows of `cache` that leave, for a memory: F32 [n_embd, n_evict_max, H, S], and a plan by which all of them leave. Of that the evicted
+// slots alone are a plan's.
+ggml_tensor * indexmem_stock_leaving(ggml_context * ctx, ggml_tensor * cache, ggml_tensor * moves);
+ggml_tensor * indexmem_stock_leaving_plan(ggml_context * ctx, ggml_tensor * moves);
 
 // Ranks that need keys, and the inputs for them
 class indexmem_stock {

@@ -1,157 +1,8 @@
 // Contexts whose layers lie on a device that is the CPU in disguise: what a device is asked about is what the graphs hold, and
 // a cache that it cannot compute lies in host memory.
 
-#include "fake_device.h"
-#include "sidecar_file.h"
-#include "test.h"
-#include "tiny_model.h"
-
-#include "indexmem-kv-cache.h"
-#include "indexmem-layer-nodes.h"
-#include "indexmem.h"
-
-#include "llama-context.h"
-#include "llama-model.h"
-#include "llama.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <fstream>
-#include <random>
-
-static constexpr uint32_t N_VOCAB = 96, N_LAYER = 2, N_HEAD = 4, N_HEAD_KV = 2, HEAD = 64, N_UBATCH = 16;
-static constexpr uint32_t N_EMBD = N_HEAD*HEAD;
-
-static const char * const SIDECAR = "test-device.indexmem.gguf";
-
-static void write_model(const char * path) {
-    write_tiny_model(path, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, 96, 4096 }, tiny_random(0.1f));
-}
-
-// of a model on a device
-struct fixture {
-    fake_device   dev;
-    llama_model * model;
-
-    explicit fixture(std::function<bool(const ggml_tensor *)> lacks, llama_split_mode split = LLAMA_SPLIT_MODE_LAYER) : dev(lacks) {
-        llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
-        const char * path = "test-device-model.gguf";
-        write_model(path);
-        ggml_backend_dev_t devices[] = { &dev.device, nullptr };
-        auto params = llama_model_default_params();
-        params.devices      = devices;
-        params.n_gpu_layers = 99;
-        params.split_mode   = split;
-        model = llama_model_load_from_file(path, params);
-        CHECK(model != nullptr);
-        remove(path);
-    }
-
-    ~fixture() { llama_model_free(model); }
-
-    llama_context * context(const indexmem_params & request, uint32_t n_seq = 1, ggml_type type = GGML_TYPE_F16, bool offload = true) {
-        auto params = llama_context_default_params();
-        params.n_ctx       = 4096;
-        params.n_batch     = 64;
-        params.n_ubatch    = N_UBATCH;
-        params.n_seq_max   = n_seq;
-        params.n_threads   = params.n_threads_batch = 2;
-        params.type_k      = params.type_v = type;
-        params.offload_kqv = offload;
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-        indexmem_next_context(&request);
-        llama_context * ctx = llama_init_from_model(model, params);
-        CHECK_MSG(ctx, "%s", indexmem_last_error());
-        indexmem_next_context(nullptr);
-        return ctx;
-    }
-};
-
-static llama_kv_cache_bounded & cache_of(llama_context * ctx) {
-    return dynamic_cast<llama_kv_cache_bounded &>(*llama_get_memory(ctx));
-}
-
-static bool on_device(const fixture & f, llama_context * ctx) {
-    return ggml_backend_buffer_get_type(cache_of(ctx).get_layers()[0].k->buffer) == &f.dev.memory;
-}
-
-static indexmem_params request_of(const char * policy, const char * memory = nullptr, const char * sidecar = nullptr) {
-    auto request = indexmem_default_params();
-    request.budget  = 120;
-    request.window  = 7;
-    request.policy  = policy;
-    request.memory  = memory;
-    request.sidecar = sidecar;
-    return request;
-}
-
-static void write_sidecar(const char * kind, const char * memory) {
-    gguf_file file = sidecar_file(kind, memory, GGML_TYPE_F16, false, { N_LAYER, N_EMBD, N_HEAD_KV });
-    if (std::string(memory) == "residual") {
-        file.u32("indexmem.residual.head_dim", HEAD);
-        for (auto & t : file.tensors) {
-            if (t.name.find("phi_proj") != std::string::npos) {
-                t.ne[0] = HEAD;
-                t.data  = tensor_data(GGML_TYPE_F32, HEAD*4, 1);
-            }
-        }
-    }
-    std::ofstream(SIDECAR, std::ios::binary) << file.bytes();
-}
-
-static std::string shape_of(const ggml_tensor * t) {
-    std::string res = std::string(" ") + ggml_type_name(t->type);
-    for (int64_t n : t->ne) {
-        res += "," + std::to_string(n);
-    }
-    return res;
-}
-
-// ops, shapes and types of all nodes that a device has to have kernels for
-static std::vector<std::string> list_of(ggml_cgraph * gf) {
-    std::vector<std::string> res;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op != GGML_OP_INDEXMEM && node->op != GGML_OP_SET_ROWS && node->op != GGML_OP_FLASH_ATTN_EXT) {
-            continue;
-        }
-        res.push_back(std::string(ggml_op_name(node->op)) + std::to_string(op_kind(node)) + shape_of(node));
-        for (int j = 0; j < GGML_MAX_SRC && node->src[j]; ++j) {
-            res.back() += shape_of(node->src[j]);
-        }
-    }
-    std::sort(res.begin(), res.end());
-    return res;
-}
-
-static void compare(fixture & f, const indexmem_params & request, uint32_t n_seq, uint32_t n_tokens, ggml_type type, bool offload) {
-    llama_context * ctx = f.context(request, n_seq, type, offload);
-    if (!ctx) {
-        return;
-    }
-    const auto & kv = cache_of(ctx);
-    CHECK(on_device(f, ctx) == offload);
-
-    ggml_context * asked_ctx = ggml_init({ 4096*ggml_tensor_overhead() + ggml_graph_overhead_custom(4096, false), nullptr, true });
-    ggml_cgraph  * asked     = ggml_new_graph_custom(asked_ctx, 4096, false);
-    for (const auto & l : kv.get_layers()) {
-        for (ggml_tensor * node : indexmem_layer_nodes_of_all(asked_ctx, f.model->hparams, kv, l, n_seq, n_tokens)) {
-            ggml_build_forward_expand(asked, node);
-        }
-    }
-    const auto mctx = const_cast<llama_kv_cache_bounded &>(kv).init_full();
-    const auto built = list_of(ctx->graph_reserve(n_seq*n_tokens, n_seq, n_seq, mctx.get(), true));
-    const auto want  = list_of(asked);
-    CHECK(!built.empty());
-    CHECK_MSG(built == want, "policy %s, memory %s, %zu nodes asked about, %zu built", kv.get_policy().name,
-            request.memory ? request.memory : "off", want.size(), built.size());
-    for (size_t i = 0; built != want && i < std::max(built.size(), want.size()); ++i) {
-        fprintf(stderr, "  asked %s\n  built %s\n", i < want.size() ? want[i].c_str() : "-", i < built.size() ? built[i].c_str() : "-");
-    }
-    ggml_free(asked_ctx);
-    llama_free(ctx);
-}
+#define TEST_FILES "test-device"
+#include "device_context.h"
 
 TEST(what_is_asked_is_what_the_graph_holds) {
     fixture f([](const ggml_tensor *) { return false; });
@@ -173,65 +24,6 @@ TEST(what_is_asked_is_what_the_graph_holds) {
     remove(SIDECAR);
 }
 
-TEST(what_is_asked_of_a_device_without_our_kernels_is_what_the_graph_holds) {
-    fixture f([](const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; });
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-        for (const auto & [n_seq, n_tokens] : { std::pair<uint32_t, uint32_t>(1, N_UBATCH), { 1, 1 }, { 3, 5 } }) {
-            for (const char * policy : { "streaming", "keydiff" }) {
-                compare(f, request_of(policy, "off"), n_seq, n_tokens, type, true);
-            }
-            write_sidecar("pairwise", "none");
-            compare(f, request_of(nullptr, nullptr, SIDECAR), n_seq, n_tokens, type, true);
-        }
-    }
-    remove(SIDECAR);
-}
-
-static std::vector<float> decode(llama_context * ctx, int n, uint32_t seed) {
-    std::mt19937 rng(seed);
-    std::vector<float> logits;
-    for (int i = 0; i < n; i += 13) {
-        llama_batch batch = llama_batch_init(13, 0, 1);
-        batch.n_tokens = 13;
-        for (int j = 0; j < 13; ++j) {
-            batch.token[j]     = (llama_token) (rng() % N_VOCAB);
-            batch.pos[j]       = i + j;
-            batch.n_seq_id[j]  = 1;
-            batch.seq_id[j][0] = 0;
-            batch.logits[j]    = j == 12;
-        }
-        CHECK(llama_decode(ctx, batch) == 0);
-        const float * row = llama_get_logits_ith(ctx, -1);
-        logits.insert(logits.end(), row, row + N_VOCAB);
-        llama_batch_free(batch);
-    }
-    return logits;
-}
-
-static uint64_t n_rebases(llama_context * ctx) {
-    indexmem_stats stats = {};
-    stats.struct_size = sizeof(stats);
-    CHECK(indexmem_get_stats(ctx, 0, &stats));
-    return stats.n_rebases;
-}
-
-// the same text, with the cache there and here
-static void compare_logits(fixture & f, const indexmem_params & request, ggml_type type) {
-    llama_context * there = f.context(request, 1, type);
-    llama_context * here  = f.context(request, 1, type, false);
-    CHECK(on_device(f, there) && !on_device(f, here));
-    const auto a = decode(there, 260, 1), b = decode(here, 260, 1);
-    float worst = 0.0f;
-    for (size_t i = 0; i < a.size(); ++i) {
-        worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
-    }
-    CHECK_MSG(worst < 0.01f, "logits differ by %g", worst);
-    CHECK(n_rebases(there) == n_rebases(here));
-    CHECK((n_rebases(there) > 0) == (request.span < 260));
-    llama_free(there);
-    llama_free(here);
-}
-
 TEST(a_device_computes_what_the_host_does) {
     fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
     write_sidecar("pairwise", "residual");
@@ -249,65 +41,6 @@ TEST(a_device_turns_keys_as_the_host_does) {
             request.span = 160;
             compare_logits(f, request, GGML_TYPE_F32);
         }
-    }
-}
-
-static void check_positions(llama_context * a, llama_context * b, int n_seq) {
-    for (int s = 0; s < n_seq; ++s) {
-        for (size_t i = 0; i < cache_of(a).get_layers().size(); ++i) {
-            for (uint32_t h = 0; h < N_HEAD_KV; ++h) {
-                const auto & there = cache_of(a).get_layers()[i], & here = cache_of(b).get_layers()[i];
-                CHECK(there.stock && !here.stock);
-                CHECK(cache_of(a).get_positions(s, there, h) == cache_of(b).get_positions(s, here, h));
-            }
-        }
-    }
-}
-
-static bool ours(const ggml_tensor * op) { return op->op == GGML_OP_INDEXMEM; }
-
-TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
-    fixture f(ours);
-    for (int kind = -1; kind < indexmem_indexer_count(); ++kind) {
-        if (kind >= 0) {
-            write_sidecar(indexmem_indexer_name(kind), "none");
-        }
-        // not knorm: keys of one token have one norm but for rounding, and which of them leave depends on that
-        for (const char * policy : { "streaming", "random", "keydiff", "indexer" }) {
-            if ((strcmp(policy, "indexer") == 0) != (kind >= 0)) {
-                continue;
-            }
-            for (uint32_t span : { 0, 160 }) {
-                auto request = request_of(policy, "off", kind >= 0 ? SIDECAR : nullptr);
-                request.span = span;
-                llama_context * there = f.context(request, 1, GGML_TYPE_F32);
-                llama_context * here  = f.context(request, 1, GGML_TYPE_F32, false);
-                CHECK(on_device(f, there) && !on_device(f, here));
-                const auto a = decode(there, 390, 1), b = decode(here, 390, 1);
-                float worst = 0.0f;
-                for (size_t i = 0; i < a.size(); ++i) {
-                    worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
-                }
-                CHECK_MSG(worst < 0.01f, "policy %s: logits differ by %g", policy, worst);
-                check_positions(there, here, 1);
-                llama_free(there);
-                llama_free(here);
-            }
-        }
-        remove(SIDECAR);
-    }
-}
-
-// policies that read queries, memories, and types that do not come through fp32 unchanged
-TEST(what_has_no_form_in_ops_of_ggml_lies_on_the_host) {
-    fixture f(ours);
-    for (const auto & [request, type] : { std::pair<indexmem_params, ggml_type>(request_of("tova"), GGML_TYPE_F16),
-            { request_of("snapkv"), GGML_TYPE_F16 }, { request_of("streaming", "centroid"), GGML_TYPE_F16 },
-            { request_of("streaming"), GGML_TYPE_IQ4_NL } }) {
-        llama_context * ctx = f.context(request, 1, type);
-        CHECK(!on_device(f, ctx) && !cache_of(ctx).get_layers()[0].stock);
-        decode(ctx, 260, 7);
-        llama_free(ctx);
     }
 }
 
@@ -364,18 +97,18 @@ TEST(a_limit_on_what_leaves_at_once) {
     auto request = request_of("streaming", "centroid");
     request.budget = 5000;
     llama_context * ctx = f.context(request);
-    CHECK(on_device(f, ctx));
+    CHECK(on_device(f, ctx) && !stock(ctx));
     llama_free(ctx);
 
-    request.budget_ratio = 0.5; // now as much can leave at once as there is
+    request.budget_ratio = 0.5; // now as much can leave at once as there is, which the CPU writes
     ctx = f.context(request);
-    CHECK(!on_device(f, ctx));
+    CHECK(on_device(f, ctx) && stock(ctx));
     decode(ctx, 260, 2);
     llama_free(ctx);
 
     request.memory = "off"; // and without a memory that is no matter
     ctx = f.context(request);
-    CHECK(on_device(f, ctx));
+    CHECK(on_device(f, ctx) && !stock(ctx));
     llama_free(ctx);
 }
 
@@ -384,7 +117,7 @@ TEST(a_limit_on_the_features) {
         fixture f([most](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_RESIDUAL && (size_t) op->ne[0] > most; });
         write_sidecar("kvzap", "residual");
         llama_context * ctx = f.context(request_of(nullptr, nullptr, SIDECAR));
-        CHECK(on_device(f, ctx) == (most == 4));
+        CHECK(on_device(f, ctx) && stock(ctx) == (most == 3));
         decode(ctx, 260, 3);
         llama_free(ctx);
         remove(SIDECAR);

@@ -128,7 +128,7 @@ static bool on_device(llama_context * ctx) {
 static void compare(llama_model * there, llama_model * here, indexmem_params request, int n_seq, ggml_type type, double alike) {
     request.budget = 70;
     request.window = 7;
-    request.memory = "off";
+    request.memory = request.memory ? request.memory : "off";
     llama_context * a = context(there, request, n_seq, type);
     llama_context * b = context(here,  request, n_seq, type);
     CHECK(on_device(a));
@@ -159,6 +159,11 @@ TEST(a_device_keeps_what_the_cpu_keeps) {
         request.policy = "streaming";
         compare(there, here, request, 1, type, 1.0);
     }
+    auto remembers = indexmem_default_params();
+    remembers.policy       = "streaming";
+    remembers.memory       = "centroid";
+    remembers.memory_slots = 8;
+    compare(there, here, remembers, 1, GGML_TYPE_F16, 1.0);
     for (int kind = 0; kind < indexmem_indexer_count(); ++kind) {
         const gguf_file file = sidecar_file(indexmem_indexer_name(kind), "none", GGML_TYPE_F16, false, { N_LAYER, N_EMBD, N_HEAD_KV });
         std::ofstream(SIDECAR, std::ios::binary) << file.bytes();

@@ -19,18 +19,22 @@ static std::vector<float> random_values(std::mt19937 & rng, size_t n) {
     return res;
 }
 
-// the lists of ggml_indexmem_moves(): to | from
+// the lists of ggml_indexmem_moves(): numbers | evicted | to | from
 static std::vector<int32_t> row_indices(const std::vector<indexmem_reference_plan> & plans, int64_t n) {
-    std::vector<int32_t> to, from;
+    std::vector<int32_t> res;
     for (const auto & p : plans) {
         for (int64_t i = 0; i < n; ++i) {
-            const size_t move = i < (int64_t) p.dst.size() ? i : 0;
-            to  .push_back(p.dst.empty() ? 0 : p.dst[move]);
-            from.push_back(p.dst.empty() ? 0 : p.src[move]);
+            res.push_back(i < (int64_t) p.evicted.size() ? (int32_t) i : -1);
         }
     }
-    to.insert(to.end(), from.begin(), from.end());
-    return to;
+    for (auto part : { &indexmem_reference_plan::evicted, &indexmem_reference_plan::dst, &indexmem_reference_plan::src }) {
+        for (const auto & p : plans) {
+            for (int64_t i = 0; i < n; ++i) {
+                res.push_back((p.*part).empty() ? 0 : (p.*part)[i < (int64_t) (p.*part).size() ? i : 0]);
+            }
+        }
+    }
+    return res;
 }
 
 // of heads and sequences that differ; every fifth has nothing to move
@@ -86,7 +90,7 @@ static void run_compact(const compact_case & c, ggml_type type) {
 
     op_graph g;
     ggml_tensor * cache = g.input(type, c.n_embd, c.n_front + c.n_slots, c.n_head, c.n_seq + 1); // another sequence before
-    ggml_tensor * moves = g.input(GGML_TYPE_I32, n_max, c.n_head, c.n_seq, 2);
+    ggml_tensor * moves = g.input(GGML_TYPE_I32, n_max, c.n_head, c.n_seq, 4);
     ggml_tensor * view  = ggml_view_4d(g.ctx, cache, c.n_embd, c.n_slots, c.n_head, c.n_seq, cache->nb[1], cache->nb[2], cache->nb[3],
             cache->nb[3] + c.n_front*cache->nb[1]);
     ggml_tensor * moved = indexmem_stock_compact(g.ctx, view, moves);

@@ -65,14 +65,21 @@ void moves(const ggml_compute_params * params, ggml_tensor * dst) {
 
     for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[2]; ir += params->nth) {
         const row_index row = row_at(ir, dst->ne[1]);
+        const int32_t * evicted = (const int32_t *) ((const char *) plan->data + row.h*plan->nb[2] + row.s*plan->nb[3]);
         const move_list m = moves_of(plan, row);
 
-        int32_t * to   = (int32_t *) ((char *) dst->data + row.h*dst->nb[1] + row.s*dst->nb[2]);
-        int32_t * from = (int32_t *) ((char *) to + dst->nb[3]);
+        const auto list = [&](int64_t i) { return (int32_t *) ((char *) dst->data + row.h*dst->nb[1] + row.s*dst->nb[2] + i*dst->nb[3]); };
+        const auto fill = [&](const int32_t * src, int32_t * res) {
+            for (int64_t i = 0; i < dst->ne[0]; ++i) {
+                res[i] = src[i] >= 0 ? src[i] : std::max(src[0], 0);
+            }
+        };
         for (int64_t i = 0; i < dst->ne[0]; ++i) {
-            to  [i] = m.dst[i] >= 0 ? m.dst[i] : std::max(m.dst[0], 0);
-            from[i] = m.dst[i] >= 0 ? m.src[i] : std::max(m.src[0], 0);
+            list(0)[i] = evicted[i] >= 0 ? (int32_t) i : -1;
         }
+        fill(evicted, list(1));
+        fill(m.dst,   list(2));
+        fill(m.src,   list(3));
     }
 }
 
