@@ -238,12 +238,13 @@ vulkan:
 	@$(MAKE) --no-print-directory setup
 
 # ggml takes a device of the kind CPU, which Mesa's llvmpipe is, only if it is named.
-VULKAN_TEST ?= 0
+VULKAN_TEST  ?= 0
+VULKAN_BUILD := build/$(if $(CUDA),cuda-)vulkan
 
 test-vulkan: vulkan
-	@$(call QUIETLY,$(RUN) cmake -S . -B build/vulkan -DINDEXMEM_TESTS=ON && \
-	    $(RUN) cmake --build build/vulkan --target test_stock test_on_device)
-	cd build/vulkan && GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) INDEXMEM_TEST_DEVICE=Vulkan0 $(RUN) \
+	@$(call QUIETLY,$(RUN) cmake -S . -B $(VULKAN_BUILD) -DINDEXMEM_TESTS=ON && \
+	    $(RUN) cmake --build $(VULKAN_BUILD) --target test_stock test_on_device)
+	cd $(VULKAN_BUILD) && GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) INDEXMEM_TEST_DEVICE=Vulkan0 $(RUN) \
 	    ctest --output-on-failure -R '^test_(stock|on_device)$$'
 	GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) .venv/bin/pytest -q tests/library/test_vulkan.py
 

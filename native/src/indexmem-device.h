@@ -19,7 +19,7 @@ typedef std::function<std::vector<ggml_tensor *>(ggml_context * ctx, ggml_contex
 std::string indexmem_device_lacks(ggml_backend_dev_t dev, const indexmem_device_question & question);
 
 // The same of a device that is to do without kernels of ours. It is asked about all nodes but those that the CPU computes: ours that
-// read no keys and values, and what writes into the host's memory.
+// do not read the cache itself, and what writes into the host's memory.
 std::string indexmem_device_lacks_stock(ggml_backend_dev_t dev, const indexmem_device_question & question);
 
 // Memory for a cache next to `dev`: that of the device, with kernels of ours or (stock) without, or the host's if the device lacks
