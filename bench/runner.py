@@ -327,6 +327,10 @@ class System:
         stats = self.stats()
         return {key: stats[key] for key in BYTE_KEYS}
 
+    def n_reused(self) -> int:
+        """Ubatches so far whose graph had been built before."""
+        return int(llama_cpp.llama_perf_context(self.ctx).n_reused)
+
     def evict_step(self) -> int:
         """Entries that leave at once during decode."""
         return int(api.get_stats(self.ctx).evict_step) if self.setup.budget else 0

@@ -37,6 +37,7 @@ SPEED_COLUMNS = (
     "decode_tps",
     "decode_vs_flash",
     "prefill_vs_flash",
+    "graphs_built",
 )
 
 

@@ -32,6 +32,7 @@ COLUMNS = (
     "decode_vs_flash",
     "decode_vs_no_flash",
     "prefill_vs_flash",
+    "graphs_built",  # during a turn of decoding
 )
 PARTS = ("depths", "rows", "latency", "prefill", "evictions")
 COLUMNS_OF = {**parts_of.COLUMNS, "evictions": evictions_of.COLUMNS}
@@ -166,6 +167,7 @@ def _depths(
             turns = [_turn(empty, 0, _decode, corpus), *(_turn(s, depth, _decode, corpus) for s in here)]
             from_empty, *decode = alternate(rounds, turns)
             prefill = alternate(repeats, [_turn(s, depth, _prefill, corpus) for s in here])
+            built = [_turn(s, depth, _graphs_built, corpus)() for s in here]
             at = {system.setup.label: i for i, system in enumerate(here)}
             for i, system in enumerate(here):
                 setup, read = system.setup, min(depth, system.setup.budget or depth) * report.meta["token_bytes"]
@@ -182,6 +184,7 @@ def _depths(
                     depth=depth,
                     decode_vs_empty=pair_ratio(decode[i], from_empty),
                     bytes_limit=bytes_limit(weights, read),
+                    graphs_built=built[i],
                     **(_against(i, at, decode, prefill) if setup.budget else {}),
                 )
             save()
@@ -203,6 +206,14 @@ def _fill(system: System, corpus: list[int], depth: int) -> None:
 
 def _decode(system: System, stream: TokenStream) -> float:
     return CHUNK / sum(system.decode(CHUNK, stream.take(1)[0]))
+
+
+def _graphs_built(system: System, stream: TokenStream) -> float:
+    """Of the tokens that follow the first: before that there may have been a ubatch of many, whose graph is another."""
+    system.decode(1, stream.take(1)[0])
+    before = system.n_reused()
+    system.decode(CHUNK - 1, stream.take(1)[0])
+    return CHUNK - 1 - (system.n_reused() - before)
 
 
 def _prefill(system: System, stream: TokenStream) -> float:

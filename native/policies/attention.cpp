@@ -1,6 +1,5 @@
 #include "rank-keys.h"
 
-#include <array>
 #include <cmath>
 
 // Attention of the latest queries, for the policies that look at it: tova, snapkv.
@@ -62,7 +61,7 @@ struct attention_turn {
     int64_t n;
 
     attention_turn(const attention_layout & lay, const indexmem_rank_shape & sh, const indexmem_rank_head & h, int64_t turn) {
-        p0     = std::max(0, h.pos_last + 1 - sh.n_queries);
+        p0     = sh.query_first(h);
         n_each = h.pos_last + 1 - p0;
         q0     = turn*lay.n_turn;
         n      = std::clamp<int64_t>(sh.n_group*n_each - q0, 0, lay.n_turn);
@@ -74,45 +73,7 @@ struct attention_turn {
 
 // logits of the queries of a turn, [n][CHUNK]
 void multiply(const indexmem_rank_chunk & c, const attention_turn & turn, float * logits) {
-    const rank_keys keys(c);
-    const int64_t   n_embd = c.shape.n_embd;
-    const int64_t   wide   = rank_wide(c.shape);
-
-    const auto query = [&](int64_t i) { return c.shape.query(c.head, turn.group(i), turn.position(i)); };
-
-    if (turn.n <= 2*TILE) {
-        for (int64_t i = 0; i < turn.n; i += TILE) {
-            const int n_tile = (int) std::min<int64_t>(TILE, turn.n - i);
-            const float * q[TILE];
-            for (int j = 0; j < n_tile; ++j) {
-                q[j] = query(i + j);
-                if (wide != n_embd) {
-                    float * row = c.thread.rows + j*wide;
-                    std::copy(q[j], q[j] + n_embd, row);
-                    std::fill(row + n_embd, row + wide, 0.0f);
-                    q[j] = row;
-                }
-            }
-            keys.kernels().dots[n_tile](q, keys.rows, c.n, wide, logits + i*CHUNK, i == 0 ? keys.next : attend_ahead());
-        }
-        return;
-    }
-    static const std::array<float, CHUNK> seen = {}; // all keys
-    attend_with(keys.type, [&](auto from) {
-        attend_convert_columns<decltype(from)>(keys.rows, c.n, wide, seen.data(), c.thread.columns);
-    });
-    int64_t fetched = 0;
-    for (int64_t i = 0; i < turn.n; i += MANY) {
-        const int n_tile = (int) std::min<int64_t>(MANY, turn.n - i);
-        const float * q[MANY];
-        for (int j = 0; j < n_tile; ++j) {
-            q[j] = query(i + j);
-        }
-        attend_kernels_many_of(n_tile).dots(q, c.thread.columns, c.n, n_embd, logits + i*CHUNK);
-        for (const int64_t upto = CHUNK*(i + n_tile)/turn.n; fetched < upto; ++fetched) {
-            keys.next.fetch(fetched);
-        }
-    }
+    rank_products(c, turn.n, [&](int64_t i) { return c.shape.query(c.head, turn.group(i), turn.position(i)); }, logits);
 }
 
 // logits to e^(logit - max), zeros where the query does not see the entry and beyond n

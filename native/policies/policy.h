@@ -76,9 +76,13 @@ struct indexmem_rank_shape {
     uint64_t seed;
     int32_t  il;            // layer of the model
     bool     needs_keys;
+    bool     attends;       // ranks come from indexmem_rank_attention(), which takes scratch
     int      n_threads;
 
     int64_t n_chunks() const { return (n_slots + INDEXMEM_RANK_CHUNK - 1)/INDEXMEM_RANK_CHUNK; }
+
+    // the positions whose queries are read, [first, pos_last]
+    int32_t query_first(const indexmem_rank_head & h) const { return h.pos_last < n_queries ? 0 : h.pos_last + 1 - n_queries; }
 
     // the query of head g of the group for position p in (pos_last - n_queries, pos_last]
     const float * query(const indexmem_rank_head & h, int64_t g, int32_t p) const {
@@ -144,8 +148,8 @@ void indexmem_rank_attention(indexmem_ranking & ranking);
 // What it takes of the scratch of a head, from the beginning, in floats.
 size_t indexmem_rank_attention_scratch(const indexmem_rank_shape & shape);
 
-// Scratch of a head, in floats: [n_chunks + 1][n_embd] if the policy reads keys alone; what attention takes and then [2][n_slots] if it
-// reads queries.
+// Scratch of a head, in floats: what attention takes and then [2][n_slots] if ranks come from it; [n_chunks + 1][n_embd] if the policy
+// reads keys alone.
 size_t indexmem_rank_scratch(const indexmem_rank_shape & shape);
 
 #define INDEXMEM_POLICY(name, needs_keys, n_queries, help) \

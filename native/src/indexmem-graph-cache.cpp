@@ -5,16 +5,10 @@
 // The ubatches of decode: of more tokens the compute buffers are large, and one for each kind would be too much.
 static constexpr uint32_t N_TOKENS = 32;
 
-int indexmem_graph_cache::kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch) {
+int indexmem_graph_cache::kind_of(const llama_memory_context_i * mctx, bool pipelines, const llama_ubatch & ubatch) {
     const auto * bounded = indexmem_context(mctx);
-    if (!bounded || ubatch.n_tokens > N_TOKENS) {
+    if (!bounded || pipelines || ubatch.n_tokens > N_TOKENS) {
         return 0;
-    }
-    for (ggml_backend_t backend : backends) {
-        const auto type = ggml_backend_dev_type(ggml_backend_get_device(backend));
-        if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
-            return 0;
-        }
     }
     const auto & st = bounded->get_step();
     const auto * mixed = indexmem_mixed_context(mctx);

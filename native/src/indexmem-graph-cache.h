@@ -22,14 +22,15 @@ struct llama_ubatch;
 // Invariants
 //   - the context holds the graph and the scheduler of the kind that was taken last, here lie the others
 //   - kind 0 has the scheduler that was reserved for the largest graph
-//   - only where all backends compute on the host: a device has its own way to keep graphs
+//   - on a device, too: a graph that is not built again is the one that it has captured, if it captures graphs
+//   - not where devices work on several ubatches at once (pipelines): a scheduler then holds copies of its inputs for each
 //
 class indexmem_graph_cache {
 public:
     typedef std::array<llm_graph_result_ptr, 2> results;
 
     // of the next ubatch
-    static int kind_of(const llama_memory_context_i * mctx, const std::vector<ggml_backend_t> & backends, const llama_ubatch & ubatch);
+    static int kind_of(const llama_memory_context_i * mctx, bool pipelines, const llama_ubatch & ubatch);
 
     // puts the kind into the hands of the context; `make` makes a scheduler for one that was not there yet
     void take(int kind, ggml_backend_sched_ptr & sched, results & res, llm_graph_result *& active,

@@ -92,7 +92,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         indexer = cfg.sidecar->get_indexer();
     }
 
-    indexmem_buffers buffers(model, offload, 11u*hparams.n_layer_all);
+    indexmem_buffers buffers(model, offload, 12u*hparams.n_layer_all);
 
     // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
     int64_t head_k = -1;
@@ -304,6 +304,7 @@ size_t llama_kv_cache_bounded::size_meta_bytes() const {
         for (const ggml_tensor * t : l.tensors()) {
             size += ggml_nbytes(t);
         }
+        size += l.ahead ? ggml_nbytes(l.ahead) : 0;
     }
     return size - size_kv_bytes();
 }

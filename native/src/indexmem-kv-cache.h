@@ -56,6 +56,7 @@ public:
         ggml_tensor * pos; // I32 [n_slots, n_head_kv, n_seq_max]
         ggml_tensor * rotary; // the same, what keys are rotated by: of sequences that have been rebased. Null without a span
         ggml_tensor * q;   // F32 [n_embd_head_k, n_ring, n_head, n_seq_max] latest queries, null unless the policy reads them
+        ggml_tensor * ahead; // F32 [n_embd_head_k, n_embd_head_k] what moves queries to later positions (indexmem-ahead.h); null unless the rank is of those
 
         // of the indexer, null without one. The last n_wait rows of `state` and `queries` belong to no entry: writes for
         // sequences with fewer pending entries than others go there.
@@ -276,6 +277,8 @@ private:
     bool turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error);
 
     void reserve_rotator();
+
+    void write_ahead(const layer & l) const;
 
     void apply_copies();
     void copy_rows(ggml_tensor * t, const copy & c, const std::vector<std::pair<int64_t, int64_t>> & rows);

@@ -1,5 +1,6 @@
 #include "indexmem-kv-cache.h"
 
+#include "indexmem-ahead.h"
 #include "indexmem-error.h"
 #include "indexmem-span.h"
 
@@ -15,16 +16,31 @@
 
 void llama_kv_cache_bounded::learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) {
     layer & l = layers[map_layer_ids.at(il)];
-    if (get_span() == 0 || l.rotation) {
+    if ((get_span() == 0 && !l.ahead) || l.rotation) {
         return;
     }
     indexmem_rotation rotation;
     std::string error;
     if (indexmem_rotation_of(k_cur, hadamard, rotation, error)) {
         l.rotation = std::move(rotation);
+        write_ahead(l);
         return;
     }
-    drop_span(format("keys of layer %d cannot get new positions: %s", il, error.c_str()));
+    if (get_span() > 0) {
+        drop_span(format("keys of layer %d cannot get new positions: %s", il, error.c_str()));
+    }
+    if (l.ahead) {
+        LLAMA_LOG_WARN("%s: in layer %d the policy ranks by queries where they are, not from later positions: %s\n", __func__, il, error.c_str());
+        l.rotation = indexmem_rotation(); // not tried again
+    }
+}
+
+// what is known of the rotation of the layer's queries; until then they stay as they are
+void llama_kv_cache_bounded::write_ahead(const layer & l) const {
+    if (l.ahead && l.ahead->data) {
+        const auto data = indexmem_ahead(l.rotation ? *l.rotation : indexmem_rotation(), l.ahead->ne[0], rot_k);
+        ggml_backend_tensor_set(l.ahead, data.data(), 0, ggml_nbytes(l.ahead));
+    }
 }
 
 void llama_kv_cache_bounded::drop_span(const std::string & why) {

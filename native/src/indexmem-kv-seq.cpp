@@ -75,6 +75,9 @@ void llama_kv_cache_bounded::clear(bool data) {
         for (auto & [_, buf] : ctxs_bufs) {
             ggml_backend_buffer_clear(buf.get(), 0);
         }
+        for (const auto & l : layers) {
+            write_ahead(l);
+        }
     }
 }
 

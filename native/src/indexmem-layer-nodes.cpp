@@ -85,6 +85,10 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     ggml_tensor * q = nullptr;
     if (l.q) {
         q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq);
+        if (l.ahead) {
+            q = ggml_mul_mat(ctx, l.ahead, q);
+            ggml_prec_set_acc(q, GGML_PREC_F32);
+        }
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row
     }

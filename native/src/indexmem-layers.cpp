@@ -2,6 +2,8 @@
 
 #include "llama-model.h"
 
+#include <cstring>
+
 // what the bounded cache of a layer is made of
 
 // Hidden states wait in the type of the matrices that read them, the most exact one. The original rounds them to that type
@@ -61,6 +63,10 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     } else if (geo.n_ring > 0) {
         l.q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_k, geo.n_ring, hparams.n_head(il), n_seq_max);
         ggml_format_name(l.q, "bounded_q_l%d", il);
+        if (strcmp(get_policy().name, "expected") == 0) {
+            l.ahead = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_k, n_embd_k);
+            ggml_format_name(l.ahead, "bounded_ahead_l%d", il);
+        }
     }
     if (cfg.memory) {
         for (const auto & shape : cfg.memory->shapes(n_embd_k, n_embd_v)) {

@@ -128,6 +128,11 @@ void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, con
     if (!in_host(sinks)) {
         l.sinks = indexmem_new_input(ctx, "fit_sinks", sinks->type, sinks->ne[0]);
     }
+    if (l.ahead) { // the cache of this step has seen no graph of the model, from which rotations are known
+        std::vector<uint8_t> data(ggml_nbytes(l.ahead));
+        ggml_backend_tensor_get(ours.ahead, data.data(), 0, data.size());
+        ggml_backend_tensor_set(l.ahead, data.data(), 0, data.size());
+    }
     std::optional<indexmem_latent>  latent;
     std::optional<indexmem_scoring> scoring;
     if (kv.get_memory()) {

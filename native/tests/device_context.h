@@ -181,11 +181,15 @@ inline std::vector<float> decode(llama_context * ctx, int n, uint32_t seed) {
     return logits;
 }
 
-inline uint64_t n_rebases(llama_context * ctx) {
+inline indexmem_stats stats_of(llama_context * ctx) {
     indexmem_stats stats = {};
     stats.struct_size = sizeof(stats);
     CHECK(indexmem_get_stats(ctx, 0, &stats));
-    return stats.n_rebases;
+    return stats;
+}
+
+inline uint64_t n_rebases(llama_context * ctx) {
+    return stats_of(ctx).n_rebases;
 }
 
 // the same text, with the cache there and here

@@ -8,7 +8,7 @@ TEST(what_is_asked_is_what_the_graph_holds) {
     fixture f([](const ggml_tensor *) { return false; });
     for (const auto & [type, offload] : { std::pair<ggml_type, bool>(GGML_TYPE_F16, true), { GGML_TYPE_Q8_0, true }, { GGML_TYPE_F16, false } }) {
         for (const auto & [n_seq, n_tokens] : { std::pair<uint32_t, uint32_t>(1, N_UBATCH), { 1, 1 }, { 3, 1 }, { 3, 5 } }) {
-            for (const char * policy : { "streaming", "keydiff", "tova", "snapkv" }) {
+            for (const char * policy : { "streaming", "keydiff", "tova", "snapkv", "expected" }) {
                 for (const char * memory : { "off", "centroid" }) {
                     compare(f, request_of(policy, memory), n_seq, n_tokens, type, offload);
                 }
@@ -27,8 +27,52 @@ TEST(what_is_asked_is_what_the_graph_holds) {
 TEST(a_device_computes_what_the_host_does) {
     fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
     write_sidecar("pairwise", "residual");
-    for (const auto & request : { request_of("snapkv"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
+    for (const auto & request : { request_of("snapkv"), request_of("expected"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
         compare_logits(f, request, GGML_TYPE_F32); // flash attention sums in half precision otherwise
+    }
+    remove(SIDECAR);
+}
+
+// the next n tokens, one by one
+static std::vector<float> steps(llama_context * ctx, int n, uint32_t seed) {
+    std::mt19937 rng(seed);
+    std::vector<float> logits;
+    for (int i = 0; i < n; ++i) {
+        llama_token token = (llama_token) (rng() % N_VOCAB);
+        CHECK(llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0);
+        const float * row = llama_get_logits_ith(ctx, -1);
+        logits.insert(logits.end(), row, row + N_VOCAB);
+    }
+    return logits;
+}
+
+// Scoring, evicting and neither come back, whichever was before, as graphs of the host do.
+TEST(graphs_of_decode_are_built_once) {
+    fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
+    write_sidecar("retention", "none");
+    for (auto request : { request_of("streaming"), request_of("expected"), request_of("keydiff", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
+        request.evict_step = 7;
+        llama_context * there = f.context(request, 1, GGML_TYPE_F32);
+        llama_context * here  = f.context(request, 1, GGML_TYPE_F32, false);
+        CHECK(on_device(f, there) && !on_device(f, here));
+        decode(there, 156, 6);
+        decode(here,  156, 6);
+        steps(there, 70, 7);
+        steps(here,  70, 7);
+
+        const int      n_reused    = llama_perf_context(there).n_reused;
+        const uint64_t n_evictions = stats_of(there).n_evictions;
+        const auto a = steps(there, 130, 8), b = steps(here, 130, 8);
+        CHECK_MSG(llama_perf_context(there).n_reused == n_reused + 130, "%d graphs of 130 came back", llama_perf_context(there).n_reused - n_reused);
+        CHECK(stats_of(there).n_evictions > n_evictions + 5);
+
+        float worst = 0.0f;
+        for (size_t i = 0; i < a.size(); ++i) {
+            worst = std::max(worst, std::isfinite(a[i]) ? std::fabs(a[i] - b[i]) : INFINITY);
+        }
+        CHECK_MSG(worst < 0.01f, "logits differ by %g", worst);
+        llama_free(there);
+        llama_free(here);
     }
     remove(SIDECAR);
 }
@@ -37,7 +81,7 @@ TEST(a_device_computes_what_the_host_does) {
 TEST(a_device_turns_keys_as_the_host_does) {
     for (ggml_op lacking : { GGML_OP_COUNT, GGML_OP_ROPE, GGML_OP_GET_ROWS }) {
         fixture f([lacking](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND || op->op == lacking; });
-        for (auto request : { request_of("snapkv"), request_of("streaming", "centroid") }) {
+        for (auto request : { request_of("snapkv"), request_of("expected"), request_of("streaming", "centroid") }) {
             request.span = 160;
             compare_logits(f, request, GGML_TYPE_F32);
         }
@@ -55,7 +99,7 @@ TEST(a_state_that_does_not_fit_is_fitted_on_the_host) {
     fixture f([](const ggml_tensor * op) { return op_kind(op) == INDEXMEM_OP_ATTEND; });
     write_sidecar("pairwise", "residual");
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-        for (auto request : { request_of("snapkv"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
+        for (auto request : { request_of("snapkv"), request_of("expected"), request_of("streaming", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
             request.memory_slots = request.memory ? 8 : 0;
             llama_context * large = f.context(request, 1, type, false);
             decode(large, 260, 5);

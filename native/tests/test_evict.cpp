@@ -169,6 +169,9 @@ TEST(fewer_may_leave_than_asked_for) {
         { 256,  2,   1,    256,  100,   63,   4,   32,  1, 17 }, // the plan is too short
         { 256,  2,   1,     41,   40,   30,  30,    9,  0, 4 },  // both
         { 640,  1,   1,    640,    0,  639,   0,    1,  0, 1 },
+        { 9000, 1,   2,   8500, 8000,  300, 8400,   9,  3 },     // the same in a large cache
+        { 9000, 1,   2,   8500, 8000,   30, 8499,   1,  0 },
+        { 9000, 2,   1,   9000,  100,  630,   4,   32,  1, 170 },
     };
     for (const auto & c : cases) {
         run_evict(c, GGML_TYPE_F16, 2);
@@ -181,6 +184,7 @@ TEST(large_caches) {
         { 33000, 2, 1, 33000, 32488,    32, 4, 128, 3, 33000 }, // with a ratio the plan is as long as the cache
         { 33000, 2, 1, 33000, 32488,   512, 4, 128, 1 },
         { 33000, 2, 1, 32999, 20000, 16000, 4, 128, 0 },
+        { 9000,  2, 2,  8999,  8900,     1, 4, 128, 0 }, // nothing leaves the second sequence
     };
     for (const auto & c : cases) {
         run_evict(c, GGML_TYPE_Q4_0, 2);

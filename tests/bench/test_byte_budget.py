@@ -51,6 +51,7 @@ def test_one_name_stands_for_both_types_and_a_slash_for_two() -> None:
     [
         ("streaming", "off"),
         ("snapkv", "off"),
+        ("expected", "off"),
         ("knorm", "centroid"),
         ("streaming", "centroid:20"),
         ("knorm", "residual"),

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random": dict(policy="random", seed=3),
     "tova": dict(policy="tova", evict_step=7),
     "snapkv": dict(policy="snapkv", window=33),
+    "expected": dict(policy="expected", window=33),
     "ratio": dict(policy="knorm", budget_ratio=0.4, window=5, sinks=1, evict_step=6),
     "span": dict(policy="keydiff", span=90),
     "centroid": dict(policy="keydiff", memory="centroid", memory_slots=5),
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "retention-mlp": {},
     "pairwise-mean": dict(span=110),
 }
-KEEP_QUERIES = ("snapkv", "pairwise-mean")  # older ones, which nobody reads any more, are those that drafts have overwritten
+KEEP_QUERIES = ("snapkv", "expected", "pairwise-mean")  # older ones, which nobody reads any more, are those that drafts have overwritten
 N_RING = 32 + 32  # rows for them at most
 
 

@@ -56,7 +56,7 @@ def say(llm: Any, messages: list[dict[str, Any]], n: int = 6) -> dict[str, Any]:
         ({"kv_budget": "many"}, BudgetError, "whole number"),
         ({"kv_window": 1.5}, BudgetError, "kv_window"),
         ({"kv_pin": "maybe"}, BudgetError, "auto"),
-        ({"kv_policy": "best"}, PolicyError, "full, indexer, keydiff, knorm, random, snapkv, streaming, tova"),
+        ({"kv_policy": "best"}, PolicyError, "expected, full, indexer, keydiff, knorm, random, snapkv, streaming, tova"),
         ({"embedding": True}, BudgetError, "embedding"),
         ({"flash_attn": False}, BudgetError, "flash_attn"),
         ({"draft_model": object()}, RequestError, "draft_model"),

@@ -25,6 +25,7 @@ from reference.cache_types import CacheType
 from reference.decoder import Decoder, causal, softmax
 from reference.indexers import Indexer
 from reference.memories import HeadMemory, Memory
+from reference.rotary import Rotary
 from reference.spans import end_of_rebased, rebased
 from tiny.models import TinyConfig
 
@@ -54,6 +55,7 @@ class View:
     queries: np.ndarray  # [N, G, D] of all tokens so far
     scale: float
     seed: int
+    rotary: Optional[Rotary] = None  # of the layer
 
 
 def rank_streaming(v: View) -> np.ndarray:
@@ -102,6 +104,15 @@ def rank_snapkv(v: View, n_queries: int = 32, n_pool: int = 7) -> np.ndarray:
     return np.array([attention[max(0, i - half) : i + half + 1].mean() for i in range(n)])
 
 
+def rank_expected(v: View, n_queries: int = 32, n_ahead: int = 512) -> np.ndarray:
+    """Logarithm of the attention that is expected of queries like the last ones from the next positions; mean over the group."""
+    queries = v.queries[-n_queries:]
+    if v.rotary:
+        queries = queries @ v.rotary.mean_ahead(n_ahead, queries.shape[-1])
+    logits = v.scale * np.einsum("qgd,nd->qgn", queries, v.keys)
+    return (logits.mean(axis=0) + logits.var(axis=0) / 2).mean(axis=0)
+
+
 RANKS: dict[str, Callable[[View], np.ndarray]] = {
     "streaming": rank_streaming,
     "random": rank_random,
@@ -109,6 +120,7 @@ RANKS: dict[str, Callable[[View], np.ndarray]] = {
     "keydiff": rank_keydiff,
     "tova": rank_tova,
     "snapkv": rank_snapkv,
+    "expected": rank_expected,
 }
 POLICIES = ("full", *RANKS)
 EXACT = {"streaming", "random"}  # ranks that no rounding touches
@@ -344,15 +356,16 @@ class BoundedReference:
                 queries=self.decoder.queries[il][:, h * c.group : (h + 1) * c.group],
                 scale=c.scale,
                 seed=self.seed,
+                rotary=self.decoder.rotaries[il],
             )
         )
 
     def _distance(self, high: float, low: float, spread: float) -> float:
-        """high - low in units of the ranks' magnitude: 1 for cosines, the deviation of an indexer's ranks, otherwise
-        the larger of the two."""
+        """high - low in units of the ranks' magnitude: 1 for cosines, the deviation of ranks that may be of either sign,
+        otherwise the larger of the two."""
         if self.policy in EXACT or (low == -np.inf and high != low):
             return np.inf
-        unit = {"keydiff": 1.0, "indexer": spread}.get(self.policy, max(abs(high), abs(low)))
+        unit = {"keydiff": 1.0, "indexer": spread, "expected": spread}.get(self.policy, max(abs(high), abs(low)))
         return (high - low) / unit if high != low else 0.0
 
     def min_gap(self, ubatch: int | None = None) -> float:

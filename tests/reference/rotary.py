@@ -34,6 +34,9 @@ ROTARY_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_MEANS: dict[tuple[int, int, int], tuple[Rotary, np.ndarray]] = {}  # of Rotary.mean_ahead; holds on to whose id it is
+
+
 @dataclass(frozen=True)
 class Rotary:
     n_dims: int  # components of a head that are rotated; the others stay as they are
@@ -86,6 +89,14 @@ class Rotary:
         out = self.rotate(x, positions)
         out[..., self.offset : self.offset + self.n_dims] *= self.magnitude
         return out
+
+    def mean_ahead(self, n: int, n_embd: int) -> np.ndarray:
+        """x @ this: the mean of x [..., D] rotated by 1, 2, ..., n positions."""
+        key = id(self), n, n_embd
+        if key not in _MEANS:
+            turned = (self.rotate(np.eye(n_embd), np.full(n_embd, by)) for by in range(1, n + 1))
+            _MEANS[key] = self, sum(turned, np.zeros((n_embd, n_embd))) / n
+        return _MEANS[key][1]
 
     def _yarn_rates(self) -> np.ndarray:
         """[n/2] of the angle without scaling: from 1 for fast frequencies to 1/yarn for slow ones."""

@@ -3,6 +3,7 @@
 Equal in definition to native/policies, which rank again and again while a text is read. Here all entries of a context
 are ranked once, at its end, with nothing evicted before: what is compared is what the ranks know, not when they are
 asked. So `keydiff` has the mean of all keys of the context, and `snapkv` and `tova` the attention over all of them.
+`expected` is not among them: it needs to know how a layer rotates.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 #include "attend-many.h"
 #include "policy.h"
 
+#include <array>
+
 static_assert(INDEXMEM_RANK_CHUNK == indexmem_cpu::CHUNK, "a chunk of ranks is one of attention");
 
 struct indexmem_rank_thread {
@@ -44,5 +46,49 @@ struct rank_keys {
 
     const attend_kernels & kernels() const { return *attend_kernels_of(type); }
 };
+
+// Products of n queries with the keys of a chunk, [n][CHUNK]; query(i): their values.
+template <typename Query>
+void rank_products(const indexmem_rank_chunk & c, int64_t n, Query query, float * out) {
+    using namespace indexmem_simd;
+
+    const rank_keys keys(c);
+    const int64_t   n_embd = c.shape.n_embd;
+    const int64_t   wide   = rank_wide(c.shape);
+
+    if (n <= 2*TILE) {
+        for (int64_t i = 0; i < n; i += TILE) {
+            const int n_tile = (int) std::min<int64_t>(TILE, n - i);
+            const float * q[TILE];
+            for (int j = 0; j < n_tile; ++j) {
+                q[j] = query(i + j);
+                if (wide != n_embd) {
+                    float * row = c.thread.rows + j*wide;
+                    std::copy(q[j], q[j] + n_embd, row);
+                    std::fill(row + n_embd, row + wide, 0.0f);
+                    q[j] = row;
+                }
+            }
+            keys.kernels().dots[n_tile](q, keys.rows, c.n, wide, out + i*CHUNK, i == 0 ? keys.next : attend_ahead());
+        }
+        return;
+    }
+    static const std::array<float, CHUNK> seen = {}; // all keys
+    attend_with(keys.type, [&](auto from) {
+        attend_convert_columns<decltype(from)>(keys.rows, c.n, wide, seen.data(), c.thread.columns);
+    });
+    int64_t fetched = 0;
+    for (int64_t i = 0; i < n; i += MANY) {
+        const int n_tile = (int) std::min<int64_t>(MANY, n - i);
+        const float * q[MANY];
+        for (int j = 0; j < n_tile; ++j) {
+            q[j] = query(i + j);
+        }
+        attend_kernels_many_of(n_tile).dots(q, c.thread.columns, c.n, n_embd, out + i*CHUNK);
+        for (const int64_t upto = CHUNK*(i + n_tile)/n; fetched < upto; ++fetched) {
+            keys.next.fetch(fetched);
+        }
+    }
+}
 
 } // namespace indexmem_cpu

@@ -32,6 +32,7 @@ indexmem_rank_shape shape_of(const ggml_tensor * op, int n_threads) {
     sh.n_embd     = k->ne[0];
     sh.needs_keys = info->needs_keys;
     sh.n_queries  = info->n_queries;
+    sh.attends    = info->n_queries > 0 && policy != indexmem_policy_find("expected");
     sh.scale      = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SCALE);
     sh.softcap    = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SOFTCAP);
     sh.il         = ggml_get_op_params_i32(op, INDEXMEM_PARAM_IL);
@@ -198,8 +199,8 @@ void rank(const ggml_compute_params * params, ggml_tensor * dst) {
 } // namespace indexmem_cpu
 
 size_t indexmem_rank_scratch(const indexmem_rank_shape & sh) {
-    if (sh.n_queries > 0) {
+    if (sh.attends) {
         return indexmem_rank_attention_scratch(sh) + 2*sh.n_slots;
     }
-    return sh.needs_keys ? (sh.n_chunks() + 1)*sh.n_embd : 0;
+    return sh.needs_keys && sh.n_queries == 0 ? (sh.n_chunks() + 1)*sh.n_embd : 0;
 }

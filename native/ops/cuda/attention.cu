@@ -1,6 +1,7 @@
 #include "kernels.cuh"
 
-// Ranks of the policies tova and snapkv: the attention that entries receive from the latest queries.
+// Ranks of the policies tova and snapkv: the attention that entries receive from the latest queries; and of expected, from the same
+// logits.
 //
 // A block has the keys of a tile of slots in shared memory, an entry a lane, and its warps share the queries. The logits are
 // computed twice, first for the maximum and the sum of each query, then for the probabilities: to keep them would take
@@ -166,6 +167,51 @@ static __global__ void attention_mean_kernel(const attention_args a) {
 }
 
 //
+// expected: the logarithm of the attention that is expected of such queries (native/policies/expected.cpp)
+//
+
+// warps share the query heads
+static __global__ void attention_expected_kernel(const attention_args a) {
+    __shared__ float keys[TILE_FLOATS];
+    __shared__ float sums[WARPS][TILE];
+
+    const attention_tile tile(a);
+    if (!tile.is_needed()) {
+        return;
+    }
+    load_tile(a.src[0], tile.row, tile.slot0, tile.n_used, keys);
+    __syncthreads();
+
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x/WARP;
+    const int n    = tile.n_positions();
+
+    float sum = 0.0f;
+    for (int g = warp; g < a.n_group; g += WARPS) {
+        // of the distances from the first, so that nothing large is subtracted
+        const float first = tile.logit(keys, g, tile.p0);
+        float total  = 0.0f;
+        float square = 0.0f;
+        for (int j = 1; j < n; ++j) {
+            const float distance = tile.logit(keys, g, tile.p0 + j) - first;
+            total  += distance;
+            square += distance*distance;
+        }
+        const float mean = total/(float) n;
+        sum += first + mean + 0.5f*(square/(float) n - mean*mean);
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+
+    if (warp == 0 && tile.slot() < tile.n_used) {
+        for (int i = 1; i < WARPS; ++i) {
+            sum += sums[i][lane];
+        }
+        a.dst.at<float>(tile.row.h, tile.row.s)[tile.slot()] = sum/(float) a.n_group;
+    }
+}
+
+//
 // snapkv: the mean over the entry and its three neighbours on each side, in the order of positions
 //
 
@@ -247,6 +293,14 @@ static __global__ void smooth_kernel(const smooth_args a) {
         }
         rank[order[i]] = sum/(float) (hi - lo + 1);
     }
+}
+
+void attention_expected(ggml_backend_cuda_context & ctx, const ggml_tensor * op, int n_queries) {
+    attention_args args(op);
+    args.n_queries = n_queries;
+    args.n_group   = (int) (op->src[3]->ne[2]/op->src[0]->ne[2]);
+    args.n_tiles   = blocks_for(op->ne[0], TILE);
+    launch(attention_expected_kernel, dim3(args.n_tiles, op->ne[1]*op->ne[2]), THREADS, ctx, args);
 }
 
 void attention_mean(ggml_backend_cuda_context & ctx, const ggml_tensor * op, int n_queries, bool smooth) {

@@ -260,5 +260,6 @@ bool rank_supported(const ggml_tensor * op);
 
 // Ranks = attention received from the last n_queries, mean over them and the group; `smooth`: and over neighbours.
 void attention_mean(ggml_backend_cuda_context & ctx, const ggml_tensor * op, int n_queries, bool smooth);
+void attention_expected(ggml_backend_cuda_context & ctx, const ggml_tensor * op, int n_queries);
 
 } // namespace indexmem_cuda

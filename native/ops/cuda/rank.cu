@@ -221,7 +221,8 @@ bool rank_supported(const ggml_tensor * op) {
         case POLICY_knorm:
         case POLICY_keydiff: return is_cache_type(k->type);
         case POLICY_tova:
-        case POLICY_snapkv:  return is_cache_type(k->type) && k->ne[0] <= MAX_EMBD;
+        case POLICY_snapkv:
+        case POLICY_expected: return is_cache_type(k->type) && k->ne[0] <= MAX_EMBD;
         default:             return false;
     }
 }
@@ -237,6 +238,7 @@ void rank(ggml_backend_cuda_context & ctx, const ggml_tensor * op) {
         case POLICY_keydiff: keydiff(ctx, op);                           break;
         case POLICY_tova:    attention_mean(ctx, op, n_queries, false);  break;
         case POLICY_snapkv:  attention_mean(ctx, op, n_queries, true);   break;
+        case POLICY_expected: attention_expected(ctx, op, n_queries);    break;
         default:             launch_all(rank_kernel, THREADS);           break;
     }
 }

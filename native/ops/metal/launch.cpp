@@ -53,7 +53,7 @@ bool is_smooth(const ggml_tensor * op) {
 
 // pairs of floats: largest logit and sum of each query of a KV head
 int64_t scratch_row(const ggml_tensor * op) {
-    if (kind_of(op) != INDEXMEM_OP_RANK || !op->src[3]) {
+    if (kind_of(op) != INDEXMEM_OP_RANK || !op->src[3] || strcmp(policy_of(op)->name, "expected") == 0) {
         return 0;
     }
     const ggml_tensor * k = op->src[0];
@@ -69,6 +69,7 @@ std::vector<indexmem_metal_launch> launches_of_rank(const ggml_tensor * op) {
         { "random",    "rank_random",    true  },
         { "indexer",   "rank_indexer",   true  },
         { "knorm",     "rank_knorm",     false },
+        { "expected",  "attention_expected", false },
     };
     const ggml_tensor * k = op->src[0];
     const ggml_tensor * q = op->src[3];

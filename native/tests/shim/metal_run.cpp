@@ -19,7 +19,7 @@ struct metal_kernel {
 #define KERNEL(name) { #name, kernel_indexmem_##name }
 static const metal_kernel metal_kernels[] = {
     KERNEL(rank_full), KERNEL(rank_streaming), KERNEL(rank_random), KERNEL(rank_indexer), KERNEL(rank_knorm), KERNEL(rank_keydiff),
-    KERNEL(attention_sum), KERNEL(attention_mean), KERNEL(attention_smooth),
+    KERNEL(attention_sum), KERNEL(attention_mean), KERNEL(attention_smooth), KERNEL(attention_expected),
     KERNEL(pairwise), KERNEL(select), KERNEL(compact), KERNEL(compact_pos),
     KERNEL(centroid), KERNEL(residual), KERNEL(bias),
 };
