@@ -31,6 +31,7 @@ DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
 PIN_AUTO = "auto"
 SIDECAR_OFF = "off"
+LAYERS_SIDECAR, LAYERS_EQUAL = "sidecar", "equal"  # budgets of layers
 LOGICAL_MAX = 1 << 21  # default n_ctx with a budget: a limit on positions, not on memory
 DEFAULT_UBATCH = 512
 
@@ -102,6 +103,12 @@ def _name(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BudgetError(f"{name} must be a name, found {value!r}")
     return value
+
+
+def _layer_budgets(name: str, value: Any) -> bool:
+    if value not in (LAYERS_SIDECAR, LAYERS_EQUAL):
+        raise BudgetError(f"{name} must be {LAYERS_SIDECAR!r} or {LAYERS_EQUAL!r}, found {value!r}")
+    return bool(value == LAYERS_SIDECAR)
 
 
 def _sidecar(name: str, value: Any) -> Optional[str]:
@@ -209,6 +216,12 @@ class CacheOptions:
         "and the ubatch. 0: positions grow with the text.",
         _count, least=0, nothing=0, shown="the length the model was trained for",
     )  # fmt: skip
+    layer_budgets: bool = _option(
+        True, "kv_layer_budgets",
+        f"`{LAYERS_SIDECAR}`: layers share what all of them may keep as the sidecar of the indexer says, if it does. "
+        f"`{LAYERS_EQUAL}`: each keeps as much as the others.",
+        _layer_budgets, kind=str, takes=str, shown=LAYERS_SIDECAR,
+    )  # fmt: skip
 
     @classmethod
     def from_keywords(cls, given: Mapping[str, Any]) -> CacheOptions:
@@ -289,6 +302,7 @@ class CacheOptions:
         if not self.bounded:
             return {}
         values = {option.keyword: getattr(self, name) for name, option in OPTIONS.items()}
+        values["kv_layer_budgets"] = LAYERS_SIDECAR if self.layer_budgets else LAYERS_EQUAL
         return {**values, "indexmem": self.sidecar or SIDECAR_OFF, "memory_slots": self.memory_slots or None}
 
     def for_session(self) -> dict[str, Any]:
