@@ -105,10 +105,10 @@ def _name(name: str, value: Any) -> str:
     return value
 
 
-def _layer_budgets(name: str, value: Any) -> bool:
+def _layer_budgets(name: str, value: Any) -> str:
     if value not in (LAYERS_SIDECAR, LAYERS_EQUAL):
         raise BudgetError(f"{name} must be {LAYERS_SIDECAR!r} or {LAYERS_EQUAL!r}, found {value!r}")
-    return bool(value == LAYERS_SIDECAR)
+    return str(value)
 
 
 def _sidecar(name: str, value: Any) -> Optional[str]:
@@ -216,11 +216,11 @@ class CacheOptions:
         "and the ubatch. 0: positions grow with the text.",
         _count, least=0, nothing=0, shown="the length the model was trained for",
     )  # fmt: skip
-    layer_budgets: bool = _option(
-        True, "kv_layer_budgets",
+    layer_budgets: str = _option(
+        LAYERS_SIDECAR, "kv_layer_budgets",
         f"`{LAYERS_SIDECAR}`: layers share what all of them may keep as the sidecar of the indexer says, if it does. "
         f"`{LAYERS_EQUAL}`: each keeps as much as the others.",
-        _layer_budgets, kind=str, takes=str, shown=LAYERS_SIDECAR,
+        _layer_budgets, kind=str, takes=str, nothing=LAYERS_SIDECAR,
     )  # fmt: skip
 
     @classmethod
@@ -302,7 +302,6 @@ class CacheOptions:
         if not self.bounded:
             return {}
         values = {option.keyword: getattr(self, name) for name, option in OPTIONS.items()}
-        values["kv_layer_budgets"] = LAYERS_SIDECAR if self.layer_budgets else LAYERS_EQUAL
         return {**values, "indexmem": self.sidecar or SIDECAR_OFF, "memory_slots": self.memory_slots or None}
 
     def for_session(self) -> dict[str, Any]:

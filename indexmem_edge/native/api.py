@@ -45,7 +45,7 @@ class Params(ctypes.Structure):
         ("memory", ctypes.c_char_p),
         ("memory_slots", ctypes.c_uint32),
         ("span", ctypes.c_uint32),
-        ("layer_budgets", ctypes.c_uint32),
+        ("layer_budgets", ctypes.c_char_p),
     ]
 
 

@@ -68,8 +68,8 @@ struct indexmem_params {
     uint32_t     memory_slots; // of a memory that has slots, part of the budget; 0 = as in the sidecar, without one 64
     uint32_t     span;        // rotary positions that are used: before they come up to it, entries get new ones. Default
                               // INDEXMEM_SPAN_TRAINED: as many as the model was trained for, if that can be; 0 = they grow without end
-    uint32_t     layer_budgets; // with an indexer, 1: layers share the budgets of all as its sidecar says, if it does (default);
-                              // 0: each has the same
+    const char * layer_budgets; // with an indexer, "sidecar": layers share what all may keep as its sidecar says, if it does;
+                              // "equal": each keeps as much as the others; NULL = "sidecar"
 };
 
 // Counts of one sequence.

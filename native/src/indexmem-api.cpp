@@ -31,7 +31,7 @@ struct request {
     std::string sidecar; // path, empty = none
     std::string memory;  // empty = that of the sidecar
     uint32_t    memory_slots;
-    bool        layer_budgets;
+    std::string layer_budgets; // empty = "sidecar"
     bool        can_stop = false; // what is computed, so that states that are overwritten need a way back
 };
 
@@ -51,7 +51,6 @@ indexmem_params indexmem_default_params(void) {
     params.sinks       = 4;
     params.window      = 128;
     params.span        = INDEXMEM_SPAN_TRAINED;
-    params.layer_budgets = 1;
     return params;
 }
 
@@ -93,7 +92,7 @@ bool indexmem_next_context(const indexmem_params * params) {
     cfg.span_asked = params->span != 0 && params->span != INDEXMEM_SPAN_TRAINED;
 
     const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots,
-        params->layer_budgets != 0 };
+        text(params->layer_budgets) };
     if (!req.policy.empty() && indexmem_policy_find(req.policy.c_str()) < 0) {
         return indexmem_error_is(format("unknown policy '%s'; there are: %s", req.policy.c_str(), names_of(indexmem_policy_name).c_str()));
     }
@@ -105,6 +104,9 @@ bool indexmem_next_context(const indexmem_params * params) {
     }
     if (req.memory_slots > 0 && (req.memory == "off" || (req.memory.empty() && req.sidecar.empty()))) {
         return indexmem_error_is(format("%u slots for a memory that is off: choose a memory, or leave the number out", req.memory_slots));
+    }
+    if (!req.layer_budgets.empty() && req.layer_budgets != "sidecar" && req.layer_budgets != "equal") {
+        return indexmem_error_is(format("unknown budgets of layers '%s'; there are: sidecar, equal", req.layer_budgets.c_str()));
     }
     if (!(cfg.ratio >= 0.0 && cfg.ratio <= 1.0)) {
         return indexmem_error_is(format("a budget ratio is a share of the tokens seen, above 0 and at most 1: it is %g", cfg.ratio));
@@ -313,7 +315,7 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
                         "was expected (%u)", il, llm_arch_name(model.arch), made, kind(il)));
         }
     }
-    if (req.layer_budgets) {
+    if (req.layer_budgets != "equal") {
         choose_budgets(model, params, cparams, is_full, cfg);
     }
     auto bounded = std::make_unique<llama_kv_cache_bounded>(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max,

@@ -62,7 +62,7 @@ def test_all_together_keep_no_more_and_take_no_more(tiny: Tiny, tmp_path: Path) 
             asked: dict[str, Any] = {**SETTINGS, "budget": budget, "n_ubatch": 24, "n_threads": 1}
             with Context(model, sidecar=sidecar(tmp_path, config)[0], **asked) as c:
                 found, with_shares = budgets_of(c), c.stats()
-            with Context(model, sidecar=sidecar(tmp_path, config)[0], layer_budgets=0, **asked) as c:
+            with Context(model, sidecar=sidecar(tmp_path, config)[0], layer_budgets="equal", **asked) as c:
                 equal = c.stats()
             assert equal.n_classes == 1 and list(equal.class_budget) == [budget, 0, 0, 0]
             assert sum(found) <= N_LAYER * budget and with_shares.kv_bytes <= equal.kv_bytes
@@ -78,8 +78,8 @@ def test_without_eviction_nothing_changes(tiny: Tiny, tmp_path: Path) -> None:
     tokens = tokens_of(config, 30)
     with open_model(path) as model:
         logits = []
-        for equal in (1, 0):
-            with Context(model, sidecar=sidecar(tmp_path, config)[0], n_ubatch=24, n_threads=1, layer_budgets=equal, **SETTINGS) as c:
+        for budgets in ("sidecar", "equal"):
+            with Context(model, sidecar=sidecar(tmp_path, config)[0], n_ubatch=24, n_threads=1, layer_budgets=budgets, **SETTINGS) as c:
                 logits.append(c.feed(tokens, 24))
     np.testing.assert_array_equal(*logits)
 
@@ -176,7 +176,7 @@ def test_states_of_other_budgets(tiny: Tiny, tmp_path: Path) -> None:
     tokens = tokens_of(config, 260, seed=7)
     file = sidecar(tmp_path, config)[0]
     with open_model(path) as model:
-        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets=0, **SETTINGS) as equal:
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets="equal", **SETTINGS) as equal:
             equal.feed(tokens[:100], 24)
             held = equal.positions(0)
             state = equal.save(0)
@@ -189,7 +189,7 @@ def test_states_of_other_budgets(tiny: Tiny, tmp_path: Path) -> None:
                     assert len(now[il][h]) == min(len(held[il][h]), len(now[il][h])) <= budgets[il]
             assert np.isfinite(shared.feed(tokens[100:200], 24)).all()
             mine = shared.save(0)
-        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets=0, **SETTINGS) as equal:
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets="equal", **SETTINGS) as equal:
             equal.feed(tokens[:50], 24)
             before = equal.save(0)
             assert not equal.load(mine, 0) and "other budgets of layers" in api.last_error()

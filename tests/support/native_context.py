@@ -70,7 +70,7 @@ class Context:
         memory: Optional[str] = None,
         memory_slots: int = 0,
         span: int = api.SPAN_TRAINED,
-        layer_budgets: int = 1,
+        layer_budgets: Optional[str] = None,
         rope: Optional[tuple[int, float]] = None,  # kind of scaling and scale of the frequencies, other than the model's
         capture: Optional[Capture] = None,
     ) -> None:
