@@ -258,7 +258,7 @@ def check_shares(value: Any, n_layer: int, numbers: Sequence[int]) -> tuple[floa
     Raises:
         ConvertError: not one number a layer, out of range, or too many different ones.
     """
-    shares = _check_array("budget_share", list(value), n_layer, lambda item, v: check_f32(item, v, True))
+    shares = _check_array("budget_share", value, n_layer, lambda item, v: check_f32(item, v, True))
     for i, share in enumerate(shares):
         if not SHARES[0] <= share <= SHARES[1]:
             raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")

@@ -66,7 +66,9 @@ def test_shares_of_a_budget(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert read_sidecar(path).checkpoint.budget_share == shares
     write_sidecar(path, checkpoint, force=True)
     assert read_sidecar(path).checkpoint.budget_share is None
-    for wrong in ((1.0,) * (n + 1), (), (0.0,) * n, (65.0,) * n, (math.nan,) * n, (1.0,) * (n - 1) + ("1",)):
+    write_checkpoint(tmp_path / "shares.safetensors", replace(checkpoint, budget_share=shares))
+    assert read_checkpoint(tmp_path / "shares.safetensors").budget_share == shares
+    for wrong in ((1.0,) * (n + 1), (), (0.0,) * n, (65.0,) * n, (math.nan,) * n, (1.0,) * (n - 1) + ("1",), 1.0):
         with pytest.raises(ConvertError, match="budget_share"):
             replace(checkpoint, budget_share=wrong).validated()
     many = Checkpoint(

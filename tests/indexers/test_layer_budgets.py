@@ -17,7 +17,7 @@ from reference.memories import Centroid
 from reference.policies import BoundedReference
 from support.comparing import rms, tokens_of
 from support.native_context import F16, Context, open_model
-from support.spanned import CACHES, NEAR, follow
+from support.spanned import CACHES, NEAR, compare, follow
 from tiny.models import TinyConfig
 
 N_LAYER = 4
@@ -194,3 +194,80 @@ def test_states_of_other_budgets(tiny: Tiny, tmp_path: Path) -> None:
             before = equal.save(0)
             assert not equal.load(mine, 0) and "other budgets of layers" in api.last_error()
             assert equal.save(0) == before
+
+
+def test_a_batch_of_drafts_takes_nothing_away(tiny: Tiny, tmp_path: Path) -> None:
+    """As many as there is room for in every layer: taken back, the text goes on as if they had not been."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens, guesses = tokens_of(config, 330, seed=8), tokens_of(config, 330, seed=9)
+    rooms = set()
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, budget=160, evict_step=12)
+        with native:
+            follow(native, reference, tokens, [24] * 11)
+            for i in range(264, 320):
+                room = api.draft_room(native.ctx, 6)
+                rooms.add(room)
+                if room:
+                    reference.feed(tokens[i : i + 1])
+                    native.decode([tokens[i], *guesses[i : i + room]])
+                    assert native.seq_rm(0, i + 1, -1)
+                    compare(native, reference)
+                else:
+                    follow(native, reference, tokens[i:], [1])
+    assert {0, 1} < rooms
+
+
+def test_what_is_aborted_has_not_happened(tiny: Tiny, tmp_path: Path) -> None:
+    """Unless it was to evict: then the sequence is broken, until it is cleared."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 200, seed=10)
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, native=dict(can_stop=True))
+        with native:
+            follow(native, reference, tokens, [24, 24, 24])
+            for broken in (0, 1):
+                while (native.stats().room == 0) != bool(broken):
+                    follow(native, reference, tokens[native.n_seen() :], [1])
+                at, kept = native.n_seen(), native.positions(0)
+                with native.aborting(20):
+                    assert native.decode_at(tokens[at : at + 1], [at]) == 2
+                assert native.stats().broken == broken
+                if not broken:
+                    np.testing.assert_equal(native.positions(0), kept)
+                    follow(native, reference, tokens[at:], [1] * 3)
+            native.clear()
+            assert np.isfinite(native.feed(tokens[:100], 24)).all()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen35", "gemma3n", "gemma3n-shared", "deepseek2", "gpt-oss"])
+def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    """Layers of other kinds have no share; whole sequences go on from copies and states as they would have gone on."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 200, seed=11)
+    asked: dict[str, Any] = dict(SETTINGS, n_ubatch=24, n_threads=1, n_seq=2)
+    with open_model(path) as model:
+        with Context(model, budget=60, n_ubatch=24, window=8) as c:
+            kinds = [flags & api.LAYER_BOUNDED for flags in api.model_layers(model)]
+            bounded = [il for il, kind in enumerate(kinds) if kind]
+            n_head_kv = api.n_head_kv(c.ctx, bounded[0])
+        if len(bounded) < 2:
+            pytest.skip("one layer has all of the budget")
+        shares = [3.0 if il == bounded[-1] else 1.0 for il in range(config.n_layer)]
+        write_sidecar(
+            tmp_path / "s.gguf", random_indexer("retention-mlp", config.n_layer, config.n_embd, n_head_kv, 0),
+            keys={"indexmem.budget_share": shares},
+        )  # fmt: skip
+        with Context(model, sidecar=tmp_path / "s.gguf", **asked) as c:
+            c.feed(tokens[:150], 24)
+            stats = c.stats()
+            assert list(stats.class_layers)[:2] == [len(bounded) - 1, 1]
+            held = [len(c.positions(0)[il][0]) for il in bounded]
+            assert held == [stats.class_kept[0]] * (len(bounded) - 1) + [stats.class_kept[1]]
+            assert stats.class_kept[1] > stats.class_kept[0]
+            state = c.save(0)
+            c.seq_cp(0, 1)
+            expected = c.feed(tokens[150:180], 24)
+            assert c.load(state, 0)
+            np.testing.assert_array_equal(c.feed(tokens[150:180], 24), expected)
+            np.testing.assert_array_equal(c.feed(tokens[150:180], 24, seq=1), expected)
