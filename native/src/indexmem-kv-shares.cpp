@@ -27,7 +27,8 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
     }
 
     // the largest mean with which slots, which are padded, take no more either
-    const uint32_t n_most = lim.span > 0 ? std::max(lim.budget, lim.span/2) : UINT32_MAX;
+    const uint32_t n_half = std::min(lim.span/2, lim.span - std::min(lim.span, n_ubatch)); // and a ubatch has to fit behind it
+    const uint32_t n_most = lim.span > 0 ? std::max(lim.budget, n_half) : UINT32_MAX;
     const uint64_t n_may  = bytes*counts::geometry::slots_of(lim.budget - n_latent + n_ubatch, n_latent, false);
     for (uint64_t mean = lim.budget; mean > n_least; --mean) {
         res.budgets.clear();

@@ -569,5 +569,8 @@ TEST(shares_become_budgets_that_take_no_more) {
     auto lim = limits_of(1000);
     lim.span = 2200;
     CHECK(indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets.back() == 1100); // half of the span
+    lim = limits_of(100);
+    lim.span = 300;
+    CHECK(indexmem_budgets_of(lim, 180, 0, shares, bytes).budgets.back() == 120); // and a ubatch fits behind it
     CHECK(indexmem_budgets_of(lim, 64, 0, { 2.0f, 2.0f }, { 1, 1 }).budgets.empty()); // all the same
 }
