@@ -8,7 +8,7 @@ zero does not exist: that is how options such as `mid_dim = 0` leave tensors out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -22,6 +22,10 @@ MAX_U32 = 2**32 - 1
 LIMITS = {  # far above any model; they keep absurd files from reaching an allocation
     "block_count": 4096, "embedding_length": 1 << 20, "head_count_kv": 4096, "head_count": 65536, "key_length": 65536,
 }  # fmt: skip
+
+SHARE_KEY = "indexmem.budget_share"
+SHARES = 1 / 64, 64.0  # least and most of a budget that a layer may get, and how many different ones there may be
+DIFFERENT_SHARES = 4
 
 Sizes = dict[str, int]
 
@@ -246,6 +250,21 @@ def _check_constant(what: str, c: Constant, value: Any, n_layer: int) -> Any:
     if text not in c.choices:
         raise ConvertError(f"{what} must be one of {', '.join(c.choices)}, found {show(text)}")
     return text
+
+
+def check_shares(value: Any, n_layer: int, numbers: Sequence[int]) -> tuple[float, ...]:
+    """What of a budget each layer gets, as exact as a file holds it; `numbers` are the layers that a file is for.
+
+    Raises:
+        ConvertError: not one number a layer, out of range, or too many different ones.
+    """
+    shares = _check_array("budget_share", value, n_layer, lambda item, v: check_f32(item, v, True))
+    for i, share in enumerate(shares):
+        if not SHARES[0] <= share <= SHARES[1]:
+            raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")
+    if (n := len({shares[i] for i in numbers})) > DIFFERENT_SHARES:
+        raise ConvertError(f"budget_share has {n} different values: expected at most {DIFFERENT_SHARES}")
+    return tuple(shares)
 
 
 def constant(kind: Kind, name: str) -> Optional[Constant]:

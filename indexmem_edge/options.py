@@ -31,6 +31,7 @@ DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 128
 PIN_AUTO = "auto"
 SIDECAR_OFF = "off"
+LAYERS_SIDECAR, LAYERS_EQUAL = "sidecar", "equal"  # budgets of layers
 LOGICAL_MAX = 1 << 21  # default n_ctx with a budget: a limit on positions, not on memory
 DEFAULT_UBATCH = 512
 
@@ -102,6 +103,12 @@ def _name(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BudgetError(f"{name} must be a name, found {value!r}")
     return value
+
+
+def _layer_budgets(name: str, value: Any) -> str:
+    if value not in (LAYERS_SIDECAR, LAYERS_EQUAL):
+        raise BudgetError(f"{name} must be {LAYERS_SIDECAR!r} or {LAYERS_EQUAL!r}, found {value!r}")
+    return str(value)
 
 
 def _sidecar(name: str, value: Any) -> Optional[str]:
@@ -208,6 +215,12 @@ class CacheOptions:
         "Positions that are used: what is kept gets new ones, in its order, before the text passes them. At least the budget "
         "and the ubatch. 0: positions grow with the text.",
         _count, least=0, nothing=0, shown="the length the model was trained for",
+    )  # fmt: skip
+    layer_budgets: str = _option(
+        LAYERS_SIDECAR, "kv_layer_budgets",
+        f"`{LAYERS_SIDECAR}`: layers share what all of them may keep as the sidecar of the indexer says, if it does. "
+        f"`{LAYERS_EQUAL}`: each keeps as much as the others.",
+        _layer_budgets, kind=str, takes=str, nothing=LAYERS_SIDECAR,
     )  # fmt: skip
 
     @classmethod

@@ -7,8 +7,17 @@ from typing import Any, Optional
 
 
 @dataclass(frozen=True)
+class LayerBudget:
+    """Layers of which each has the same budget. All their heads hold the same number of entries."""
+
+    layers: int
+    budget: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class KVStats:
-    """Counts of the one sequence of a `Llama`. Entries are counted per KV head; all heads hold the same number."""
+    """Counts of the one sequence of a `Llama`. Entries are counted per KV head; where layers differ, as means over them."""
 
     policy: str  # "unbounded" without a budget
     budget: int  # 0 without a budget
@@ -53,6 +62,7 @@ class KVStats:
     next_position: int = 0  # of the next token
     rebases: int = 0  # times that what is kept got new positions, because the span was used up
     rebase_seconds: float = 0.0  # time that this took
+    layers: tuple[LayerBudget, ...] = ()  # those that have a budget; where all have the same, one
     n_ctx: int = 0  # largest logical length
     n_ctx_train: int = 0  # length the model was trained for
     warnings: tuple[str, ...] = field(default=())
@@ -101,6 +111,8 @@ class KVStats:
             slots = f"{self.memory_slots} slots per KV head, " if self.memory_slots else ""
             rows.append(("memory", f"{self.memory}, {slots}{self.memory_layers} layers"))
         if self.budget:
+            if len(self.layers) > 1:
+                rows.append(("layers", ", ".join(f"{x.layers} keep {x.kept:,} of {x.budget:,}" for x in self.layers)))
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
             work = f"{format_bytes(self.compute_bytes)} of compute buffers, {format_bytes(self.work_bytes)} for the cache's ops"
             rows.append(("positions", _positions(self)))

@@ -69,6 +69,11 @@ class TextContext:
         if status != 0:
             raise DecodeError(f"evaluating {len(tokens):,} tokens failed with code {status}: {api.last_error()}")
 
+    def logits(self) -> Array:
+        """After the last token."""
+        n = llama_lib.llama_vocab_n_tokens(llama_lib.llama_model_get_vocab(self._model))
+        return np.ctypeslib.as_array(llama_lib.llama_get_logits_ith(self._ctx, -1), (n,)).astype(np.float64)
+
     def kept(self) -> Kept:
         layers = range(llama_lib.llama_model_n_layer(self._model))
         return [[api.positions(self._ctx, il, h) for h in range(api.n_head_kv(self._ctx, il))] for il in layers]

@@ -14,6 +14,7 @@ from typing_extensions import Annotated
 from .. import __version__
 from ..errors import IndexMemError
 from .calibrate import calibrate_memory
+from .calibrate_budgets import calibrate_budgets
 from .collect import collecting
 from .fit import fit
 from .options import RunOptions, fail, one_line_errors, with_run_options
@@ -209,6 +210,7 @@ app.command("pull", no_args_is_help=True)(pull)
 app.command("train", no_args_is_help=True)(train)
 app.command("serve", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command("calibrate-memory", no_args_is_help=True)(calibrate_memory)
+app.command("calibrate-budgets", no_args_is_help=True)(calibrate_budgets)
 
 
 def _add_bench() -> None:

@@ -132,6 +132,7 @@ def _sidecar_facts(name: str, model: Optional[str]) -> Facts:
         "fits": fits,
         "indexer": {"kind": kind, "input": meta.get("indexmem.indexer.input"), **meta.below(f"indexmem.{kind}.")},
         "memory": {"kind": memory, **meta.below(f"indexmem.{memory}.")},
+        "budget_share": meta.get("indexmem.budget_share"),
         "defaults": meta.below("indexmem.defaults."),
         "tensors": _by_name(meta.tensors),
         "provenance": meta.below("indexmem.provenance."),
@@ -287,6 +288,8 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
         about.append(("fits", f"{facts['fits']['file']} (fingerprint {facts['fits']['fingerprint']})"))
     about += [(f"indexer {name}", value) for name, value in indexer.items()]
     about += [(f"memory {name}", value) for name, value in memory.items()]
+    if facts["budget_share"] is not None:
+        about.append(("budget by layer", ", ".join(f"{share:g}" for share in facts["budget_share"])))
     about += [(f"default {name}", value) for name, value in facts["defaults"].items()]
     sources = list(zip(provenance.pop("source_files", []), provenance.pop("source_sha256", [])))
     about += [(name.replace("_", " "), value) for name, value in provenance.items()]

@@ -19,8 +19,9 @@ from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 from . import find
 
-API_VERSION = 7
+API_VERSION = 8
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
+CLASSES_MAX = 4  # INDEXMEM_CLASSES_MAX
 
 ERROR_NONE, ERROR_PARAMS, ERROR_MODEL, ERROR_SIDECAR, ERROR_CONTEXT = range(5)  # enum indexmem_error
 LAYER_BOUNDED, LAYER_WINDOW, LAYER_RECURRENT, LAYER_READS = 1, 2, 4, 8  # enum indexmem_layer
@@ -44,6 +45,7 @@ class Params(ctypes.Structure):
         ("memory", ctypes.c_char_p),
         ("memory_slots", ctypes.c_uint32),
         ("span", ctypes.c_uint32),
+        ("layer_budgets", ctypes.c_char_p),
     ]
 
 
@@ -82,6 +84,11 @@ class Stats(ctypes.Structure):
         ("span", ctypes.c_uint32),
         ("window_bytes", ctypes.c_uint64),
         ("recurrent_bytes", ctypes.c_uint64),
+        ("room", ctypes.c_uint32),
+        ("n_classes", ctypes.c_uint32),
+        ("class_budget", ctypes.c_uint32 * CLASSES_MAX),
+        ("class_layers", ctypes.c_uint32 * CLASSES_MAX),
+        ("class_kept", ctypes.c_uint32 * CLASSES_MAX),
     ]
 
 

@@ -17,7 +17,7 @@ from ..errors import BudgetExhausted, ContextError, DecodeError
 from ..native import api
 from ..native.logs import quiet
 from ..options import CacheOptions
-from ..stats import KVStats, trained_length_warning
+from ..stats import KVStats, LayerBudget, trained_length_warning
 from .align import common_prefix
 from .checkpoints import NO_BACKGROUND, Background, Checkpoint, Checkpoints, default_limit
 from .choice import INDEXER_POLICY, sidecar_kinds
@@ -323,7 +323,7 @@ class BoundedCache:
         """The length until which nothing is evicted and no position renewed: what is appended can be taken out again."""
         if self.mixed:
             return int(native.n_seen)  # recurrent layers have no way back, and windows a short one
-        room = _ANY if self.never_evicts else int(native.budget_now) - int(native.memory_slots) - int(native.n_kept)
+        room = _ANY if self.never_evicts else int(native.room)
         if native.span:
             room = min(room, int(native.span) - int(native.next_position))
         return int(native.n_seen) + room
@@ -433,6 +433,10 @@ class BoundedCache:
             span_reason=reason,
             rebases=native.n_rebases,
             rebase_seconds=native.rebase_us / 1e6,
+            layers=tuple(
+                LayerBudget(int(native.class_layers[i]), int(native.class_budget[i]), int(native.class_kept[i]))
+                for i in range(native.n_classes)
+            ),
             **common_counts(self._llm, self._turn, seen, position, native.span, reason or "kv_span is 0"),
         )
 

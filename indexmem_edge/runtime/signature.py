@@ -36,6 +36,7 @@ def made_with(
     kv_evict_step: Optional[int] = None,
     kv_seed: Optional[int] = None,
     kv_span: Optional[int] = None,
+    kv_layer_budgets: Optional[str] = None,
     kv_cancel: bool = True,
     kv_checkpoints: Optional[int] = None,
     kv_warn: Optional[Callable[[CacheWarning], None]] = None,

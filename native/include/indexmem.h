@@ -46,9 +46,11 @@ struct llama_model;
 struct llama_context;
 struct indexmem_copy; // of a sequence
 
-#define INDEXMEM_API_VERSION 7
+#define INDEXMEM_API_VERSION 8
 
 #define INDEXMEM_SPAN_TRAINED UINT32_MAX
+
+#define INDEXMEM_CLASSES_MAX 4
 
 // Values are fixed by the caller before the context exists. All counts are in tokens, per KV head.
 struct indexmem_params {
@@ -66,12 +68,14 @@ struct indexmem_params {
     uint32_t     memory_slots; // of a memory that has slots, part of the budget; 0 = as in the sidecar, without one 64
     uint32_t     span;        // rotary positions that are used: before they come up to it, entries get new ones. Default
                               // INDEXMEM_SPAN_TRAINED: as many as the model was trained for, if that can be; 0 = they grow without end
+    const char * layer_budgets; // with an indexer, "sidecar": layers share what all may keep as its sidecar says, if it does;
+                              // "equal": each keeps as much as the others; NULL = "sidecar"
 };
 
 // Counts of one sequence.
 struct indexmem_stats {
     uint32_t struct_size;    // sizeof(struct indexmem_stats), set by the caller
-    uint32_t budget;
+    uint32_t budget;         // where layers differ, this one, budget_now, n_slots, n_kept and n_evicted are means over them, rounded up
     uint32_t n_slots;        // slots for entries per KV head: the budget plus one ubatch of working room, padded
     uint32_t budget_now;     // the budget at this length: smaller than `budget` only with a budget_ratio
     uint32_t n_kept;         // entries held now, per KV head
@@ -102,6 +106,11 @@ struct indexmem_stats {
     uint32_t span;           // in force; 0 = positions grow without end (indexmem_span_reason)
     uint64_t window_bytes;    // caches of layers that look at a window, of the whole context: as large as the window and a ubatch
     uint64_t recurrent_bytes; // states of recurrent layers, likewise
+    uint32_t room;            // entries that can come before any leaves, in all layers, at this length
+    uint32_t n_classes;       // classes of layers: those of one have the same budget; at most INDEXMEM_CLASSES_MAX
+    uint32_t class_budget[INDEXMEM_CLASSES_MAX]; // of each class, ascending
+    uint32_t class_layers[INDEXMEM_CLASSES_MAX]; // how many layers it has
+    uint32_t class_kept  [INDEXMEM_CLASSES_MAX]; // entries that the sequence holds there now
 };
 
 // what a layer keeps of the past

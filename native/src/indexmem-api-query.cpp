@@ -10,6 +10,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <set>
 #include <string>
 
@@ -161,12 +162,38 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     }
     llama_synchronize(ctx);
 
+    // where layers differ: means, rounded up
+    const auto mean = [&](auto of_class) {
+        uint64_t sum = 0;
+        for (const auto & l : kv->get_layers()) {
+            sum += of_class(l.cls);
+        }
+        const uint64_t n = std::max<uint64_t>(1, kv->get_layers().size());
+        return (uint32_t) ((sum + n - 1)/n);
+    };
+    const auto & counts = kv->get_counts();
+
     stats->budget      = kv->get_config().budget;
-    stats->n_slots     = kv->get_n_slots();
-    stats->budget_now  = kv->get_counts().budget_of(*seq) + kv->get_n_latent();
-    stats->n_kept      = seq->n_used;
+    stats->n_slots     = mean([&](uint32_t c) { return kv->get_geometry().n_slots[c]; });
+    stats->budget_now  = mean([&](uint32_t c) { return counts.budget_of(*seq, c); }) + kv->get_n_latent();
+    stats->n_kept      = mean([&](uint32_t c) { return seq->of(c).n_used; });
     stats->n_seen      = seq->n_seen;
-    stats->n_evicted   = seq->n_seen - seq->n_used;
+    stats->n_evicted   = seq->n_seen - stats->n_kept;
+    stats->room        = UINT32_MAX;
+    stats->n_classes   = kv->get_config().n_classes();
+    for (uint32_t c = 0; c < indexmem_kv_counts::N_CLASSES_MAX; ++c) {
+        const bool there = c < stats->n_classes;
+        stats->class_budget[c] = there ? kv->get_config().budget_of(c) : 0;
+        stats->class_kept[c]   = there ? seq->of(c).n_used : 0;
+        stats->class_layers[c] = 0;
+        if (there) {
+            const uint32_t budget = counts.budget_of(*seq, c);
+            stats->room = std::min(stats->room, budget - std::min(budget, seq->of(c).n_used));
+        }
+    }
+    for (const auto & l : kv->get_layers()) {
+        stats->class_layers[l.cls]++;
+    }
     stats->sinks       = kv->get_config().sinks;
     stats->window      = kv->get_config().window;
     stats->pin         = seq->pin;
@@ -223,7 +250,7 @@ static int32_t get_table(llama_context * ctx, int32_t seq_id, int32_t il, int32_
         return -1;
     }
     if (!pos) {
-        return (int32_t) seq->n_used;
+        return (int32_t) seq->of(layer->cls).n_used;
     }
     llama_synchronize(ctx);
 

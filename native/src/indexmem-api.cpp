@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 
@@ -30,6 +31,7 @@ struct request {
     std::string sidecar; // path, empty = none
     std::string memory;  // empty = that of the sidecar
     uint32_t    memory_slots;
+    std::string layer_budgets; // empty = "sidecar"
     bool        can_stop = false; // what is computed, so that states that are overwritten need a way back
 };
 
@@ -89,7 +91,8 @@ bool indexmem_next_context(const indexmem_params * params) {
     cfg.span       = params->span;
     cfg.span_asked = params->span != 0 && params->span != INDEXMEM_SPAN_TRAINED;
 
-    const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots };
+    const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots,
+        text(params->layer_budgets) };
     if (!req.policy.empty() && indexmem_policy_find(req.policy.c_str()) < 0) {
         return indexmem_error_is(format("unknown policy '%s'; there are: %s", req.policy.c_str(), names_of(indexmem_policy_name).c_str()));
     }
@@ -101,6 +104,9 @@ bool indexmem_next_context(const indexmem_params * params) {
     }
     if (req.memory_slots > 0 && (req.memory == "off" || (req.memory.empty() && req.sidecar.empty()))) {
         return indexmem_error_is(format("%u slots for a memory that is off: choose a memory, or leave the number out", req.memory_slots));
+    }
+    if (!req.layer_budgets.empty() && req.layer_budgets != "sidecar" && req.layer_budgets != "equal") {
+        return indexmem_error_is(format("unknown budgets of layers '%s'; there are: sidecar, equal", req.layer_budgets.c_str()));
     }
     if (!(cfg.ratio >= 0.0 && cfg.ratio <= 1.0)) {
         return indexmem_error_is(format("a budget ratio is a share of the tokens seen, above 0 and at most 1: it is %g", cfg.ratio));
@@ -263,9 +269,29 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
                 "the ordinary KV cache", llm_arch_name(model.arch)));
 }
 
+// What the sidecar says of the budgets of layers, if it is to be followed: it was measured with the ranks of its indexer.
+static void choose_budgets(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+        const std::function<bool(uint32_t)> & is_bounded, llama_kv_cache_bounded::config & cfg) {
+    const auto & hparams = model.hparams;
+    if (!cfg.sidecar || cfg.sidecar->get_shares().empty() || strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") != 0) {
+        return;
+    }
+    auto shares = cfg.sidecar->get_shares();
+    std::vector<uint64_t> row_bytes;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const bool cached = hparams.has_kv(il) && hparams.n_head_kv(il) > 0 && is_bounded(il);
+        shares[il] = cached ? shares[il] : 0.0f;
+        row_bytes.push_back(cached ? ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) +
+                (hparams.is_mla() ? 0 : ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il))) : 0);
+    }
+    auto found = indexmem_budgets_of(cfg, cparams.n_ubatch, cfg.memory ? cfg.memory->n_slots() : 0, shares, row_bytes);
+    cfg.budgets = std::move(found.budgets);
+    cfg.classes = std::move(found.classes);
+}
+
 // the bounded cache, and beside it what layers of other kinds need
 static llama_memory_i * make_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-        const indexmem_layer_kinds & kinds, const llama_kv_cache_bounded::config & cfg, bool can_stop) {
+        const indexmem_layer_kinds & kinds, llama_kv_cache_bounded::config cfg, const request & req) {
     const auto & hparams = model.hparams;
 
     const bool hybrid = llm_arch_is_hybrid(model.arch);
@@ -289,6 +315,9 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
                         "was expected (%u)", il, llm_arch_name(model.arch), made, kind(il)));
         }
     }
+    if (req.layer_budgets != "equal") {
+        choose_budgets(model, params, cparams, is_full, cfg);
+    }
     auto bounded = std::make_unique<llama_kv_cache_bounded>(model, params.type_k, params.type_v, cparams.offload_kqv, cparams.n_seq_max,
             cparams.n_ubatch, cfg, is_full, kinds.reuse);
     bounded->log_made();
@@ -302,7 +331,7 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
                     is_window, kinds.reuse));
     }
     if (hybrid) {
-        recurrent.reset(new indexmem_recurrent(model, cparams.offload_kqv, cparams.n_seq_max, cparams.n_rs_seq, can_stop, is_recurrent));
+        recurrent.reset(new indexmem_recurrent(model, cparams.offload_kqv, cparams.n_seq_max, cparams.n_rs_seq, req.can_stop, is_recurrent));
     }
     return new llama_memory_mixed(std::move(bounded), std::move(window), std::move(recurrent));
 }
@@ -344,7 +373,7 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     }
     choose_span(model, cparams, params.type_k, cfg);
     try {
-        return make_memory(model, params, cparams, kinds, cfg, req.can_stop);
+        return make_memory(model, params, cparams, kinds, cfg, req);
     } catch (const std::exception & err) {
         if (indexmem_last_error_kind() != INDEXMEM_ERROR_NONE) {
             throw;

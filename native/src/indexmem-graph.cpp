@@ -47,22 +47,26 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
     const auto & kv = mctx->get_kv();
 
-    mask  = indexmem_new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv, sh.n_tokens, 1, sh.n_seq);
-    slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
+    parts = std::vector<part>(kv.get_config().n_classes());
+    for (uint32_t c = 0; c < parts.size(); ++c) {
+        parts[c].mask  = indexmem_new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv[c], sh.n_tokens, 1, sh.n_seq);
+        parts[c].slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
 
-    if (sh.evict) {
-        stock.emplace(sh.n_seq);
-        ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
-    }
-    if (sh.rotary) {
-        ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+        if (sh.evict) {
+            parts[c].stock.emplace(sh.n_seq);
+            parts[c].ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+        }
+        if (sh.rotary) {
+            parts[c].ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+        }
+        if (kv.get_indexer()) {
+            parts[c].scoring.emplace(ctx, kv, c, mctx->get_step(), sh.n_tokens);
+        }
     }
     if (kv.get_memory()) {
         latent.emplace(kv, mctx->get_step());
     }
-    if (kv.get_indexer()) {
-        scoring.emplace(ctx, kv, mctx->get_step(), sh.n_tokens);
-    } else if (kv.get_n_ring() > 0) {
+    if (!kv.get_indexer() && kv.get_n_ring() > 0) {
         const int64_t n_last = std::min<int64_t>(sh.n_tokens, kv.get_policy().n_queries);
         rings = indexmem_new_input(ctx, "bounded_rings", GGML_TYPE_I64, n_last, 1, sh.n_seq);
     }
@@ -87,11 +91,12 @@ bool llm_graph_input_attn_bounded::can_reuse(const llm_graph_params & params) {
     return true;
 }
 
-void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
-    GGML_UNUSED(ubatch);
-
+void llm_graph_input_attn_bounded::set_part(uint32_t cls) {
     const auto & kv = mctx->get_kv();
-    const auto & st = mctx->get_step();
+    const auto   st = mctx->get_step().of(cls);
+
+    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = parts[cls];
+    const uint32_t n_kv = sh.n_kv[cls];
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t inf  = ggml_fp32_to_fp16(-INFINITY);
@@ -105,7 +110,7 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     ggml_fp16_t * row = in_place ? (ggml_fp16_t *) mask->data : data_mask.data();
     for (uint32_t s = 0; s < sh.n_seq; ++s) {
         const uint32_t n_used = st.before[s].n_used;
-        for (uint32_t i = 0; i < sh.n_tokens; ++i, row += sh.n_kv) {
+        for (uint32_t i = 0; i < sh.n_tokens; ++i, row += n_kv) {
             data_slots[s*sh.n_tokens + i] = n_used + i;
 
             // everything in the cache is in the past; among the new tokens attention is causal
@@ -113,7 +118,7 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
             const int64_t last  = first + n_used + i + 1;
             std::fill(row,         row + first,   inf);
             std::fill(row + first, row + last,    zero);
-            std::fill(row + last,  row + sh.n_kv, inf);
+            std::fill(row + last,  row + n_kv,  inf);
             if (sh.recall) {
                 std::fill(row, row + kv.get_n_latent(), zero); // empty ones are masked by their counts
             }
@@ -124,23 +129,8 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     }
     ggml_backend_tensor_set(slots, data_slots.data(), 0, ggml_nbytes(slots));
 
-    if (latent) {
-        latent->set_input();
-    }
     if (scoring) {
         scoring->set_input(kv, st);
-    }
-
-    if (rings) {
-        const int64_t n_last = rings->ne[0];
-        std::vector<int64_t> data_rings(ggml_nelements(rings));
-        for (uint32_t s = 0; s < sh.n_seq; ++s) {
-            const llama_pos p0 = st.before[s].n_seen + sh.n_tokens - n_last;
-            for (int64_t i = 0; i < n_last; ++i) {
-                data_rings[s*n_last + i] = (p0 + i) % kv.get_n_ring();
-            }
-        }
-        ggml_backend_tensor_set(rings, data_rings.data(), 0, ggml_nbytes(rings));
     }
 
     if (ctl) {
@@ -158,6 +148,32 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
             ggml_backend_tensor_set(ctl_rotary, data_ctl.data(), 0, ggml_nbytes(ctl_rotary));
         }
     }
+}
+
+void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
+    GGML_UNUSED(ubatch);
+
+    const auto & kv = mctx->get_kv();
+    const auto & st = mctx->get_step();
+
+    for (uint32_t c = 0; c < parts.size(); ++c) {
+        set_part(c);
+    }
+    if (latent) {
+        latent->set_input();
+    }
+
+    if (rings) {
+        const int64_t n_last = rings->ne[0];
+        std::vector<int64_t> data_rings(ggml_nelements(rings));
+        for (uint32_t s = 0; s < sh.n_seq; ++s) {
+            const llama_pos p0 = st.before[s].n_seen + sh.n_tokens - n_last;
+            for (int64_t i = 0; i < n_last; ++i) {
+                data_rings[s*n_last + i] = (p0 + i) % kv.get_n_ring();
+            }
+        }
+        ggml_backend_tensor_set(rings, data_rings.data(), 0, ggml_nbytes(rings));
+    }
 
     if (self_k_rot) {
         ggml_backend_tensor_set(self_k_rot, hadamard_k.data(), 0, ggml_nbytes(self_k_rot));
@@ -168,14 +184,15 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
 }
 
 // One sequence: the same mask serves all KV heads. Several: a copy for each, since dimension 3 counts both.
-ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, int64_t n_head_kv) {
+ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, uint32_t cls, int64_t n_head_kv) {
+    ggml_tensor * mask = parts[cls].mask;
     if (sh.n_seq == 1 || n_head_kv == 1) {
         return mask;
     }
-    auto & res = mask_heads[n_head_kv];
+    auto & res = parts[cls].mask_heads[n_head_kv];
     if (!res) {
-        res = ggml_repeat_4d(ctx, mask, sh.n_kv, sh.n_tokens, n_head_kv, sh.n_seq);
-        res = ggml_reshape_4d(ctx, res, sh.n_kv, sh.n_tokens, 1, n_head_kv*sh.n_seq);
+        res = ggml_repeat_4d(ctx, mask, mask->ne[0], sh.n_tokens, n_head_kv, sh.n_seq);
+        res = ggml_reshape_4d(ctx, res, mask->ne[0], sh.n_tokens, 1, n_head_kv*sh.n_seq);
     }
     return res;
 }
@@ -249,9 +266,10 @@ void llm_graph_input_attn_bounded::build_store(
         ggml_tensor * v_cur) {
     mctx->learn_rotation(l.il, k_cur, self_k_rot);
 
-    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, slots, rings)) {
+    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, parts[l.cls].slots, rings)) {
         ggml_build_forward_expand(graph.gf, t);
     }
+    auto & scoring = parts[l.cls].scoring;
     if (!scoring) {
         return;
     }
@@ -274,20 +292,20 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
         float kq_scale) {
     ggml_context * ctx = graph.ctx0;
 
-    ggml_tensor * k = nodes.streams(l.k, sh.n_kv, row_first());
-    ggml_tensor * v = nodes.streams(l.v, sh.n_kv, row_first());
+    ggml_tensor * k = nodes.streams(l.k, sh.n_kv[l.cls], row_first());
+    ggml_tensor * v = nodes.streams(l.v, sh.n_kv[l.cls], row_first());
 
     ggml_tensor * count = latent ? latent->build_count(ctx, l) : nullptr;
 
     if (l.attends) {
-        ggml_tensor * cur = ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
+        ggml_tensor * cur = ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.cls, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
         if (sh.n_tokens <= N_DRAFTS && graph.n_outputs == (int64_t) sh.n_tokens*sh.n_seq) {
             ggml_indexmem_attend_alone(cur);
         }
         return cur;
     }
     ggml_tensor * op;
-    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? mask : get_mask(ctx, l.k->ne[2]), count, kq_scale, softcap(), op);
+    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? parts[l.cls].mask : get_mask(ctx, l.cls, l.k->ne[2]), count, kq_scale, softcap(), op);
     if (ggml_backend_buffer_is_host(l.k->buffer)) {
         ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu); // where the entries are
     } else {
@@ -304,6 +322,7 @@ void llm_graph_input_attn_bounded::build_evict(
         float kq_scale) {
     mctx->learn_scale(l.il, kq_scale, softcap());
 
+    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = parts[l.cls];
     const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
             &*stock);
 

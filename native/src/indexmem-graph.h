@@ -66,7 +66,7 @@ private:
         uint32_t s0;
         uint32_t n_seq;
         uint32_t n_tokens; // per sequence
-        uint32_t n_kv;
+        std::array<uint32_t, indexmem_kv_counts::N_CLASSES_MAX> n_kv;
         bool     evict;
         bool     rotary;
         bool     recall;
@@ -95,25 +95,34 @@ private:
     void build_evict(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q_cur, float kq_scale);
 
-    ggml_tensor * get_mask(ggml_context * ctx, int64_t n_head_kv);
+    // the inputs that layers of one class share
+    struct part {
+        ggml_tensor * mask  = nullptr; // F16 [n_kv, n_tokens, 1, n_seq]
+        ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
+        ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
+        ggml_tensor * ctl_rotary = nullptr; // the same for the table of rotary positions, null if it holds nothing
+
+        std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
+
+        std::optional<indexmem_scoring> scoring; // if there is an indexer
+        std::optional<indexmem_stock>   stock;   // if something is evicted
+    };
+
+    void set_part(uint32_t cls);
+
+    ggml_tensor * get_mask(ggml_context * ctx, uint32_t cls, int64_t n_head_kv);
 
     const llama_kv_cache_bounded_context * mctx;
 
     shape sh;
 
-    ggml_tensor * mask  = nullptr; // F16 [n_kv, n_tokens, 1, n_seq]
-    ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
+    std::vector<part> parts; // of each class
+
     ggml_tensor * rings = nullptr; // I64 [n_last, 1, n_seq]             ring rows of the newest queries
-    ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
-    ggml_tensor * ctl_rotary = nullptr; // the same for the table of rotary positions, null if it holds nothing
 
     std::optional<indexmem_latent> latent; // if there is a latent memory
 
-    std::map<int64_t, ggml_tensor *> mask_heads; // n_head_kv -> F16 [n_kv, n_tokens, 1, n_head_kv*n_seq]
-
-    std::optional<indexmem_scoring> scoring; // if there is an indexer
-    std::optional<indexmem_stock>   stock;   // if something is evicted
-    std::map<int, ggml_tensor *>    hiddens; // layer -> F32 [n_embd, n_tokens*n_seq]
+    std::map<int, ggml_tensor *> hiddens; // layer -> F32 [n_embd, n_tokens*n_seq], of an indexer
 
     struct asked { ggml_tensor * q; float scale; };
     std::map<int, asked> owners; // layer -> its own queries, of one whose entries others read

@@ -57,9 +57,9 @@ static indexmem_kv_counts::geometry geometry_of(const llama_kv_cache_bounded::co
     const uint32_t n_latent = cfg.memory ? cfg.memory->n_slots() : 0;
 
     const uint64_t min = indexmem_kv_counts::budget_min(cfg.sinks, cfg.pin, cfg.window, n_latent);
-    if (cfg.budget < min) {
+    if (cfg.budget_of(0) < min) {
         throw std::runtime_error(format("a budget of %u is too small: at least %llu are needed (max(sinks %u, pin %u) + window %u + "
-                    "%u slots of the memory + 1)", cfg.budget, (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window, n_latent));
+                    "%u slots of the memory + 1)", cfg.budget_of(0), (unsigned long long) min, cfg.sinks, cfg.pin, cfg.window, n_latent));
     }
     const auto * policy = indexmem_policy_get(cfg.policy);
     const bool indexer  = ranks_by_indexer(cfg);
@@ -132,7 +132,7 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         }
     }
 
-    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_n_slots()));
+    buffers.alloc(format("the bounded KV cache (%u slots per KV head)", get_geometry().n_slots[0]));
     ctxs_bufs = std::move(buffers.get());
     for (auto & l : layers) {
         l.attends = indexmem_device_attends(l.k);
@@ -157,7 +157,11 @@ void llama_kv_cache_bounded::log_made() const {
     const auto type_of = [&](ggml_tensor * layer::*t) { return layers.empty() ? "none" : ggml_type_name((layers[0].*t)->type); };
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
-            get_policy().name, cfg.budget, get_n_slots(), cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+            get_policy().name, cfg.budget, get_geometry().n_slots[0], cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+    for (uint32_t c = 0; c < cfg.budgets.size(); ++c) {
+        const auto n = std::count_if(layers.begin(), layers.end(), [&](const layer & l) { return l.cls == c; });
+        LLAMA_LOG_INFO("%s: budget %u, %u slots in %u layers\n", __func__, cfg.budgets[c], get_geometry().n_slots[c], (uint32_t) n);
+    }
     if (cfg.span > 0) {
         LLAMA_LOG_INFO("%s: rotary positions stay below %u\n", __func__, cfg.span);
     }

@@ -4,6 +4,7 @@
 #include "llama-memory.h"
 
 #include "indexmem-kv-counts.h"
+#include "indexmem-kv-shares.h"
 #include "indexmem-ops.h"
 #include "indexmem-rotator.h"
 #include "indexmem-sidecar.h"
@@ -25,7 +26,8 @@ struct llama_model;
 //
 // Invariants
 //   - buffers are allocated once; their size depends on the budget and n_ubatch, never on the number of tokens seen
-//   - the host knows how many slots are in use, equal for all heads (indexmem-kv-counts.h), the device which tokens they hold
+//   - the host knows how many slots are in use, equal for all heads of a class of layers (indexmem-kv-counts.h), the device which
+//     tokens they hold
 //   - with a latent memory that has slots, these lie in front of all others in K and V, in rows [0, n_front); slot i of an
 //     entry is row n_front + i. They are read from the first eviction of a sequence on
 //   - the hidden state of a pending entry at position p lies in row p % n_wait, the query of position p in row p % n_ring
@@ -41,6 +43,8 @@ public:
         bool        span_asked;  // one that turns out to be impossible is refused; if it was not asked for, it is left out
         std::string span_reason; // why there is none, "" if none was wanted
 
+        std::vector<uint8_t> classes; // [n_layer] of each layer; empty: one class
+
         std::shared_ptr<const indexmem_sidecar> sidecar; // null if nothing of one is used
         std::shared_ptr<const indexmem_memory>  memory;  // null = off
     };
@@ -50,6 +54,7 @@ public:
 
     struct layer {
         uint32_t il;
+        uint32_t cls; // of its budget
 
         ggml_tensor * k;   // [n_embd_head_k, n_front + n_slots, n_head_kv, n_seq_max]
         ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]; of latent attention (MLA) the front of each row of K
@@ -169,7 +174,7 @@ public:
     const indexmem_kv_counts           & get_counts()   const { return counts; }
     const indexmem_kv_counts::geometry & get_geometry() const { return counts.get_geometry(); }
 
-    uint32_t get_n_slots()   const { return get_geometry().n_slots; } // of entries
+    uint32_t get_n_slots(const layer & l) const { return get_geometry().n_slots[l.cls]; } // of entries
     uint32_t get_n_front()   const { return get_geometry().n_front; }
     uint32_t get_n_latent()  const { return get_geometry().n_latent; } // slots of the memory
     uint32_t get_n_ring()    const { return get_geometry().n_ring; }
@@ -264,7 +269,7 @@ private:
 
     // a sequence to be copied, or (src NOTHING) whose memory is to be cleared
     static constexpr uint32_t NOTHING = UINT32_MAX;
-    struct copy { uint32_t src, dst, n_used = 0; }; // n_used: entries of the source
+    struct copy { uint32_t src, dst; seq_state seq = {}; }; // seq: of the source
     std::vector<copy> copies; // pending, applied by init_update
 
     // host: for all but keys, values and what waits to be scored; another context than `ctx` for a device without kernels of ours
@@ -272,7 +277,7 @@ private:
 
     void reset(llama_seq_id seq_id);
 
-    std::vector<int32_t> get_table(ggml_tensor * t, int32_t tail, llama_seq_id seq_id, uint32_t head) const;
+    std::vector<int32_t> get_table(ggml_tensor * t, const seq_state & seq, int32_t tail, llama_seq_id seq_id, uint32_t head) const;
 
     bool turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error);
 

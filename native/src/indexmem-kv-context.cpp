@@ -12,10 +12,12 @@ llama_kv_cache_bounded_context::llama_kv_cache_bounded_context(llama_kv_cache_bo
     kv(kv), status(LLAMA_MEMORY_STATUS_SUCCESS) {
     step st = {};
     st.n_seq  = kv->get_n_seq_max();
-    st.n_kv   = (kv->get_n_front() + kv->get_n_slots())/indexmem_kv_counts::N_KV_PAD*indexmem_kv_counts::N_KV_PAD;
     st.evict  = true;
     st.rotary = kv->get_span() > 0;
     st.recall = kv->get_memory() != nullptr;
+    for (uint32_t c = 0; c < indexmem_kv_counts::N_CLASSES_MAX; ++c) {
+        st.n_kv[c] = kv->get_geometry().n_kv_max(c, st.recall);
+    }
     st.score  = kv->get_indexer() != nullptr;
     st.n_old  = st.score ? kv->get_n_wait() : 0;
     for (uint32_t s = 0; s < st.n_seq; ++s) {

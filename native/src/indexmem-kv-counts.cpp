@@ -9,6 +9,9 @@
 // rows of any type begin at multiples of 16 bytes then
 static constexpr uint32_t N_FRONT_PAD = 8;
 
+// of slots where layers have budgets of their own: what ops that read keys in tiles like
+static constexpr uint32_t N_SLOTS_PAD = 64;
+
 static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
 
 #if defined(__GNUC__)
@@ -33,14 +36,62 @@ indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim
     res.n_latent = n_latent;
     res.n_front  = pad(n_latent, N_FRONT_PAD);
 
-    // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on.
-    const uint32_t n_entries = lim.budget - n_latent + n_ubatch;
-    res.n_slots = std::max(pad(n_entries, N_KV_PAD), pad(res.n_front + n_entries, N_KV_PAD) - res.n_front);
+    const bool several = lim.n_classes() > 1;
+    res.n_pad = several ? N_SLOTS_PAD : N_KV_PAD;
+    for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+        res.n_slots[c] = slots_of(lim.budget_of(std::min(c, lim.n_classes() - 1)) - n_latent + n_ubatch, n_latent, several);
+    }
 
     res.n_ring  = n_queries > 0 ? n_queries + N_RING_SLACK : 0;
     res.n_wait  = indexer ? std::clamp(lim.budget/WAIT_SHARE, N_WAIT_MIN, N_WAIT_MAX) : 0;
     res.recalls = recalls;
     res.evicts  = evicts;
+    return res;
+}
+
+// Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on. Where
+// layers differ, padding like that would take more than their budgets differ by: the last multiple may be cut off there.
+uint32_t indexmem_kv_counts::geometry::slots_of(uint32_t n_entries, uint32_t n_latent, bool several) {
+    const uint32_t n_pad   = several ? N_SLOTS_PAD : N_KV_PAD;
+    const uint32_t n_front = pad(n_latent, N_FRONT_PAD);
+    return std::max(pad(n_entries, n_pad), pad(n_front + n_entries, n_pad) - n_front);
+}
+
+uint32_t indexmem_kv_counts::geometry::n_kv(uint32_t cls, uint32_t n, bool recall) const {
+    return std::min(pad(n + (recall ? n_front : 0), N_KV_PAD), n_kv_max(cls, recall));
+}
+
+indexmem_kv_counts::seq_state indexmem_kv_counts::seq_state::of(uint32_t cls) const {
+    seq_state res = *this;
+    if (cls > 0) {
+        res.n_used  = others[cls - 1].n_used;
+        res.n_fixed = others[cls - 1].n_fixed;
+    }
+    return res;
+}
+
+void indexmem_kv_counts::seq_state::put(uint32_t cls, uint32_t used, uint32_t fixed) {
+    (cls == 0 ? n_used  : others[cls - 1].n_used)  = used;
+    (cls == 0 ? n_fixed : others[cls - 1].n_fixed) = fixed;
+}
+
+void indexmem_kv_counts::seq_state::append(int32_t n) {
+    n_seen += n;
+    n_used += (uint32_t) n;
+    n_last += (uint32_t) n;
+    for (auto & o : others) {
+        o.n_used += (uint32_t) n;
+    }
+}
+
+indexmem_kv_counts::step indexmem_kv_counts::step::of(uint32_t cls) const {
+    step res = *this;
+    res.n_kv[0] = n_kv[cls];
+    for (auto * states : { &res.before, &res.after }) {
+        for (auto & seq : *states) {
+            seq = seq.of(cls);
+        }
+    }
     return res;
 }
 
@@ -59,24 +110,44 @@ uint64_t indexmem_kv_counts::budget_min(uint64_t sinks, uint64_t pin, uint64_t w
     return std::max(sinks, pin) + window + n_latent + 1;
 }
 
-uint32_t indexmem_kv_counts::budget_of(const seq_state & seq) const {
-    uint64_t res = lim.budget;
+uint32_t indexmem_kv_counts::budget_of(const seq_state & seq, uint32_t cls) const {
+    uint64_t res = lim.budget_of(cls);
     if (lim.ratio > 0.0) {
         const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
-        res = std::min<uint64_t>(res, std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min));
+        uint64_t now = std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min);
+        if (!lim.budgets.empty()) { // of what is not protected the class has its share
+            now = now < lim.budget ? min + (now - min)*(res - min)/(lim.budget - min) : res;
+        }
+        res = std::min<uint64_t>(res, now);
     }
     return (uint32_t) res - geo.n_latent;
 }
 
+bool indexmem_kv_counts::is_over(const seq_state & seq, uint32_t n) const {
+    bool res = false;
+    for (uint32_t c = 0; c < lim.n_classes(); ++c) {
+        res = res || seq.of(c).n_used + n > budget_of(seq, c);
+    }
+    return res;
+}
+
+int32_t indexmem_kv_counts::pos_tail(const seq_state & seq) const {
+    int32_t res = 0;
+    for (uint32_t c = 0; c < lim.n_classes(); ++c) {
+        res = std::max(res, seq.of(c).pos_tail());
+    }
+    return res;
+}
+
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
-    const uint32_t room = budget_of(seq) - n_protected(seq) - lim.window;
+    const uint32_t room = budget_of(seq) - n_protected(seq) - lim.window; // of the smallest one
     const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
     return std::max(1u, std::min(want, room));
 }
 
 uint32_t indexmem_kv_counts::evict_max(uint32_t n_tokens) const {
     if (lim.ratio > 0.0) {
-        return lim.budget + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
+        return lim.budget_of(lim.n_classes() - 1) + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
     }
     return n_tokens + (lim.evict_step > 0 ? std::min(lim.evict_step, lim.budget) : EVICT_STEP_DEFAULT);
 }
@@ -86,14 +157,12 @@ uint32_t indexmem_kv_counts::n_drafts(const seq_state & seq, uint32_t n) const {
         return 0;
     }
     const auto last = [&](const seq_state & next) { // whether there is more to do than to append it, as a single token
-        const bool fills = geo.n_wait > 0 && next.n_used == budget_of(next);
-        return fills || next.n_used > budget_of(next) || (geo.n_wait > 0 && next.n_pending() >= geo.n_wait) ||
+        return is_over(next, geo.n_wait > 0 ? 1 : 0) || (geo.n_wait > 0 && next.n_pending() >= geo.n_wait) ||
             (lim.span > 0 && next.rotary_next() > (int64_t) lim.span);
     };
     seq_state next = seq;
     for (uint32_t i = 0; i <= n; ++i) {
-        next.n_seen++;
-        next.n_used++;
+        next.append(1);
         if (last(next)) {
             return std::max(i, 1u) - 1;
         }
@@ -120,7 +189,7 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
             return {};
         }
 
-        uint32_t n_top = 0;
+        std::array<uint32_t, N_CLASSES_MAX> n_top = {};
         for (uint32_t i = 0; i < ub.n_seq; ++i) {
             seq_state & seq = state[ub.s0 + i];
             if (seq.broken) {
@@ -140,7 +209,9 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
             }
             st.rotary = st.rotary || seq.n_rebases > 0;
             st.before.push_back(seq);
-            n_top = std::max(n_top, seq.n_used + ub.n_tokens);
+            for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+                n_top[c] = std::max(n_top[c], seq.of(c).n_used + ub.n_tokens);
+            }
             if (!advance(ub.s0 + i, ub.n_tokens, seq, st, error)) {
                 return {};
             }
@@ -155,7 +226,9 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
             st.after.push_back(seq);
         }
 
-        st.n_kv = pad(n_top + (st.recall ? geo.n_front : 0), N_KV_PAD);
+        for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+            st.n_kv[c] = geo.n_kv(c, n_top[c], st.recall);
+        }
         res.push_back(std::move(st));
     }
 
@@ -163,8 +236,13 @@ std::vector<indexmem_kv_counts::step> indexmem_kv_counts::prepare(const std::vec
 }
 
 void indexmem_kv_counts::rebase(uint32_t n_tokens, seq_state & seq) const {
-    seq.shift   = seq.n_seen - indexmem_span_end(lim.span, seq.n_used, n_tokens);
-    seq.n_fixed = seq.n_used; // what is held cannot be taken back
+    uint32_t n_most = 0;
+    for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+        const uint32_t n_used = seq.of(c).n_used;
+        seq.put(c, n_used, n_used); // what is held cannot be taken back
+        n_most = std::max(n_most, n_used);
+    }
+    seq.shift   = seq.n_seen - indexmem_span_end(lim.span, n_most, n_tokens);
     seq.n_first = std::min(seq.n_first, n_protected(seq));
     seq.n_rebases++;
 }
@@ -172,16 +250,17 @@ void indexmem_kv_counts::rebase(uint32_t n_tokens, seq_state & seq) const {
 bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const {
     st.recall = st.recall || (geo.recalls && seq.n_evictions > 0);
 
-    if (seq.n_used + n_tokens > geo.n_slots) {
-        error = text("%u tokens at once do not fit: %u of %u slots are in use", n_tokens, seq.n_used, geo.n_slots);
-        return false;
+    for (uint32_t c = 0; c < lim.n_classes(); ++c) {
+        const uint32_t n_used = seq.of(c).n_used;
+        if (n_used + n_tokens > geo.n_slots[c]) {
+            error = text("%u tokens at once do not fit: %u of %u slots are in use", n_tokens, n_used, geo.n_slots[c]);
+            return false;
+        }
     }
-    seq.n_used += n_tokens;
-    seq.n_last += n_tokens;
-    seq.n_seen += (int32_t) n_tokens;
+    seq.append((int32_t) n_tokens);
     seq.n_first = seq.n_evictions == 0 && seq.n_rebases == 0 ? (uint32_t) seq.n_seen : seq.n_first;
 
-    if (seq.n_used <= budget_of(seq)) {
+    if (!is_over(seq)) {
         return true;
     }
     st.evict = true;
@@ -189,14 +268,21 @@ bool indexmem_kv_counts::advance(uint32_t s, uint32_t n_tokens, seq_state & seq,
 }
 
 bool indexmem_kv_counts::evict(uint32_t s, seq_state & seq, std::string & error) const {
-    const uint32_t budget = budget_of(seq);
     if (!geo.evicts) {
-        error = text("the budget of %u entries is used up by sequence %u, and the policy is to evict nothing", budget, s);
+        error = text("the budget of %u entries is used up by sequence %u, and the policy is to evict nothing", budget_of(seq), s);
         return false;
     }
-    const uint32_t n_left = std::min(budget, seq.n_used - evict_step_of(seq));
-    seq.n_used  = std::max(n_left, n_protected(seq) + lim.window);
-    seq.n_fixed = seq.n_used;
+    const uint32_t n_step = evict_step_of(seq);
+    for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+        const uint32_t n_used = seq.of(c).n_used;
+        const uint32_t budget = budget_of(seq, std::min(c, lim.n_classes() - 1));
+        // one that still has room makes as much of it as the others do, so that it is not full long before them
+        uint32_t n_left = n_used > budget ? std::min(budget, n_used - n_step) : std::min(n_used, budget + 1 - n_step);
+        n_left = std::min(n_used, std::max(n_left, n_protected(seq) + lim.window));
+        if (n_left < n_used) {
+            seq.put(c, n_left, n_left);
+        }
+    }
     seq.n_first = std::min(seq.n_first, n_protected(seq));
     seq.n_last  = std::min(seq.n_last, lim.window);
     seq.n_evictions++;
@@ -214,7 +300,9 @@ bool indexmem_kv_counts::fit(uint32_t s, const seq_state & state, step & st, std
 
     // less room than a ratio leaves is no reason: the next step takes care of that
     seq_state & seq = st.after[0];
-    st.evict = seq.n_used > lim.budget - geo.n_latent;
+    for (uint32_t c = 0; c < lim.n_classes(); ++c) {
+        st.evict = st.evict || seq.of(c).n_used > lim.budget_of(c) - geo.n_latent;
+    }
     if (st.evict && !evict(s, seq, error)) {
         return false;
     }
@@ -237,7 +325,7 @@ void indexmem_kv_counts::score(step & st, std::vector<seq_state> & state) const 
     for (uint32_t i = 0; i < st.n_seq; ++i) {
         const seq_state & seq = state[st.s0 + i];
         // a single token that fills the budget scores what waits, so that the one after it, which evicts, has less to do
-        const bool fills = single && seq.n_used == budget_of(seq);
+        const bool fills = single && !is_over(seq) && is_over(seq, 1);
         st.score = st.score || fills || seq.n_pending() > (single ? geo.n_wait - 1 : geo.n_wait);
     }
     for (uint32_t i = 0; i < st.n_seq && st.score; ++i) {
@@ -307,9 +395,10 @@ bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
         error = broken_text(s);
         return false;
     }
-    if (lim.budget < min) {
+    if (lim.budget_of(0) < min) {
         error = text("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
-                "the memory + 1), the budget is %u", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent, lim.budget);
+                "the memory + 1), the budget is %u%s", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent,
+                lim.budget_of(0), lim.budgets.empty() ? "" : " in some layers: let all layers keep equally many, or raise it");
         return false;
     }
     const uint32_t n_sure = std::min(n_protected(seq), seq.n_first);

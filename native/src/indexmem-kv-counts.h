@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -17,6 +18,9 @@
 //   - slots [0, n_used) of every head are in use. Slots [0, n_fixed) have their position in a table on the device; slot
 //     n_fixed + i, appended since the last eviction or rebase, holds position n_seen - (n_used - n_fixed) + i
 //   - after every step n_used <= budget_of(seq)
+//   - layers may be of several classes, each with a budget of its own (indexmem-kv-shares.h). They have seen the same tokens, and
+//     evict, score and are rebased in the same steps: n_used and n_fixed alone differ, and of() gives those of one class, for
+//     which the rest of this list holds
 //   - with an indexer, entries at positions [n_scored, n_seen) are pending: their hidden states lie in a ring of n_wait rows.
 //     What is ranked has been scored, so pending entries are the last ones, in order
 //   - an entry of index j was rotated for a position r of its own. Those of slots from n_fixed on have r = j - shift, and the next
@@ -43,6 +47,9 @@ public:
     static constexpr uint32_t N_WAIT_MIN = 4;
     static constexpr uint32_t WAIT_SHARE = 32; // of the budget
 
+    // classes of layers at most
+    static constexpr uint32_t N_CLASSES_MAX = 4;
+
     // what is asked for
     struct limits {
         uint32_t budget;
@@ -52,13 +59,19 @@ public:
         uint32_t evict_step; // 0 = from the room in the budget
         double   ratio;      // of the tokens seen, 0 = none
         uint32_t span;       // rotary positions that are used, 0 = they grow without end
+
+        std::vector<uint32_t> budgets; // of each class of layers, ascending; empty: one class, which has the budget
+
+        uint32_t n_classes() const { return budgets.empty() ? 1 : (uint32_t) budgets.size(); }
+        uint32_t budget_of(uint32_t cls) const { return budgets.empty() ? budget : budgets[cls]; }
     };
 
     // what follows from it, from the size of ubatches, and from what ranks and remembers
     struct geometry {
         uint32_t n_latent; // slots of a latent memory
         uint32_t n_front;  // the same, padded: rows of K and V in front of the entries
-        uint32_t n_slots;  // of entries: the budget and room for one ubatch, padded
+        uint32_t n_pad;    // of slots
+        std::array<uint32_t, N_CLASSES_MAX> n_slots; // of entries: the budget of each class and room for one ubatch, padded
         uint32_t n_ring;   // rows for the newest queries, 0 = none are kept
         uint32_t n_wait;   // rows for hidden states that wait to be scored, 0 = no indexer
         bool     recalls;  // what is evicted goes into a latent memory, which is read from then on
@@ -67,12 +80,23 @@ public:
         // n_queries: kept queries that a rank reads, 0 = none
         static geometry of(const limits & lim, uint32_t n_ubatch, uint32_t n_latent, uint32_t n_queries, bool indexer,
                 bool recalls, bool evicts);
+
+        // slots for that many entries; several: of a cache with several classes of layers
+        static uint32_t slots_of(uint32_t n_entries, uint32_t n_latent, bool several);
+
+        // rows that attention looks at in a class, of n entries or of all slots, and of the memory if it is read
+        uint32_t n_kv(uint32_t cls, uint32_t n, bool recall) const;
+        uint32_t n_kv_max(uint32_t cls, bool recall) const { return ((recall ? n_front : 0) + n_slots[cls])/n_pad*n_pad; }
     };
 
     struct seq_state {
         int32_t  n_seen  = 0;
-        uint32_t n_used  = 0;
+        uint32_t n_used  = 0; // of the first class of layers
         uint32_t n_fixed = 0;
+
+        struct held { uint32_t n_used = 0, n_fixed = 0; };
+        std::array<held, N_CLASSES_MAX - 1> others; // of the other classes; those that do not exist hold what the last one does
+
         uint32_t pin     = 0;
         int32_t  n_scored  = 0;
         int32_t  ring_from = 0;
@@ -91,12 +115,17 @@ public:
         uint32_t n_pending() const { return (uint32_t) (n_seen - n_scored); }
         int32_t  rotary_next() const { return n_seen - shift; }
 
-        // forgets the entries from p0 >= pos_tail() on
+        // the same with what one class of layers holds, and that put back
+        seq_state of(uint32_t cls) const;
+        void put(uint32_t cls, uint32_t n_used, uint32_t n_fixed);
+
+        // more tokens, in all classes; fewer if n is negative
+        void append(int32_t n);
+
+        // forgets the entries from p0 on, which lie behind the tables of all classes
         void truncate(int32_t p0) {
-            n_used   -= (uint32_t) (n_seen - p0);
-            n_last   -= (uint32_t) (n_seen - p0);
+            append(p0 - n_seen);
             n_first   = std::min(n_first, (uint32_t) p0);
-            n_seen    = p0;
             n_scored  = std::min(n_scored, p0);
             ring_from = std::min(ring_from, p0);
         }
@@ -115,7 +144,7 @@ public:
         uint32_t s0;       // first sequence of the ubatch
         uint32_t n_seq;    // consecutive sequences
         uint32_t n_tokens; // of each
-        uint32_t n_kv;     // slots that attention looks at
+        std::array<uint32_t, N_CLASSES_MAX> n_kv; // slots that attention looks at, of each class
         bool     evict;    // some sequence evicts
         bool     rotary;   // some sequence has been rebased: the rotary positions of what it holds are kept in a table
         bool     recall;   // some sequence has evicted before, and the memory is read
@@ -124,6 +153,8 @@ public:
 
         std::vector<seq_state> before; // [n_seq] after the rebase that has to come first, if one has
         std::vector<seq_state> after;  // [n_seq]
+
+        step of(uint32_t cls) const; // for one class of layers
     };
 
     indexmem_kv_counts(const limits & lim, const geometry & geo, uint32_t n_seq_max);
@@ -142,8 +173,14 @@ public:
     // smallest budget that leaves room to evict, with so many slots of a memory
     static uint64_t budget_min(uint64_t sinks, uint64_t pin, uint64_t window, uint64_t n_latent);
 
-    // entries that a sequence may keep at its present length, the slots of the memory not counted
-    uint32_t budget_of(const seq_state & seq) const;
+    // entries that a sequence may keep at its present length in a class of layers, the slots of the memory not counted
+    uint32_t budget_of(const seq_state & seq, uint32_t cls = 0) const;
+
+    // whether it holds more than that in some class, with n more tokens
+    bool is_over(const seq_state & seq, uint32_t n = 0) const;
+
+    // the first position from which on all classes hold every token where it was appended
+    int32_t pos_tail(const seq_state & seq) const;
 
     // length of the protected prefix
     uint32_t n_protected(const seq_state & seq) const { return std::max(lim.sinks, seq.pin); }
@@ -180,7 +217,7 @@ public:
     //
 
     // whether a tail can be taken back exactly: every removed entry is still where it was appended
-    bool can_remove(const seq_state & seq, int32_t p0) const { return !seq.broken && p0 >= seq.pos_tail(); }
+    bool can_remove(const seq_state & seq, int32_t p0) const { return !seq.broken && p0 >= pos_tail(seq); }
 
     void truncate(uint32_t s, int32_t p0) { seqs[s].truncate(p0); }
     void reset   (uint32_t s); // empty, with the pin that was asked for
@@ -199,7 +236,7 @@ private:
     // one sequence of a step; false with an error
     bool advance(uint32_t s, uint32_t n_tokens, seq_state & seq, step & st, std::string & error) const;
 
-    // entries leave, because there are more than the budget has; false with an error
+    // entries leave, because there are more than the budget of some class has; false with an error
     bool evict(uint32_t s, seq_state & seq, std::string & error) const;
 
     void score(step & st, std::vector<seq_state> & state) const;

@@ -61,7 +61,9 @@ void llama_kv_cache_bounded::reserve_rotator() {
 }
 
 // what the layer holds of sequence s, to positions below `end`
-bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state & from, int32_t end, std::string & error) {
+bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state & of_all, int32_t end, std::string & error) {
+    const seq_state from = of_all.of(l.cls);
+
     const int64_t  n_used      = from.n_used;
     const int32_t  newest      = end - from.rotary_next(); // how far the newest tokens move, and with them what has no position
     const uint32_t n_protected = std::min(counts.n_protected(from), from.n_first);

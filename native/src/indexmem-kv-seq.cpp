@@ -34,9 +34,9 @@ uint32_t llama_kv_cache_bounded::get_stream(llama_seq_id seq_id) const {
 }
 
 // of one head, in slot order; tail: that of slot n_fixed
-std::vector<int32_t> llama_kv_cache_bounded::get_table(ggml_tensor * t, int32_t tail, llama_seq_id seq_id, uint32_t head) const {
+std::vector<int32_t> llama_kv_cache_bounded::get_table(ggml_tensor * t, const seq_state & seq, int32_t tail, llama_seq_id seq_id,
+        uint32_t head) const {
     const uint32_t stream = get_stream(seq_id);
-    const auto   & seq    = *get_seq(seq_id);
 
     std::vector<int32_t> res(seq.n_used);
     if (seq.n_fixed > 0) {
@@ -47,12 +47,13 @@ std::vector<int32_t> llama_kv_cache_bounded::get_table(ggml_tensor * t, int32_t 
 }
 
 std::vector<int32_t> llama_kv_cache_bounded::get_positions(llama_seq_id seq_id, const layer & l, uint32_t head) const {
-    return get_table(l.pos, get_seq(seq_id)->pos_tail(), seq_id, head);
+    const auto seq = get_seq(seq_id)->of(l.cls);
+    return get_table(l.pos, seq, seq.pos_tail(), seq_id, head);
 }
 
 std::vector<int32_t> llama_kv_cache_bounded::get_rotary(llama_seq_id seq_id, const layer & l, uint32_t head) const {
-    const auto & seq = *get_seq(seq_id);
-    return get_table(seq.n_rebases > 0 ? l.rotary : l.pos, seq.pos_tail() - seq.shift, seq_id, head);
+    const auto seq = get_seq(seq_id)->of(l.cls);
+    return get_table(seq.n_rebases > 0 ? l.rotary : l.pos, seq, seq.pos_tail() - seq.shift, seq_id, head);
 }
 
 void llama_kv_cache_bounded::reset(llama_seq_id seq_id) {
@@ -145,7 +146,7 @@ void llama_kv_cache_bounded::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id
     if (p1 >= 0 && p1 < dst.n_seen) {
         dst.truncate(p1);
     }
-    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst, get_seq(seq_id_src)->n_used });
+    copies.push_back({ (uint32_t) seq_id_src, (uint32_t) seq_id_dst, *get_seq(seq_id_src) });
     counts.assign(seq_id_dst, dst);
 }
 
@@ -165,7 +166,7 @@ std::vector<std::pair<int64_t, int64_t>> llama_kv_cache_bounded::rows_in_use(con
         return { { 0, n_used } };
     }
     if (t == l.state) {
-        return { { 0, n_used }, { get_n_slots(), t->ne[1] } };
+        return { { 0, n_used }, { get_n_slots(l), t->ne[1] } };
     }
     return { { 0, t->ne[1] } };
 }
@@ -200,7 +201,7 @@ void llama_kv_cache_bounded::apply_copies() {
         }
         for (const auto & l : layers) {
             for (ggml_tensor * t : l.tensors()) {
-                copy_rows(t, c, rows_in_use(l, t, c.n_used));
+                copy_rows(t, c, rows_in_use(l, t, c.seq.of(l.cls).n_used));
             }
         }
     }
@@ -251,7 +252,7 @@ llama_pos llama_kv_cache_bounded::seq_pos_min(llama_seq_id seq_id) const {
     if (!seq || seq->n_seen == 0) {
         return -1;
     }
-    return seq->broken ? seq->n_seen - 1 : std::max(0, std::min(seq->pos_tail(), seq->n_seen) - 1);
+    return seq->broken ? seq->n_seen - 1 : std::max(0, std::min(counts.pos_tail(*seq), seq->n_seen) - 1);
 }
 
 llama_pos llama_kv_cache_bounded::seq_pos_max(llama_seq_id seq_id) const {

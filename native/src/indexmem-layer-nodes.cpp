@@ -15,7 +15,7 @@ indexmem_layer_nodes::indexmem_layer_nodes(ggml_context * ctx, const kv_cache & 
 }
 
 ggml_tensor * indexmem_layer_nodes::entries(ggml_tensor * t) const {
-    return indexmem_view_seqs(ctx, t, kv.get_n_slots(), s0, n_seq, kv.get_n_front());
+    return indexmem_view_seqs(ctx, t, kv.get_n_slots(l), s0, n_seq, kv.get_n_front());
 }
 
 std::vector<ggml_tensor *> indexmem_layer_nodes::store(
@@ -142,7 +142,6 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     kv_cache::step st = {};
     st.n_seq    = n_seq;
     st.n_tokens = n_tokens;
-    st.n_kv   = l.k->ne[1]/indexmem_kv_counts::N_KV_PAD*indexmem_kv_counts::N_KV_PAD;
     st.evict  = true;
     st.recall = kv.get_memory()  != nullptr;
     st.score  = kv.get_indexer() != nullptr;
@@ -161,6 +160,8 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     const float scale   = 1.0f;
     const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
 
+    const int64_t n_kv = kv.get_geometry().n_kv_max(l.cls, true);
+
     const indexmem_layer_nodes nodes(ctx, kv, l, 0, S, T);
 
     std::optional<indexmem_latent>  latent;
@@ -171,7 +172,7 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     const auto add = [&](const std::vector<ggml_tensor *> & more) { res.insert(res.end(), more.begin(), more.end()); };
 
     if (st.score) {
-        scoring.emplace(ctx, kv, st, n_tokens);
+        scoring.emplace(ctx, kv, l.cls, st, n_tokens);
         add(scoring->build_store(ctx, kv, l, input(GGML_TYPE_F32, hparams.n_embd, T*S)));
     }
     ggml_tensor * count = nullptr;
@@ -180,10 +181,10 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
         count = latent->build_count(ctx, l);
     }
     ggml_tensor * q    = input(GGML_TYPE_F32, l.k->ne[0], T, Hq/H, H*S);
-    ggml_tensor * k    = nodes.streams(l.k, st.n_kv, 0);
-    ggml_tensor * v    = nodes.streams(l.v, st.n_kv, 0);
-    ggml_tensor * mask = input(GGML_TYPE_F16, st.n_kv, T, 1, S);
-    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, st.n_kv, T, 1, H*S);
+    ggml_tensor * k    = nodes.streams(l.k, n_kv, 0);
+    ggml_tensor * v    = nodes.streams(l.v, n_kv, 0);
+    ggml_tensor * mask = input(GGML_TYPE_F16, n_kv, T, 1, S);
+    ggml_tensor * each = S == 1 || H == 1 ? mask : input(GGML_TYPE_F16, n_kv, T, 1, H*S);
 
     ggml_tensor * op;
     ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, l.sinks, scale, softcap) :

@@ -35,14 +35,18 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
 
     layer l = {};
     l.il  = il;
+    l.cls = cfg.classes.empty() ? 0 : cfg.classes[il];
+
+    const uint32_t n_slots = get_n_slots(l);
+
     l.last = il;
     l.stock = host != ctx;
     l.sinks = model.layers[il].attn_sinks;
-    l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + geo.n_slots, n_head, n_seq_max);
+    l.k   = ggml_new_tensor_4d(ctx, type_k, n_embd_k, geo.n_front + n_slots, n_head, n_seq_max);
     l.v   = hparams.is_mla() ?
         ggml_view_4d(ctx, l.k, n_embd_v, l.k->ne[1], l.k->ne[2], l.k->ne[3], l.k->nb[1], l.k->nb[2], l.k->nb[3], 0) :
-        ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + geo.n_slots, n_head, n_seq_max);
-    l.pos = ggml_new_tensor_3d(host, GGML_TYPE_I32, geo.n_slots, n_head, n_seq_max);
+        ggml_new_tensor_4d(ctx, type_v, n_embd_v, geo.n_front + n_slots, n_head, n_seq_max);
+    l.pos = ggml_new_tensor_3d(host, GGML_TYPE_I32, n_slots, n_head, n_seq_max);
     if (cfg.span > 0) {
         l.rotary = ggml_dup_tensor(host, l.pos);
         ggml_format_name(l.rotary, "bounded_rotary_l%d", il);
@@ -51,7 +55,7 @@ llama_kv_cache_bounded::layer llama_kv_cache_bounded::new_layer(ggml_context * c
     ggml_format_name(l.v,   "bounded_v_l%d",   il);
     ggml_format_name(l.pos, "bounded_pos_l%d", il);
     if (indexer) {
-        l.state   = ggml_new_tensor_4d(host, GGML_TYPE_F32, indexer->n_state(), geo.n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
+        l.state   = ggml_new_tensor_4d(host, GGML_TYPE_F32, indexer->n_state(), n_slots + geo.n_wait, indexer->n_state_heads(), n_seq_max);
         l.pending = ggml_new_tensor_4d(ctx, pending_type(cfg.sidecar->get_layer(il), hparams.n_embd), hparams.n_embd, geo.n_wait, 1,
                 n_seq_max);
         ggml_format_name(l.state,   "bounded_state_l%d",   il);

@@ -7,8 +7,8 @@
 
 using kv_cache = llama_kv_cache_bounded;
 
-indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, const kv_cache::step & st, uint32_t n_tokens) :
-    s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score),
+indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, uint32_t cls, const kv_cache::step & st, uint32_t n_tokens) :
+    cls(cls), s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score),
     in_ring(n_old > 0 && n_old + this->n_tokens <= (int64_t) kv.get_n_wait()) {
     if (n_tokens > 0 && (!score || in_ring)) {
         rows_new = indexmem_new_input(ctx, "indexer_rows_new", GGML_TYPE_I64, n_tokens, 1, n_seq);
@@ -52,7 +52,7 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
 
         const int64_t n_missing = n_old - seq.n_pending();
         for (int64_t i = 0; i < n_rows; ++i) {
-            data_slots[s*n_rows + i] = i < n_missing ? kv.get_n_slots() + i : seq.n_used - n_old + i;
+            data_slots[s*n_rows + i] = i < n_missing ? kv.get_geometry().n_slots[cls] + i : seq.n_used - n_old + i;
         }
         for (int64_t i = n_missing; i < n_read; ++i) {
             data_old[s*n_read + i] = (int32_t) ((seq.n_seen - n_old + i) % n_ring_old);
@@ -129,7 +129,7 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
 }
 
 ggml_tensor * indexmem_scoring::view_state(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l) const {
-    return indexmem_view_seqs(ctx, l.state, kv.get_n_slots(), s0, n_seq);
+    return indexmem_view_seqs(ctx, l.state, kv.get_n_slots(l), s0, n_seq);
 }
 
 ggml_tensor * indexmem_scoring::build_rank(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * pos, ggml_tensor * ctl) {

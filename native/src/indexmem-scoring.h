@@ -21,9 +21,11 @@
 //
 class indexmem_scoring {
 public:
-    // for ubatches of n_tokens per sequence that do what the step does
-    indexmem_scoring(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st, uint32_t n_tokens);
+    // in a class of layers, for ubatches of n_tokens per sequence that do what the step does
+    indexmem_scoring(ggml_context * ctx, const llama_kv_cache_bounded & kv, uint32_t cls, const llama_kv_cache_bounded::step & st,
+            uint32_t n_tokens);
 
+    // the step of the class
     void set_input(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st);
 
     // nodes to be computed in this order; hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V,
@@ -42,6 +44,7 @@ public:
 private:
     ggml_tensor * view_state(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) const;
 
+    const uint32_t cls;
     const uint32_t s0;
     const int64_t  n_seq;
     const int64_t  n_tokens; // per sequence

@@ -2,6 +2,7 @@
 
 #include "indexmem-gguf-check.h"
 #include "indexmem-hash.h"
+#include "indexmem-kv-counts.h"
 
 #include "llama-impl.h"
 #include "llama-mmap.h"
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <set>
 #include <unordered_map>
 
 // what of it needs no model; the rest is indexmem-sidecar-load.cpp
@@ -109,6 +111,7 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
             throw indexmem_sidecar_error("it holds neither an indexer nor a memory");
         }
         read_layers(meta);
+        read_shares(meta);
         if (memory && memory->n_embd_head() && n_embd_head && n_embd_head != memory->n_embd_head()) {
             throw indexmem_sidecar_error(format("key 'indexmem.%s.head_dim' is %u, and 'indexmem.attention.key_length' %u: %s",
                         memory->kind(), memory->n_embd_head(), n_embd_head, CONVERT));
@@ -175,6 +178,31 @@ void indexmem_sidecar::read_layers(const indexmem_metadata & meta) {
                             il, key.c_str(), CONVERT));
             }
         }
+    }
+}
+
+void indexmem_sidecar::read_shares(const indexmem_metadata & meta) {
+    constexpr const char * KEY = "indexmem.budget_share";
+    constexpr float MIN = 1.0f/64, MAX = 64.0f;
+    if (!meta.has(KEY)) {
+        return;
+    }
+    if (!indexer) {
+        throw indexmem_sidecar_error(format("key '%s' is there without an indexer, whose ranks it is measured with: %s", KEY, CONVERT));
+    }
+    shares = meta.f32s(KEY, geometry.n_layer);
+    std::set<float> values;
+    for (uint32_t il = 0; il < geometry.n_layer; ++il) {
+        if (!(shares[il] >= MIN && shares[il] <= MAX)) {
+            throw indexmem_sidecar_error(format("value %u of key '%s' is %g, expected one from %g to %g: %s", il, KEY, shares[il], MIN, MAX, CONVERT));
+        }
+        if (covered[il]) {
+            values.insert(shares[il]);
+        }
+    }
+    if (values.size() > indexmem_kv_counts::N_CLASSES_MAX) {
+        throw indexmem_sidecar_error(format("key '%s' has %zu different values, expected at most %u: %s", KEY, values.size(),
+                    indexmem_kv_counts::N_CLASSES_MAX, CONVERT));
     }
 }
 

@@ -79,6 +79,9 @@ std::unique_ptr<kv_cache> cache_for(const kv_cache & kv, const kv_cache::seq_sta
     kv_cache::config cfg = kv.get_config();
     cfg.budget  = std::max(seq.n_used + kv.get_n_latent(), seq.n_pending()*indexmem_kv_counts::WAIT_SHARE);
     cfg.budget  = std::max(cfg.budget, kv.get_config().budget);
+    for (uint32_t c = 0; c < cfg.budgets.size(); ++c) {
+        cfg.budgets[c] = std::max(cfg.budgets[c], seq.of(c).n_used + kv.get_n_latent());
+    }
     cfg.pin     = 0; // of a sequence that is empty
     cfg.span    = kv.get_span();
     cfg.sidecar = sidecar_of_host(kv);
@@ -92,11 +95,11 @@ std::unique_ptr<kv_cache> cache_for(const kv_cache & kv, const kv_cache::seq_sta
 std::vector<uint8_t> read_sequence(llama_io_read_i & io, const indexmem_state_origin & o, const kv_cache & kv, const kv_cache::seq_state & from) {
     std::vector<uint8_t> res;
     for (const auto & l : kv.get_layers()) {
-        indexmem_state_some(io, (uint64_t) from.n_fixed*sizeof(int32_t)*l.pos->ne[1]*(from.n_rebases > 0 ? 2 : 1), &res);
+        indexmem_state_some(io, (uint64_t) from.of(l.cls).n_fixed*sizeof(int32_t)*l.pos->ne[1]*(from.n_rebases > 0 ? 2 : 1), &res);
     }
-    for (const auto & sizes : o.layers) {
+    for (size_t i = 0; i < o.layers.size(); ++i) {
         for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
-            indexmem_state_some(io, sizes[part]*o.n_rows((indexmem_state_part) part, from), &res);
+            indexmem_state_some(io, o.layers[i][part]*o.n_rows((indexmem_state_part) part, from.of(kv.get_layers()[i].cls)), &res);
         }
     }
     return res;
@@ -116,7 +119,9 @@ ggml_backend_ptr cpu_backend() {
 }
 
 // the step, in one layer of the cache
-void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, const kv_cache::layer & ours, const kv_cache::step & st) {
+void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, const kv_cache::layer & ours, const kv_cache::step & of_all) {
+    const auto st = of_all.of(l.cls);
+
     ggml_context_ptr holder(ggml_init({ indexmem_layer_nodes::N_TENSORS*ggml_tensor_overhead() +
                 ggml_graph_overhead_custom(indexmem_layer_nodes::N_TENSORS, false), nullptr, true }));
     ggml_context * ctx = holder.get();
@@ -144,7 +149,7 @@ void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, con
         }
     };
     if (st.score) {
-        scoring.emplace(ctx, kv, st, 0);
+        scoring.emplace(ctx, kv, l.cls, st, 0);
         expand(scoring->build_store(ctx, kv, l, nullptr));
     }
     ggml_tensor * ctl        = nullptr;

@@ -8,6 +8,7 @@ using kv_cache = llama_kv_cache_bounded;
 // States of caches with other options: what may differ, and what becomes of it
 //
 //   budget, step, seed, ratio   decide what leaves from now on. What is too much leaves when the state is read (counts.fit)
+//   budgets of layers           likewise, as long as layers that have one budget here held equally much there
 //   sinks, window, pin          protect what is there; what is gone does not come back (n_first, n_last)
 //   policy                      one that ranks by keys and positions needs nothing of a state. Kept queries go on where there are
 //                               some; where there are none, the policy that reads them has to see enough new ones before it evicts.
@@ -32,7 +33,7 @@ indexmem_state_origin indexmem_state_origin_of(const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
     indexmem_state_origin res = {};
-    res.version  = INDEXMEM_STATE_VERSION;
+    res.version  = cfg.n_classes() > 1 ? INDEXMEM_STATE_VERSION : INDEXMEM_STATE_VERSION_ONE;
     res.policy   = kv.get_policy().name;
     res.memory   = indexmem_state_name(kv.get_memory());
     res.n_latent = kv.get_n_latent();
@@ -40,7 +41,9 @@ indexmem_state_origin indexmem_state_origin_of(const kv_cache & kv) {
     res.n_ring   = kv.get_n_ring();
     for (const auto & l : kv.get_layers()) {
         res.layers.push_back(indexmem_state_sizes_of(kv, l));
+        res.classes.push_back((uint8_t) l.cls);
     }
+    res.n_classes = cfg.n_classes();
     return res;
 }
 
@@ -75,10 +78,21 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
     in.expect(kv.get_rot_v(),         "rotation of V");
     in.expect(kv.get_layers().size(), "number of layers");
 
+    res.n_classes = res.version > INDEXMEM_STATE_VERSION_ONE ? in.get<uint32_t>() : 1;
+    if (res.n_classes < 1 || res.n_classes > indexmem_kv_counts::N_CLASSES_MAX) {
+        throw std::runtime_error(format("bounded KV state: %u classes of layers, expected 1 to %u: it is damaged", res.n_classes,
+                    indexmem_kv_counts::N_CLASSES_MAX));
+    }
+
     bool whole = true; // sizes that belong to these names
     for (size_t i = 0; i < kv.get_layers().size(); ++i) {
         const auto & l = kv.get_layers()[i];
         in.expect(l.il,       "index",              l.il);
+        const uint32_t cls = res.version > INDEXMEM_STATE_VERSION_ONE ? in.get<uint32_t>() : 0;
+        if (cls >= res.n_classes) {
+            throw std::runtime_error(format("bounded KV state: layer %u is of class %u of %u: it is damaged", l.il, cls, res.n_classes));
+        }
+        res.classes.push_back((uint8_t) cls);
         in.expect(l.k->ne[2], "number of KV heads", l.il);
         in.expect(l.k->ne[0], "head size of K",     l.il);
         in.expect(l.v->ne[0], "head size of V",     l.il);
@@ -148,7 +162,7 @@ static void require_memory(const kv_cache & kv, const indexmem_state_origin & o,
 static void require_queries(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq, bool kept) {
     const uint32_t n_queries = kv.get_indexer() ? 0 : kv.get_policy().n_queries;
     const uint32_t n_latent  = kv.get_n_latent();
-    const uint32_t budget    = kv.get_config().budget - n_latent;
+    const uint32_t budget    = kv.get_config().budget_of(0) - n_latent; // policies that read queries have one class
     const char   * name      = kv.get_policy().name;
     const bool     too_many  = seq.n_used > budget;
 
@@ -192,10 +206,10 @@ kv_cache::seq_state indexmem_state_adopt(const kv_cache & kv, const indexmem_sta
         res.pin = res.n_evictions > 0 ? std::min(pin, res.n_first) : pin;
     }
     const uint64_t least = indexmem_kv_counts::budget_min(cfg.sinks, res.pin, cfg.window, kv.get_n_latent());
-    if (cfg.budget < least) {
+    if (cfg.budget_of(0) < least) {
         throw std::runtime_error(format("bounded KV state: its pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin) + "
                     "window %u + %u slots of the memory + 1), the budget is %u", res.pin, (unsigned long long) least, cfg.sinks,
-                    cfg.window, kv.get_n_latent(), cfg.budget));
+                    cfg.window, kv.get_n_latent(), cfg.budget_of(0)));
     }
     require_queries(kv, o, res, kept);
     return res;

@@ -11,20 +11,20 @@ static constexpr uint32_t N_SEEN_MAX = 1u << 30;
 
 namespace {
 
-// what a cache may hold of a sequence, whatever its positions
-void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
+// what a cache may hold of a sequence in a class of layers, whatever its positions
+void check_class(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
     const uint32_t n_seen  = seq.n_seen; // a negative number is a large one
     const bool     evicted = seq.n_evictions > 0;
 
     bool ok = n_seen <= N_SEEN_MAX && seq.n_used <= n_seen && seq.n_fixed <= seq.n_used;
-    // at least one entry leaves at an eviction, and what is protected stays
-    ok = ok && seq.n_evictions <= n_seen - seq.n_used;
     ok = ok && (evicted || seq.n_used == n_seen);
     ok = ok && (evicted || seq.n_rebases > 0 || seq.n_fixed == 0);
     ok = ok && (seq.n_used > 0 || n_seen == 0);
     // the first and the last are there, those behind the table among the last
-    ok = ok && seq.n_first <= seq.n_used && seq.n_last <= seq.n_used && seq.n_last >= seq.n_used - seq.n_fixed;
-    ok = ok && (evicted ? (uint64_t) seq.n_first + seq.n_last <= seq.n_used && seq.n_first <= seq.n_fixed : seq.n_last == n_seen);
+    ok = ok && seq.n_first <= seq.n_used && seq.n_last <= seq.n_used;
+    ok = ok && (o.n_classes > 1 || seq.n_last >= seq.n_used - seq.n_fixed); // others may have evicted since
+    ok = ok && (seq.n_used < n_seen ? (uint64_t) seq.n_first + seq.n_last <= seq.n_used && seq.n_first <= seq.n_fixed : true);
+    ok = ok && (evicted || seq.n_last == n_seen);
     ok = ok && (evicted || seq.n_rebases > 0 || seq.n_first == n_seen);
     if (!ok) {
         throw std::runtime_error(format("bounded KV state: impossible counts (seen %u, held %u, fixed %u, pinned %u, evicted "
@@ -58,6 +58,41 @@ void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_c
     }
 }
 
+// What a state holds in each of its classes, in ours: layers that are of one class here must hold equally much.
+void take_classes(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & theirs, kv_cache::seq_state & seq) {
+    const uint32_t n_classes = kv.get_config().n_classes();
+
+    std::array<int, indexmem_kv_counts::N_CLASSES_MAX> found;
+    found.fill(-1);
+    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
+        int & cls = found[kv.get_layers()[i].cls];
+        cls = cls < 0 ? o.classes[i] : cls;
+        const auto a = theirs.of(cls), b = theirs.of(o.classes[i]);
+        if (a.n_used != b.n_used || a.n_fixed != b.n_fixed) {
+            throw std::runtime_error("bounded KV state: made with other budgets of layers, and layers that have one budget in this context hold "
+                    "different numbers of entries in it: use the sidecar and the option for layers that it was made with, or evaluate the "
+                    "text again");
+        }
+    }
+    for (uint32_t c = 0; c < indexmem_kv_counts::N_CLASSES_MAX; ++c) {
+        const auto from = theirs.of(std::max(0, found[std::min(c, n_classes - 1)]));
+        seq.put(c, from.n_used, from.n_fixed);
+    }
+}
+
+void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
+    uint64_t n_gone = 0;
+    for (uint32_t c = 0; c < kv.get_config().n_classes(); ++c) {
+        const auto of_class = seq.of(c);
+        check_class(kv, o, of_class);
+        n_gone += of_class.n_seen - of_class.n_used;
+    }
+    if (seq.n_evictions > n_gone) { // at least one entry leaves at an eviction
+        throw std::runtime_error(format("bounded KV state: impossible counts (%llu entries evicted in %llu evictions)",
+                    (unsigned long long) n_gone, (unsigned long long) seq.n_evictions));
+    }
+}
+
 // in the order of put_head(); the id is checked by the caller
 llama_seq_id get_head(indexmem_state_reader & in, const kv_cache & kv, const indexmem_state_origin & o, kv_cache::seq_state & seq) {
     const uint32_t id = in.get<uint32_t>();
@@ -82,6 +117,12 @@ llama_seq_id get_head(indexmem_state_reader & in, const kv_cache & kv, const ind
         seq.n_first = seq.n_rebases > 0 ? std::min<uint32_t>(std::max(o.sinks, seq.pin), seq.n_seen) : seq.n_seen;
         seq.n_last  = seq.n_seen;
     }
+    kv_cache::seq_state theirs = seq;
+    for (uint32_t c = 1; c < o.n_classes; ++c) {
+        const uint32_t n_used = in.get<uint32_t>();
+        theirs.put(c, n_used, in.get<uint32_t>());
+    }
+    take_classes(kv, o, theirs, seq);
     check_head(kv, o, seq);
     return (llama_seq_id) id;
 }
@@ -128,8 +169,10 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
 }
 
 // of one layer
-void hold_table(llama_io_read_i & io, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream,
+void hold_table(llama_io_read_i & io, const kv_cache::layer & l, const kv_cache::seq_state & of_all, uint32_t stream,
         std::vector<indexmem_state_held> & held) {
+    const auto seq = of_all.of(l.cls);
+
     std::vector<std::vector<int32_t>> tables;
     for (const auto & piece : indexmem_state_table(l, seq, stream)) {
         held.push_back(indexmem_state_hold(io, piece));
@@ -194,7 +237,7 @@ void indexmem_state_hold_sequence(llama_io_read_i & io, const indexmem_state_ori
     for (size_t i = 0; i < kv.get_layers().size(); ++i) {
         const auto rows = indexmem_state_rows_of(kv, kv.get_layers()[i], seq, stream);
         for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
-            const uint64_t size = o.layers[i][part]*o.n_rows((indexmem_state_part) part, from);
+            const uint64_t size = o.layers[i][part]*o.n_rows((indexmem_state_part) part, from.of(kv.get_layers()[i].cls));
             if (!indexmem_state_goes_on(o, ours, part)) {
                 indexmem_state_some(io, size, nullptr);
                 continue;

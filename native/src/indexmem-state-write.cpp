@@ -18,7 +18,7 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
     put<uint32_t>(io, INDEXMEM_STATE_MAGIC);
-    put<uint32_t>(io, INDEXMEM_STATE_VERSION);
+    put<uint32_t>(io, cfg.n_classes() > 1 ? INDEXMEM_STATE_VERSION : INDEXMEM_STATE_VERSION_ONE);
     io.write_string(kv.get_policy().name);
     io.write_string(indexmem_state_name(kv.get_memory()));
     put<uint32_t>(io, kv.get_n_latent());
@@ -27,8 +27,14 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
     put<uint32_t>(io, kv.get_rot_k());
     put<uint32_t>(io, kv.get_rot_v());
     put<uint32_t>(io, kv.get_layers().size());
+    if (cfg.n_classes() > 1) {
+        put<uint32_t>(io, cfg.n_classes());
+    }
     for (const auto & l : kv.get_layers()) {
         put<uint32_t>(io, l.il);
+        if (cfg.n_classes() > 1) {
+            put<uint32_t>(io, l.cls);
+        }
         put<uint32_t>(io, l.k->ne[2]);
         put<uint32_t>(io, l.k->ne[0]);
         put<uint32_t>(io, l.v->ne[0]);
@@ -41,7 +47,7 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
 }
 
 // in the order of get_head()
-void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state & seq) {
+void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state & seq, uint32_t n_classes) {
     put<uint32_t>(io, id);
     put<uint32_t>(io, seq.n_seen);
     put<uint32_t>(io, seq.n_used);
@@ -54,6 +60,10 @@ void put_head(llama_io_write_i & io, llama_seq_id id, const kv_cache::seq_state 
     put<uint64_t>(io, seq.n_rebases);
     put<uint32_t>(io, seq.n_first);
     put<uint32_t>(io, seq.n_last);
+    for (uint32_t c = 1; c < n_classes; ++c) {
+        put<uint32_t>(io, seq.of(c).n_used);
+        put<uint32_t>(io, seq.of(c).n_fixed);
+    }
 }
 
 } // namespace
@@ -96,7 +106,7 @@ void llama_kv_cache_bounded::state_write(llama_io_write_i & io, llama_seq_id seq
     }
     put<uint32_t>(io, ids.size());
     for (llama_seq_id id : ids) {
-        put_head(io, id, *get_seq(id));
+        put_head(io, id, *get_seq(id), cfg.n_classes());
         indexmem_state_put(io, indexmem_state_pieces(*this, id), on_device);
     }
 }

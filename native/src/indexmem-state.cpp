@@ -36,7 +36,9 @@ ggml_tensor indexmem_state_view(const indexmem_state_piece & piece) {
     return res;
 }
 
-std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
+std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l, const kv_cache::seq_state & of_all, uint32_t stream) {
+    const auto seq = of_all.of(l.cls);
+
     std::vector<indexmem_state_piece> res;
     for (ggml_tensor * t : { l.pos, seq.n_rebases > 0 ? l.rotary : nullptr }) {
         for (int64_t h = 0; t && h < t->ne[1] && seq.n_fixed > 0; ++h) {
@@ -47,7 +49,9 @@ std::vector<indexmem_state_piece> indexmem_state_table(const kv_cache::layer & l
 }
 
 indexmem_state_rows indexmem_state_rows_of(
-        const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & seq, uint32_t stream) {
+        const kv_cache & kv, const kv_cache::layer & l, const kv_cache::seq_state & of_all, uint32_t stream) {
+    const auto seq = of_all.of(l.cls);
+
     indexmem_state_rows res;
 
     // rows [i0, i0 + n) of every head

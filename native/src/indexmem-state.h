@@ -11,9 +11,11 @@
 //
 // State of a bounded cache, little endian as everything llama.cpp writes
 //
-//   header     magic, version, policy, memory, sidecar, geometry, of every layer the bytes of a row of each part; number of sequences
+//   header     magic, version, policy, memory, sidecar, geometry, number of classes of layers, of every layer its class and
+//              the bytes of a row of each part; number of sequences
 //   sequences  one after the other:
-//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions, shift, n_rebases, n_first, n_last
+//     head     id, n_seen, n_used, n_fixed, pin, n_scored, ring_from, n_evictions, shift, n_rebases, n_first, n_last; n_used and
+//              n_fixed of every other class
 //     table    positions of the entries that have been through an eviction or a rebase: [n_fixed] of every KV head of every
 //              layer; once there was a rebase, those that their keys are rotated by as well, after the others of the layer. Of
 //              the other entries they follow from the head
@@ -28,13 +30,16 @@
 //   - a state says itself how large its parts are: those that this cache has no use for are skipped
 //   - what holds more entries than the budget is read into a cache as large as it, in the host's memory, and the policy of this
 //     one evicts there, as a step of no tokens (indexmem-state-fit.cpp)
+//   - layers that are of one class here hold equally much in a state
+//   - a cache with one class of layers writes format 8, which has no classes and which libraries before format 9 read
 //   - formats 6 and 7 are read as well. They have no sizes of parts, but sinks and window, which n_first and n_last follow from;
 //     of format 6, of states that know of no rebase, the head ends before `shift`
 //   - slots keep their order, so what has been appended since the last eviction can still be taken back after reading
 //
 
 constexpr uint32_t INDEXMEM_STATE_MAGIC   = 0x564B4D49; // "IMKV"
-constexpr uint32_t INDEXMEM_STATE_VERSION = 8;
+constexpr uint32_t INDEXMEM_STATE_VERSION     = 9;
+constexpr uint32_t INDEXMEM_STATE_VERSION_ONE = 8; // of a cache with one class of layers
 constexpr uint32_t INDEXMEM_STATE_VERSION_OLDEST = 6;
 
 constexpr const char * INDEXMEM_STATE_INDEXER = "indexer"; // the policy whose entries have scores
@@ -93,6 +98,9 @@ struct indexmem_state_origin {
     uint32_t    n_ring;
 
     std::vector<indexmem_state_sizes> layers;
+
+    uint32_t             n_classes = 1;
+    std::vector<uint8_t> classes; // of each of the layers
 
     // rows of a part that a sequence has
     uint64_t n_rows(indexmem_state_part part, const llama_kv_cache_bounded::seq_state & seq) const;

@@ -1,6 +1,7 @@
 // the bookkeeping of a bounded cache, alone: no model, no tensors
 
 #include "indexmem-kv-counts.h"
+#include "indexmem-kv-shares.h"
 
 #include "test.h"
 
@@ -66,7 +67,7 @@ TEST(a_budget_is_never_exceeded) {
                 const auto seq = *c.get(0);
                 CHECK(seq.n_used <= c.budget_of(seq) && seq.n_used <= budget);
                 CHECK(seq.n_used >= std::min<uint32_t>(seq.n_seen, lim.sinks + lim.window));
-                CHECK(st.n_kv % counts::N_KV_PAD == 0 && st.n_kv >= st.before[0].n_used + st.n_tokens);
+                CHECK(st.n_kv[0] % counts::N_KV_PAD == 0 && st.n_kv[0] >= st.before[0].n_used + st.n_tokens);
                 CHECK(st.evict == (st.after[0].n_evictions > st.before[0].n_evictions));
                 CHECK(seq.n_fixed == (st.evict ? seq.n_used : st.before[0].n_fixed));
             }
@@ -80,8 +81,8 @@ TEST(slots_hold_a_budget_and_a_ubatch) {
             const auto lim = limits_of(100);
             const auto geo = counts::geometry::of(lim, n_ubatch, n_latent, 0, false, n_latent > 0, true);
             CHECK(geo.n_front >= n_latent && geo.n_front % 8 == 0);
-            CHECK(geo.n_slots >= lim.budget - n_latent + n_ubatch);
-            CHECK(geo.n_slots % counts::N_KV_PAD == 0 || (geo.n_front + geo.n_slots) % counts::N_KV_PAD == 0);
+            CHECK(geo.n_slots[0] >= lim.budget - n_latent + n_ubatch);
+            CHECK(geo.n_slots[0] % counts::N_KV_PAD == 0 || (geo.n_front + geo.n_slots[0]) % counts::N_KV_PAD == 0);
         }
     }
 }
@@ -464,4 +465,112 @@ TEST(drafts_leave_nothing_behind) {
     broken.n_used = 10;
     broken.broken = true;
     CHECK(c.n_drafts(broken, 5) == 0);
+}
+
+//
+// layers with budgets of their own
+//
+
+static counts::limits limits_of(const std::vector<uint32_t> & budgets, uint32_t budget) {
+    counts::limits lim = limits_of(budget);
+    lim.budgets = budgets;
+    return lim;
+}
+
+TEST(no_class_exceeds_its_budget_and_all_evict_together) {
+    for (double ratio : { 0.0, 0.3 }) {
+        auto lim = limits_of({ 30, 50, 200 }, 80);
+        lim.ratio = ratio;
+        kind k;
+        k.indexer = true;
+        counts c = counts_of(lim, k);
+        std::mt19937 rng(7);
+        for (int i = 0; i < 400; ++i) {
+            const auto st  = feed(c, i % 3 == 0 ? 1 + rng() % 32 : 1);
+            const auto seq = *c.get(0);
+            int32_t tail = 0;
+            for (uint32_t cls = 0; cls < 3; ++cls) {
+                const auto before = st.before[0].of(cls), after = st.after[0].of(cls);
+                CHECK(after.n_used <= c.budget_of(seq, cls) && after.n_used <= lim.budgets[cls]);
+                CHECK(after.n_used >= std::min<uint32_t>(seq.n_seen, lim.sinks + lim.window));
+                const bool left = after.n_used < before.n_used + st.n_tokens;
+                CHECK(!left || st.evict);
+                CHECK(after.n_fixed == (left ? after.n_used : before.n_fixed));
+                CHECK(st.n_kv[cls] >= before.n_used + st.n_tokens && st.n_kv[cls] <= c.get_geometry().n_slots[cls]);
+                tail = std::max(tail, after.pos_tail());
+            }
+            CHECK(c.pos_tail(seq) == tail && c.can_remove(seq, tail) && (tail == 0 || !c.can_remove(seq, tail - 1)));
+            CHECK(c.get(0)->of(2).n_used >= c.get(0)->n_used);
+        }
+        CHECK(ratio > 0.0 || c.get(0)->of(2).n_used > 150);
+    }
+}
+
+TEST(classes_that_are_full_evict_in_the_same_steps) {
+    auto lim = limits_of({ 30, 200 }, 115);
+    counts c = counts_of(lim, {});
+    for (int i = 0; i < 40; ++i) {
+        feed(c, 32);
+    }
+    int n_both = 0, n_one = 0;
+    for (int i = 0; i < 200; ++i) {
+        const auto st = feed(c, 1);
+        int n = 0;
+        for (uint32_t cls = 0; cls < 2; ++cls) {
+            n += st.after[0].of(cls).n_used < st.before[0].of(cls).n_used + 1;
+        }
+        n_both += n == 2;
+        n_one  += n == 1;
+    }
+    CHECK_MSG(n_both > 50 && n_one <= 1, "%d steps of both, %d of one", n_both, n_one);
+}
+
+TEST(a_rebase_ends_at_the_same_position_in_all_classes) {
+    auto lim = limits_of({ 30, 90 }, 60);
+    lim.span = 160;
+    counts c = counts_of(lim, {});
+    for (int i = 0; i < 60; ++i) {
+        const auto st = feed(c, 1 + i % 32);
+        CHECK(c.get(0)->rotary_next() <= 160 && st.before[0].rotary_next() >= (int32_t) st.before[0].of(1).n_used);
+    }
+    CHECK(c.get(0)->n_rebases > 2);
+}
+
+TEST(shares_become_budgets_that_take_no_more) {
+    const std::vector<float>    shares = { 1.0f, 4.0f, 0.0f, 1.0f, 2.0f, 1.0f }; // the third layer has no such cache
+    const std::vector<uint64_t> bytes  = { 768, 768, 0, 768, 1536, 768 };
+    for (uint32_t budget : { 13u, 20u, 64u, 100u, 512u, 1024u, 5000u }) {
+        for (uint32_t n_ubatch : { 1u, 100u, 512u }) {
+            for (uint32_t n_latent : { 0u, 7u }) {
+                auto lim = limits_of(budget + n_latent);
+                const auto found = indexmem_budgets_of(lim, n_ubatch, n_latent, shares, bytes);
+                const uint64_t n_fixed = counts::budget_min(lim.sinks, lim.pin, lim.window, n_latent);
+                if (found.budgets.empty()) {
+                    CHECK_MSG(budget < 40, "%u", budget); // hardly more than what is protected
+                    continue;
+                }
+                CHECK(found.budgets.size() == 3 && found.classes[1] == 2 && found.classes[4] == 1 && found.classes[0] == 0);
+                lim.budgets = found.budgets;
+                const auto several = counts::geometry::of(lim, n_ubatch, n_latent, 0, false, n_latent > 0, true);
+                const auto one     = counts::geometry::of(limits_of(lim.budget), n_ubatch, n_latent, 0, false, n_latent > 0, true);
+                uint64_t n_held = 0, n_slots = 0, n_bytes = 0;
+                for (size_t il = 0; il < shares.size(); ++il) {
+                    const uint32_t cls = found.classes[il];
+                    n_held  += bytes[il]*lim.budgets[cls];
+                    n_slots += bytes[il]*several.n_slots[cls];
+                    n_bytes += bytes[il];
+                    CHECK(lim.budgets[cls] >= n_fixed);
+                }
+                CHECK(n_held <= n_bytes*lim.budget && n_slots <= n_bytes*one.n_slots[0]);
+                CHECK(budget < 100 || n_held > 0.85*n_bytes*lim.budget);
+            }
+        }
+    }
+    auto lim = limits_of(1000);
+    lim.span = 2200;
+    CHECK(indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets.back() == 1100); // half of the span
+    lim = limits_of(100);
+    lim.span = 300;
+    CHECK(indexmem_budgets_of(lim, 180, 0, shares, bytes).budgets.back() == 120); // and a ubatch fits behind it
+    CHECK(indexmem_budgets_of(lim, 64, 0, { 2.0f, 2.0f }, { 1, 1 }).budgets.empty()); // all the same
 }

@@ -162,6 +162,35 @@ TEST(files_for_some_layers) {
     CHECK(open_bytes(file.bytes()) == "");
 }
 
+TEST(shares_of_budgets) {
+    const auto with = [](const std::vector<float> & values, const char * indexer = "kvzap", int32_t type = GGUF_TYPE_FLOAT32) {
+        auto file = sidecar_file(indexer, "residual");
+        std::vector<std::string> raws;
+        for (float value : values) {
+            raws.push_back(raw(value));
+        }
+        file.array("indexmem.budget_share", type, raws);
+        return file.bytes();
+    };
+    const float inf = std::numeric_limits<float>::infinity();
+    write(PATH, with({ 1.0f, 4.0f }));
+    const indexmem_sidecar shared(PATH);
+    CHECK(shared.get_shares() == std::vector<float>({ 1.0f, 4.0f }));
+
+    write(PATH, sidecar_file("kvzap", "residual").bytes());
+    const indexmem_sidecar plain(PATH);
+    CHECK(plain.get_shares().empty() && plain.get_hash() == shared.get_hash()); // ranks are the same
+
+    for (const auto & values : std::vector<std::vector<float>>{ {}, { 1.0f }, { 1.0f, 1.0f, 1.0f } }) {
+        CHECK_FAILS(with(values), "indexmem.budget_share");
+    }
+    for (float value : { 0.0f, -1.0f, 0.015f, 64.5f, inf, -inf, std::nanf("") }) {
+        CHECK_FAILS(with({ 1.0f, value }), "indexmem.budget_share");
+    }
+    CHECK_FAILS(with({ 1.0f, 2.0f }, "kvzap", GGUF_TYPE_INT32), "indexmem.budget_share");
+    CHECK_FAILS(with({ 1.0f, 2.0f }, "none"), "without an indexer");
+}
+
 TEST(constants_out_of_range) {
     struct change { const char * kind; const char * key; uint32_t value; };
     const change changes[] = {

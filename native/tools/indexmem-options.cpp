@@ -78,13 +78,16 @@ void indexmem_add_options(common_params_context & context) {
     add("--kv-span", "LLAMA_ARG_KV_SPAN", "N",
         "positions that are used before kept keys are rotated to smaller ones; 0: they grow (default: as many as the model was trained for)",
         [](common_params & p, const std::string & v) { p.indexmem.span = whole("--kv-span", v, 0); });
+    add("--kv-layer-budgets", "LLAMA_ARG_KV_LAYER_BUDGETS", "sidecar|equal",
+        "whether layers share what all may keep as the sidecar of the indexer says, if it does (default: sidecar)",
+        [](common_params & p, const std::string & v) { p.indexmem.layer_budgets = v; });
     add("--kv-budget-draft", "LLAMA_ARG_KV_BUDGET_DRAFT", "N", "the same as --kv-budget for the draft model; 0: it keeps all tokens (default: 0)",
         [](common_params & p, const std::string & v) { p.indexmem.draft_budget = (uint32_t) whole("--kv-budget-draft", v, 0); });
 }
 
 static bool is_asked(const indexmem_options & o) {
     return o.budget_ratio > 0 || !o.policy.empty() || !o.sidecar.empty() || !o.memory.empty() || o.memory_slots > 0 || o.sinks >= 0 ||
-        o.window >= 0 || o.pin >= 0 || o.evict_step > 0 || o.span > 0 || o.draft_budget > 0;
+        o.window >= 0 || o.pin >= 0 || o.evict_step > 0 || o.span > 0 || !o.layer_budgets.empty() || o.draft_budget > 0;
 }
 
 [[noreturn]] static void stop(const std::string & why) {
@@ -118,6 +121,7 @@ bool indexmem_ask(const indexmem_options & o, llama_flash_attn_type & flash_attn
     request.evict_step   = o.evict_step;
     request.seed         = o.seed;
     request.span         = o.span   < 0 ? request.span : (uint32_t) o.span;
+    request.layer_budgets = o.layer_budgets.empty() ? nullptr : o.layer_budgets.c_str();
     if (!indexmem_next_context(&request)) {
         stop(indexmem_last_error());
     }

@@ -25,6 +25,7 @@ struct indexmem_options {
     uint32_t    evict_step   = 0;
     uint64_t    seed         = 0;
     int64_t     span         = -1; // -1: as many positions as the model was trained for
+    std::string layer_budgets;    // empty: as the sidecar says
     uint32_t    draft_budget = 0; // of a draft model; 0: it keeps all tokens
 };
 

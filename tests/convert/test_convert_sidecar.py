@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import struct
@@ -55,6 +56,31 @@ def small_file(folder: Path) -> Path:
     c = Checkpoint(Geometry(1, 2, 1), "kvzap", {"mid_dim": 0}, layers, Provenance("kvzap", ("a",), ("0" * 64,)))
     write_sidecar(folder / "small.gguf", c, force=True)
     return folder / "small.gguf"
+
+
+def test_shares_of_a_budget(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They come back as they were written; others are refused, by the writer and by the reader."""
+    n, path = checkpoint.geometry.block_count, tmp_path / "shares.gguf"
+    shares = tuple(float(1 + i % 4) for i in range(n))
+    write_sidecar(path, replace(checkpoint, budget_share=shares))
+    assert read_sidecar(path).checkpoint.budget_share == shares
+    write_sidecar(path, checkpoint, force=True)
+    assert read_sidecar(path).checkpoint.budget_share is None
+    write_checkpoint(tmp_path / "shares.safetensors", replace(checkpoint, budget_share=shares))
+    assert read_checkpoint(tmp_path / "shares.safetensors").budget_share == shares
+    for wrong in ((1.0,) * (n + 1), (), (0.0,) * n, (65.0,) * n, (math.nan,) * n, (1.0,) * (n - 1) + ("1",), 1.0):
+        with pytest.raises(ConvertError, match="budget_share"):
+            replace(checkpoint, budget_share=wrong).validated()
+    many = Checkpoint(
+        Geometry(5, 2, 1), "kvzap", {"mid_dim": 0},
+        [{"out_proj.weight": np.ones((1, 2), np.float32), "out_proj.bias": np.zeros(1, np.float32)}] * 5,
+        Provenance("kvzap", ("a",), ("0" * 64,)), budget_share=(1.0, 2.0, 3.0, 4.0, 5.0),
+    )  # fmt: skip
+    with pytest.raises(ConvertError, match="5 different values: expected at most 4"):
+        many.validated()
+    assert replace(many, budget_share=(1.0, 2.0, 3.0, 4.0, 4.0)).validated().budget_share == (1.0, 2.0, 3.0, 4.0, 4.0)
+    with pytest.raises(ConvertError, match="without an indexer"):
+        replace(checkpoint, kind="none", constants={}, budget_share=shares).validated()
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ TOKENS = [FIRST_FILLER + i % 50 for i in range(400)]
 EXAMPLES: dict[str, Any] = {
     "budget": 200, "budget_ratio": 0.5, "sidecar": "off", "memory": "centroid", "memory_slots": 8, "policy": "keydiff",
     "sinks": 3, "window": 9, "pin": 5, "evict_step": 7, "seed": 11, "span": 4000,
+    "layer_budgets": "equal",
 }  # fmt: skip
 
 

@@ -159,6 +159,7 @@ class BoundedReference:
         dtype: DTypeLike = np.float64,
         cache_dtype: CacheType = None,
         n_ctx: int = 0,
+        budgets: Sequence[int] = (),  # of each layer, where they differ
     ) -> None:
         if policy not in POLICIES and (policy != "indexer" or indexer is None):
             raise ValueError(f"no policy {policy!r}, or no indexer for it")
@@ -167,6 +168,7 @@ class BoundedReference:
             raise ValueError("no room beyond what is protected")
         self.config, self.policy, self.seed = config, policy, seed
         self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
+        self.budgets = list(budgets)
         self.evict_step, self.budget_ratio, self.indexer = evict_step, budget_ratio, indexer
         self.memory, self.span = memory, span
         self.decoder = RememberingDecoder(config, dtype, cache_dtype, n_ctx)
@@ -198,15 +200,20 @@ class BoundedReference:
         share = math.ceil(self.budget_ratio * self.n_seen)
         return min(self.budget, max(share, self.protected + self.window + 1 + self.n_latent))
 
-    @property
-    def capacity(self) -> int:
-        """Entries that may stay at this length: the budget without the slots of a memory."""
-        return self.budget_now - self.n_latent
+    def capacity(self, il: int) -> int:
+        """Entries that may stay in a layer at this length: the budget without the slots of a memory."""
+        if not self.budgets:
+            return self.budget_now - self.n_latent
+        least = self.protected + self.window + 1 + self.n_latent
+        mine = self.budgets[il]
+        if self.budget_ratio and self.budget_now < self.budget:  # what is not protected is shared as ever
+            mine = min(mine, least + (self.budget_now - least) * (mine - least) // (self.budget - least))
+        return mine - self.n_latent
 
     @property
     def step(self) -> int:
-        """Entries evicted at once during decode."""
-        room = self.capacity - self.protected - self.window
+        """Entries evicted at once during decode, in all layers together."""
+        room = min(self.capacity(il) for il in range(self.config.n_layer)) - self.protected - self.window
         return min(self.evict_step or min(max(room // 8, 1), 32), room)
 
     @property
@@ -241,7 +248,8 @@ class BoundedReference:
         self._ranks.clear()
         for il, h in self.heads():
             self.slots[il][h] += range(n_past, n_past + n_new)
-            if len(self.slots[il][h]) > self.capacity:
+        if any(len(self.slots[il][h]) > self.capacity(il) for il, h in self.heads()):
+            for il, h in self.heads():
                 self._evict(il, h)
         self.n_ubatches += 1
         return logits
@@ -255,7 +263,8 @@ class BoundedReference:
             self.n_latent = self.memory.n_slots if self.memory else 0
             self._forget()
         self._ranks.clear()
-        too_many = len(self.slots[0][0]) > self.budget - self.n_latent
+        budgets = self.budgets or [self.budget] * self.config.n_layer
+        too_many = any(len(self.slots[il][h]) > budgets[il] - self.n_latent for il, h in self.heads())
         for il, h in self.heads() if too_many else ():
             self._evict(il, h)
         self.n_ubatches += 1
@@ -264,7 +273,7 @@ class BoundedReference:
         """The rebase before a ubatch of n_new tokens, if it wants one."""
         if not self.span or self.next_position + n_new <= self.span:
             return False
-        end = end_of_rebased(len(self.slots[0][0]), n_new, self.span)
+        end = end_of_rebased(max(len(self.slots[il][h]) for il, h in self.heads()), n_new, self.span)
         by = end - self.next_position
         for il, h in self.heads():
             index = np.array(self.kept[il][h], int)
@@ -307,7 +316,11 @@ class BoundedReference:
 
     def _evict(self, il: int, h: int) -> None:
         kept, last = sorted(self.slots[il][h]), self.n_seen - 1
-        n_evict = min(max(len(kept) - self.capacity, self.step), len(kept) - self.protected - self.window)
+        over = len(kept) - self.capacity(il)
+        n_evict = max(over, self.step) if over > 0 else max(over - 1 + self.step, 0)  # the others make as much room
+        n_evict = min(n_evict, len(kept) - self.protected - self.window)
+        if n_evict <= 0:
+            return
         ranks = self._rank(il, h)
         candidates = {
             p: -np.inf if np.isnan(r) else float(r)

@@ -70,6 +70,7 @@ class Context:
         memory: Optional[str] = None,
         memory_slots: int = 0,
         span: int = api.SPAN_TRAINED,
+        layer_budgets: Optional[str] = None,
         rope: Optional[tuple[int, float]] = None,  # kind of scaling and scale of the frequencies, other than the model's
         capture: Optional[Capture] = None,
     ) -> None:
@@ -94,6 +95,7 @@ class Context:
         api.request_context(
             budget=budget, policy=policy, sinks=sinks, window=window, pin=pin, evict_step=evict_step, seed=seed,
             budget_ratio=budget_ratio, sidecar=sidecar, memory=memory, memory_slots=memory_slots, span=span,
+            layer_budgets=layer_budgets,
         )  # fmt: skip
         self.ctx = llama_cpp.llama_init_from_model(model, params)
         error = api.last_error()

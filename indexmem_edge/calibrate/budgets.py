@@ -1,0 +1,188 @@
+"""Which layers need more of a budget than others? Measured by answers about a text, and written into a sidecar.
+
+    from indexmem_edge.calibrate.budgets import calibrate_budgets
+
+    result = calibrate_budgets("model.gguf", ["book.txt"], "model.indexmem.gguf", "shared.indexmem.gguf", kv_budget=128)
+    print(result.nll_equal, result.nll, result.shares)
+
+Texts with facts are read with a bounded cache and asked about, as they are run: once with equal budgets, and once for each
+layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together. Every
+second text chooses, the others have to agree; if they do not, the sidecar is left with equal budgets.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Optional, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from indexmem_edge.convert.writer import write_sidecar
+
+from ..errors import IndexMemError, SidecarError
+from ..files.modelfile import check_model_file, loaded_model
+from ..files.textfile import read_text
+from ..native import api
+from ..options import DEFAULT_SINKS, CacheOptions, default_ubatch
+from ..runtime.choice import INDEXER_POLICY, MEMORY_OFF
+from ..train.data.generated import ANSWER_WEIGHT, generate
+from ..train.data.sample import Sample
+from . import calibrated_file as files
+from .passages import TextContext, tokenize
+
+WIDE = 4.0  # times the room of the other layers
+TOGETHER = 1, 2, 4  # layers that are widened at once
+
+PathLike = Union[str, "os.PathLike[str]"]
+Array = npt.NDArray[np.float64]
+Shares = Optional[tuple[float, ...]]
+Judge = Callable[[Shares], Array]  # NLL of the answers of each text, nats per token
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """What was measured, and where it was written."""
+
+    path: str
+    bytes: int
+    budget: int
+    texts: int
+    nll_equal: float  # of the answers, nats per token, with equal budgets; on the texts that did not choose
+    nll: float  # with these shares
+    shares: Shares  # of each layer; None: equal ones
+    gains: dict[int, float]  # by bounded layer: what is gained, on the texts that choose, if it alone is wide
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that json.dumps takes."""
+        return asdict(self)
+
+
+def calibrate_budgets(
+    model: PathLike,
+    texts: Sequence[PathLike],
+    indexmem: PathLike,
+    out: PathLike,
+    *,
+    kv_budget: int,
+    kv_sinks: int = DEFAULT_SINKS,
+    kv_window: Optional[int] = None,
+    n_ctx: int = 2048,
+    n_texts: int = 8,
+    n_threads: Optional[int] = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Optional[Callable[[int, int], None]] = None,
+) -> LayerShares:
+    """Measures shares of layers and writes the sidecar with them.
+
+    Args:
+        texts: UTF-8 books, between whose sentences facts are told.
+        indexmem: the sidecar whose indexer ranks.
+        kv_budget: what layers have on average. Where it is short, shares matter: a twentieth of `n_ctx` or less.
+        kv_window: default: a quarter of the budget, at most 128.
+        progress: called with the texts read and their number.
+
+    Raises:
+        IndexMemError: an option is impossible, a file cannot be read or written, or the sidecar has no indexer.
+    """
+    name = check_model_file(model)
+    names = [os.path.expanduser(os.fspath(text)) for text in texts]
+    files.check_output(out, [name, *names, indexmem], force)
+    source = files.open_source(name, indexmem, True)
+    if source.checkpoint.kind == "none":
+        raise SidecarError(f"{os.fspath(indexmem)} holds no indexer, by whose ranks shares of layers are measured")
+    if n_texts < 2:
+        raise IndexMemError(f"at least 2 texts are needed, one to choose by and one to agree, found {n_texts}")
+    window = min(128, kv_budget // 4) if kv_window is None else kv_window
+    asked = {
+        "kv_budget": kv_budget, "kv_sinks": kv_sinks, "kv_window": window, "kv_pin": 0, "kv_policy": INDEXER_POLICY,
+        "memory": MEMORY_OFF,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, loaded_model(name) as loaded:
+        samples = _samples(loaded, [read_text(text) for text in names], n_ctx, n_texts, seed)
+        bounded = [il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED]
+        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER))
+
+        def judge(shares: Shares) -> Array:
+            nonlocal done
+            path = os.path.join(folder, f"{done}.gguf")
+            write_sidecar(path, replace(source.checkpoint, budget_share=shares), source.outtype)
+            options = CacheOptions.from_keywords({**asked, "indexmem": path})
+            context = TextContext(loaded, n_ctx, default_ubatch(kv_budget), n_threads, options)
+            found = []
+            try:
+                for sample in samples:
+                    found.append(_nll(context, sample, default_ubatch(kv_budget)))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+            finally:
+                context.close()
+            os.remove(path)
+            return np.array(found)
+
+        shares, equal, nll, gains = choose(judge, bounded, source.checkpoint.geometry.block_count)
+    written = write_sidecar(out, replace(source.checkpoint, budget_share=shares), source.outtype, force)
+    return LayerShares(os.fspath(out), written.size, kv_budget, n_texts, equal, nll, shares, gains)
+
+
+def choose(judge: Judge, bounded: Sequence[int], n_layer: int) -> tuple[Shares, float, float, dict[int, float]]:
+    """The shares, NLL with equal ones and with these on the texts that did not choose, and the gain of each layer alone."""
+
+    def wide(layers: Sequence[int]) -> tuple[float, ...]:
+        return tuple(WIDE if il in layers else 1.0 for il in range(n_layer))
+
+    equal = judge(None)
+    gains = {il: float((equal - judge(wide([il])))[::2].mean()) for il in bounded}
+    order = sorted((il for il in bounded if gains[il] > 0), key=lambda il: -gains[il])
+    best: Shares = None
+    found = equal
+    for n in TOGETHER:
+        if n > len(order) or n >= len(bounded):
+            break
+        nll = judge(wide(order[:n]))
+        if nll[::2].mean() < found[::2].mean():
+            best, found = wide(order[:n]), nll
+    if found[1::2].mean() >= equal[1::2].mean():
+        best, found = None, equal
+    return best, float(equal[1::2].mean()), float(found[1::2].mean()), gains
+
+
+def _samples(model: int, texts: Sequence[str], length: int, n: int, seed: int) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    books = [tokenize(model, text) for text in texts]
+    if min(map(len, books)) < length:
+        raise IndexMemError(f"a text of {min(map(len, books)):,} tokens is too short: at least {length:,} are needed")
+
+    def filler(count: int) -> list[int]:
+        book = books[int(rng.integers(len(books)))]
+        start = int(rng.integers(len(book) - count + 1))
+        return book[start : start + count]
+
+    found: list[Sample] = []
+    while len(found) < n:
+        sample = generate(lambda text: tokenize(model, text), filler, length, rng)
+        if (sample.weight >= ANSWER_WEIGHT).any() and sample.asked < len(sample.tokens):
+            found.append(sample)
+    return found
+
+
+def _nll(context: TextContext, sample: Sample, n_ubatch: int) -> float:
+    """Of the answers, when the text is read with what the cache keeps of it."""
+    context.clear()
+    tokens = sample.tokens
+    for start in range(0, sample.asked, n_ubatch):
+        context.decode(tokens[start : min(start + n_ubatch, sample.asked)])
+    total, count = 0.0, 0
+    for t in range(sample.asked, len(tokens) - 1):
+        context.decode(tokens[t : t + 1])
+        if sample.weight[t] >= ANSWER_WEIGHT:
+            logits = context.logits()
+            top = logits.max()
+            total += float(top + np.log(np.exp(logits - top).sum()) - logits[tokens[t + 1]])
+            count += 1
+    return total / max(count, 1)

@@ -1,0 +1,273 @@
+"""Budgets that differ by layer, as a sidecar says: against the reference, whose layers have budgets of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Tiny
+from indexmem_edge.native import api
+from reference.decoder import forward
+from reference.indexers import random_indexer, write_sidecar
+from reference.memories import Centroid
+from reference.policies import BoundedReference
+from support.comparing import rms, tokens_of
+from support.native_context import F16, Context, open_model
+from support.spanned import CACHES, NEAR, compare, follow
+from tiny.models import TinyConfig
+
+N_LAYER = 4
+SHARES = [1.0, 4.0, 1.0, 2.0]
+SETTINGS: dict[str, Any] = dict(budget=60, sinks=2, window=8, policy="indexer")
+SIZES = [24, 24, 24, 7, *[1] * 40, 24, 24, 13, *[1] * 30, 24, 5]
+
+
+def sidecar(folder: Path, config: TinyConfig, variant: str = "retention-mlp", shares: Sequence[float] | None = SHARES) -> Any:
+    path = folder / f"{variant}-{'shares' if shares else 'equal'}.gguf"
+    indexer = random_indexer(variant, config.n_layer, config.n_embd, config.n_head_kv, 0)
+    keys = {"indexmem.budget_share": [float(s) for s in shares]} if shares else {}
+    return path, write_sidecar(path, indexer, "f32", architecture=config.arch, keys=keys)
+
+
+def budgets_of(context: Context, shares: Sequence[float] = SHARES) -> list[int]:
+    """Of each layer, as the context says it of each class."""
+    stats = context.stats()
+    classes = sorted(set(shares))
+    assert stats.n_classes == len(classes)
+    assert [stats.class_layers[i] for i in range(len(classes))] == [list(shares).count(s) for s in classes]
+    return [stats.class_budget[classes.index(s)] for s in shares]
+
+
+def both(
+    model: Any, config: TinyConfig, folder: Path, variant: str = "retention-mlp", native: Any = None, **settings: Any
+) -> tuple[Context, BoundedReference]:
+    path, indexer = sidecar(folder, config, variant)
+    settings = SETTINGS | {"span": 0} | settings
+    asked = settings | ({"memory": "centroid", "memory_slots": settings["memory"].n_slots} if settings.get("memory") else {})
+    context = Context(model, sidecar=path, n_ubatch=24, n_threads=1, **{"type_k": F16, "type_v": F16} | asked | (native or {}))
+    reference = BoundedReference(
+        config, indexer=indexer, cache_dtype=np.float16, budgets=budgets_of(context), n_ctx=settings["span"], **settings
+    )
+    return context, reference
+
+
+def test_all_together_keep_no_more_and_take_no_more(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("llama", n_layer=N_LAYER)
+    with open_model(path) as model:
+        for budget in (20, 60, 200, 1000):
+            asked: dict[str, Any] = {**SETTINGS, "budget": budget, "n_ubatch": 24, "n_threads": 1}
+            with Context(model, sidecar=sidecar(tmp_path, config)[0], **asked) as c:
+                found, with_shares = budgets_of(c), c.stats()
+            with Context(model, sidecar=sidecar(tmp_path, config)[0], layer_budgets="equal", **asked) as c:
+                equal = c.stats()
+            assert equal.n_classes == 1 and list(equal.class_budget) == [budget, 0, 0, 0]
+            assert sum(found) <= N_LAYER * budget and with_shares.kv_bytes <= equal.kv_bytes
+            room = [b - 10 for b in found]
+            assert room[0] == room[2] >= 1
+            if budget > 60:  # below, rounding is too coarse
+                assert room[1] == pytest.approx(4 * room[0], rel=0.05) and room[3] == pytest.approx(2 * room[0], rel=0.05)
+                assert sum(found) > 0.8 * N_LAYER * budget
+
+
+def test_without_eviction_nothing_changes(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 30)
+    with open_model(path) as model:
+        logits = []
+        for budgets in ("sidecar", "equal"):
+            with Context(model, sidecar=sidecar(tmp_path, config)[0], n_ubatch=24, n_threads=1, layer_budgets=budgets, **SETTINGS) as c:
+                logits.append(c.feed(tokens, 24))
+    np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma"])
+@pytest.mark.parametrize("variant", ["retention-mlp", "pairwise-mean", "kvzap-mlp"])
+def test_layers_follow_the_reference(tiny: Tiny, tmp_path: Path, arch: str, variant: str) -> None:
+    path, config = tiny(arch, n_layer=N_LAYER)
+    tokens = tokens_of(config, sum(SIZES), seed=1)
+    full = forward(config, tokens, cache_dtype=np.float16)
+    with open_model(path) as model:
+        with Context(model, n_threads=1) as original:
+            base = rms(original.feed(tokens, 24) - full)
+        native, reference = both(model, config, tmp_path, variant)
+        with native:
+            worst, error, spread = follow(native, reference, tokens, SIZES)
+            stats = native.stats()
+            held = [len(native.positions(0)[il][0]) for il in range(N_LAYER)]
+            kept = [stats.class_kept[[1.0, 2.0, 4.0].index(s)] for s in SHARES]
+    assert held == kept == [len(reference.kept[il][0]) for il in range(N_LAYER)]
+    assert held[1] > held[3] > held[0]
+    assert {e.layer for e in reference.evictions} == set(range(N_LAYER))
+    assert worst < 2e-2 and error <= 1.5 * base and error < 0.02 * spread
+
+
+@pytest.mark.parametrize("options", [dict(budget_ratio=0.3), dict(pin=11), dict(evict_step=5), dict(memory=Centroid(6, [True] * N_LAYER, [1.0] * N_LAYER))], ids=lambda o: next(iter(o)))  # fmt: skip
+def test_with_other_options(tiny: Tiny, tmp_path: Path, options: dict[str, Any]) -> None:
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, sum(SIZES), seed=2)
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, **options)
+        with native:
+            worst, error, spread = follow(native, reference, tokens, SIZES)
+    assert worst < 2e-2 and error < 0.02 * spread
+    assert {e.layer for e in reference.evictions} == set(range(N_LAYER))
+
+
+def test_positions_that_are_renewed(tiny: Tiny, tmp_path: Path) -> None:
+    """All layers at the same time and to the same end, whatever each of them holds."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 2 * sum(SIZES), seed=3)
+    kind, _ = CACHES["f16"]
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, native=dict(type_k=kind, type_v=kind), span=160)
+        with native:
+            found = budgets_of(native)
+            assert max(found) <= 80 and max(found) > 60
+            worst, error, spread = follow(native, reference, tokens, SIZES * 2)
+            assert native.stats().n_rebases == reference.n_rebases > 1
+    assert worst < 2e-2 and error < 20 * NEAR["f16"] * spread
+
+
+def test_what_can_be_taken_back(tiny: Tiny, tmp_path: Path) -> None:
+    """As far as every layer still has all that was appended; then the text goes on as if it had not been."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens, other = tokens_of(config, 200, seed=4), tokens_of(config, 200, seed=5)
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path)
+        with native:
+            follow(native, reference, tokens, [24, 24, 24, 24])
+            for n, back in ((3, 2), (20, 12)):
+                at = native.n_seen()
+                follow(native, reference, other, [1] * n)
+                limit = reference.n_before
+                assert native.seq_rm(0, at - 1 if limit <= at - 1 else limit - 1, -1) is (limit <= at - 1)
+                if native.n_seen() > at - 1:
+                    assert native.seq_rm(0, max(limit, native.n_seen() - back), -1)
+                assert reference.truncate(native.n_seen())
+                follow(native, reference, tokens[100:], [5, 1, 1, 24])
+
+
+def test_states_and_copies(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 220, seed=6)
+    file = sidecar(tmp_path, config)[0]
+    with open_model(path) as model:
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, n_seq=2, **SETTINGS) as c:
+            for n in (30, 100, 137):  # before the first eviction, after some, and in between
+                c.clear()
+                c.feed(tokens[:n], 24)
+                state, kept = c.save(0), c.positions(0)
+                c.seq_cp(0, 1)
+                expected = c.feed(tokens[n : n + 40], 24)
+                assert c.load(state, 0)
+                np.testing.assert_equal(c.positions(0), kept)
+                np.testing.assert_array_equal(c.feed(tokens[n : n + 40], 24), expected)
+                np.testing.assert_equal(c.positions(1), kept)
+                np.testing.assert_allclose(c.feed(tokens[n : n + 40], 24, seq=1), expected, rtol=0, atol=1e-4)
+
+
+def test_states_of_other_budgets(tiny: Tiny, tmp_path: Path) -> None:
+    """One of equal budgets is taken up, and what is too much in a layer leaves; the other way is told to be impossible."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 260, seed=7)
+    file = sidecar(tmp_path, config)[0]
+    with open_model(path) as model:
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets="equal", **SETTINGS) as equal:
+            equal.feed(tokens[:100], 24)
+            held = equal.positions(0)
+            state = equal.save(0)
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, **SETTINGS) as shared:
+            assert shared.load(state, 0)
+            now, budgets = shared.positions(0), budgets_of(shared)
+            for il in range(N_LAYER):
+                for h in range(config.n_head_kv):
+                    assert set(now[il][h]) <= set(held[il][h])
+                    assert len(now[il][h]) == min(len(held[il][h]), len(now[il][h])) <= budgets[il]
+            assert np.isfinite(shared.feed(tokens[100:200], 24)).all()
+            mine = shared.save(0)
+        with Context(model, sidecar=file, n_ubatch=24, n_threads=1, layer_budgets="equal", **SETTINGS) as equal:
+            equal.feed(tokens[:50], 24)
+            before = equal.save(0)
+            assert not equal.load(mine, 0) and "other budgets of layers" in api.last_error()
+            assert equal.save(0) == before
+
+
+def test_a_batch_of_drafts_takes_nothing_away(tiny: Tiny, tmp_path: Path) -> None:
+    """As many as there is room for in every layer: taken back, the text goes on as if they had not been."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens, guesses = tokens_of(config, 330, seed=8), tokens_of(config, 330, seed=9)
+    rooms = set()
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, budget=160, evict_step=12)
+        with native:
+            follow(native, reference, tokens, [24] * 11)
+            for i in range(264, 320):
+                room = api.draft_room(native.ctx, 6)
+                rooms.add(room)
+                if room:
+                    reference.feed(tokens[i : i + 1])
+                    native.decode([tokens[i], *guesses[i : i + room]])
+                    assert native.seq_rm(0, i + 1, -1)
+                    compare(native, reference)
+                else:
+                    follow(native, reference, tokens[i:], [1])
+    assert {0, 1} < rooms
+
+
+def test_what_is_aborted_has_not_happened(tiny: Tiny, tmp_path: Path) -> None:
+    """Unless it was to evict: then the sequence is broken, until it is cleared."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, 200, seed=10)
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, native=dict(can_stop=True))
+        with native:
+            follow(native, reference, tokens, [24, 24, 24])
+            for broken in (0, 1):
+                while (native.stats().room == 0) != bool(broken):
+                    follow(native, reference, tokens[native.n_seen() :], [1])
+                at, kept = native.n_seen(), native.positions(0)
+                with native.aborting(20):
+                    assert native.decode_at(tokens[at : at + 1], [at]) == 2
+                assert native.stats().broken == broken
+                if not broken:
+                    np.testing.assert_equal(native.positions(0), kept)
+                    follow(native, reference, tokens[at:], [1] * 3)
+            native.clear()
+            assert np.isfinite(native.feed(tokens[:100], 24)).all()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen35", "gemma3n", "gemma3n-shared", "deepseek2", "gpt-oss"])
+def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    """Layers of other kinds have no share; whole sequences go on from copies and states as they would have gone on."""
+    path, config = tiny(name)
+    tokens = tokens_of(config, 200, seed=11)
+    asked: dict[str, Any] = dict(SETTINGS, n_ubatch=24, n_threads=1, n_seq=2)
+    with open_model(path) as model:
+        with Context(model, budget=60, n_ubatch=24, window=8) as c:
+            kinds = [flags & api.LAYER_BOUNDED for flags in api.model_layers(model)]
+            bounded = [il for il, kind in enumerate(kinds) if kind]
+            n_head_kv = api.n_head_kv(c.ctx, bounded[0])
+        if len(bounded) < 2:
+            pytest.skip("one layer has all of the budget")
+        shares = [3.0 if il == bounded[-1] else 1.0 for il in range(config.n_layer)]
+        write_sidecar(
+            tmp_path / "s.gguf", random_indexer("retention-mlp", config.n_layer, config.n_embd, n_head_kv, 0),
+            keys={"indexmem.budget_share": shares},
+        )  # fmt: skip
+        with Context(model, sidecar=tmp_path / "s.gguf", **asked) as c:
+            c.feed(tokens[:150], 24)
+            stats = c.stats()
+            assert list(stats.class_layers)[:2] == [len(bounded) - 1, 1]
+            held = [len(c.positions(0)[il][0]) for il in bounded]
+            assert held == [stats.class_kept[0]] * (len(bounded) - 1) + [stats.class_kept[1]]
+            assert stats.class_kept[1] > stats.class_kept[0]
+            state = c.save(0)
+            c.seq_cp(0, 1)
+            expected = c.feed(tokens[150:180], 24)
+            assert c.load(state, 0)
+            np.testing.assert_array_equal(c.feed(tokens[150:180], 24), expected)
+            np.testing.assert_array_equal(c.feed(tokens[150:180], 24, seq=1), expected)
