@@ -11,7 +11,6 @@ from typing import Optional, Union
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...errors import ConvertError, ModelFileError
 from ...files.gguffile import GGUFFile, TensorInfo
