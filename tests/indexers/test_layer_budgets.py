@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from conftest import Tiny
+from indexmem_edge import Llama
+from indexmem_edge.errors import BudgetError
 from indexmem_edge.native import api
 from reference.decoder import forward
 from reference.indexers import random_indexer, write_sidecar
@@ -271,3 +273,21 @@ def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: s
             assert c.load(state, 0)
             np.testing.assert_array_equal(c.feed(tokens[150:180], 24), expected)
             np.testing.assert_array_equal(c.feed(tokens[150:180], 24, seq=1), expected)
+
+
+def test_what_python_says_of_them(tiny: Tiny, tmp_path: Path) -> None:
+    path, config = tiny("llama", n_layer=N_LAYER)
+    file = sidecar(tmp_path, config)[0]
+    asked: dict[str, Any] = dict(kv_budget=60, kv_window=8, indexmem=file, n_threads=1, n_ubatch=32, n_gpu_layers=0, verbose=False)
+    tokens = tokens_of(config, 200, seed=12)
+    for how, classes in (("sidecar", 3), ("equal", 1), (None, 3)):
+        with Llama(path, kv_layer_budgets=how, **asked) as llm:
+            llm.eval(tokens)
+            stats = llm.kv_stats()
+        assert len(stats.layers) == classes and sum(x.layers for x in stats.layers) == N_LAYER
+        assert all(0 < x.kept <= x.budget for x in stats.layers)
+        kept = sum(x.layers * x.kept for x in stats.layers)
+        assert stats.kept == -(-kept // N_LAYER) <= 60 and stats.evicted == 200 - stats.kept
+        assert (f"{stats.layers[-1].kept:,} of {stats.layers[-1].budget:,}" in str(stats)) == (classes > 1)
+    with pytest.raises(BudgetError, match="must be 'sidecar' or 'equal', found 'all'"):
+        Llama(path, kv_layer_budgets="all", **asked)
