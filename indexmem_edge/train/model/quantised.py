@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import gguf
 import torch
@@ -54,7 +54,7 @@ class Quantised:
         return replace(self, blocks=self.blocks.to(device), dtype=dtype)
 
 
-Matrix = Tensor | Quantised
+Matrix = Union[Tensor, Quantised]
 
 
 def linear(x: Tensor, weight: Matrix, bias: Optional[Tensor] = None) -> Tensor:
