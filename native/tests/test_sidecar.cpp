@@ -167,7 +167,7 @@ TEST(shares_of_budgets) {
         auto file = sidecar_file(indexer, "residual");
         std::vector<std::string> raws;
         for (float value : values) {
-            raws.push_back(raw(value));
+            raws.push_back(gguf_file::raw(value));
         }
         file.array("indexmem.budget_share", type, raws);
         return file.bytes();
