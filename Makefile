@@ -150,7 +150,7 @@ sanitize: sanitize-address sanitize-thread
 sanitize-address sanitize-thread: sanitize-%: .venv/.tools
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DINDEXMEM_TESTS=ON \
 	    -DINDEXMEM_SANITIZE=$* && $(RUN) cmake --build build/sanitize-$* --target indexmem_tests)
-	cd build/sanitize-$* && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+	cd build/sanitize-$* && $(RUN) $(PATIENT) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 # On a plain ARMv8, and on all that qemu knows: there the compiler has SVE. Threads that wait do not spin, which would take the
 # time of those that are emulated.
@@ -159,8 +159,8 @@ test-arm: .venv/.tools
 	    { echo "No $$program: apt install g++-aarch64-linux-gnu qemu-user (Debian)"; exit 1; }; done
 	@$(call build-arm,armv8-a,armv8-a,cortex-a53)
 	@$(call build-arm,sve2,armv8.6-a+fp16+sve2,max)
-	cd build/arm/armv8-a && $(RUN) OMP_WAIT_POLICY=passive ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
-	cd build/arm/sve2 && $(RUN) OMP_WAIT_POLICY=passive ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+	cd build/arm/armv8-a && $(RUN) $(PATIENT) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+	cd build/arm/sve2 && $(RUN) $(PATIENT) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 # folder, -march of gcc, -cpu of qemu
 build-arm = $(call QUIETLY,$(RUN) cmake -S . -B build/arm/$(1) -G Ninja --toolchain native/cross/aarch64.cmake -DINDEXMEM_TESTS=ON \
@@ -174,7 +174,7 @@ test-windows: .venv/.tools
 	    { echo "No mingw-w64 or no wine: apt install g++-mingw-w64-x86-64-posix wine (Debian)"; exit 1; }
 	@$(call QUIETLY,$(RUN) cmake -S . -B build/windows -G Ninja -DCMAKE_TOOLCHAIN_FILE=native/cross/mingw64.cmake $(WINDOWS) \
 	    -DINDEXMEM_TESTS=ON && $(RUN) cmake --build build/windows --target indexmem_tests)
-	cd build/windows && $(RUN) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
+	cd build/windows && $(RUN) $(PATIENT) ctest --output-on-failure -j $(CMAKE_BUILD_PARALLEL_LEVEL)
 
 # ALL, or some for a smaller wheel or a shorter wait: make wheel VARIANTS="x64;haswell" (x64 runs everywhere).
 VARIANTS ?= ALL

@@ -66,7 +66,7 @@ TEST(no_context) {
 }
 
 TEST(policies) {
-    CHECK(indexmem_policy_count() == 8);
+    CHECK(indexmem_policy_count() == 9);
     for (int i = 0; i < indexmem_policy_count(); ++i) {
         CHECK(strlen(indexmem_policy_name(i)) > 0);
         CHECK(strlen(indexmem_policy_help(i)) > 0);
