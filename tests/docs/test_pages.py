@@ -103,7 +103,9 @@ def test_bytes_of_the_demo_model(demo_model: Path) -> None:
     shape = guide_page.SHAPES[0]
     assert "demo" in shape.name
     for budget in (256, 1024):
-        with closing(indexmem_edge.Llama(demo_model, kv_budget=budget, verbose=False)) as llm:
+        with closing(indexmem_edge.Llama(demo_model, kv_budget=budget, kv_layer_budgets="equal", verbose=False)) as llm:
             assert llm.kv_stats().kv_bytes == shape.bounded_bytes(budget)
+        with closing(indexmem_edge.Llama(demo_model, kv_budget=budget, verbose=False)) as llm:
+            assert llm.kv_stats().kv_bytes <= shape.bounded_bytes(budget)  # its sidecar divides them by need
     with closing(indexmem_edge.Llama(demo_model, n_ctx=2048, verbose=False)) as llm:
         assert llm.kv_stats().kv_bytes == shape.unbounded_bytes(2048)
