@@ -26,11 +26,12 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
         res.classes[il] = shares[il] > 0.0f ? (uint8_t) std::distance(values.begin(), values.find(shares[il])) : 0;
     }
 
-    // the largest mean with which slots, which are padded, take no more either
     const uint32_t n_half = std::min(lim.span/2, lim.span - std::min(lim.span, n_ubatch)); // and a ubatch has to fit behind it
     const uint32_t n_most = lim.span > 0 ? std::max(lim.budget, n_half) : UINT32_MAX;
     const uint64_t n_may  = bytes*counts::geometry::slots_of(lim.budget - n_latent + n_ubatch, n_latent, false);
-    for (uint64_t mean = lim.budget; mean > n_least; --mean) {
+
+    // whether what is left of these shares takes no more, slots, which are padded, included
+    const auto fits = [&](uint64_t mean) {
         res.budgets.clear();
         for (float share : values) {
             const double n = share*(bytes/sum)*(double) (mean - n_least + 1);
@@ -43,9 +44,13 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
             n_held  += n*row_bytes[il];
             n_slots += n > 0 ? row_bytes[il]*counts::geometry::slots_of(n - n_latent + n_ubatch, n_latent, true) : 0;
         }
-        if (n_slots <= n_may && n_held <= bytes*lim.budget) {
-            return res;
-        }
+        return n_slots <= n_may && n_held <= bytes*lim.budget;
+    };
+    // The largest mean that fits. It may be above the budget: what wide layers cannot take, because of the span, the others get.
+    uint64_t most = n_least, too_many = 64*(uint64_t) lim.budget;
+    while (most + 1 < too_many) {
+        const uint64_t mean = most + (too_many - most)/2;
+        (fits(mean) ? most : too_many) = mean;
     }
-    return {};
+    return most > n_least && fits(most) ? res : indexmem_layer_budgets();
 }

@@ -568,9 +568,16 @@ TEST(shares_become_budgets_that_take_no_more) {
     }
     auto lim = limits_of(1000);
     lim.span = 2200;
-    CHECK(indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets.back() == 1100); // half of the span
+    const auto capped = indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets;
+    CHECK(capped[2] == 1100); // half of the span
+    CHECK(3*capped[0] + 2*capped[1] + capped[2] > 0.98*6*1000); // and what it cannot take the others get
     lim = limits_of(100);
     lim.span = 300;
     CHECK(indexmem_budgets_of(lim, 180, 0, shares, bytes).budgets.back() == 120); // and a ubatch fits behind it
     CHECK(indexmem_budgets_of(lim, 64, 0, { 2.0f, 2.0f }, { 1, 1 }).budgets.empty()); // all the same
+
+    // a budget that is most of the span is one of all layers: a text that fits is kept whole
+    lim = limits_of(1500);
+    lim.span = 2200;
+    CHECK(indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets == std::vector<uint32_t>({ 1500, 1500, 1500 }));
 }
