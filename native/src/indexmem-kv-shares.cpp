@@ -52,5 +52,10 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
         const uint64_t mean = most + (too_many - most)/2;
         (fits(mean) ? most : too_many) = mean;
     }
-    return most > n_least && fits(most) ? res : indexmem_layer_budgets();
+    const bool differ = most > n_least && fits(most) && res.budgets.front() < res.budgets.back();
+    if (!differ) {
+        res.budgets.clear();
+        res.classes.assign(shares.size(), 0);
+    }
+    return res;
 }
