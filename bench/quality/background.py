@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from indexmem_edge import Llama
+from indexmem_edge.runtime.answers import log_probabilities
 from indexmem_edge.runtime.choice import INDEXER_POLICY
 
 from ..endless.facts import Fact, facts
@@ -136,9 +137,7 @@ def _answer(model: Model, llm: Llama, prompt: list[int], fact: Fact) -> tuple[bo
     losses = []
     for i, token in enumerate(value):
         llm.prefill(prompt + value[:i])
-        logits = np.asarray(llm._kept.now(), dtype=np.float64)
-        top = logits.max()
-        losses.append(float(top + np.log(np.exp(logits - top).sum()) - logits[token]))
+        losses.append(-float(log_probabilities(np.asarray(llm._kept.now(), dtype=np.float64))[token]))
     return fact.value.lower() in model.text(answer).lower(), statistics.fmean(losses)
 
 

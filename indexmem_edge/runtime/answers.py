@@ -17,8 +17,8 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def log_probabilities(logits: npt.NDArray[np.single]) -> npt.NDArray[np.single]:
-    """Of every token of the vocabulary, row by row."""
+def log_probabilities(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of every token of the vocabulary, row by row, in the dtype of the logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

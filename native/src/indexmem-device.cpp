@@ -19,15 +19,26 @@ static int kind_of(const ggml_tensor * node) {
     return node->op == GGML_OP_INDEXMEM ? ggml_get_op_params_i32(node, INDEXMEM_PARAM_OP) : -1;
 }
 
-// whether it has to be computed by the device in whose memory the cache lies
-static bool is_bound(const ggml_tensor * node) {
+// another way to look at a tensor: nothing to compute
+static bool is_view(const ggml_tensor * node) {
     switch (node->op) {
         case GGML_OP_NONE:
         case GGML_OP_VIEW:
         case GGML_OP_RESHAPE:
         case GGML_OP_PERMUTE:
         case GGML_OP_TRANSPOSE:
+            return true;
+        default:
             return false;
+    }
+}
+
+// whether it has to be computed by the device in whose memory the cache lies
+static bool is_bound(const ggml_tensor * node) {
+    if (is_view(node)) {
+        return false;
+    }
+    switch (node->op) {
         case GGML_OP_INDEXMEM:
             return kind_of(node) != INDEXMEM_OP_PAIRWISE && kind_of(node) != INDEXMEM_OP_RETENTION;
         case GGML_OP_FLASH_ATTN_EXT:
@@ -39,15 +50,8 @@ static bool is_bound(const ggml_tensor * node) {
 
 // the same without kernels of ours
 static bool is_bound_stock(const ggml_tensor * node, const std::set<const ggml_tensor *> & host) {
-    switch (node->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_VIEW:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE:
-            return false;
-        default:
-            break;
+    if (is_view(node)) {
+        return false;
     }
     switch (kind_of(node)) {
         case INDEXMEM_OP_RANK:
@@ -233,13 +237,16 @@ bool indexmem_device_attends(const ggml_tensor * k) {
     return ggml_backend_buffer_is_host(k->buffer) && cpu_has_vectors();
 }
 
+static indexmem_device_question usual_with(int policy) {
+    return [policy](ggml_context * ctx, ggml_context * host) { return indexmem_device_usual(ctx, host, policy); };
+}
+
 bool indexmem_device_supported(size_t i) {
     if (i >= ggml_backend_dev_count()) {
         return false;
     }
     for (int policy = 0; indexmem_policy_get(policy); ++policy) {
-        const auto usual = [&](ggml_context * ctx, ggml_context * host) { return indexmem_device_usual(ctx, host, policy); };
-        if (!indexmem_device_lacks(ggml_backend_dev_get(i), usual).empty()) {
+        if (!indexmem_device_lacks(ggml_backend_dev_get(i), usual_with(policy)).empty()) {
             return false;
         }
     }
@@ -250,7 +257,7 @@ bool indexmem_device_supported_policy(size_t i, int32_t policy) {
     if (i >= ggml_backend_dev_count() || !indexmem_policy_get(policy)) {
         return false;
     }
-    const auto usual = [&](ggml_context * ctx, ggml_context * host) { return indexmem_device_usual(ctx, host, policy); };
+    const auto usual = usual_with(policy);
     ggml_backend_dev_t dev = ggml_backend_dev_get(i);
     return indexmem_device_lacks(dev, usual).empty() || indexmem_device_lacks_stock(dev, usual).empty();
 }

@@ -115,10 +115,10 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), -1)
 
 
-def _bits(packed: Tensor, count: int) -> Tensor:
-    """[n, bytes] -> [n, count]: one bit of each, lowest first, of a little-endian number."""
+def _bits(packed: Tensor) -> Tensor:
+    """[n, bytes] -> [n, 8 bytes]: the bits of a little-endian number, lowest first."""
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    return (packed[..., None] >> shifts & 1).flatten(1)[:, :count]
+    return (packed[..., None] >> shifts & 1).flatten(1)
 
 
 def _q4_0(b: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    q = _nibbles(b[:, 6:]) | _bits(b[:, 2:6], 32) << 4
+    q = _nibbles(b[:, 6:]) | _bits(b[:, 2:6]) << 4
     return _half(b, 0) * (q.to(torch.int8) - 16).float()
 
 
 def _q5_1(b: Tensor) -> Tensor:
-    q = _nibbles(b[:, 8:]) | _bits(b[:, 4:8], 32) << 4
+    q = _nibbles(b[:, 8:]) | _bits(b[:, 4:8]) << 4
     return _half(b, 0) * q.float() + _half(b, 2)
 
 

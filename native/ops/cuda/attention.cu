@@ -73,6 +73,17 @@ struct attention_tile {
     }
 };
 
+// What all warps have found for the lane's entry, added up in the first warp; the others get what they gave.
+__device__ float add_warps(float (*sums)[TILE], float sum) {
+    const int lane = threadIdx.x % WARP;
+    sums[threadIdx.x/WARP][lane] = sum;
+    __syncthreads();
+    for (int i = 1; threadIdx.x < WARP && i < WARPS; ++i) {
+        sum += sums[i][lane];
+    }
+    return sum;
+}
+
 } // namespace
 
 static __global__ void attention_parts_kernel(const attention_args a) {
@@ -142,7 +153,6 @@ static __global__ void attention_mean_kernel(const attention_args a) {
     load_tile(a.src[0], tile.row, tile.slot0, tile.n_used, keys);
     __syncthreads();
 
-    const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x/WARP;
 
     const int32_t pos = tile.pos();
@@ -154,13 +164,8 @@ static __global__ void attention_mean_kernel(const attention_args a) {
             sum += expf(tile.logit(keys, iq/a.n_queries, p) - total.max)/total.sum;
         }
     }
-    sums[warp][lane] = sum;
-    __syncthreads();
-
+    sum = add_warps(sums, sum);
     if (warp == 0 && tile.slot() < tile.n_used) {
-        for (int i = 1; i < WARPS; ++i) {
-            sum += sums[i][lane];
-        }
         float * mean = a.mean ? a.mean + (int64_t) blockIdx.y*a.dst.ne[0] : a.dst.at<float>(tile.row.h, tile.row.s);
         mean[tile.slot()] = sum/(float) (a.n_group*tile.n_positions());
     }
@@ -182,7 +187,6 @@ static __global__ void attention_expected_kernel(const attention_args a) {
     load_tile(a.src[0], tile.row, tile.slot0, tile.n_used, keys);
     __syncthreads();
 
-    const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x/WARP;
     const int n    = tile.n_positions();
 
@@ -200,13 +204,8 @@ static __global__ void attention_expected_kernel(const attention_args a) {
         const float mean = total/(float) n;
         sum += first + mean + 0.5f*(square/(float) n - mean*mean);
     }
-    sums[warp][lane] = sum;
-    __syncthreads();
-
+    sum = add_warps(sums, sum);
     if (warp == 0 && tile.slot() < tile.n_used) {
-        for (int i = 1; i < WARPS; ++i) {
-            sum += sums[i][lane];
-        }
         a.dst.at<float>(tile.row.h, tile.row.s)[tile.slot()] = sum/(float) a.n_group;
     }
 }
