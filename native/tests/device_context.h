@@ -33,6 +33,23 @@ inline void write_model(const char * path) {
     write_tiny_model(path, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, 96, 4096 }, tiny_random(0.1f));
 }
 
+inline llama_context * new_context(llama_model * model, const indexmem_params & request, uint32_t n_seq, ggml_type type, bool offload = true) {
+    auto params = llama_context_default_params();
+    params.n_ctx       = 4096;
+    params.n_batch     = 64;
+    params.n_ubatch    = N_UBATCH;
+    params.n_seq_max   = n_seq;
+    params.n_threads   = params.n_threads_batch = 2;
+    params.type_k      = params.type_v = type;
+    params.offload_kqv = offload;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    indexmem_next_context(&request);
+    llama_context * ctx = llama_init_from_model(model, params);
+    CHECK_MSG(ctx, "%s", indexmem_last_error());
+    indexmem_next_context(nullptr);
+    return ctx;
+}
+
 // of a model on a device
 struct fixture {
     fake_device   dev;
@@ -55,20 +72,7 @@ struct fixture {
     ~fixture() { llama_model_free(model); }
 
     llama_context * context(const indexmem_params & request, uint32_t n_seq = 1, ggml_type type = GGML_TYPE_F16, bool offload = true) {
-        auto params = llama_context_default_params();
-        params.n_ctx       = 4096;
-        params.n_batch     = 64;
-        params.n_ubatch    = N_UBATCH;
-        params.n_seq_max   = n_seq;
-        params.n_threads   = params.n_threads_batch = 2;
-        params.type_k      = params.type_v = type;
-        params.offload_kqv = offload;
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-        indexmem_next_context(&request);
-        llama_context * ctx = llama_init_from_model(model, params);
-        CHECK_MSG(ctx, "%s", indexmem_last_error());
-        indexmem_next_context(nullptr);
-        return ctx;
+        return new_context(model, request, n_seq, type, offload);
     }
 };
 

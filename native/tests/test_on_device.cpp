@@ -1,33 +1,17 @@
 // A model on a real device, the one that INDEXMEM_TEST_DEVICE names: what it keeps and answers is what the CPU keeps and answers.
 
-#include "sidecar_file.h"
-#include "test.h"
-#include "tiny_model.h"
+#define TEST_FILES "test-on-device"
+#include "device_context.h"
 
-#include "indexmem-kv-cache.h"
-#include "indexmem.h"
-
-#include "ggml-backend.h"
-#include "llama-context.h"
-#include "llama.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <fstream>
-#include <random>
 #include <set>
 
 static const char * const DEVICE = getenv("INDEXMEM_TEST_DEVICE");
 
 static test_needs needs([] { return DEVICE ? nullptr : "INDEXMEM_TEST_DEVICE names no device"; });
 
-static constexpr uint32_t N_VOCAB = 96, N_LAYER = 2, N_HEAD = 4, N_HEAD_KV = 2, HEAD = 64, N_UBATCH = 16, N_EMBD = N_HEAD*HEAD;
-
 static constexpr int N_TEXT = 170; // tokens
 
-static const char * const MODEL   = "test-on-device.gguf";
-static const char * const SIDECAR = "test-on-device.indexmem.gguf";
+static const char * const MODEL = TEST_FILES "-model.gguf";
 
 static llama_model * load(bool on_device) {
     llama_log_set([](ggml_log_level level, const char * text, void *) {
@@ -44,26 +28,6 @@ static llama_model * load(bool on_device) {
     llama_model * res = llama_model_load_from_file(MODEL, params);
     CHECK(res != nullptr);
     return res;
-}
-
-static llama_context * context(llama_model * model, const indexmem_params & request, uint32_t n_seq, ggml_type type) {
-    auto params = llama_context_default_params();
-    params.n_ctx     = 4096;
-    params.n_batch   = 64;
-    params.n_ubatch  = N_UBATCH;
-    params.n_seq_max = n_seq;
-    params.n_threads = params.n_threads_batch = 2;
-    params.type_k    = params.type_v = type;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    indexmem_next_context(&request);
-    llama_context * ctx = llama_init_from_model(model, params);
-    CHECK_MSG(ctx, "%s", indexmem_last_error());
-    indexmem_next_context(nullptr);
-    return ctx;
-}
-
-static const llama_kv_cache_bounded & cache_of(llama_context * ctx) {
-    return dynamic_cast<llama_kv_cache_bounded &>(*llama_get_memory(ctx));
 }
 
 // texts of n_seq sequences of different length, in steps of many tokens and then of one; the logits of the last tokens
@@ -131,8 +95,8 @@ static void compare(llama_model * there, llama_model * here, indexmem_params req
     request.budget = 70;
     request.window = 7;
     request.memory = request.memory ? request.memory : "off";
-    llama_context * a = context(there, request, n_seq, type);
-    llama_context * b = context(here,  request, n_seq, type);
+    llama_context * a = new_context(there, request, n_seq, type);
+    llama_context * b = new_context(here,  request, n_seq, type);
     CHECK(on_device(a) || !lies_there);
     const double d = distance(decode(a, n_seq), decode(b, n_seq));
     const double k = kept_alike(a, b, n_seq);
@@ -146,7 +110,7 @@ static void compare(llama_model * there, llama_model * here, indexmem_params req
 }
 
 TEST(a_device_keeps_what_the_cpu_keeps) {
-    write_tiny_model(MODEL, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, 96, 4096 }, tiny_random(0.1f));
+    write_model(MODEL);
     llama_model * there = load(true), * here = load(false);
     remove(MODEL);
     for (const auto & [policy, alike] : { std::pair<const char *, double>("streaming", 1.0), { "random", 1.0 }, { "knorm", 0.9 },
@@ -181,7 +145,7 @@ TEST(a_device_keeps_what_the_cpu_keeps) {
 
 // keys are turned to new positions where they lie
 TEST(a_device_turns_keys) {
-    write_tiny_model(MODEL, { N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, 96, 4096 }, tiny_random(0.1f));
+    write_model(MODEL);
     llama_model * there = load(true), * here = load(false);
     remove(MODEL);
     auto request = indexmem_default_params();
