@@ -60,6 +60,7 @@ class Setup(CacheOptions):
     cache_type: str = F16  # of K and V, or K/V
     threads: int = 2
     ubatch: int = 512
+    sequences: int = 1  # that there is room for, in one cache
     offload: bool = True  # the cache of a layer that is on a GPU lies there, too
 
     def unbounded(self) -> Setup:
@@ -172,6 +173,7 @@ class System:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = LOGICAL_MAX if setup.budget else -(-setup.n_ctx // 256) * 256
         params.n_batch = params.n_ubatch = setup.ubatch
+        params.n_seq_max, params.kv_unified = setup.sequences, setup.sequences > 1
         params.n_threads = params.n_threads_batch = setup.threads
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if setup.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -53,8 +53,11 @@ def stock(
     ),
     depths: str = typer.Option("0,2048,8192,32768", help="Tokens seen before each measurement."),
     unbounded_max: int = typer.Option(
-        8192, min=0, help="The stock caches that keep everything, slow by then, stop at this depth."
+        8192,
+        min=0,
+        help="Tokens that caches which keep everything read; past them they are filled with copies, which takes no hours.",
     ),
+    own: bool = typer.Option(False, "--own", help="This library without a budget, too."),
     cache_type: str = TYPE,
     threads: int = THREADS,
     ubatch: int = UBATCH,
@@ -86,6 +89,7 @@ def stock(
             unbounded_max=unbounded_max,
             rounds=repeats,
             text=text,
+            own=own,
             name=report_name("stock", geometry, cache_type),
             progress=progress,
             out=out,

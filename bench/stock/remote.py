@@ -50,7 +50,7 @@ class Remote:
         except BaseException:
             self.close()
             raise
-        self.library = str(opened["library"])
+        self.library, self.can_copy = str(opened["library"]), bool(opened["can_copy"])
 
     def fill(self, depth: int, advance: Callable[[int], None] = lambda n: None) -> float:
         """Reads on up to a depth; seconds. `advance` is told how many tokens were read."""
@@ -65,6 +65,10 @@ class Remote:
         seconds = float(self._ask("feed", n=n)["seconds"])
         self.seen += n
         return seconds
+
+    def copy(self, depth: int) -> None:
+        """Fills its cache up to a depth with copies of what it has read."""
+        self.seen = int(self._ask("copies", to=depth)["seen"])
 
     def decode(self, n: int) -> float:
         """Tokens per second of `n` greedy steps."""

@@ -16,6 +16,7 @@ from ..machine import describe
 from ..report import Report, Row, Verdict, series
 from ..runner import F16, BenchError, Setup
 from ..stats import alternate, pair_interval, pair_ratio
+from . import copies
 from .remote import SLICE, Remote
 
 COLUMNS = (
@@ -31,7 +32,9 @@ COLUMNS = (
 )
 CHUNK = 32  # decoded tokens of one turn: at least one eviction falls into each
 QUESTION = 24  # tokens of a second question, after the text and a first answer
+PACES = 2  # ubatches whose seconds stand for all that are read at a depth
 FLASH, NO_FLASH, SHIFT = "stock, flash attention", "stock, without", "stock, context shift"
+OWN = "this library, no budget"
 HOW = (
     "each system in a process of its own, all read the same text and take turns: {slice} tokens of a prompt, {rounds} times {chunk} "
     "greedy tokens and a question of {question} tokens; figures are medians, ratios medians of the pairwise ratios with 95 % "
@@ -51,22 +54,28 @@ class Contender:
 
     @property
     def unbounded(self) -> bool:
-        return self.stock and not self.shifts
+        return not self.setup.budget and not self.shifts
 
 
-def contenders(bounded: Sequence[Setup], deepest: int) -> list[Contender]:
+def contenders(bounded: Sequence[Setup], deepest: int, own: bool = False, copied: bool = False) -> list[Contender]:
     """The stock ones, of which the first is what the others are compared with, then ours.
 
     Args:
         deepest: tokens that the unbounded ones have room for.
+        own: this library without a budget, too.
+        copied: the unbounded ones are to be filled with copies, for which they need room for a second sequence.
     """
     ours = bounded[0]
     stock = ours.unbounded()
-    room = deepest + 2 * CHUNK + QUESTION
-    found = [Contender(FLASH, replace(stock, n_ctx=room), True)]
+    # an answer, a question and an ubatch are read after the text, and a copy lies beside what it is copied from
+    room = deepest + 2 * CHUNK + QUESTION + (max(ours.ubatch, copies.PIECE) if copied else 0)
+    everything = replace(stock, n_ctx=room, sequences=2 if copied else 1)
+    found = [Contender(FLASH, everything, True)]
     if ours.cache_type in (F16, "f32"):  # values of other types take flash attention
-        found.append(Contender(NO_FLASH, replace(stock, n_ctx=room, flash=False), True))
+        found.append(Contender(NO_FLASH, replace(everything, flash=False), True))
     found.append(Contender(SHIFT, shifting(stock, ours.budget), True))
+    if own:
+        found.append(Contender(OWN, everything, False))
     return found + [Contender(setup.label, setup, False) for setup in bounded]
 
 
@@ -79,6 +88,7 @@ def run_stock(
     unbounded_max: int,
     rounds: int,
     text: Path | None,
+    own: bool = False,
     name: str = "stock",
     progress: Progress,
     out: Path | None = None,
@@ -88,7 +98,9 @@ def run_stock(
     Args:
         bounded: ours; they differ in no more than policy, sidecar and memory.
         library: folder of the stock libraries.
-        unbounded_max: the stock caches that keep everything stop at this depth; it takes hours to go far.
+        unbounded_max: the caches that keep everything read so many tokens, as it takes hours to go far; past them they are
+            filled with copies, if they are of a kind that can be, else they stop there.
+        own: this library without a budget, too.
 
     Raises:
         BenchError: nothing to measure, or a system that cannot be opened or fails.
@@ -96,8 +108,12 @@ def run_stock(
     if not bounded or not depths:
         raise BenchError("stock takes at least one bounded system and one depth")
     depths = sorted(set(depths))
-    systems = contenders(bounded, max((d for d in depths if d <= unbounded_max), default=0))
+    copied = 0 < unbounded_max < depths[-1]
+    deepest = depths[-1] if copied else max((d for d in depths if d <= unbounded_max), default=0)
+    systems = contenders(bounded, deepest, own, copied)
     how = HOW.format(slice=SLICE, rounds=rounds, chunk=CHUNK, question=QUESTION)
+    if copied:
+        how += "; " + copies.HOW.format(read=unbounded_max, piece=copies.PIECE)
     report = Report(name, {})
     report.meta = describe(
         model.name, "", bounded[0].threads, how=how, cache_type=bounded[0].cache_type, text=text.name if text else "built in"
@@ -114,9 +130,11 @@ def run_stock(
         report.meta["stock"] = remotes[0][1].library
         prompts = dict.fromkeys((s.name for s in systems), 0.0)
         for depth in depths:
-            here = [(s, r) for s, r in remotes if not s.unbounded or depth <= unbounded_max]
-            _read(here, depth, prompts, lambda n: progress.advance(task, n))
+            here = [(s, r) for s, r in remotes if not s.unbounded or depth <= unbounded_max or (copied and r.can_copy)]
+            _read(here, depth, unbounded_max, prompts, lambda n: progress.advance(task, n))
             report.rows += _measure(here, depth, prompts, rounds)
+            for row in report.rows[-len(here) :]:
+                row["copied"] = depth > unbounded_max and row["everything"]
             report.verdicts = verdicts(report.rows)
             if out:
                 report.save(out)
@@ -124,17 +142,46 @@ def run_stock(
 
 
 def _deepest(system: Contender, depths: Sequence[int], unbounded_max: int) -> int:
-    return max((d for d in depths if not system.unbounded or d <= unbounded_max), default=0)
+    """Tokens that a system reads."""
+    return min(depths[-1], unbounded_max) if system.unbounded else depths[-1]
 
 
 def _read(
-    here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict[str, float], advance: Callable[[int], None]
+    here: Sequence[tuple[Contender, Remote]],
+    depth: int,
+    unbounded_max: int,
+    prompts: dict[str, float],
+    advance: Callable[[int], None],
 ) -> None:
     """All systems read up to `depth`, in turns of a slice, so that a machine that slows down does so for each of them."""
     start = min((remote.seen for _, remote in here), default=depth)
     for upto in [*range(start + SLICE, depth, SLICE), depth]:
         for system, remote in here:
-            prompts[system.name] += remote.fill(upto, advance)
+            prompts[system.name] += remote.fill(min(upto, unbounded_max) if system.unbounded else upto, advance)
+    missing = [(system, remote) for system, remote in here if remote.seen < depth]
+    if not missing:
+        return
+    before = alternate(PACES, [_pace(remote) for _, remote in missing])
+    tokens = []
+    for _, remote in missing:
+        tokens.append(depth - remote.seen)
+        remote.copy(depth)
+    after = alternate(PACES, [_pace(remote) for _, remote in missing])
+    for (system, _), n, pace_before, pace_after in zip(missing, tokens, before, after):
+        # entries to attend to grow evenly, so do the seconds of a token
+        prompts[system.name] += n * (statistics.median(pace_before) + statistics.median(pace_after)) / 2
+
+
+def _pace(remote: Remote) -> Callable[[], float]:
+    """Seconds a token of an ubatch that is read where the system is, and forgotten again."""
+
+    def once() -> float:
+        depth, n = remote.seen, remote.setup.ubatch
+        seconds = remote.feed(n)
+        remote.go_back(depth)
+        return seconds / n
+
+    return once
 
 
 def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict[str, float], rounds: int) -> list[Row]:
@@ -154,6 +201,7 @@ def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict
         row: Row = {
             "system": system.name,
             "stock": system.stock,
+            "everything": system.unbounded,
             "budget": system.setup.budget,
             "depth": depth,
             "prompt_seconds": prompts[system.name] if depth else None,
@@ -175,8 +223,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     if deepest is None:
         return []
     here = [row for row in rows if row["depth"] == deepest]
-    ours = [row for row in here if not row["stock"]]
-    theirs = [row for row in here if row["stock"] and row["system"] != SHIFT]
+    ours = [row for row in here if not row["stock"] and not row["everything"]]
+    theirs = [row for row in here if row["stock"] and row["everything"]]
     shift = next(row for row in here if row["system"] == SHIFT)
     found = [
         Verdict(f"decode at {deepest} / the faster stock cache", _least(ours, "decode_tps") / _most(theirs, "decode_tps"), 1),

@@ -5,7 +5,8 @@ then the memory of one system.
 
     {"do": "open", "model": PATH, "setup": {...}, "shift": false, "text": PATH or null}
     {"do": "feed", "n": 512}      {"do": "decode", "n": 32}
-    {"do": "rollback", "to": 8192}                               {"do": "figures"}
+    {"do": "copies", "to": 32768}                                {"do": "figures"}
+    {"do": "rollback", "to": 8192}
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..endless.arms import ShiftingSystem
 from ..machine import peak_bytes, rss_bytes
 from ..runner import BenchError, Model, Setup, System, library
 from ..text import TokenStream, read_text
+from .copies import can_copy, fill_with_copies
 
 
 class Worker:
@@ -46,7 +48,7 @@ class Worker:
         wanted = Setup(**setup, sidecar=sidecar)
         self.system = (ShiftingSystem if shift else System)(loaded, wanted)
         self.stream = TokenStream(loaded.tokens(read_text(Path(text) if text else None)))
-        return {"library": library()}
+        return {"library": library(), "can_copy": can_copy(self.system)}
 
     def do_feed(self, n: int) -> dict[str, Any]:
         times = self._open.feed(self._next(n), last_logits=True)
@@ -54,6 +56,10 @@ class Worker:
 
     def do_decode(self, n: int) -> dict[str, Any]:
         return {"seconds": sum(self._open.decode(n, self._next(1)[0]))}
+
+    def do_copies(self, to: int) -> dict[str, Any]:
+        fill_with_copies(self._open, to)
+        return {"seen": self._open.seen}
 
     def do_rollback(self, to: int) -> dict[str, Any]:
         done = self._open.rollback(to)

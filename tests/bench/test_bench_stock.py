@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from indexmem_edge.bench.report import Verdict
-from indexmem_edge.bench.runner import BenchError, Setup
-from indexmem_edge.bench.stock import environment, remote, run, worker
+from indexmem_edge.bench.runner import BenchError, Model, Setup, System
+from indexmem_edge.bench.stock import copies, environment, remote, run, worker
 from indexmem_edge.native.find import library_dir
 from support.bench_data import invoke
 
@@ -80,7 +81,7 @@ def test_the_verdicts_take_our_slowest_and_their_best() -> None:
     def row(system: str, stock: bool, tps: float, ms: float, peak: float, seconds: float, depth: int = 100) -> dict[str, Any]:
         return {
             "system": system, "stock": stock, "depth": depth, "decode_tps": tps, "first_token_ms": ms, "peak_bytes": peak,
-            "prompt_seconds": seconds,
+            "prompt_seconds": seconds, "everything": stock and system != run.SHIFT,
         }  # fmt: skip
 
     rows = [
@@ -95,26 +96,44 @@ def test_the_verdicts_take_our_slowest_and_their_best() -> None:
     assert Verdict("x", 2, 1, at_most=True).ok is False
 
 
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_cache_filled_with_copies_is_that_of_the_text_said_again(tiny: Any, flash: bool) -> None:
+    """In a model of one layer keys and values depend on nothing but the token and its position."""
+    model = Model(tiny("llama", n_layer=1)[0])
+    setup = Setup(n_ctx=256, flash=flash, cache_type="f32", threads=1, ubatch=16, sequences=2)
+    said = [int(t) for t in np.random.default_rng(3).integers(3, 60, 30)]
+    with System(model, setup) as filled, System(model, setup) as read:
+        filled.feed(said, last_logits=True)
+        copies.fill_with_copies(filled, 70)
+        read.feed([*said, *said, *said[:10]], last_logits=True)
+        for token in (5, 6):
+            filled.step(token)
+            read.step(token)
+        assert filled.seen == read.seen == 72 and filled.logits is not None and read.logits is not None
+        np.testing.assert_allclose(filled.logits, read.logits, atol=1e-4)
+        with pytest.raises(BenchError, match="room"):
+            copies.fill_with_copies(filled, 1000)
+
+
 def test_a_whole_run_with_our_library_in_place_of_the_stock_one(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "stock_library", lambda folder, say: library_dir())
-    sizes = ["--depths", "0,200,400", "--unbounded-max", 200, "--repeats", 2]
+    sizes = ["--depths", "0,200,400", "--unbounded-max", 200, "--repeats", 2, "--own"]
     invoke(
         "stock", "-m", tiny("llama")[0], "-b", 128, "--kv-window", 32, "-ub", 32, "-t", 1, *sizes, "--out", tmp_path, "--json"
     )
     data = json.loads((tmp_path / "stock.json").read_text())
     plain, everything = "streaming 128", "indexer 128, memory centroid"
-    stock, all_along = [run.FLASH, run.NO_FLASH], [run.SHIFT, plain, everything]
-    expected = [(s, d) for d in (0, 200) for s in (*stock, *all_along)] + [(s, 400) for s in all_along]
+    unbounded, bounded = [run.FLASH, run.NO_FLASH, run.OWN], [run.SHIFT, plain, everything]
+    expected = [(s, d) for d in (0, 200, 400) for s in (run.FLASH, run.NO_FLASH, run.SHIFT, run.OWN, plain, everything)]
     assert [(row["system"], row["depth"]) for row in data["rows"]] == expected
-    assert all(row["seen"] == row["depth"] for row in data["rows"] if row["system"] in stock)
+    assert all(row["seen"] == row["depth"] for row in data["rows"] if row["system"] in unbounded)
     assert all(row["seen"] >= row["depth"] and row["peak_bytes"] > 0 for row in data["rows"])
-    assert all(row["decode_vs_stock"] > 0 for row in data["rows"] if row["depth"] <= 200)
-    assert [row.get("decode_vs_stock") for row in data["rows"] if row["depth"] == 400] == [None] * 3
+    assert all(row["decode_vs_stock"] > 0 for row in data["rows"])
+    assert {row["system"] for row in data["rows"] if row["copied"]} == set(unbounded)
+    assert {row["depth"] for row in data["rows"] if row["copied"]} == {400}
     assert {row["prompt_seconds"] for row in data["rows"] if not row["depth"]} == {None}
-    longer = {row["system"]: row["prompt_seconds"] for row in data["rows"] if row["depth"] == 400}
-    assert all(
-        longer[row["system"]] > row["prompt_seconds"] for row in data["rows"] if row["depth"] == 200 and row["system"] in longer
-    )
+    seconds = {(row["system"], row["depth"]): row["prompt_seconds"] for row in data["rows"]}
+    assert all(seconds[s, 400] > seconds[s, 200] > 0 for s in (*unbounded, *bounded))
     assert len(data["verdicts"]) == 5 and data["meta"]["stock"] and data["meta"]["library"]
