@@ -28,7 +28,8 @@ from .runtime.choice import (
 
 DEFAULT_BUDGET = 1024  # of the command line; Llama itself is unbounded unless told otherwise
 DEFAULT_SINKS = 4
-DEFAULT_WINDOW = 128
+DEFAULT_WINDOW = 0  # chosen from the budget
+LEAST_WINDOW = 128  # of one that is chosen so
 PIN_AUTO = "auto"
 SIDECAR_OFF = "off"
 LAYERS_SIDECAR, LAYERS_EQUAL = "sidecar", "equal"  # budgets of layers
@@ -43,8 +44,8 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def minimum_budget(sinks: int, pin: int, window: int, memory_slots: int = 0) -> int:
-    """The smallest budget that protects these, has slots for a memory, and still has something to evict."""
-    return max(sinks, pin) + window + memory_slots + 1
+    """The smallest budget that protects these, has slots for a memory, and still has something to evict. Window 0: chosen."""
+    return max(sinks, pin) + (window or LEAST_WINDOW) + memory_slots + 1
 
 
 def default_ubatch(budget: int) -> int:
@@ -198,9 +199,10 @@ class CacheOptions:
     sinks: int = _option(
         DEFAULT_SINKS, "kv_sinks", "First tokens, which are never evicted.", _count, least=0, in_session=True
     )
-    window: int = _option(
-        DEFAULT_WINDOW, "kv_window", "Most recent tokens, which are never evicted.", _count, least=0, in_session=True
-    )
+    window: int = _option(  # 0: chosen from the budget
+        DEFAULT_WINDOW, "kv_window", "Most recent tokens, which are never evicted.", _count, least=0, in_session=True,
+        shown=f"a quarter of what is not protected of the budget, at least {LEAST_WINDOW}",
+    )  # fmt: skip
     pin: Union[int, str] = _option(
         PIN_AUTO, "kv_pin", "Tokens of a prefix that is never evicted; `auto`: the system prompt of a chat.", _pin,
         kind=str, takes=Union[int, str], in_session=True,
@@ -285,7 +287,7 @@ class CacheOptions:
             slots = f"plus {self.memory_slots} memory_slots, " if self.memory_slots else ""
             raise BudgetError(
                 f"kv_budget {self.budget} is too small: at least {least} are needed (the larger of kv_sinks "
-                f"{self.sinks} and {what} {pin}, plus kv_window {self.window}, {slots}plus 1 to evict). Raise kv_budget "
+                f"{self.sinks} and {what} {pin}, plus kv_window {self.window or LEAST_WINDOW}, {slots}plus 1 to evict). Raise kv_budget "
                 f"to {least} or more, or lower the others"
             )
 

@@ -7,7 +7,7 @@ from typing import Optional
 
 import typer
 
-from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
+from indexmem_edge.options import DEFAULT_SINKS, LEAST_WINDOW
 
 from . import ruler as cli_ruler
 from .endless import endless
@@ -225,7 +225,7 @@ def checkpoint(
     from ..speed import checkpoint as bench
 
     with session(model, as_json) as (loaded, progress):
-        base = setup_of(kv_policy, 0, cache_type, DEFAULT_SINKS, DEFAULT_WINDOW, threads, ubatch, indexmem=indexmem)
+        base = setup_of(kv_policy, 0, cache_type, DEFAULT_SINKS, LEAST_WINDOW, threads, ubatch, indexmem=indexmem)
         report = bench.run_checkpoint(loaded, base, numbers(budgets, int), repeats, text=text, progress=progress)
     finish(report, bench.COLUMNS, out, None, as_json)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from indexmem_edge.cli.inspection import examine
 from indexmem_edge.files.modelfile import check_sidecar_file, fingerprint
+from indexmem_edge.options import LEAST_WINDOW
 from indexmem_edge.runtime.choice import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF, SLOTTED_MEMORY
 
 from ..runner import F16, UNBOUNDED, BenchError, Setup
@@ -166,13 +167,15 @@ def setup_for(base: Setup, arm: Arm, sidecars: Sidecars, context_tokens: int, mo
 
 
 def bounded_setup(base: Setup, arm: Arm, sidecars: Sidecars, budget: int) -> Setup:
-    """Of a small budget, window and memory take a quarter each."""
+    """Of a small budget, window and memory take a quarter each; a window that is left to the cache does so of any."""
+    quarter = budget // 4
+    left = 0 if quarter > LEAST_WINDOW else quarter  # 0: to the cache, which takes no less than this
     sidecar = sidecars.of(arm.policy, arm.memory)
     return replace(
         base,
         policy=INDEXER_POLICY if arm.policy in sidecars.indexers else arm.policy,
         budget=budget,
-        window=min(base.window, budget // 4),
+        window=min(base.window, quarter) if base.window else left,
         sidecar=str(sidecar.path) if sidecar else None,
         cache_type=arm.cache_type,
         **memory_for(arm.memory, budget, sidecar),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indexmem_edge.options import DEFAULT_SINKS, DEFAULT_WINDOW
+from indexmem_edge.options import DEFAULT_SINKS, LEAST_WINDOW
 from indexmem_edge.train.cache.eviction import pick
 from indexmem_edge.train.cache.future import kept_mask
 from indexmem_edge.train.cache.policies import POLICIES, Context
@@ -106,7 +106,7 @@ def compress(
             cache.append((context.k, v))
             continue
         heads = context.k.shape[0]
-        mask = kept_mask(next(chosen).expand(heads, -1), budget, DEFAULT_SINKS, min(DEFAULT_WINDOW, budget // 4))
+        mask = kept_mask(next(chosen).expand(heads, -1), budget, DEFAULT_SINKS, min(LEAST_WINDOW, budget // 4))
         kept = mask.nonzero()[:, 1].view(heads, -1)
         cache.append((pick(context.k, kept), pick(v, kept)))
     return cache

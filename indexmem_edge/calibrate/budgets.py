@@ -27,7 +27,7 @@ from ..errors import IndexMemError, SidecarError
 from ..files.modelfile import check_model_file, loaded_model
 from ..files.textfile import read_text
 from ..native import api
-from ..options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions, default_ubatch
+from ..options import DEFAULT_SINKS, LEAST_WINDOW, CacheOptions, default_ubatch
 from ..runtime.answers import log_probabilities
 from ..runtime.choice import INDEXER_POLICY, MEMORY_OFF
 from ..train.data.generated import ANSWER_WEIGHT, generate
@@ -98,7 +98,7 @@ def calibrate_budgets(
         raise SidecarError(f"{os.fspath(indexmem)} holds no indexer, by whose ranks shares of layers are measured")
     if n_texts < 2:
         raise IndexMemError(f"at least 2 texts are needed, one to choose by and one to agree, found {n_texts}")
-    window = min(DEFAULT_WINDOW, kv_budget // 4) if kv_window is None else kv_window
+    window = min(LEAST_WINDOW, kv_budget // 4) if kv_window is None else kv_window
     asked = {
         "kv_budget": kv_budget, "kv_sinks": kv_sinks, "kv_window": window, "kv_pin": 0, "kv_policy": INDEXER_POLICY,
         "memory": MEMORY_OFF,

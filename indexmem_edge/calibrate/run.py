@@ -27,7 +27,7 @@ from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LatentMemoryError
 from ..files.modelfile import check_model_file, loaded_model
 from ..files.textfile import read_text
-from ..options import DEFAULT_SINKS, DEFAULT_WINDOW, CacheOptions
+from ..options import DEFAULT_SINKS, LEAST_WINDOW, CacheOptions
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF
 from .attention import Array, CentroidMemory, Errors, Logits, Memory, ResidualMemory, layer_errors
 from .gates import CENTROID, RESIDUAL, LayerResult, choose
@@ -91,7 +91,7 @@ def calibrate_memory(
     kv_budget: int,
     kv_policy: Optional[str] = None,
     kv_sinks: int = DEFAULT_SINKS,
-    kv_window: int = DEFAULT_WINDOW,
+    kv_window: int = LEAST_WINDOW,
     indexmem: Optional[PathLike] = None,
     memory: str = "centroid",
     slots: int = DEFAULT_MEMORY_SLOTS,

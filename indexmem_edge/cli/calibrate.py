@@ -12,7 +12,7 @@ from typing_extensions import Annotated
 
 from ..models.demo import demo_model
 from ..native.processors import usable_processors
-from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ..options import DEFAULT_SINKS, LEAST_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, DEFAULT_POLICY, INDEXER_POLICY
 from .console import Bar, console
 from .options import one_line_errors, panel_option
@@ -71,7 +71,7 @@ def calibrate_memory(
     ),
     kv_window: Annotated[
         int, panel_option(_CACHE, "--kv-window", min=0, help="Most recent tokens, which are never evicted.")
-    ] = DEFAULT_WINDOW,
+    ] = LEAST_WINDOW,
     ctx_size: Annotated[int, panel_option(_TEXT, "-c", "--ctx-size", min=1, help="Tokens of a passage.")] = 4096,
     ubatch_size: Annotated[
         int, panel_option(_TEXT, "-ub", "--ubatch-size", min=1, help="Tokens evaluated, and evicted, at once.")

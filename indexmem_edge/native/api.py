@@ -19,7 +19,7 @@ from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 from . import find
 
-API_VERSION = 8
+API_VERSION = 9
 SPAN_TRAINED = 2**32 - 1  # INDEXMEM_SPAN_TRAINED
 CLASSES_MAX = 4  # INDEXMEM_CLASSES_MAX
 

@@ -46,6 +46,7 @@ UBATCH = "n_ubatch"
 BACKGROUND = "background"  # tokens at the beginning that are none of the conversation's own
 
 AGAIN = "or have its text evaluated again: /load FILE --again in a chat, load_session(..., again=True) in Python"
+CHOSEN = "one chosen from the budget"
 
 
 @dataclass
@@ -219,8 +220,12 @@ def changes(talk: Talk, header: dict[str, Any]) -> str:
 
 
 def _list(names: list[str], values: dict[str, Any], named: bool = True) -> str:
-    parts = [(f"{name} " if named else "") + f"{_plain(values[name])}" for name in names]
+    parts = [(f"{name} " if named else "") + (CHOSEN if _chosen(name, values[name]) else _plain(values[name])) for name in names]
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _chosen(name: str, value: Any) -> bool:
+    return name == OPTIONS["window"].keyword and type(value) is int and value == 0
 
 
 def _plain(value: Any) -> str:

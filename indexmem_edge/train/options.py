@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 from ..errors import TrainingCheckpointError, TrainingError
-from ..options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ..options import DEFAULT_SINKS, LEAST_WINDOW
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, MEMORY_OFF
 
 KINDS = {"retention": "regress", "kvzap": "regress", "pairwise": "pooled-kl"}  # and what trains them by default
@@ -65,7 +65,7 @@ class TrainOptions:
     patience: int = 3  # evaluations without a gain; 0: never stop early
     checkpoint_every: int = 50
     sinks: int = DEFAULT_SINKS
-    window: int = DEFAULT_WINDOW
+    window: int = LEAST_WINDOW
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"  # of the model; what is trained is float32

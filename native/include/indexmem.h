@@ -46,7 +46,7 @@ struct llama_model;
 struct llama_context;
 struct indexmem_copy; // of a sequence
 
-#define INDEXMEM_API_VERSION 8
+#define INDEXMEM_API_VERSION 9
 
 #define INDEXMEM_SPAN_TRAINED UINT32_MAX
 
@@ -57,7 +57,8 @@ struct indexmem_params {
     uint32_t     struct_size; // sizeof(struct indexmem_params), set by indexmem_default_params()
     uint32_t     budget;      // slots kept after every ubatch: sinks, pinned prefix, window and memory included; 0 = unbounded
     uint32_t     sinks;       // first tokens of a sequence that are never evicted (default 4)
-    uint32_t     window;      // most recent tokens that are never evicted (default 128)
+    uint32_t     window;      // most recent tokens that are never evicted; 0 (default) = chosen: a quarter of what is not protected of
+                              // the budget (where layers differ, of the smallest), at least 128
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
     double       budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
@@ -82,7 +83,7 @@ struct indexmem_stats {
     uint64_t n_seen;         // tokens evaluated so far (the logical length)
     uint64_t n_evicted;      // entries evicted so far, per KV head: n_seen - n_kept
     uint32_t sinks;
-    uint32_t window;
+    uint32_t window;         // of this sequence
     uint32_t pin;            // of this sequence
     uint32_t evict_step;
     uint64_t kv_bytes;       // K and V of the whole context, all layers and sequences: fixed at creation

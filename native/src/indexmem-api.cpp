@@ -49,7 +49,6 @@ indexmem_params indexmem_default_params(void) {
     indexmem_params params = {};
     params.struct_size = sizeof(params);
     params.sinks       = 4;
-    params.window      = 128;
     params.span        = INDEXMEM_SPAN_TRAINED;
     return params;
 }
@@ -83,12 +82,13 @@ bool indexmem_next_context(const indexmem_params * params) {
     llama_kv_cache_bounded::config cfg = {};
     cfg.budget     = params->budget;
     cfg.sinks      = params->sinks;
-    cfg.window     = params->window;
+    cfg.window     = params->window > 0 ? params->window : indexmem_kv_counts::WINDOW_LEAST;
     cfg.pin        = params->pin;
     cfg.evict_step = params->evict_step;
     cfg.ratio      = params->budget_ratio;
     cfg.seed       = params->seed;
     cfg.span       = params->span;
+    cfg.window_grows = params->window == 0;
     cfg.span_asked = params->span != 0 && params->span != INDEXMEM_SPAN_TRAINED;
 
     const request req = { cfg, text(params->policy), text(params->sidecar), text(params->memory), params->memory_slots,
@@ -110,9 +110,6 @@ bool indexmem_next_context(const indexmem_params * params) {
     }
     if (!(cfg.ratio >= 0.0 && cfg.ratio <= 1.0)) {
         return indexmem_error_is(format("a budget ratio is a share of the tokens seen, above 0 and at most 1: it is %g", cfg.ratio));
-    }
-    if (cfg.window == 0) {
-        return indexmem_error_is("the window must hold at least the newest token: it is 0");
     }
 
     const uint64_t min = indexmem_kv_counts::budget_min(cfg.sinks, cfg.pin, cfg.window, 0); // the cache knows of its memory

@@ -21,7 +21,7 @@ std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_boun
     c[INDEXMEM_CTL_N_FIXED]  = before.n_fixed;
     c[INDEXMEM_CTL_POS_TAIL] = before.pos_tail();
     c[INDEXMEM_CTL_KEEP_LO]  = std::max(kv.get_config().sinks, before.pin);
-    c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_config().window;
+    c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_counts().window_of(after);
     c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
     return c;
 }

@@ -139,8 +139,13 @@ int32_t indexmem_kv_counts::pos_tail(const seq_state & seq) const {
     return res;
 }
 
+// The newest tokens are what most of the next ones depend on, and what ranks were not made for: they see a token as it is read.
+uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
+    return lim.window_grows ? std::max(lim.window, (budget_of(seq) - n_protected(seq))/WINDOW_SHARE) : lim.window;
+}
+
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
-    const uint32_t room = budget_of(seq) - n_protected(seq) - lim.window; // of the smallest one
+    const uint32_t room = budget_of(seq) - n_protected(seq) - window_of(seq); // of the smallest one
     const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
     return std::max(1u, std::min(want, room));
 }
@@ -273,18 +278,19 @@ bool indexmem_kv_counts::evict(uint32_t s, seq_state & seq, std::string & error)
         return false;
     }
     const uint32_t n_step = evict_step_of(seq);
+    const uint32_t window = window_of(seq);
     for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
         const uint32_t n_used = seq.of(c).n_used;
         const uint32_t budget = budget_of(seq, std::min(c, lim.n_classes() - 1));
         // one that still has room makes as much of it as the others do, so that it is not full long before them
         uint32_t n_left = n_used > budget ? std::min(budget, n_used - n_step) : std::min(n_used, budget + 1 - n_step);
-        n_left = std::min(n_used, std::max(n_left, n_protected(seq) + lim.window));
+        n_left = std::min(n_used, std::max(n_left, n_protected(seq) + window));
         if (n_left < n_used) {
             seq.put(c, n_left, n_left);
         }
     }
     seq.n_first = std::min(seq.n_first, n_protected(seq));
-    seq.n_last  = std::min(seq.n_last, lim.window);
+    seq.n_last  = std::min(seq.n_last, window);
     seq.n_evictions++;
     return true;
 }

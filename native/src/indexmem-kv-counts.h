@@ -50,15 +50,21 @@ public:
     // classes of layers at most
     static constexpr uint32_t N_CLASSES_MAX = 4;
 
+    // a window that nobody chose
+    static constexpr uint32_t WINDOW_LEAST = 128;
+    static constexpr uint32_t WINDOW_SHARE = 4; // of what may leave or be in it
+
     // what is asked for
     struct limits {
         uint32_t budget;
         uint32_t sinks;
-        uint32_t window;
+        uint32_t window;     // at least
         uint32_t pin;
         uint32_t evict_step; // 0 = from the room in the budget
         double   ratio;      // of the tokens seen, 0 = none
         uint32_t span;       // rotary positions that are used, 0 = they grow without end
+
+        bool window_grows = false; // with the budget, see window_of
 
         std::vector<uint32_t> budgets; // of each class of layers, ascending; empty: one class, which has the budget
 
@@ -184,6 +190,9 @@ public:
 
     // length of the protected prefix
     uint32_t n_protected(const seq_state & seq) const { return std::max(lim.sinks, seq.pin); }
+
+    // newest tokens that never leave
+    uint32_t window_of(const seq_state & seq) const;
 
     // entries that leave at once: at least the step, and never into what is protected
     uint32_t evict_step_of(const seq_state & seq) const;

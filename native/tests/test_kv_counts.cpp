@@ -55,6 +55,43 @@ static bool same(const counts::seq_state & a, const counts::seq_state & b) {
         a.n_evictions == b.n_evictions && a.broken == b.broken;
 }
 
+TEST(a_window_that_nobody_chose_follows_the_room) {
+    counts::limits lim = limits_of(1024);
+    lim.window = counts::WINDOW_LEAST;
+    CHECK(counts_of(lim, {}).window_of({}) == 128);
+    lim.window_grows = true;
+    counts c = counts_of(lim, {}, 512);
+    CHECK(c.window_of(*c.get(0)) == (1024 - 4)/4);
+    CHECK(counts_of(lim, { 24 }).window_of({}) == (1024 - 24 - 4)/4); // the slots of a memory are not room
+    lim.budgets = { 804, 1500 };
+    CHECK(counts_of(lim, {}).window_of({}) == 200); // of the smallest class
+    lim.budgets.clear();
+
+    std::string error;
+    CHECK(c.set_pin(0, 424, error) && c.window_of(*c.get(0)) == 150);
+    CHECK(c.set_pin(0, 895, error) && c.window_of(*c.get(0)) == 128); // what fits beside the least window is still accepted
+    CHECK(!c.set_pin(0, 896, error) && error.find("1025") != std::string::npos);
+    CHECK(c.set_pin(0, 0, error));
+
+    feed(c, 512);
+    feed(c, 512);
+    CHECK(c.get(0)->n_last == 1024);
+    feed(c, 1);
+    CHECK(c.get(0)->n_last == 255 && c.get(0)->n_used >= 4 + 255);
+
+    lim.ratio = 0.25; // the room grows with the text, and so does the window
+    counts r = counts_of(lim, {}, 512);
+    uint32_t before = 0;
+    for (int i = 0; i < 20; ++i) {
+        feed(r, 256);
+        const auto seq = *r.get(0);
+        CHECK(r.window_of(seq) >= before && seq.n_used <= r.budget_of(seq));
+        CHECK(seq.n_used >= std::min<uint32_t>(seq.n_seen, lim.sinks + seq.n_last) && seq.n_last <= std::max<uint32_t>(r.window_of(seq), seq.n_used));
+        before = r.window_of(seq);
+    }
+    CHECK(before == 255);
+}
+
 TEST(a_budget_is_never_exceeded) {
     for (uint32_t budget : { 14u, 40u, 1000u }) {
         for (double ratio : { 0.0, 0.25 }) {

@@ -67,7 +67,7 @@ void indexmem_add_options(common_params_context & context) {
         [](common_params & p, const std::string & v) { p.indexmem.memory_slots = (uint32_t) whole("--memory-slots", v, 1); });
     add("--kv-sinks", "LLAMA_ARG_KV_SINKS", "N", "first tokens that are never evicted (default: 4)",
         [](common_params & p, const std::string & v) { p.indexmem.sinks = (int32_t) whole("--kv-sinks", v, 0); });
-    add("--kv-window", "LLAMA_ARG_KV_WINDOW", "N", "most recent tokens that are never evicted (default: 128)",
+    add("--kv-window", "LLAMA_ARG_KV_WINDOW", "N", "most recent tokens that are never evicted (default: a quarter of the budget, at least 128)",
         [](common_params & p, const std::string & v) { p.indexmem.window = (int32_t) whole("--kv-window", v, 0); });
     add("--kv-pin", "LLAMA_ARG_KV_PIN", "N|auto", "length of a prefix that is never evicted; auto: the system prompt (default)",
         [](common_params & p, const std::string & v) { p.indexmem.pin = v == "auto" ? -1 : (int32_t) whole("--kv-pin", v, 0); });

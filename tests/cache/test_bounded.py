@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import Tiny
+from indexmem_edge.errors import BudgetError
 from reference.decoder import forward
 from reference.policies import BoundedReference
 from support.comparing import EVICTING, SIZES, follow, rms, tokens_of
@@ -144,3 +145,19 @@ def test_kv_bytes_do_not_depend_on_the_text(tiny: Tiny) -> None:
     assert before.kv_bytes == after.kv_bytes == before.n_slots * row
     assert before.meta_bytes == after.meta_bytes
     assert after.n_kept <= 64 and after.n_seen == 3000
+
+
+@pytest.mark.parametrize(("pin", "window"), [(0, 174), (100, 150), (567, 128)])
+def test_a_window_that_nobody_chose_is_a_quarter_of_the_room(tiny: Tiny, pin: int, window: int) -> None:
+    """The same entries and logits as of a cache that was told so, and the least of it where a long prefix is pinned."""
+    path, config = tiny("llama")
+    tokens = tokens_of(config, 900, seed=5)
+    settings = dict(budget=700, policy="random", pin=pin, seed=3)
+    with open_model(path) as model, Context(model, window=0, **settings) as left, Context(model, window=window, **settings) as told:
+        assert left.stats().window == window
+        assert np.array_equal(left.feed(tokens, 32), told.feed(tokens, 32))
+        for ours, theirs in zip(left.positions(), told.positions()):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+            assert all(set(range(900 - window, 900)) <= set(head) for head in ours)
+    with open_model(path) as model, pytest.raises(BudgetError, match=r"701 are needed .*pin 572. . window 128"):
+        Context(model, window=0, **settings | {"pin": 572})

@@ -65,6 +65,15 @@ def test_a_smaller_budget_evicts_and_says_so(make: Make, tmp_path: Path) -> None
     assert small.prefill(TOKENS[:210]) == 10 and small.kv_stats().reevaluated == 0
 
 
+def test_a_window_that_nobody_chose_is_named_in_words(make: Make, tmp_path: Path) -> None:
+    given, left = make(kv_budget=160), make(kv_budget=160, kv_window=None)
+    given.prefill(TOKENS[:100])
+    given.save_session(tmp_path / "s")
+    said = told(left)
+    left.load_session(tmp_path / "s")
+    assert len(said) == 1 and "saved with kv_window 16, continuing with one chosen from the budget" in said[0]
+
+
 def test_same_options_say_nothing_and_give_the_same_bytes(make: Make, tmp_path: Path) -> None:
     first, second = make(), make()
     first.prefill(TOKENS[:200])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BudgetError, IndexMemError
-from ...options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ...options import DEFAULT_SINKS, LEAST_WINDOW
 from ..cache.future import future_mass, kept_mask
 from ..cache.policies import POLICIES, Context, Policy, streaming
 from ..data.sample import Sample
@@ -111,7 +111,7 @@ def measure(
     samples: Sequence[Sample],
     budgets: Sequence[float] = BUDGETS,
     sinks: int = DEFAULT_SINKS,
-    window: int = DEFAULT_WINDOW,
+    window: int = LEAST_WINDOW,
     policies: Mapping[str, Policy] = POLICIES,
     progress: Optional[Progress] = None,
 ) -> Recall:
@@ -170,7 +170,7 @@ def held_out_recall(
     samples: Sequence[Sample],
     budgets: Sequence[float] = BUDGETS,
     sinks: int = DEFAULT_SINKS,
-    window: int = DEFAULT_WINDOW,
+    window: int = LEAST_WINDOW,
 ) -> float:
     """What the indexer keeps of what the oracle keeps, in 0..1, mean over budgets, samples, layers and heads.
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from ...files.atomic import replacing
-from ...options import DEFAULT_SINKS, DEFAULT_WINDOW
+from ...options import DEFAULT_SINKS, LEAST_WINDOW
 from ..data.sample import Sample
 from ..model.frozen import Frozen
 from ..objectives.objective import Progress
@@ -31,7 +31,7 @@ def report(
     folder: Path,
     budgets: Sequence[float] = BUDGETS,
     sinks: int = DEFAULT_SINKS,
-    window: int = DEFAULT_WINDOW,
+    window: int = LEAST_WINDOW,
     progress: Optional[Progress] = None,
 ) -> Recall:
     """Measures and raises as `measure`; leaves recall.json in `folder`, and recall.png where matplotlib is there.
