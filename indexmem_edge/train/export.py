@@ -73,6 +73,7 @@ def to_checkpoint(
         architecture=base.architecture,
         base_model=base.name,
         fingerprint=base.fingerprint,
+        budget_share=parts.shares,
         defaults={"sinks": options.sinks, "window": options.window},
         scores=dict(scores or {}),
     )

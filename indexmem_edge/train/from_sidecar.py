@@ -55,5 +55,14 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Ge
     return modules
 
 
+def shares_from_sidecar(path: Union[str, os.PathLike[str]]) -> Optional[tuple[float, ...]]:
+    """What of a budget each layer gets with a sidecar, relative to the others [n_layer]; None: all the same.
+
+    Raises:
+        ConvertError: the sidecar cannot be read.
+    """
+    return read_sidecar(path).checkpoint.budget_share
+
+
 def _show(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .from_sidecar import modules_from_sidecar
+from .from_sidecar import modules_from_sidecar, shares_from_sidecar
 from .indexers.scorers import SCORERS
 from .model.decoder import Decoder
 from .model.frozen import Frozen, Geometry
@@ -25,6 +25,7 @@ class Parts:
 
     indexer: nn.ModuleList
     memory: Optional[nn.ModuleList] = None
+    shares: Optional[tuple[float, ...]] = None  # of a budget, by layer, as the sidecar has them that training began with
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all parameters, named `<part>.<layer>.<parameter>`."""
@@ -55,8 +56,9 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
     if not layers:
         raise TrainingError("every layer of this model has a sliding window: no budget bounds it, and there is nothing to train")
     torch.manual_seed(options.seed)
+    shares = None
     if options.start is not None:
-        indexer = modules_from_sidecar(options.start, config)
+        indexer, shares = modules_from_sidecar(options.start, config), shares_from_sidecar(options.start)
         found = indexer[0].kind
         if found != options.kind:
             raise TrainingError(f"--kind {options.kind}: the indexer of {options.start} is of kind {found}")
@@ -69,7 +71,7 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
         from .indexers.residual import Residual
 
         memory = nn.ModuleList([Residual(Residual.defaults(config.head_dim)) for _ in layers]).to(device)
-    return Parts(indexer.to(device), memory)
+    return Parts(indexer.to(device), memory, shares)
 
 
 def trains_memory(objective: type[Objective]) -> bool:
@@ -91,7 +93,11 @@ def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, op
         )
     decoder = cast(Decoder, decoder)  # those that only observe ask for nothing else of it
     if not trains_memory(objective):
-        return objective(decoder, parts.indexer, options.sinks, options.window)
+        made = objective(decoder, parts.indexer, options.sinks, options.window)
+        if parts.shares is not None:
+            mean = sum(parts.shares[il] for il in made.layers) / len(made.layers)
+            made.shares = {il: parts.shares[il] / mean for il in made.layers}
+        return made
     if parts.memory is None:
         raise TrainingError(f"the objective {objective.name} trains a memory: add --memory residual, or leave it out")
     return objective(decoder, parts.memory, options.sinks, options.window, scorers=parts.indexer)  # type: ignore[call-arg]

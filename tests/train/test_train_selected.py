@@ -16,6 +16,7 @@ from indexmem_edge.train.indexers.scorers import KVzap, Retention
 from indexmem_edge.train.model.decoder import causal
 from indexmem_edge.train.objectives import (
     losses,
+    outlive_kl,
     select_kl,
 )
 from indexmem_edge.train.objectives.outlive_kl import OutliveKL
@@ -104,10 +105,14 @@ def asking(n_tokens: int, asked: int, seed: int = 0):  # type: ignore[no-untyped
     return type(sample)(sample.tokens, sample.weight, asked, sample.source)
 
 
+def views_of(objective: SelectKL, sample, ratios: tuple[float, ...]) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return objective.loss(sample, [objective.share(ratio) for ratio in ratios])
+
+
 def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:
     decoder, sample, n, ratios = random_decoder(), asking(60, 48), 48, (0.3, 0.5)
     modules = modules_of(Retention, decoder)
-    found = SelectKL(decoder, modules, 2, 4).loss(sample, ratios)
+    found = views_of(SelectKL(decoder, modules, 2, 4), sample, ratios)
     tokens, expected = torch.from_numpy(sample.tokens).long()[None], []
     teacher = decoder.logits(decoder(tokens))[0, n:].log_softmax(-1)
     for ratio in ratios:
@@ -153,24 +158,57 @@ def test_training_lowers_the_loss_and_repeats_itself(kind: type, trains: type[Se
     assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
+@pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
-def test_what_stays_has_outlived_the_pages(share: float) -> None:
-    """Entry by entry: as few others as there are places may be better, of the context or of pages that came after it."""
+def test_the_loss_is_that_of_a_long_text_whose_entries_have_left(share: float, between: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and context as one text, each evaluated alone; of it the best stay, at the positions that they have there."""
+    monkeypatch.setattr(outlive_kl, "CONSIDERED", 1)  # less cannot change what is read
+    decoder, sample, n = random_decoder(), asking(60, 48), 48
+    modules = modules_of(Retention, decoder)
+    objective = prepared(OutliveKL(decoder, modules, 2, 4))
+    objective.shares = {0: 1.5, 1: 0.5}
+    pages = objective.drawn(np.random.default_rng(5))
+    assert sorted(map(len, pages)) == [58, 98]
+    found = objective.loss(sample, [objective.outlived(share, pages, between)])
+
+    tokens, total = torch.from_numpy(sample.tokens).long(), n + 156
+    teacher = decoder.logits(decoder(tokens[None]))[0, n:].log_softmax(-1)
+    sources = {len(page) + 2: random_sample(len(page) + 2, seed) for page, seed in zip(sorted(pages, key=len), (22, 20))}
+    parts = [torch.from_numpy(sources[len(page) + 2].tokens).long() for page in pages]
+    layers: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[], []]
+    for text in (tokens[:n], *parts):
+
+        def unrotated(heads):  # type: ignore[no-untyped-def]
+            back = decoder.config.rope.turned(heads.k[0], -torch.arange(heads.k.shape[2]))
+            layers[heads.layer].append((heads.hidden[0], back, heads.v[0]))
+            return causal(heads)
+
+        decoder(text[None], unrotated)
+
+    def attend(heads):  # type: ignore[no-untyped-def]
+        context, *others = layers[heads.layer]
+        cut = [(h[2:], k[:, 2:], v[:, 2:]) for h, k, v in others]
+        start, rest = [(context[0][:2], context[1][:, :2], context[2][:, :2])], [(context[0][2:], context[1][:, 2:], context[2][:, 2:])]
+        order = [*start, *rest, *cut] if between else [*start, *cut, *rest]
+        hidden, k, v = torch.cat([o[0] for o in order]), torch.cat([o[1] for o in order], 1), torch.cat([o[2] for o in order], 1)
+        k = decoder.config.rope.turned(k, torch.arange(total) - 156)
+        budget = 6 + max(1, round(math.ceil(share * total) * objective.shares[heads.layer]))
+        kept = kept_mask(modules[heads.layer].ranks(hidden, torch.arange(total), total - 1), budget, 2, 4)
+        mask = torch.zeros(2, 12, total + 12).masked_fill_(~torch.cat((kept, torch.ones(2, 12, dtype=torch.bool)), -1)[:, None], -torch.inf)
+        mask[..., total:].masked_fill_(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf)
+        k, v = (torch.cat((a, new[0]), 1).repeat_interleave(2, 0) for a, new in ((k, heads.k), (v, heads.v)))
+        return ((decoder.config.scale * heads.q[0] @ k.mT + mask.repeat_interleave(2, 0)).softmax(-1) @ v)[None]
+
+    student = decoder.logits(decoder(tokens[None, n:], attend, first=n))[0].log_softmax(-1)
+    both = ((student.exp() - teacher.exp()) * (student - teacher)).sum(-1) / 2
+    weight = torch.from_numpy(sample.weight[n:])
+    torch.testing.assert_close(found, 0.25 * ((both * weight).sum() / weight.sum() / 0.25).log1p(), atol=1e-5, rtol=1e-3)
+
+
+def test_pages_are_needed() -> None:
     decoder = random_decoder()
-    objective = prepared(OutliveKL(decoder, modules_of(Retention, decoder), 2, 4))
-    assert [page.shape for page in objective.pages.values()] == [(98 + 58, decoder.config.n_embd)] * decoder.config.n_layer
-    hidden = torch.randn(40, decoder.config.n_embd, generator=torch.Generator().manual_seed(3))
-    soon, late = objective.factors(1, hidden, (0.5, share))
-    assert torch.equal(soon, SelectKL.factors(objective, 1, hidden, (0.5,))[0])
-    places = math.ceil(share * (40 + 156))
-    own = objective.modules[1].ranks(hidden, torch.arange(40), 195)
-    pages = objective.modules[1].ranks(objective.pages[1], torch.arange(40, 196), 195)
-    rivals = torch.cat((own[:, 2:36], pages), -1)
-    for j in range(40):
-        better = (rivals > own[:, j, None]).sum(-1)
-        assert torch.equal(late[:, j] > 0, better < places if 2 <= j < 36 else torch.ones(len(own), dtype=torch.bool))
     with pytest.raises(TrainingError, match="--generated below 1"):
-        objective.prepare([asking(100, 80)], Path("unused"), lambda *_: None)
+        OutliveKL(decoder, modules_of(Retention, decoder), 2, 4).prepare([asking(100, 80)], Path("unused"), lambda *_: None)
 
 
 def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +225,7 @@ def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytes
         "geometry": decoder.geometry,
     })())  # fmt: skip
     for sample, rows in ((random_sample(100), (84, 16)), (random_sample(40), (30, 10)), (asking(100, 40), (40, 16)), (asking(9, 3), (7, 2))):
-        assert torch.isfinite(objective.loss(sample, (0.3,)))
+        assert torch.isfinite(views_of(objective, sample, (0.3,)))
         assert seen.pop() == rows and not seen.pop()[0]
 
 

@@ -8,8 +8,9 @@ affair: that is what keeps memory small. Optimiser, schedule, clipping, checkpoi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Optional
 
 import torch
@@ -32,8 +33,15 @@ class Objective(ABC):
     observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
     readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
 
+    shares: Mapping[int, float] = MappingProxyType({})  # by layer, of a budget, 1 on average; a layer without one has 1
+
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
+
+    def budget(self, layer: int, entries: int) -> int:
+        """Entries that a layer keeps where layers keep `entries` on average; what is protected is shared with no other."""
+        protected = self.sinks + self.window
+        return protected + max(1, round((entries - protected) * self.shares.get(layer, 1.0)))
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -1,16 +1,18 @@
-"""select-kl with other text that competes for the same budget: what is kept would still be there many thousands of tokens later.
+"""select-kl in the middle of a long text: pages of books compete for the same budget, and what they win is read.
 
-In a cache of 1024 entries a fact that was told 64K tokens ago is among the best 1.5 % of all that has been read since. Contexts
-of which so little stays would have to be that long to hold a fact and anything else. Instead, pages of books are read once, and
-their ranks compete with those of a context as if they had come after it; what of a page wins a place takes it and is not read.
-So the threshold is that of a long text, at the price of a short one. Half of the work is select-kl as it is: what
-matters soon after it was read must stay, too.
+In a cache of 1024 entries a fact that was told 64K tokens ago is among the best 1.5 % of all that has been read since, and beside
+it is the best of everything else, which can mislead. Contexts of which so little stays would have to be that long to hold a fact
+and anything else. Instead, many pages of books are read once, and some of them compete with each context, at the price of a short
+one. The teacher reads the context alone: pages have nothing to do with what is asked, so keeping the wrong ones costs. They lie
+before the context, so that what was said last is asked for among remains of the past, or between the context and its question,
+which is then about what was said long ago. Half of the work is select-kl as it is: what matters soon after it was read must stay.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +20,43 @@ import torch
 from torch import Tensor
 
 from ...errors import TrainingError
+from ..cache.eviction import pick
 from ..data.sample import Sample
 from ..model.decoder import Heads, causal
 from .objective import Progress
-from .select_kl import RATIOS, SelectKL
+from .select_kl import RATIOS, Context, SelectKL, View
 from .selected import choose
 
-COMPETITORS = 4096  # tokens of the pages
+POOL = 16384  # tokens of pages that are read before training
+COMPETITORS = 8192  # of them, drawn for each sequence
 SHARES = (0.012, 0.02, 0.035, 0.06)  # of context and pages together, that stay beside what is never evicted
+CONSIDERED = 2  # times what stays: entries of pages that have a gradient. Far below the threshold it is next to nothing
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the bounded layers hold of a page, without its first tokens, which are like none of a long text."""
+
+    hidden: dict[int, Tensor]  # by layer, [n, d]
+    k: dict[int, Tensor]  # [H, n, D], rotated to their positions in the page
+    v: dict[int, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.hidden.values())))
 
 
 class OutliveKL(SelectKL):
     name = "outlive-kl"
-    pages: dict[int, Tensor]  # by layer, of those that are bounded: hidden states [COMPETITORS, d]
+    pages: list[Page]
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
         """Reads pages without questions; `folder` is not needed, for that is soon done again."""
         found: list[Sample] = []
-        wanted = COMPETITORS
+        wanted = POOL
         for sample in samples:
             if wanted <= 0:
                 break
-            if sample.asked >= len(sample.tokens):
+            if sample.asked >= len(sample.tokens) > self.sinks:
                 found.append(sample)
                 wanted -= len(sample.tokens)
         if not found:
@@ -47,45 +64,92 @@ class OutliveKL(SelectKL):
                 f"{self.name} needs pages of books, and there are only generated texts: give a --generated below 1, or more "
                 "--samples"
             )
-        read: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self.pages = []
+        for i, sample in enumerate(found):
+            progress(i, len(found), "pages that compete")
+            page = Page({}, {}, {})
 
-        def keep(heads: Heads) -> Tensor:
-            if heads.layer in read:
-                read[heads.layer].append(heads.hidden[0, self.sinks :])  # its first tokens are like none of a long text
-            return causal(heads)
+            def keep(heads: Heads, page: Page = page) -> Tensor:
+                if heads.layer in self.layers:
+                    page.hidden[heads.layer] = heads.hidden[0, self.sinks :]
+                    page.k[heads.layer], page.v[heads.layer] = heads.k[0, :, self.sinks :], heads.v[0, :, self.sinks :]
+                return causal(heads)
 
-        with torch.no_grad():
-            for i, sample in enumerate(found):
-                progress(i, len(found), "pages that compete")
+            with torch.no_grad():
                 self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], keep)
-        self.pages = {layer: torch.cat(parts)[:COMPETITORS] for layer, parts in read.items()}
+            self.pages.append(page)
 
+    @torch.no_grad()
     def held_out_loss(self, samples: Sequence[Sample]) -> float:
-        with torch.no_grad():
-            losses = [float(self.loss(sample, (RATIOS[1], *SHARES[1:3]))) for sample in samples]
+        losses = []
+        for i, sample in enumerate(samples):
+            pages = self.drawn(np.random.default_rng(i))
+            views = [self.share(RATIOS[1]), *(self.outlived(share, pages, self._asks(sample)) for share in SHARES[1:3])]
+            losses.append(float(self.loss(sample, views)))
         return sum(losses) / len(losses)
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         rng = np.random.default_rng((seed, step))
         total = 0.0
         for sample in samples:
-            loss = self.loss(sample, (float(rng.choice(RATIOS)), float(rng.choice(SHARES)))) / len(samples)
+            ratio, share, between = float(rng.choice(RATIOS)), float(rng.choice(SHARES)), bool(rng.random() < 0.5)
+            pages = self.drawn(rng)
+            outlived = self.outlived(share, pages, between and self._asks(sample))
+            loss = self.loss(sample, [self.share(ratio), outlived]) / len(samples)
             loss.backward()
             total += float(loss.detach())
         return {"loss": total}
 
-    def factors(self, layer: int, hidden: Tensor, ratios: Sequence[float]) -> list[Tensor]:
-        """The first ratio is one of select-kl, the others are shares of context and pages together."""
-        found = super().factors(layer, hidden, ratios[:1])
-        module, pages, n = self.module_of(layer), self.pages[layer], len(hidden)
-        assert module is not None
-        newest = n + len(pages) - 1
-        # sinks, pages, the rest: ranks go by position, while the order here is what is protected at either end
-        own = module.ranks(hidden, torch.arange(n, device=self.device), newest)
-        others = module.ranks(pages, torch.arange(n, newest + 1, device=self.device), newest)
-        ranks = torch.cat((own[:, : self.sinks], others, own[:, self.sinks :]), -1)
-        for share in ratios[1:]:
-            budget = self.sinks + self.window + math.ceil(share * ranks.shape[-1])
-            stays = choose(ranks, budget, self.sinks, self.window)
-            found.append(torch.cat((stays[:, : self.sinks], stays[:, self.sinks + len(pages) :]), -1))
+    def drawn(self, rng: np.random.Generator) -> list[Page]:
+        """Pages in a new order, until they have as many tokens as compete with a context."""
+        found: list[Page] = []
+        for i in rng.permutation(len(self.pages)):
+            if sum(map(len, found)) >= COMPETITORS:
+                break
+            found.append(self.pages[i])
         return found
+
+    def outlived(self, share: float, pages: Sequence[Page], between: bool) -> View:
+        """What stays of a context and pages if that share of both may.
+
+        Args:
+            between: the pages come after the context, and the rows that read both after the pages; else they come before it.
+        """
+
+        def view(context: Context) -> tuple[Tensor, Tensor, Tensor]:
+            layer, sinks = context.layer, self.sinks
+            hidden = torch.cat([page.hidden[layer] for page in pages])
+            n, n_page = len(context.hidden), len(hidden)
+            # The order of the text: sinks, then pages, then the context, or the last two the other way round.
+            start = n if between else sinks
+            at = torch.arange(n + n_page, device=self.device)
+            of_page = (at >= start) & (at < start + n_page)
+            own, others = at[~of_page], at[of_page]
+            newest = n + n_page - 1
+            ranks = torch.empty(len(context.k), n + n_page, device=self.device)
+            ranks[:, own] = self.ranks(layer, context.hidden, own, newest)
+            ranks[:, others] = self.ranks(layer, hidden, others, newest)
+            budget = self.budget(layer, sinks + self.window + math.ceil(share * (n + n_page)))
+            factors = choose(ranks, budget, sinks, self.window)
+            # Of the pages the best are enough: those that stay first, ties as they come.
+            order = (ranks + torch.where(factors > 0, torch.inf, 0)).detach()[:, others]
+            order = order.argsort(dim=-1, descending=True, stable=True)[:, : CONSIDERED * budget]
+            k = self._turned(layer, context.k, own - n_page - torch.arange(n, device=self.device))
+            theirs = torch.cat([torch.arange(sinks, sinks + len(page), device=self.device) for page in pages])
+            page_k = self._turned(layer, torch.cat([page.k[layer] for page in pages], 1), others - n_page - theirs)
+            page_v = torch.cat([page.v[layer] for page in pages], 1)
+            return (
+                torch.cat((k, pick(page_k, order)), 1),
+                torch.cat((context.v, pick(page_v, order)), 1),
+                torch.cat((factors[:, own], factors[:, others].gather(1, order)), 1),
+            )
+
+        return view
+
+    def _turned(self, layer: int, k: Tensor, by: Tensor) -> Tensor:
+        """Keys at other positions: the rows stay where they are, so what comes before them moves back."""
+        rope = self.decoder.config.rope_of(layer)
+        return k if rope is None else rope.turned(k, by)
+
+    def _asks(self, sample: Sample) -> bool:
+        return sample.asked < len(sample.tokens)
