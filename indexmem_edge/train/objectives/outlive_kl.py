@@ -29,6 +29,7 @@ from .selected import choose
 
 POOL = 16384  # tokens of pages that are read before training
 COMPETITORS = 8192  # of them, drawn for each sequence
+TOLD = 8  # one token of so many, at most, is of facts
 SHARES = (0.012, 0.02, 0.035, 0.06)  # of context and pages together, that stay beside what is never evicted
 CONSIDERED = 2  # times what stays: entries of pages that have a gradient. Far below the threshold it is next to nothing
 
@@ -50,22 +51,28 @@ class OutliveKL(SelectKL):
     pages: list[Page]
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
-        """Reads pages without questions; `folder` is not needed, for that is soon done again."""
-        found: list[Sample] = []
-        wanted = POOL
+        """Reads pages of books and, for one token in `TOLD`, facts that other sequences ask for: what answers a question must not
+        be taken for what answers another. `folder` is not needed, for that is soon done again.
+        """
+        found: list[np.ndarray] = []
+        n_told = n_page = 0
         for sample in samples:
-            if wanted <= 0:
+            if n_told + n_page >= POOL:
                 break
-            if sample.asked >= len(sample.tokens) > self.sinks:
-                found.append(sample)
-                wanted -= len(sample.tokens)
-        if not found:
+            told = self._asks(sample)
+            tokens = sample.tokens[: sample.asked] if told else sample.tokens
+            if len(tokens) <= self.sinks or (told and TOLD * (n_told + len(tokens)) > POOL):
+                continue
+            found.append(tokens)
+            n_told += told * len(tokens)
+            n_page += (not told) * len(tokens)
+        if not n_page:
             raise TrainingError(
                 f"{self.name} needs pages of books, and there are only generated texts: give a --generated below 1, or more "
                 "--samples"
             )
         self.pages = []
-        for i, sample in enumerate(found):
+        for i, tokens in enumerate(found):
             progress(i, len(found), "pages that compete")
             page = Page({}, {}, {})
 
@@ -76,7 +83,7 @@ class OutliveKL(SelectKL):
                 return causal(heads)
 
             with torch.no_grad():
-                self.decoder(torch.from_numpy(sample.tokens).long().to(self.device)[None], keep)
+                self.decoder(torch.from_numpy(tokens).long().to(self.device)[None], keep)
             self.pages.append(page)
 
     @torch.no_grad()
