@@ -60,7 +60,7 @@ def train(
         Optional[int], _of(_WHAT, "mid_dim", "--mid-dim", min=0, help="Width of its hidden layer; 0: linear.")
     ] = None,
     decay: Annotated[
-        bool, _option(_WHAT, "--decay", help="retention: scores fall with age, each entry's at a rate of its own.")
+        bool, _option(_WHAT, "--decay", help="retention: ranks fall with age, each entry's at a rate of its own.")
     ] = False,
     start: Annotated[
         Optional[Path],
@@ -79,8 +79,8 @@ def train(
             "--objective",
             show_default="by kind and memory",
             help="One, or several with commas between them: then each begins with the best weights of the one before. "
-            "regress (fast), asked-kl (as fast, learns from questions and a second reading), gated-kl (better, slower), select-kl (after either), outlive-kl (after that, for very long "
-            "texts), pooled-kl (pairwise), residual-mse (memory).",
+            "regress (fast), asked-kl (as fast, learns from questions and a second reading), gated-kl (better, slower), select-kl (after either), told-apart (last: what is told "
+            "outlives the rest of a long text), pooled-kl (pairwise), residual-mse (memory).",
         ),
     ] = None,
     steps: Annotated[

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .from_sidecar import modules_from_sidecar, shares_from_sidecar
-from .indexers.scorers import SCORERS
+from .indexers.scorers import SCORERS, with_decay
 from .model.decoder import Decoder
 from .model.frozen import Frozen, Geometry
 from .objectives.objective import Objective
@@ -62,6 +62,8 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
         found = indexer[0].kind
         if found != options.kind:
             raise TrainingError(f"--kind {options.kind}: the indexer of {options.start} is of kind {found}")
+        if options.decay:
+            indexer = with_decay(indexer)
     else:
         scorer = SCORERS[options.kind]
         constants = scorer.defaults(mid_dim=options.mid_dim, decay=options.decay)

@@ -53,7 +53,7 @@ from .watch import Interrupt, Watcher
 PREPARED = "prepared"
 _PREPARED_BY = (  # options that decide what objectives prepare
     "kind", "batch", "steps", "lengths", "samples", "generated", "held_out", "sinks", "window", "seed", "dtype", "engine", "model",
-    "text",
+    "text", "start", "objective", "lr",
 )  # fmt: skip
 
 Report = Callable[[Frozen, nn.ModuleList, Sequence[Sample], Path, Progress], Sequence[Path]]

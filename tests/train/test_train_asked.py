@@ -74,10 +74,10 @@ def test_the_loss_is_least_where_ranks_are_the_targets(tmp_path: Path) -> None:
 
     positions = torch.arange(target.shape[1])
     p = (TEMPERATURE * target).softmax(-1)
-    least = objective._loss(Given(target + 3), torch.zeros(0), target, positions, 0)  # a constant is free
+    least = objective._loss(Given(target + 3), torch.zeros(0), target, {"positions": positions}, 0)  # a constant is free
     assert float(least) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    assert objective._loss(Given(target + noise), torch.zeros(0), target, positions, 0) > least
+    assert objective._loss(Given(target + noise), torch.zeros(0), target, {"positions": positions}, 0) > least
 
 
 @pytest.mark.parametrize("kind", [Retention, KVzap])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from indexmem_edge.errors import TrainingError
 from indexmem_edge.train.cache.future import kept_mask
 from indexmem_edge.train.indexers.scorers import KVzap, Retention
 from indexmem_edge.train.model.decoder import causal
 from indexmem_edge.train.objectives import (
     losses,
-    outlive_kl,
     select_kl,
 )
-from indexmem_edge.train.objectives.outlive_kl import OutliveKL
 from indexmem_edge.train.objectives.select_kl import SelectKL
 from indexmem_edge.train.objectives.selected import choose, selected_attention, selected_dense
 from reference.random_decoder import modules_of, random_decoder, random_sample
@@ -105,14 +99,10 @@ def asking(n_tokens: int, asked: int, seed: int = 0):  # type: ignore[no-untyped
     return type(sample)(sample.tokens, sample.weight, asked, sample.source)
 
 
-def views_of(objective: SelectKL, sample, ratios: tuple[float, ...]) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return objective.loss(sample, [objective.share(ratio) for ratio in ratios])
-
-
 def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:
     decoder, sample, n, ratios = random_decoder(), asking(60, 48), 48, (0.3, 0.5)
     modules = modules_of(Retention, decoder)
-    found = views_of(SelectKL(decoder, modules, 2, 4), sample, ratios)
+    found = SelectKL(decoder, modules, 2, 4).loss(sample, ratios)
     tokens, expected = torch.from_numpy(sample.tokens).long()[None], []
     teacher = decoder.logits(decoder(tokens))[0, n:].log_softmax(-1)
     for ratio in ratios:
@@ -134,19 +124,13 @@ def test_the_loss_is_the_divergence_of_a_model_that_lacks_the_entries() -> None:
     torch.testing.assert_close(found, sum(expected) / 2, atol=1e-5, rtol=1e-4)
 
 
-def prepared(objective: SelectKL) -> SelectKL:
-    pages = [random_sample(100, seed=20), asking(100, 80, seed=21), random_sample(60, seed=22)]
-    objective.prepare(pages, Path("unused"), lambda *_: None)
-    return objective
-
-
-@pytest.mark.parametrize("kind, trains", [(Retention, SelectKL), (KVzap, SelectKL), (Retention, OutliveKL)])
-def test_training_lowers_the_loss_and_repeats_itself(kind: type, trains: type[SelectKL]) -> None:
+@pytest.mark.parametrize("kind", [Retention, KVzap])
+def test_training_lowers_the_loss_and_repeats_itself(kind: type) -> None:
     decoder, samples = random_decoder(), [asking(96, 80, seed=i) for i in range(2)]
     ends = []
     for _ in range(2):
         modules = modules_of(kind, decoder)
-        objective = prepared(trains(decoder, modules, 2, 4))
+        objective = SelectKL(decoder, modules, 2, 4)
         before = objective.held_out_loss(samples)
         optimizer = torch.optim.Adam(modules.parameters(), 3e-3)
         for step in range(40):
@@ -158,57 +142,15 @@ def test_training_lowers_the_loss_and_repeats_itself(kind: type, trains: type[Se
     assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
-@pytest.mark.parametrize("between", [False, True])
-@pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
-def test_the_loss_is_that_of_a_long_text_whose_entries_have_left(share: float, between: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages and context as one text, each evaluated alone; of it the best stay, at the positions that they have there."""
-    monkeypatch.setattr(outlive_kl, "CONSIDERED", 1)  # less cannot change what is read
-    decoder, sample, n = random_decoder(), asking(60, 48), 48
-    modules = modules_of(Retention, decoder)
-    objective = prepared(OutliveKL(decoder, modules, 2, 4))
-    objective.shares = {0: 1.5, 1: 0.5}
-    pages = objective.drawn(np.random.default_rng(5))
-    assert sorted(map(len, pages)) == [58, 78, 98]  # the second without its question
-    found = objective.loss(sample, [objective.outlived(share, pages, between)])
-
-    tokens, total = torch.from_numpy(sample.tokens).long(), n + 234
-    teacher = decoder.logits(decoder(tokens[None]))[0, n:].log_softmax(-1)
-    drawn_from = {58: (60, 22), 78: (100, 21), 98: (100, 20)}  # tokens, seed
-    parts = [torch.from_numpy(random_sample(*drawn_from[len(page)]).tokens[: len(page) + 2]).long() for page in pages]
-    layers: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[], []]
-    for text in (tokens[:n], *parts):
-
-        def unrotated(heads):  # type: ignore[no-untyped-def]
-            back = decoder.config.rope.turned(heads.k[0], -torch.arange(heads.k.shape[2]))
-            layers[heads.layer].append((heads.hidden[0], back, heads.v[0]))
-            return causal(heads)
-
-        decoder(text[None], unrotated)
-
-    def attend(heads):  # type: ignore[no-untyped-def]
-        context, *others = layers[heads.layer]
-        cut = [(h[2:], k[:, 2:], v[:, 2:]) for h, k, v in others]
-        start, rest = [(context[0][:2], context[1][:, :2], context[2][:, :2])], [(context[0][2:], context[1][:, 2:], context[2][:, 2:])]
-        order = [*start, *rest, *cut] if between else [*start, *cut, *rest]
-        hidden, k, v = torch.cat([o[0] for o in order]), torch.cat([o[1] for o in order], 1), torch.cat([o[2] for o in order], 1)
-        k = decoder.config.rope.turned(k, torch.arange(total) - 234)
-        budget = 6 + max(1, round(math.ceil(share * total) * objective.shares[heads.layer]))
-        kept = kept_mask(modules[heads.layer].ranks(hidden, torch.arange(total), total - 1), budget, 2, 4)
-        mask = torch.zeros(2, 12, total + 12).masked_fill_(~torch.cat((kept, torch.ones(2, 12, dtype=torch.bool)), -1)[:, None], -torch.inf)
-        mask[..., total:].masked_fill_(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf)
-        k, v = (torch.cat((a, new[0]), 1).repeat_interleave(2, 0) for a, new in ((k, heads.k), (v, heads.v)))
-        return ((decoder.config.scale * heads.q[0] @ k.mT + mask.repeat_interleave(2, 0)).softmax(-1) @ v)[None]
-
-    student = decoder.logits(decoder(tokens[None, n:], attend, first=n))[0].log_softmax(-1)
-    both = ((student.exp() - teacher.exp()) * (student - teacher)).sum(-1) / 2
-    weight = torch.from_numpy(sample.weight[n:])
-    torch.testing.assert_close(found, 0.25 * ((both * weight).sum() / weight.sum() / 0.25).log1p(), atol=1e-5, rtol=1e-3)
-
-
-def test_pages_are_needed() -> None:
+def test_budgets_are_those_of_layers() -> None:
+    """A table of shares decides how much of what is not protected each layer keeps, in training as in use."""
     decoder = random_decoder()
-    with pytest.raises(TrainingError, match="--generated below 1"):
-        OutliveKL(decoder, modules_of(Retention, decoder), 2, 4).prepare([asking(100, 80)], Path("unused"), lambda *_: None)
+    objective = SelectKL(decoder, modules_of(Retention, decoder), 2, 4)
+    hidden = torch.randn(100, decoder.config.n_embd, generator=torch.Generator().manual_seed(3))
+    assert objective.factors(0, hidden, (0.26,))[0].sum(-1).tolist() == [26, 26]
+    objective.shares = {0: 1.7, 1: 0.3}
+    for layer, kept in ((0, 6 + 34), (1, 6 + 6)):
+        assert objective.factors(layer, hidden, (0.26,))[0].sum(-1).tolist() == [kept, kept]
 
 
 def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +167,7 @@ def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytes
         "geometry": decoder.geometry,
     })())  # fmt: skip
     for sample, rows in ((random_sample(100), (84, 16)), (random_sample(40), (30, 10)), (asking(100, 40), (40, 16)), (asking(9, 3), (7, 2))):
-        assert torch.isfinite(views_of(objective, sample, (0.3,)))
+        assert torch.isfinite(objective.loss(sample, (0.3,)))
         assert seen.pop() == rows and not seen.pop()[0]
 
 

@@ -109,7 +109,7 @@ def test_select_kl_evicts_in_bounded_layers_alone(n: int) -> None:
     sample, modules, ratio = random_sample(60), modules_of(Retention, DECODER), 0.4
     sample = replace(sample, asked=n)
     objective = SelectKL(DECODER, modules, 1, 2)
-    found = objective.loss(sample, [objective.share(ratio)])
+    found = objective.loss(sample, (ratio,))
 
     def attend(heads: Heads) -> Tensor:
         if heads.window:

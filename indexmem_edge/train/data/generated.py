@@ -74,15 +74,22 @@ class _Draft:
             return self.sample(kind, opening, facts[: len(facts) // 2], haystack)
         hay = haystack(room)
         cuts = sorted(int(c) for c in rng.integers(0, room + 1, len(texts)))
-        tokens, last = list(head), 0
+        tokens, last, spans = list(head), 0, []
         for cut, text in zip(cuts, texts):
-            tokens += hay[last:cut] + text
+            tokens += hay[last:cut]
+            spans.append((len(tokens), len(tokens) + len(text)))
+            tokens += text
             last = cut
         tokens += hay[last:]
-        return self.close(kind, tokens, asked)
+        return self.close(kind, tokens, asked, told=spans)
 
     def close(
-        self, kind: str, tokens: list[int], asked: list[tuple[list[int], list[int]]], heavy: float = ANSWER_WEIGHT
+        self,
+        kind: str,
+        tokens: list[int],
+        asked: list[tuple[list[int], list[int]]],
+        heavy: float = ANSWER_WEIGHT,
+        told: Sequence[tuple[int, int]] = (),
     ) -> Sample:
         start, weight = len(tokens), [1.0] * len(tokens)
         newline = self.tokenize("\n")
@@ -91,7 +98,7 @@ class _Draft:
             # position t predicts t + 1
             weight += [1.0] * (len(question) - 1) + [heavy] * (len(answer) + 1) + [1.0] * len(newline)
         n = min(len(tokens), self.length)
-        return Sample(np.asarray(tokens[:n], np.int32), np.asarray(weight[:n], np.float32), start, kind)
+        return Sample(np.asarray(tokens[:n], np.int32), np.asarray(weight[:n], np.float32), start, kind, tuple(told))
 
 
 def _sentence(rng: np.random.Generator) -> str:
@@ -220,7 +227,8 @@ def listing(d: _Draft, kind: str) -> Sample:
     before = int(d.rng.integers(0, room + 1))
     hay = d.filler(room)
     newline = d.tokenize("\n")
-    return d.close(kind, hay[:before] + newline + sum(lines, []) + hay[before:] + newline, asked)
+    start, listed = before + len(newline), sum(lines, [])
+    return d.close(kind, hay[:before] + newline + listed + hay[before:] + newline, asked, told=[(start, start + len(listed))])
 
 
 def assignments(d: _Draft, kind: str) -> Sample:

@@ -20,3 +20,4 @@ class Sample:
     weight: npt.NDArray[np.float32]  # [T]
     asked: int
     source: str  # a book, or the kind of generated text
+    told: tuple[tuple[int, int], ...] = ()  # where the context says something that can be asked for: [first, end) each

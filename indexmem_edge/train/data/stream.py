@@ -98,6 +98,7 @@ class Data:
             np.concatenate([np.ones(len(first), np.float32), made.weight]),
             made.asked + len(first),
             made.source,
+            tuple((a + len(first), b + len(first)) for a, b in made.told),
         )
 
 

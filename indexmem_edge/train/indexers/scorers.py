@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import TrainingError
 from .pairwise import Pairwise
 
 
@@ -96,6 +97,25 @@ class KVzap(nn.Module):
 
     def ranks(self, hidden: Tensor, positions: Tensor, newest: int) -> Tensor:
         return self(hidden)[0]
+
+
+def with_decay(modules: nn.ModuleList) -> nn.ModuleList:
+    """The same indexers, with ranks that fall with age; at first slowly, and those of all entries alike.
+
+    Raises:
+        TrainingError: they are of a kind whose ranks have no age.
+    """
+    made = []
+    for module in modules:
+        if not isinstance(module, Retention):
+            raise TrainingError(f"--decay: ranks of kind {module.kind} do not fall with age, those of kind {Retention.kind} can")
+        if not module.constants["decay"]:
+            old = module
+            n_head_kv, n_embd = len(old.magnitude_proj.weight), len(old.in_norm.weight)
+            module = Retention(n_embd, n_head_kv, {**old.constants, "decay": True, "decay_init": 0.5})
+            module.load_state_dict({**module.state_dict(), **old.state_dict()})
+        made.append(module)
+    return nn.ModuleList(made)
 
 
 Scorer = Retention | KVzap | Pairwise

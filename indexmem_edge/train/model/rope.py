@@ -78,11 +78,6 @@ class Rope:
         out = out.to(x.dtype)
         return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
-    def turned(self, x: Tensor, by: Tensor) -> Tensor:
-        """Keys [..., T, D] that are rotated already, as they would be `by` [T] positions further on (or back: below 0)."""
-        cos, sin = self.table(by)
-        return self.rotate(x, cos / self.magnitude, sin / self.magnitude)
-
 
 @lru_cache(maxsize=16)
 def _frequencies(rope: Rope, device: torch.device) -> Tensor:

@@ -13,8 +13,7 @@ What counts is who is above whom, most of all at the top. So the ranks of a head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 import numpy as np
@@ -24,8 +23,7 @@ from torch import Tensor, nn
 from ..cache.future import attention_blocks
 from ..data.sample import Sample
 from ..model.attention import Heads
-from .objective import Progress
-from .regress import FLOOR, Regress, chosen_positions, write
+from .regress import FLOOR, Regress, chosen_positions, ranks_of
 
 TEMPERATURE = 0.5
 
@@ -36,18 +34,8 @@ class AskedKL(Regress):
     name = "asked-kl"
     readings = 2
 
-    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
-        super().prepare(samples, folder, progress)
-        self.folder = folder
-
-    @torch.no_grad()
     def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:
-        """The loss on held-out samples, which are observed once."""
-        paths = [self.folder / f"held-out-{n:05}.safetensors" for n in range(len(samples))]
-        for n, (sample, path) in enumerate(zip(samples, paths)):
-            if not path.exists():
-                write(path, self._observe(sample, n))
-        return sum(sum(float(loss) for loss in self._losses([path])) for path in paths) / len(paths) / len(self.modules)
+        return self._observed_loss(samples)
 
     @torch.no_grad()
     def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
@@ -76,8 +64,8 @@ class AskedKL(Regress):
             "positions": where.cpu(),
         }
 
-    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, positions: Tensor, layer: int) -> Tensor:
-        ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, others: Mapping[str, Tensor], layer: int) -> Tensor:
+        ranks = ranks_of(module, hidden, others["positions"])
         wanted = (TEMPERATURE * target).softmax(-1)
         return -(wanted * (TEMPERATURE * ranks).log_softmax(-1)).sum(-1).mean()
 

@@ -8,7 +8,7 @@ the networks are fitted to random batches of them, which costs next to nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Regress(Objective):
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.shards = []
+        self.folder, self.shards = folder, []
         for n, sample in enumerate(samples):
             path = folder / f"{self.name}-{n:05}.safetensors"
             if not path.exists():
@@ -52,7 +52,11 @@ class Regress(Objective):
             self.shards.append(path)
             progress(n + 1, len(samples), "attention of sequences")
         some = self.shards[:: max(len(self.shards) // 32, 1)]
-        self.mean = torch.stack([_target(path).float().mean(-1) for path in some]).mean(0)[..., None]
+        self._settle([_target(path).float() for path in some])
+
+    def _settle(self, targets: Sequence[Tensor]) -> None:
+        """What all losses need of targets, here of a part of the sequences, [layers, H, n] each."""
+        self.mean = torch.stack([target.mean(-1) for target in targets]).mean(0)[..., None]
 
     @torch.no_grad()
     def _observe(self, sample: Sample, n: int) -> dict[str, Tensor]:
@@ -69,6 +73,15 @@ class Regress(Objective):
 
         self._read(sample.tokens, look)
         return {"hidden": torch.stack(hidden), "target": torch.stack(targets), "positions": where.cpu()}
+
+    @torch.no_grad()
+    def _observed_loss(self, samples: Sequence[Sample]) -> float:
+        """The loss on held-out samples, which are observed once."""
+        paths = [self.folder / f"held-out-{n:05}.safetensors" for n in range(len(samples))]
+        for n, (sample, path) in enumerate(zip(samples, paths)):
+            if not path.exists():
+                write(path, self._observe(sample, n))
+        return sum(sum(float(loss) for loss in self._losses([path])) for path in paths) / len(paths) / len(self.modules)
 
     def _read(self, tokens: npt.NDArray[np.int32], look: Look) -> None:
         self.decoder.observe(torch.from_numpy(tokens).long().to(self.device), look)
@@ -92,13 +105,22 @@ class Regress(Objective):
                 loss = torch.zeros((), device=self.device)
                 for part in parts:
                     hidden, target = (part.get_slice(name)[i].to(self.device) for name in ("hidden", "target"))
-                    loss = loss + self._loss(module, hidden, target.float(), part.get_tensor("positions").to(self.device), i)
+                    others = {name: part.get_tensor(name).to(self.device) for name in set(part.keys()) - {"hidden", "target"}}
+                    loss = loss + self._loss(module, hidden, target.float(), others, i)
                 yield loss / len(parts)
 
-    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, positions: Tensor, layer: int) -> Tensor:
-        """Of one layer, the module with that number, and one sequence."""
-        ranks = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+    def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, others: Mapping[str, Tensor], layer: int) -> Tensor:
+        """Of one layer, the module with that number, and one sequence; `others` is what has been written beside, `positions` [n]
+        at least.
+        """
+        ranks = ranks_of(module, hidden, others["positions"])
         return F.smooth_l1_loss(ranks, target - self.mean[layer].to(target.device))
+
+
+def ranks_of(module: nn.Module, hidden: Tensor, positions: Tensor) -> Tensor:
+    """[H, n] when the last of the entries is the newest."""
+    ranks: Tensor = module.ranks(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+    return ranks
 
 
 def chosen_positions(first: int, end: int, seed: int) -> npt.NDArray[np.int64]:

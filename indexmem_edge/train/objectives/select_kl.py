@@ -7,8 +7,7 @@ rows after it, which are few, are computed for each budget and in both direction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,82 +26,61 @@ DRAWN = 2  # of them, for each sequence
 MUCH = 0.25  # nats: beyond it a loss counts by its logarithm. A long passage, to be repeated word by word, cannot stay
 
 
-@dataclass(frozen=True)
-class Context:
-    """What one layer holds of a context of n tokens, with everything kept."""
-
-    layer: int
-    hidden: Tensor  # [n, d]
-    k: Tensor  # [H, n, D], of a window layer only the last ones
-    v: Tensor
-
-
-View = Callable[[Context], tuple[Tensor, Tensor, Tensor]]  # -> keys, values [H, m, D] and factors [H, m] of what is read of it
-
-
 class SelectKL(Objective):
     name = "select-kl"
 
     @torch.no_grad()
     def held_out_loss(self, samples: Sequence[Sample]) -> float:
         """The loss on held-out samples, over all ratios."""
-        losses = [float(self.loss(sample, [self.share(ratio) for ratio in RATIOS])) for sample in samples]
+        losses = [float(self.loss(sample, RATIOS)) for sample in samples]
         return sum(losses) / len(losses)
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         rng = np.random.default_rng((seed, step))
         total = 0.0
         for sample in samples:
-            ratios = rng.choice(RATIOS, DRAWN, replace=False).tolist()
-            loss = self.loss(sample, [self.share(ratio) for ratio in ratios]) / len(samples)
+            ratios = rng.choice(RATIOS, DRAWN, replace=False)
+            loss = self.loss(sample, ratios.tolist()) / len(samples)
             loss.backward()
             total += float(loss.detach())
         return {"loss": total}
 
-    def share(self, ratio: float) -> View:
-        """What stays of a context if that share of it may."""
-
-        def view(context: Context) -> tuple[Tensor, Tensor, Tensor]:
-            n = len(context.hidden)
-            ranks = self.ranks(context.layer, context.hidden, torch.arange(n, device=self.device), n - 1)
-            budget = self.budget(context.layer, Schedule(ratio).limit(n, self.sinks, self.window))
-            return context.k, context.v, choose(ranks, budget, self.sinks, self.window)
-
-        return view
-
-    def ranks(self, layer: int, hidden: Tensor, positions: Tensor, newest: int) -> Tensor:
-        """Ranks [H, n] of entries with hidden states [n, d] when the newest token is at `newest`."""
+    def factors(self, layer: int, hidden: Tensor, ratios: Sequence[float]) -> list[Tensor]:
+        """For each ratio, the factors [H, n] of the entries of a context with hidden states [n, d], as `choose` has them."""
+        n = len(hidden)
         module = self.module_of(layer)
         assert module is not None
-        ranks: Tensor = module.ranks(hidden, positions, newest)  # type: ignore[operator]
-        return ranks
+        ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
+        budgets = [self.budget(layer, Schedule(ratio).limit(n, self.sinks, self.window)) for ratio in ratios]
+        return [choose(ranks, budget, self.sinks, self.window) for budget in budgets]
 
-    def loss(self, sample: Sample, views: Sequence[View]) -> Tensor:
-        """Divergence over the rows after the context, both ways, answers counted by their weight; over `views` the mean."""
+    def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
+        """Divergence over the rows after the context, both ways, answers counted by their weight; over `ratios` the mean."""
         n = self._context(sample)
         tokens = torch.from_numpy(sample.tokens[: n + ROWS]).long().to(self.device)
-        contexts: list[Context] = []
+        context: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def read(heads: Heads) -> Tensor:
             start = max(n - heads.window, 0) if heads.window else 0
-            contexts.append(Context(heads.layer, heads.hidden[0, :n], heads.k[0, :, start:n], heads.v[0, :, start:n]))
+            context.append((heads.hidden[0, :n], heads.k[0, :, start:n], heads.v[0, :, start:n]))
             return causal(heads)
 
         with torch.no_grad():
             teacher = self.decoder(tokens[None], read)[0, n:]
 
         def attend(heads: Heads) -> Tensor:
-            context = contexts[heads.layer]
+            hidden, k, v = context[heads.layer]
             if self.module_of(heads.layer) is None:
-                before = (t.expand(len(views), -1, -1, -1) for t in (context.k, context.v))
+                before = (t.expand(len(ratios), -1, -1, -1) for t in (k, v))
                 k, v = (torch.cat(parts, dim=2) for parts in zip(before, (heads.k, heads.v)))
                 return attention(heads.q, k, v, heads.scale, heads.window)
             rows = []
-            for b, view in enumerate(views):
-                rows.append(selected_attention(heads.q[b], *view(context), heads.k[b], heads.v[b], heads.scale))
+            for b, factors in enumerate(self.factors(heads.layer, hidden, ratios)):
+                own = heads.k[b], heads.v[b]
+                rows.append(selected_attention(heads.q[b], k, v, factors, *own, heads.scale))
             return torch.stack(rows)
 
-        students = self.decoder(tokens[None, n:].expand(len(views), -1), attend, first=n)
+        students = self.decoder(tokens[None, n:].expand(len(ratios), -1), attend, first=n)
         weight = torch.from_numpy(sample.weight[n : n + ROWS]).to(self.device)
         (head, bias), softcap = self.decoder.output, self.decoder.config.logit_softcap
         losses = torch.stack([both_kl(student, teacher, head, weight, bias=bias, softcap=softcap) for student in students])
