@@ -340,9 +340,9 @@ def _notes(
             f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {layers}: the others have a sliding "
             "window, which no budget bounds"
         )
-    first, best = position.first_recall, position.recall
-    if first is not None and best is not None and best <= first:
-        notes.append("training did not raise the recall on held-out text: the sidecar has the weights it began with")
+    best_steps = [stage["best_step"] for stage in position.stages if "best_step" in stage]
+    if best_steps and not any(best_steps):
+        notes.append("no step did better on held-out text: the sidecar has the weights that training began with")
     if enabled is not None and not all(enabled):
         off = ", ".join(str(il) for il, on in zip(bounded, enabled) if not on)
         notes.append(f"the memory is off in layer {off}: there held-out text is read better without")
