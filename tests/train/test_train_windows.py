@@ -240,5 +240,14 @@ def test_a_whole_training(tiny: Tiny, tmp_path: Path, more: dict[str, Any]) -> N
     if c.memory == "residual":
         assert [il for il, on in enumerate(c.memory_constants["enabled"]) if on] in ([], [2], [5], [2, 5])
         return
-    again = replace(options, start=options.out, out=tmp_path / "b.indexmem.gguf", run=None, objective=("select-kl",), steps=(1,))
-    assert train(again) is not None and read_sidecar(again.out).checkpoint.only == (2, 5)
+    shares = (1.0, 1.0, 3.0, 1.0, 1.0, 1.5)
+    write_sidecar(tmp_path / "shared.gguf", replace(c, budget_share=shares))
+    for objective, decay in (("select-kl", False), ("told-apart", True)):
+        out = tmp_path / f"{objective}.indexmem.gguf"
+        again = replace(
+            options, start=tmp_path / "shared.gguf", out=out, run=None, objective=(objective,), steps=(1,), decay=decay, generated=1.0
+        )
+        assert train(again) is not None
+        went_on = read_sidecar(out).checkpoint
+        assert went_on.only == (2, 5) and went_on.constants["decay"] is decay
+        assert went_on.budget_share is not None and (went_on.budget_share[2], went_on.budget_share[5]) == (3.0, 1.5)
