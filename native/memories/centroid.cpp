@@ -2,6 +2,8 @@
 
 #include "indexmem-ops.h"
 
+#include "ggml-backend.h"
+
 // Centroid memory of IndexMem++: R slots in the softmax, each the mean of the keys and of the values it has taken up, with
 // the logarithm of their number as its bias. Means and counts are fp32; attention reads a copy of the means in rows of K and
 // V, of whatever type the cache has.
@@ -48,9 +50,13 @@ public:
     std::vector<ggml_tensor *> build_write(ggml_context * ctx, const indexmem_memory_view & m, const indexmem_memory_leaving & e) const override {
         ggml_tensor * means = ggml_indexmem_centroid(ctx, m.state[0], count_of(ctx, m), e.k, e.v, e.plan, e.ctl);
 
+        // To another device go rows without gaps: a copy of the view, which has them, writes past the end of its buffer on Vulkan.
+        const bool elsewhere = buffer_type(m.state[0]) != buffer_type(e.k_slots);
+
         const auto part = [&](int64_t n, int64_t first) {
-            return ggml_view_4d(ctx, means, n, means->ne[1], means->ne[2], means->ne[3], means->nb[1], means->nb[2], means->nb[3],
-                    first*sizeof(float));
+            ggml_tensor * view = ggml_view_4d(ctx, means, n, means->ne[1], means->ne[2], means->ne[3], means->nb[1], means->nb[2],
+                    means->nb[3], first*sizeof(float));
+            return elsewhere ? ggml_cont(ctx, view) : view;
         };
         return {
             means,
@@ -66,6 +72,11 @@ public:
     }
 
 private:
+    static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * t) {
+        const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+        return buffer ? ggml_backend_buffer_get_type(buffer) : nullptr;
+    }
+
     static ggml_tensor * count_of(ggml_context * ctx, const indexmem_memory_view & m) {
         ggml_tensor * t = m.state[1];
         return ggml_view_3d(ctx, t, t->ne[0], t->ne[2], t->ne[3], t->nb[2], t->nb[3], 0);
