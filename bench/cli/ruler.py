@@ -202,10 +202,15 @@ def ceiling(
     budgets: str = typer.Option("0.5,0.25,0.1", help="Shares of the context's entries that are kept."),
     groups: int = typer.Option(0, min=0, help="Exchange the indexer for the oracle in each of so many groups of layers."),
     samples: int = typer.Option(5, min=1, help="Samples of each task."),
+    slots: str = typer.Option("", help="Also the best memories of means, with so many slots in the place of entries."),
+    book: Optional[Path] = typer.Option(
+        None, "--text", exists=True, dir_okay=False, help="Book: how likely is what follows a passage?", show_default=False
+    ),
+    pages: int = typer.Option(8, min=1, help="Passages of the book, of each length."),
     out: Path = OUT,
     as_json: bool = JSON,
 ) -> None:
-    """How far is an indexer from an oracle that knows the question, and in which layers? Needs PyTorch."""
+    """How far is an indexer from an oracle that knows the question, in which layers, and what could a memory give? Needs PyTorch."""
     from indexmem_edge.train.torch_extra import require_torch
 
     from ..runner import BenchError
@@ -221,6 +226,7 @@ def ceiling(
             raise BenchError(f"unknown policy {unknown[0]!r}: choose from {', '.join(bench.POLICIES)}")
         report = bench.run_ceiling(
             loaded, data, wanted, names, samples, indexmem or [], numbers(budgets, float),
-            groups=groups, policies=found, progress=progress, out=out,
+            groups=groups, policies=found, slots=numbers(slots, int) if slots else [], book=book, pages=pages if book else 0,
+            progress=progress, out=out,
         )  # fmt: skip
     finish(report, bench.COLUMNS, out, bench.plot, as_json)

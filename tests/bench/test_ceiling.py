@@ -45,20 +45,20 @@ def test_a_cache_that_lost_nothing_answers_like_one_reading(tiny: Tiny, name: st
     asked = ceiling.Question(tokens[:6], tokens[6:10], [(0, 2), (2, 4)])
     with torch.no_grad():
         contexts = ceiling.read_context(decoder, tokens)
-        _, nll, mass = ceiling.ask(decoder, [(c.k, v) for c, v in contexts], 40, asked)
+        _, nll, mass = ceiling.ask(decoder, ceiling.everything(contexts), 40, asked)
         whole = decoder.logits(decoder(torch.tensor([tokens + asked.question + asked.answer])))[0, 45:49].log_softmax(-1)
         assert nll == pytest.approx(float(-whole[range(4), asked.answer].mean()), abs=1e-4)
         assert len(mass) == len(decoder.config.bounded) == decoder.config.n_layer - len(windowed)
         everything = ceiling.compress(contexts, mass, 40, windowed)
-        for (k, v), (c, value) in zip(everything, contexts):
-            assert torch.equal(k, c.k) and torch.equal(v, value)
+        for held, (c, value) in zip(everything, contexts):
+            assert torch.equal(held.k, c.k) and torch.equal(held.v, value)
         assert ceiling.ask(decoder, everything, 40, asked)[1] == nll
         cache = ceiling.compress(contexts, mass, 20, windowed)
-        for (k, v), (c, value) in zip(cache, contexts):
-            assert c.layer not in windowed or (k is c.k and v is value)
+        for held, (c, value) in zip(cache, contexts):
+            assert c.layer not in windowed or (held.k is c.k and held.v is value)
         half, contexts = ([pair for il, pair in enumerate(pairs) if il not in windowed] for pairs in (cache, contexts))
-        assert all(k.shape == (c.k.shape[0], 20, c.k.shape[2]) for (k, _), (c, _) in zip(half, contexts))
-        assert all(torch.equal(k[:, :4], c.k[:, :4]) and torch.equal(k[:, -5:], c.k[:, -5:]) for (k, _), (c, _) in zip(half, contexts))
+        assert all(held.k.shape == (c.k.shape[0], 20, c.k.shape[2]) for held, (c, _) in zip(half, contexts))
+        assert all(torch.equal(held.k[:, part], c.k[:, part]) for held, (c, _) in zip(half, contexts) for part in (slice(4), slice(-5, None)))
 
 
 def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path) -> None:
@@ -77,8 +77,23 @@ def test_the_command_reports_full_oracle_and_indexer(tiny: Tiny, tmp_path: Path)
     by = {(row["policy"], row["ratio"]): row for row in rows}
     assert {name for name, _ in by} == {"full", "oracle", "mine", "keydiff", "mine, oracle in 0 to 0", "mine, oracle in 1 to 1"}
     assert all(0 <= row["score"] <= 1 and row["nll"] > 0 for row in rows)
+    assert not any("page_nll" in row for row in rows)
     both = CliRunner().invoke(app, [str(word) for word in [*words, "--policies", "nope"]])
     assert both.exit_code == 1 and "unknown policy 'nope'" in both.output
+
+
+def test_memories_and_pages(tiny: Tiny, tmp_path: Path) -> None:
+    ruler_folder(tmp_path / "data")
+    (tmp_path / "book.txt").write_text("It was a dark night, and it rained. " * 400)
+    words = ["ceiling", "-m", tiny("llama")[0], "--data", tmp_path / "data", "--lengths", 256, "--samples", 1, "--out", tmp_path]
+    words += ["--slots", "4,1000", "--text", tmp_path / "book.txt", "--budgets", 0.25, "--policies", ""]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--pages", 2]])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "ceiling.json").read_text())["rows"]
+    assert {row["policy"] for row in rows} == {"full", "oracle", "oracle, 4 slots", "oracle, 4 slots, next", "oracle, 4 slots, oracle"}
+    assert all(row["n_pages"] == 2 and 0 < row["page_nll"] < 20 for row in rows)
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--pages", 500]])
+    assert result.exit_code == 1 and "book.txt has" in result.output and "fewer --pages" in result.output
 
 
 def test_models_with_window_layers(tiny: Tiny, tmp_path: Path) -> None:
