@@ -144,10 +144,15 @@ class BoundedCache:
         self._background = background
         self.checkpoints.held = background.checkpoint
 
-    def make_background(self, n: Optional[int] = None) -> None:
-        """The first `n` tokens of the conversation, or all of it, are what prompts come after from now on."""
+    def make_background(self, n: Optional[int] = None, restored: Sequence[Checkpoint] = ()) -> None:
+        """The first `n` tokens of the conversation, or all of it, are what prompts come after from now on.
+
+        Args:
+            restored: checkpoints that are not kept yet, of which one may be after these tokens.
+        """
         tokens = self._llm.history.copy() if n is None else self._llm.history[:n].copy()
-        at_end = self.checkpoints.after(tokens)
+        # It is held from now on: the memory of those that are kept is used again when they leave.
+        at_end = self.checkpoints.take_out(tokens) or next((made for made in restored if np.array_equal(made.tokens, tokens)), None)
         if n is None and at_end is None:
             at_end = Checkpoint.of(self._llm.ctx, tokens, self._kept.now())
         self.background = Background(tokens, at_end) if len(tokens) else NO_BACKGROUND

@@ -128,7 +128,11 @@ class Checkpoints:
     @property
     def device_nbytes(self) -> int:
         """Those of them in memory of devices."""
-        return sum(kept.device_nbytes for kept in [*self._kept, *([self.held] if self.held is not None else [])])
+        return sum(made.device_nbytes for made in self._all)
+
+    @property
+    def _all(self) -> list[Checkpoint]:
+        return [*self._kept, *([self.held] if self.held is not None else [])]
 
     @property
     def _bytes(self) -> int:
@@ -151,7 +155,7 @@ class Checkpoints:
         same = self.after(tokens)
         if same is not None:
             same.logits = logits if logits is not None else same.logits
-            self._touch(same)
+            self.used(same)
             return
         room = StateCopy.size(ctx) + tokens.nbytes
         if len(tokens) == 0 or room > self.limit:
@@ -164,8 +168,15 @@ class Checkpoints:
             self._kept.append(made)
 
     def after(self, tokens: Tokens) -> Optional[Checkpoint]:
-        """The one of just these tokens, if it is kept."""
-        return next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
+        """The one of just these tokens, if there is one."""
+        return next((made for made in self._all if np.array_equal(made.tokens, tokens)), None)
+
+    def take_out(self, tokens: Tokens) -> Optional[Checkpoint]:
+        """The one of just these tokens, if it is kept; from now on somebody else keeps it."""
+        found = next((kept for kept in self._kept if np.array_equal(kept.tokens, tokens)), None)
+        if found is not None:
+            self._kept.remove(found)
+        return found
 
     def add(self, made: Checkpoint) -> None:
         """Keeps one that is there already, as `take` would; unless one of the same tokens is."""
@@ -178,7 +189,7 @@ class Checkpoints:
     def best(self, prompt: Tokens) -> tuple[Optional[Checkpoint], int]:
         """The one that has most of the prompt, and how many of its first tokens that is; None and 0 if none has any."""
         found, most = None, 0
-        for kept in [*self._kept, *([self.held] if self.held is not None else [])]:
+        for kept in self._all:
             n = kept.fits(prompt)
             if n > most:
                 found, most = kept, n

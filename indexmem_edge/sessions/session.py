@@ -108,9 +108,9 @@ def load(talk: Talk, path: PathLike) -> SessionData:
     talk.kept.restore(data.logits)
     talk.turn.begin(llm.n_tokens)
     if talk.cache is not None:
+        talk.cache.make_background(background(data.header), restored)
         for made in restored:
             talk.cache.checkpoints.add(made)
-        talk.cache.make_background(background(data.header))
     return replace(data, state=b"", checkpoints=())
 
 

@@ -118,8 +118,10 @@ ggml_backend_ptr cpu_backend() {
     return res;
 }
 
-// the step, in one layer of the cache
-void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, const kv_cache::layer & ours, const kv_cache::step & of_all) {
+// The step, in layer i of the cache. What is protected is what `target` protects, whose budget is smaller.
+void compute(ggml_backend_t backend, const kv_cache & kv, const kv_cache & target, size_t i, const kv_cache::step & of_all) {
+    kv_cache::layer         l    = kv.get_layers()[i];
+    const kv_cache::layer & ours = target.get_layers()[i];
     const auto st = of_all.of(l.cls);
 
     ggml_context_ptr holder(ggml_init({ indexmem_layer_nodes::N_TENSORS*ggml_tensor_overhead() +
@@ -168,11 +170,11 @@ void compute(ggml_backend_t backend, const kv_cache & kv, kv_cache::layer l, con
         throw std::runtime_error("bounded KV state: there is no memory to evict what the budget has no room for");
     }
     if (ctl) {
-        const auto data = indexmem_ctl_of(kv, st.before[0], st.after[0], 0);
+        const auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0);
         ggml_backend_tensor_set(ctl, data.data(), 0, ggml_nbytes(ctl));
     }
     if (ctl_rotary) {
-        auto data = indexmem_ctl_of(kv, st.before[0], st.after[0], 0);
+        auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0);
         data[INDEXMEM_CTL_POS_TAIL] -= st.before[0].shift;
         ggml_backend_tensor_set(ctl_rotary, data.data(), 0, ggml_nbytes(ctl_rotary));
     }
@@ -214,7 +216,7 @@ void indexmem_state_hold_fitted(llama_io_read_i & io, const indexmem_state_origi
     }
     const auto backend = cpu_backend();
     for (size_t i = 0; i < kv.get_layers().size(); ++i) {
-        compute(backend.get(), *wide, wide->get_layers()[i], kv.get_layers()[i], st);
+        compute(backend.get(), *wide, kv, i, st);
     }
 
     // the same pieces of both, which lie elsewhere

@@ -462,3 +462,25 @@ def test_any_way_through_other_caches(tiny: Tiny, start: int, path: list[tuple[i
         finally:
             for context in contexts:
                 context.close()
+
+
+@pytest.mark.parametrize("policy", ["streaming", "keydiff"])
+def test_a_window_that_grows_with_the_budget_is_that_of_the_new_budget(tiny: Tiny, policy: str) -> None:
+    """That of the old one, a quarter of it, may have more tokens than there is room for now."""
+    path, config = tiny("llama")
+    tokens, more = tokens_of(config, 900), tokens_of(config, sum(RESUMED), seed=1)
+    with open_model(path) as model:
+        large = Context(model, n_ubatch=100, span=0, policy=policy, budget=900, window=0)
+        small, again = (Context(model, n_ubatch=N_UBATCH, span=0, policy=policy, budget=160, window=0) for _ in range(2))
+        with large, small, again:
+            for i in range(0, 900, 100):
+                large.decode(tokens[i : i + 100])
+            reference = BoundedReference(config, policy=policy, budget=900, sinks=4, window=224, cache_dtype=CACHES["f16"][1])
+            for i in range(0, 900, 100):
+                reference.feed(tokens[i : i + 100])
+            assert small.load(large.save(0), 0)
+            reference.refit(policy=policy, budget=160, sinks=4, window=128)
+            assert compare(small, reference) < 2e-2
+            assert all(set(range(900 - 128, 900)) <= set(head.tolist()) for layer in small.positions() for head in layer)
+            assert again.load(small.save(0), 0)
+            go_on(small, reference, more, RESUMED)

@@ -78,6 +78,28 @@ def test_another_beginning_goes_back_to_the_background(make: Make, saved: Path) 
         assert llm.kv_stats().checkpoint_bytes > 0
 
 
+def test_its_state_stays_whatever_else_is_kept(make: Make, saved: Path, tmp_path: Path) -> None:
+    """A session that has a background brings its state along as a checkpoint; those leave when others need their memory."""
+    first = make()
+    first.load_session(saved, as_background=True)
+    first.prefill(NEW[:120])
+    first.save_session(tmp_path / "both")
+    one = first.kv_stats().checkpoint_bytes
+    for limit in (0, 3 * one):
+        llm = make(kv_checkpoints=limit)
+        llm.load_session(tmp_path / "both")
+        fresh = make()
+        fresh.load_session(tmp_path / "both")
+        for i in range(8):
+            assert llm.prefill(OTHER[7 * i :][:50]) == 50 and llm.kv_stats().reevaluated == 0
+            assert llm.kv_stats().checkpoint_bytes <= limit + one
+        fresh.prefill(OTHER[49:][:50])
+        np.testing.assert_equal(llm.kv_snapshot(), fresh.kv_snapshot())
+        llm.save_session(tmp_path / "again")
+        fresh.load_session(tmp_path / "again")
+        assert fresh.prefill(OTHER[:20]) == 20
+
+
 def test_reset_and_other_sessions_end_it(make: Make, saved: Path, tmp_path: Path) -> None:
     llm, plain = make(), make()
     llm.load_session(saved, as_background=True)
