@@ -68,6 +68,11 @@ class Setup(CacheOptions):
         return replace(self, policy=UNBOUNDED, budget=0, sidecar=None, budget_ratio=None, memory="off", memory_slots=0)
 
     @property
+    def window_says(self) -> str:
+        """The window of any budget, for a report."""
+        return f"min({self.window}, budget / 4)" if self.window else "a quarter of the budget"
+
+    @property
     def label(self) -> str:
         if not self.budget:
             return "unbounded" + ("" if self.flash else ", no flash")

@@ -23,6 +23,10 @@ class ModelFileError(IndexMemError, ValueError):
     """The model file is missing, unreadable, not GGUF, damaged, or of an unknown architecture."""
 
 
+# for a model without a bounded cache
+UNBOUNDED = "Without a budget (--kv-budget 0, kv_budget=None) it runs as in llama.cpp"
+
+
 class ModelNotSupported(IndexMemError, ValueError):
     """The model is fine, but its attention cannot run on a bounded KV cache, or training does not know how it computes."""
 

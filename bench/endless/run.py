@@ -219,7 +219,7 @@ def run_endless(
             how=f"{HOW}; {endless_cost.HOW}; {endless_far.HOW}",
             settings=settings,
             sinks=base.sinks,
-            window=f"min({base.window}, budget / 4)" if base.window else "budget / 4",
+            window=base.window_says,
             ubatch=base.ubatch,
             samples=plan.samples,
             seed=seed,

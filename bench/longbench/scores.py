@@ -122,4 +122,4 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise BenchError(f"this task is scored with the package {name}: pip install 'indexmem-edge[longbench]'") from None
+        raise BenchError(f"this task is scored with the package {name}: pip install {name}") from None

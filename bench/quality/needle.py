@@ -154,7 +154,7 @@ def run_needle(
             how=HOW,
             settings=settings,
             sinks=base.sinks,
-            window=f"min({base.window}, budget / 4)",
+            window=base.window_says,
             samples=grid.samples,
             seed=seed,
             text=text.name if text else "sentences made up on the spot",

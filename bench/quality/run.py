@@ -227,7 +227,7 @@ def run_quality(
             weights=weights or "as in the file",
             budget_in=plan.budget_in,
             sinks=base.sinks,
-            window=f"min({base.window}, budget / 4)",
+            window=base.window_says,
             samples=plan.samples,
             seed=seed,
             data=plan.data.name,

@@ -108,7 +108,7 @@ def calibrate_memory(
     Args:
         texts: UTF-8 files; passages of `n_ctx` tokens are taken from all over them, at most `n_passages`.
         out: the sidecar; `indexmem` with the memory, or without that, a sidecar of a memory alone.
-        kv_budget, kv_policy, kv_sinks, kv_window: the cache that the memory is for, as `Llama` takes them.
+        kv_budget, kv_policy, kv_sinks, kv_window: the cache that the memory is for, as `Llama` takes them; the window by its number.
         indexmem: a sidecar whose indexer decides who leaves unless a kv_policy does, and with the weights of a
             residual memory.
         memory: `centroid`, or `residual`, which `indexmem` must hold.
@@ -126,6 +126,7 @@ def calibrate_memory(
 
     _check_range("slots", slots, 1, MAX_SLOTS)
     _check_range("n_ubatch", n_ubatch, 1)
+    _check_range("kv_window", kv_window, 1)
     _check_range("n_passages", n_passages, 2)
     name = check_model_file(model)
     names = [os.path.expanduser(os.fspath(text)) for text in texts]

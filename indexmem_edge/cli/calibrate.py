@@ -70,7 +70,7 @@ def calibrate_memory(
         DEFAULT_SINKS
     ),
     kv_window: Annotated[
-        int, panel_option(_CACHE, "--kv-window", min=0, help="Most recent tokens, which are never evicted.")
+        int, panel_option(_CACHE, "--kv-window", min=1, help="Most recent tokens, which are never evicted.")
     ] = LEAST_WINDOW,
     ctx_size: Annotated[int, panel_option(_TEXT, "-c", "--ctx-size", min=1, help="Tokens of a passage.")] = 4096,
     ubatch_size: Annotated[

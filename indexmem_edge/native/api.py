@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..errors import BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
+from ..errors import UNBOUNDED, BudgetError, IndexMemError, LibraryError, ModelNotSupported, SidecarError, VersionError
 from . import find
 
 API_VERSION = 9
@@ -128,6 +128,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_span_reason": (ctypes.c_char_p, [_P]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
+    "indexmem_pin_room": (_U32, [_P]),
     "indexmem_draft_room": (_U32, [_P, _I32, _U32]),
     "indexmem_set_load_pin": (ctypes.c_bool, [_P, _I32]),
     "indexmem_copy_new": (_P, []),
@@ -227,7 +228,10 @@ def failure(otherwise: str, kind: Callable[[str], IndexMemError] = BudgetError) 
     Where the library does not say what it was, or llama.cpp's log knows more, it is `kind` with the text `otherwise`.
     """
     code = last_error_kind()
-    return _ERRORS.get(code, kind)(last_error() if code in _ERRORS else otherwise)
+    if code not in _ERRORS:
+        return kind(otherwise)
+    advice = f". {UNBOUNDED}" if code == ERROR_MODEL else ""
+    return _ERRORS[code](last_error() + advice)
 
 
 def _table(name: str) -> dict[str, str]:
@@ -365,6 +369,11 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
+
+
+def pin_room(ctx: int) -> int:
+    """The longest prefix that the budget has room to pin, of the layers that keep least; 0 without a budget."""
+    return int(library().indexmem_pin_room(ctx))
 
 
 def draft_room(ctx: int, n: int, seq_id: int = 0) -> int:

@@ -299,7 +299,7 @@ class BoundedCache:
 
     def set_pin(self, n: int) -> None:
         """Pins the first `n` tokens."""
-        self._options.require_room(n, "a pinned prefix of")
+        self._options.require_room(n, "a pinned prefix of", api.pin_room(self._llm.ctx))
         api.set_pin(self._llm.ctx, n)
 
     def read(self, tokens: Sequence[int], every: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from ..errors import BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
+from ..errors import UNBOUNDED, BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
 from ..files.modelfile import check_lora_file
 from ..models.sidecars import Found, find_sidecar
 from ..native import api
@@ -81,7 +81,7 @@ def explain(llm: Inside, bounded: bool, error: Exception, path: str, log: list[s
         return None
     unsupported = api.model_unsupported_reason(model) if bounded else None
     if unsupported is not None:
-        return ModelNotSupported(f"{path} cannot have a bounded KV cache: {unsupported}. Load it without kv_budget")
+        return ModelNotSupported(f"{path} cannot have a bounded KV cache: {unsupported}. {UNBOUNDED}")
     if kind == api.ERROR_SIDECAR:
         return SidecarError(said)
     if kind == api.ERROR_PARAMS:

@@ -7,16 +7,19 @@ import sys
 
 from ..errors import IndexMemError, LibraryError
 
-_NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "starlette_context", "yaml")
+# modules, and how pip calls what has them
+_NEEDED = {
+    "fastapi": "fastapi", "uvicorn": "uvicorn", "pydantic_settings": "pydantic-settings", "sse_starlette": "sse-starlette",
+    "starlette_context": "starlette-context", "yaml": "PyYAML",
+}  # fmt: skip
 
 
 def require_packages() -> None:
     """Raises LibraryError if what the server is made with is not installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise LibraryError(
-            f"the server needs {', '.join(missing)}, which are not installed: pip install 'indexmem-edge[server]'; "
-            "`indexmem serve` needs nothing"
+            f"the server needs packages that are not installed: pip install {' '.join(missing)}. `indexmem serve` needs nothing"
         )
 
 

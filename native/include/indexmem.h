@@ -225,6 +225,9 @@ INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_
 // and when pin and window leave no room in the budget.
 INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
 
+// The longest prefix that the budget has room to pin, of the layers that keep least; 0 without a budget.
+INDEXMEM_API uint32_t indexmem_pin_room(const struct llama_context * ctx);
+
 // Of `n` guessed tokens (drafts) that a batch is to have behind the next token of a sequence, how many it may have, so that those
 // which turn out to be wrong can be taken out again (llama_memory_seq_rm), and then nothing is left of them: the cache is the one
 // that has never seen them. For that, nothing in the batch evicts, renews positions or is scored by the indexer, and all of it is

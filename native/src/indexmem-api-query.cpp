@@ -300,6 +300,11 @@ bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {
     return kv->set_pin(seq_id, n, error) || indexmem_error_is(error);
 }
 
+uint32_t indexmem_pin_room(const llama_context * ctx) {
+    const auto * kv = bounded_of(ctx);
+    return kv ? kv->pin_room() : 0;
+}
+
 uint32_t indexmem_draft_room(const llama_context * ctx, int32_t seq_id, uint32_t n) {
     return indexmem_n_drafts(ctx->get_memory(), seq_id, n);
 }

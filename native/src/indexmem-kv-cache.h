@@ -183,6 +183,7 @@ public:
 
     // false, with the reason, when that is impossible
     bool set_pin(llama_seq_id seq_id, uint32_t n, std::string & error);
+    uint32_t pin_room() const { return counts.pin_room(); }
 
     // the stream that holds the data of a sequence now: another one's until pending copies have been made
     uint32_t get_stream(llama_seq_id seq_id) const;

@@ -393,6 +393,10 @@ void indexmem_kv_counts::reset(uint32_t s) {
     seqs[s].pin = lim.pin;
 }
 
+uint32_t indexmem_kv_counts::pin_room() const {
+    return lim.budget_of(0) - (uint32_t) budget_min(0, 0, lim.window, geo.n_latent); // at least the sinks: there is no smaller budget
+}
+
 bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
     seq_state & seq = seqs[s];
 
@@ -401,7 +405,7 @@ bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
         error = broken_text(s);
         return false;
     }
-    if (lim.budget_of(0) < min) {
+    if (n > pin_room()) {
         error = text("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
                 "the memory + 1), the budget is %u%s", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent,
                 lim.budget_of(0), lim.budgets.empty() ? "" : " in some layers: let all layers keep equally many, or raise it");

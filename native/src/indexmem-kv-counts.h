@@ -238,6 +238,9 @@ public:
     // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
     bool set_pin(uint32_t s, uint32_t n, std::string & error);
 
+    // the longest prefix that there is room to pin
+    uint32_t pin_room() const;
+
 private:
     // new rotary positions for all that a sequence holds, so that n_tokens more stay inside the span
     void rebase(uint32_t n_tokens, seq_state & seq) const;

@@ -64,11 +64,12 @@ TEST(a_window_that_nobody_chose_follows_the_room) {
     CHECK(c.window_of(*c.get(0)) == (1024 - 4)/4);
     CHECK(counts_of(lim, { 24 }).window_of({}) == (1024 - 24 - 4)/4); // the slots of a memory are not room
     lim.budgets = { 804, 1500 };
-    CHECK(counts_of(lim, {}).window_of({}) == 200); // of the smallest class
+    CHECK(counts_of(lim, {}).window_of({}) == 200 && counts_of(lim, {}).pin_room() == 804 - 129); // of the smallest class
     lim.budgets.clear();
 
     std::string error;
     CHECK(c.set_pin(0, 424, error) && c.window_of(*c.get(0)) == 150);
+    CHECK(c.pin_room() == 895 && counts_of(lim, { 24 }).pin_room() == 895 - 24);
     CHECK(c.set_pin(0, 895, error) && c.window_of(*c.get(0)) == 128); // what fits beside the least window is still accepted
     CHECK(!c.set_pin(0, 896, error) && error.find("1025") != std::string::npos);
     CHECK(c.set_pin(0, 0, error));

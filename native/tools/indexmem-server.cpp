@@ -152,9 +152,18 @@ int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n
     return ctx && n > 0 ? (int32_t) indexmem_draft_room(ctx, id, (uint32_t) n) : n;
 }
 
+std::string indexmem_pin_refusal(const llama_context * ctx, uint32_t n) {
+    const uint32_t room = ctx ? indexmem_pin_room(ctx) : 0;
+    if (n == 0 || n <= room || !indexmem_is_bounded(ctx)) {
+        return "";
+    }
+    return "the system prompt, its tools included, has " + std::to_string(n) + " tokens, and of the budget at most " + std::to_string(room) +
+        " can be pinned: start the server with a larger --kv-budget, or with --kv-pin 0, which lets the prompt be evicted like other text";
+}
+
 void indexmem_pin(llama_context * ctx, llama_seq_id id, uint32_t n) {
     indexmem_stats stats;
-    if (n > 0 && stats_of(ctx, id, stats) && stats.n_evicted == 0 && stats.pin != n) {
-        indexmem_set_pin(ctx, id, n);
+    if (indexmem_pins_system() && stats_of(ctx, id, stats) && stats.n_evicted == 0 && stats.pin != n) {
+        indexmem_set_pin(ctx, id, n); // there is room: indexmem_pin_refusal
     }
 }

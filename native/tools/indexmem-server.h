@@ -46,5 +46,8 @@ uint32_t indexmem_count_tokens(const llama_vocab * vocab, const std::string & te
 // without a context.
 int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n);
 
-// Pins so many tokens. Where entries have left already, or the budget has no room for them, the pin stays what it was.
+// Why a conversation cannot have so many tokens pinned: the budget has no room for them. Empty if it can.
+std::string indexmem_pin_refusal(const llama_context * ctx, uint32_t n);
+
+// Pins so many tokens, the text of the system messages (0: there are none). Where entries have left already the pin stays what it was.
 void indexmem_pin(llama_context * ctx, llama_seq_id id, uint32_t n);

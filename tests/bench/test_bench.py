@@ -115,6 +115,7 @@ def test_only_the_policy_of_the_sidecar_gets_it() -> None:
     assert setup_for(base, Arm("knorm", 0.5), sidecars, 2000, 99).sidecar is None
     assert setup_for(base, FULL_ARM, sidecars, 2000, 99).sidecar is None
     assert replace(setup, budget=64).label == "indexer 64, at most 50%"
+    assert replace(setup, window=128).window_says == "min(128, budget / 4)" and replace(setup, window=0).window_says == "a quarter of the budget"
 
 
 def test_jobs_keep_all_policies_of_a_sample_together() -> None:

@@ -298,6 +298,7 @@ def test_a_sidecar_of_a_memory_alone_is_used(tiny: Tiny, text: Path, tmp_path: P
         ({"memory": "residual"}, IndexMemError, "trained weights"),
         ({"slots": 0}, IndexMemError, "slots must be from 1 to 4,096, found 0"),
         ({"n_ubatch": 0}, IndexMemError, "n_ubatch must be from 1"),
+        ({"kv_window": 0}, IndexMemError, "kv_window must be from 1"),
         ({"n_passages": 1}, IndexMemError, "n_passages must be from 2"),
         ({"n_ctx": 127}, IndexMemError, "at least 128"),
         ({"kv_budget": 500, "n_ctx": 1024}, IndexMemError, "two passages of at least 544 tokens.*found 960 tokens"),

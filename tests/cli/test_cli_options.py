@@ -80,6 +80,15 @@ def test_options_without_a_budget(model: Path, flags: tuple[str, str]) -> None:
     one_error(run("generate", "--kv-budget", "0", *flags, "-m", str(model), "-p", "x"), "needs a bounded KV cache", "--kv-budget")
 
 
+@pytest.mark.parametrize("command", [("chat",), ("generate", "-p", "Hello"), ("generate", "-p", "Hello", "-q")])
+def test_a_model_that_cannot_have_one_says_how_to_run_it(tiny: Tiny, command: tuple[str, ...]) -> None:
+    path = str(tiny("mamba")[0])
+    result = run(*command, "-m", path, "-t", "1")
+    assert result.returncode == 1 and "recurrent" in result.stderr and "--kv-budget 0" in result.stderr
+    result = run("generate", "-p", "Hello", "-m", path, "-t", "1", "-n", "1", "-q", "--kv-budget", "0")
+    assert result.returncode == 0, result.stderr
+
+
 def test_what_asks_for_nothing_needs_no_budget(model: Path) -> None:
     plain = run("generate", "--kv-budget", "0", "--indexmem", "off", "--memory", "off", "-m", str(model), "-p", "x", "-n", "1")
     assert plain.returncode == 0

@@ -57,6 +57,36 @@ def both(
     return context, reference
 
 
+def test_a_prefix_has_to_fit_the_smallest_layers(tiny: Tiny, tmp_path: Path) -> None:
+    """A system prompt that does not is refused before the talk begins, with what there is room for."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    llm = Llama(path, kv_budget=60, kv_sinks=2, kv_window=8, indexmem=sidecar(tmp_path, config)[0], n_ubatch=24, n_threads=1, verbose=False)
+    try:
+        room = api.pin_room(llm.ctx)
+        assert room == min(budgets_of_stats(llm)) - 9
+        api.set_pin(llm.ctx, room)
+        with pytest.raises(BudgetError, match="in some layers"):
+            api.set_pin(llm.ctx, room + 1)
+        api.set_pin(llm.ctx, 0)
+        words = rf"kv_budget 60 .* system prompt of {room + 1} tokens: .* {room} tokens can be pinned"
+        for n in range(1, 60):
+            talk = [{"role": "system", "content": "a" * n}, {"role": "user", "content": "b"}]
+            if llm._prompts.system_prefix(talk, llm._prompts.tokens(talk)) == room + 1:
+                break
+            llm.rehearse("a" * n)
+        with pytest.raises(BudgetError, match=words):
+            llm.rehearse("a" * n)
+        with pytest.raises(BudgetError, match=words):
+            llm.create_chat_completion(talk, max_tokens=1)
+    finally:
+        llm.close()
+
+
+def budgets_of_stats(llm: Llama) -> list[int]:
+    stats = api.get_stats(llm.ctx)
+    return [int(stats.class_budget[i]) for i in range(stats.n_classes)]
+
+
 def test_all_together_keep_no_more_and_take_no_more(tiny: Tiny, tmp_path: Path) -> None:
     path, config = tiny("llama", n_layer=N_LAYER)
     with open_model(path) as model:

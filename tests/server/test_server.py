@@ -61,6 +61,24 @@ def test_a_conversation_and_what_people_do_to_it(server: Server) -> None:
     assert state["pin"] == pin and state["kept"] <= BUDGET and state["kept"] + state["evicted"] == state["seen"]
 
 
+def test_a_system_prompt_without_room_is_refused(server: Server) -> None:
+    """And not evicted without a word."""
+    long = {"role": "system", "content": "You are a clerk. " * 60}
+    status, text = server.ask("/v1/chat/completions", {"messages": [long, SHORT], "max_tokens": 1, "id_slot": 0})
+    error = json.loads(text)["error"]
+    assert status == 400 and error["type"] == "invalid_request_error" and "can be pinned" in error["message"] and "--kv-budget" in error["message"]
+    assert f"at most {BUDGET - 48 - 1} " in error["message"]
+    assert said(server.chat([SYSTEM, SHORT], id_slot=0, max_tokens=4))["content"], "the slot goes on"
+
+
+def test_another_conversation_has_a_prefix_of_its_own(demo_model: Path) -> None:
+    with serving(demo_model, "--kv-budget", BUDGET, "--kv-window", 48, "-np", 1, "--cache-ram", 0, "--slots") as running:
+        running.chat([SYSTEM, SHORT], id_slot=0, max_tokens=1)
+        assert kv(running)["pin"] > 10
+        running.chat([SHORT], id_slot=0, max_tokens=1)
+        assert kv(running)["pin"] < 10
+
+
 def test_turns_do_not_grow(server: Server) -> None:
     """A template that drops the reasoning of earlier answers: each prompt departs where the last answer began."""
     history, counts = [SYSTEM, LONG], []
