@@ -34,7 +34,7 @@ def test_files_that_the_page_names_are_there() -> None:
     )
 
 
-UNUSED = {"endless-facts-2048.png", "endless-facts-outlive.png", "endless-talk.png", "indexer-qwen3-4b.png", "soak.png"}
+UNUSED = {"endless-facts-2048.png", "endless-facts-outlive.png", "indexer-qwen3-4b.png", "soak.png"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
