@@ -30,6 +30,7 @@ from indexmem_edge.train.checkpoints import NAME as CHECKPOINT
 from indexmem_edge.train.estimate import estimate
 from indexmem_edge.train.model.attention import Heads
 from indexmem_edge.train.model.load import load_decoder
+from indexmem_edge.train.objectives.told_apart import looks_at
 from indexmem_edge.train.observed import library
 from indexmem_edge.train.observed.capture import HeadsCapture
 from indexmem_edge.train.observed.library import LibraryModel, open_library_model
@@ -159,6 +160,30 @@ def test_what_no_budget_bounds_is_refused(tiny: Tiny, tmp_path: Path, arch: str,
         run(native(tiny(arch)[0], tmp_path))
 
 
+@pytest.mark.parametrize("arch", [*PLAIN[:2], "gemma2", "gpt-oss", "gemma3n-shared", "deepseek2"])
+def test_where_answers_look(tiny: Tiny, arch: str) -> None:
+    """Shares of attention, whatever the kind of attention: of all that was read there is at most one, and what is apart adds up."""
+    path, _ = tiny(arch)
+    rows, n = torch.arange(60, N), 50
+    some = torch.zeros(n, dtype=torch.bool)
+    some[10:30] = True
+    with opened(path) as model:
+        found: list[tuple[torch.Tensor, ...]] = []
+
+        def look(heads: Heads) -> None:
+            g = heads.q.shape[1] // heads.k.shape[1]
+            one = replace(heads, q=heads.q[:, ::g], sinks=None if heads.sinks is None else heads.sinks[::g])
+            apart = looks_at(one, rows, some) + looks_at(one, rows, ~some)
+            found.append((looks_at(heads, rows, some), apart, looks_at(heads, rows, some | True), looks_at(heads, rows[:0], some)))
+
+        model.observe(text(), look)
+        assert len(found) == len(model.geometry.bounded)
+        for share, both, everything, nothing in found:
+            assert share.shape == (model.geometry.n_head_kv,) and not nothing.any()
+            assert bool((share > 0).all() and (share <= everything + 1e-6).all() and (everything < 1).all())
+            assert bool((both <= everything + 1e-5).all()), "the first head of a group has no more than that with most"
+
+
 # from a model and books to a sidecar
 
 
@@ -193,7 +218,7 @@ def test_what_was_trained_runs(tiny: Tiny, tmp_path: Path, arch: str) -> None:
     llm.close()
 
 
-@pytest.mark.parametrize(("kind", "objective"), [("retention", "regress"), ("kvzap", "asked-kl")])
+@pytest.mark.parametrize(("kind", "objective"), [("retention", "regress"), ("kvzap", "asked-kl"), ("retention", "told-apart")])
 def test_the_engines_agree(tiny: Tiny, tmp_path: Path, kind: str, objective: str) -> None:
     """The same objective on the same text: recall before and after, within a hundredth."""
     path, _ = tiny("llama")
