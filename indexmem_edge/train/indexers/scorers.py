@@ -64,8 +64,12 @@ class Retention(nn.Module):
 
     def ranks(self, hidden: Tensor, positions: Tensor, newest: int) -> Tensor:
         """Ranks [..., H, T] of the entries at `positions` when the newest token is at `newest`."""
+        return self.ranks_and_rate(hidden, positions, newest)[0]
+
+    def ranks_and_rate(self, hidden: Tensor, positions: Tensor, newest: int) -> tuple[Tensor, Tensor | None]:
+        """Ranks, and how they change in `age_scale` tokens; both [..., H, T]."""
         e, rate = self.intercept(hidden, positions)
-        return e if rate is None else e + rate * (newest / self.constants["age_scale"])
+        return (e, None) if rate is None else (e + rate * (newest / self.constants["age_scale"]), rate)
 
 
 class KVzap(nn.Module):
@@ -97,6 +101,9 @@ class KVzap(nn.Module):
 
     def ranks(self, hidden: Tensor, positions: Tensor, newest: int) -> Tensor:
         return self(hidden)[0]
+
+    def ranks_and_rate(self, hidden: Tensor, positions: Tensor, newest: int) -> tuple[Tensor, None]:
+        return self(hidden)
 
 
 def with_decay(modules: nn.ModuleList) -> nn.ModuleList:

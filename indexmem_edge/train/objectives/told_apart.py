@@ -99,9 +99,10 @@ class ToldApart(Regress):
     def _loss(self, module: nn.Module, hidden: Tensor, target: Tensor, others: Mapping[str, Tensor], layer: int) -> Tensor:
         remember = self.remember[layer].to(target.device)
         told, spread = others["told"] & remember, self.spread[layer].to(target.device)
-        moved = (ranks_of(module, hidden, others["positions"]) - target) / spread
+        positions = others["positions"]
+        ranks, rate = module.ranks_and_rate(hidden, positions, int(positions[-1]))  # type: ignore[operator]
+        moved = (ranks - target) / spread
         loss = _mean((moved - HIGHER).square(), told) + KEEP * _mean(moved.square(), ~told)
-        rate = module(hidden)[1]  # of change, so below 0
         if rate is None:
             return loss
         falls = -rate / spread / FALL
