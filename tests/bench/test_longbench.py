@@ -56,7 +56,7 @@ def test_summaries_and_chinese_words() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rouge", None)
-    with pytest.raises(BenchError, match=r"package rouge.*longbench"):
+    with pytest.raises(BenchError, match="package rouge: pip install rouge"):
         scores.rouge("a", "a")
 
 

@@ -65,6 +65,8 @@ def test_ctrl_c_and_ctrl_d(typing: Any) -> None:
         typing("half" + CTRL_C)
     with pytest.raises(EOFError):
         typing(CTRL_D)
+    with pytest.raises(EOFError):  # typed before there was a prompt, see test_terminal
+        typing("\0")
     assert typing("whole" + ENTER) == "whole"
 
 

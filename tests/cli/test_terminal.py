@@ -146,6 +146,16 @@ def coloured(person: Person) -> bool:
     return any(part.partition(b"m")[0].strip(b"0;").isdigit() for part in person.raw.split(b"\x1b[") if b"m" in part[:8])
 
 
+def test_ctrl_d_while_there_is_no_prompt(home: Path) -> None:
+    """It ends the chat when the answer is there, as if it had been typed at the next prompt."""
+    with person_at(*CHAT, home=home) as person:
+        person.prompted(1)
+        person.type("Hello" + ENTER)
+        person.wait_for(lambda screen: "> Hello" in screen and not screen.splitlines()[-1].startswith(">"))
+        person.type(CTRL_D)
+        assert person.ends() == 0
+
+
 def test_answers_in_a_file_while_a_person_types(home: Path) -> None:
     with person_at(*CHAT, home=home, stdout=home / "answers.txt") as person:
         person.prompted(1)

@@ -40,6 +40,7 @@ def test_a_talk_that_goes_on_another_day(chat: tuple[str, ...], tmp_path: Path) 
         person.wait_for("> /branch here")
         person.type(ENTER)
         person.wait_for("on here now, main stays as it is")
+        person.prompted(5)
         assert "talk" not in person.screen.replace("/talk", "")
         person.type(CTRL_D)
         assert person.ends() == 0
