@@ -36,11 +36,16 @@ def fill(report: Report, logged: Sequence[Row], per: int, fine: int) -> None:
         "fact_kinds": kind_rows(parts.get("facts", {})),
         "talk": talk_rows(parts.get("talk", {})),
         "far": far_rows(parts.get("far", {})),
-        "cost": [row for runs in parts.get("cost", {}).values() for row in runs.values()],
+        "cost": [_of_report(row) for runs in parts.get("cost", {}).values() for row in runs.values()],
     }
     report.extra = {name: rows for name, rows in made.items() if rows}
     report.meta["without_span"] = sorted({row["span_reason"] for row in logged if row.get("span_reason")})
     report.verdicts = verdicts(report, report.meta.get("trained_length") or 0)
+
+
+def _of_report(row: Row) -> Row:
+    """Without what names the run among those that are written down."""
+    return {name: value for name, value in row.items() if name not in ("key", "settings", "sample")}
 
 
 def _named(arm: Arm, runs: Iterable[Row]) -> Row:
