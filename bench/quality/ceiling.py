@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Optional
 
@@ -135,21 +136,22 @@ def compress(
         mass: for slots of the oracle, as `ask` has it for the cache that keeps everything.
     """
     cache: Cache = []
-    chosen = iter(range(len(ranks)))
+    chosen = zip_longest(ranks, mass)
     n_slots = slots.n if slots else 0
     for context, v in contexts:
         if context.layer in windowed:
             cache.append(Held(context.k, v))
             continue
-        i, (heads, n, _) = next(chosen), context.k.shape
-        rank, window = ranks[i].expand(heads, -1), min(LEAST_WINDOW, budget // 4)
-        mask = kept_mask(rank, budget - n_slots, DEFAULT_SINKS, window)
+        (rank, looked_at), (heads, n, _) = next(chosen), context.k.shape
+        rank = rank.expand(heads, -1)
+        mask = kept_mask(rank, budget - n_slots, DEFAULT_SINKS, min(LEAST_WINDOW, budget // 4))
         kept = mask.nonzero()[:, 1].view(heads, -1)
         held = Held(pick(context.k, kept), pick(v, kept))
         if slots and n > budget:
-            n_taken = min(n_slots * RUNNERS_UP, n - kept.shape[1]) if slots.among == "next" else n - kept.shape[1]
+            n_left = n - kept.shape[1]
+            n_taken = min(n_slots * RUNNERS_UP, n_left) if slots.among == "next" else n_left
             taken = rank.masked_fill(mask, -torch.inf).topk(n_taken, -1).indices.sort(-1).values
-            weight = mass[i].gather(1, taken) if slots.among == ORACLE else None
+            weight = looked_at.gather(1, taken) if slots.among == ORACLE else None
             held = _joined(held, slots_of(pick(context.k, taken), pick(v, taken), n_slots, weight))
         cache.append(held)
     return cache

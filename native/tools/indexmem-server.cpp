@@ -153,8 +153,11 @@ int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n
 }
 
 std::string indexmem_pin_refusal(const llama_context * ctx, uint32_t n) {
-    const uint32_t room = ctx ? indexmem_pin_room(ctx) : 0;
-    if (n == 0 || n <= room || !indexmem_is_bounded(ctx)) {
+    if (!indexmem_is_bounded(ctx)) {
+        return "";
+    }
+    const uint32_t room = indexmem_pin_room(ctx);
+    if (n <= room) {
         return "";
     }
     return "the system prompt, its tools included, has " + std::to_string(n) + " tokens, and of the budget at most " + std::to_string(room) +

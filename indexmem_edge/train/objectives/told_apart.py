@@ -115,10 +115,11 @@ def looks_at(heads: Heads, rows: Tensor, told: Tensor) -> Tensor:
     true: mean over the rows, [H], of the query heads of a group that with most. Zeros without rows.
     """
     k, n = heads.k[0], len(told)
+    told = told.to(k.device)
     total = torch.zeros(len(k), heads.q.shape[1] // len(k), device=k.device)
     for i, p in attention_blocks(heads.q[0], k, heads.scale, first=n, softcap=heads.softcap, sinks=heads.sinks):
         here = (rows[(rows >= i) & (rows < i + p.shape[-2])] - i).to(k.device)
-        total += p[:, :, here, :n][..., told.to(k.device)].sum((-1, -2))
+        total += p[:, :, here, :n][..., told].sum((-1, -2))
     return total.amax(1) / max(len(rows), 1)
 
 
