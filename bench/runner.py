@@ -373,9 +373,24 @@ def library() -> str:
         return f"stock llama.cpp; {llama_cpp.llama_print_system_info().decode().strip()}"
 
 
+@dataclass
+class Captures:
+    """CUDA graphs since the program began, as the library logs them."""
+
+    made: int = 0
+    dropped: int = 0  # something in them had changed
+
+    def count(self, text: bytes) -> None:
+        self.made += b"CUDA graph warmup complete" in text
+        self.dropped += b"CUDA graph warmup reset" in text
+
+
+captures = Captures()
+
+
 @llama_cpp.llama_log_callback
 def _no_log(level: int, text: bytes, data: Any) -> None:
-    pass
+    captures.count(text)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ SPEED_COLUMNS = (
     "decode_vs_flash",
     "prefill_vs_flash",
     "graphs_built",
+    "captures_made",
+    "captures_dropped",
 )
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
 from ..machine import describe, rss_bytes
 from ..report import Report, Row, print_rows, series
-from ..runner import BenchError, Model, Setup, System, library
+from ..runner import BenchError, Model, Setup, System, captures, library
 from ..stats import alternate, pair_ratio
 from ..text import TokenStream, read_text
 from . import evictions as evictions_of, parts as parts_of
@@ -32,11 +32,14 @@ COLUMNS = (
     "decode_vs_flash",
     "decode_vs_no_flash",
     "prefill_vs_flash",
-    "graphs_built",  # during a turn of decoding
+    "graphs_built",  # during a turn of decoding, as the next two
+    "captures_made",
+    "captures_dropped",
 )
 PARTS = ("depths", "rows", "latency", "prefill", "evictions")
 COLUMNS_OF = {**parts_of.COLUMNS, "evictions": evictions_of.COLUMNS}
 PREFILL = 512
+Measured = TypeVar("Measured")
 CHUNK = 32  # decoded tokens of one turn: at least one eviction falls into each
 FLASH, NO_FLASH = "unbounded", "unbounded, no flash"  # as Setup.label has them
 
@@ -167,7 +170,7 @@ def _depths(
             turns = [_turn(empty, 0, _decode, corpus), *(_turn(s, depth, _decode, corpus) for s in here)]
             from_empty, *decode = alternate(rounds, turns)
             prefill = alternate(repeats, [_turn(s, depth, _prefill, corpus) for s in here])
-            built = [_turn(s, depth, _graphs_built, corpus)() for s in here]
+            built = [_turn(s, depth, _built, corpus)() for s in here]
             at = {system.setup.label: i for i, system in enumerate(here)}
             for i, system in enumerate(here):
                 setup, read = system.setup, min(depth, system.setup.budget or depth) * report.meta["token_bytes"]
@@ -184,7 +187,7 @@ def _depths(
                     depth=depth,
                     decode_vs_empty=pair_ratio(decode[i], from_empty),
                     bytes_limit=bytes_limit(weights, read),
-                    graphs_built=built[i],
+                    **built[i],
                     **(_against(i, at, decode, prefill) if setup.budget else {}),
                 )
             save()
@@ -208,12 +211,18 @@ def _decode(system: System, stream: TokenStream) -> float:
     return CHUNK / sum(system.decode(CHUNK, stream.take(1)[0]))
 
 
-def _graphs_built(system: System, stream: TokenStream) -> float:
-    """Of the tokens that follow the first: before that there may have been a ubatch of many, whose graph is another."""
+def _built(system: System, stream: TokenStream) -> Row:
+    """Of the tokens that follow the first, before which there may have been a ubatch of many, whose graph is another: graphs that were
+    built, and on a CUDA device those that were captured, and were captured in vain.
+    """
     system.decode(1, stream.take(1)[0])
-    before = system.n_reused()
+    before, captured = system.n_reused(), replace(captures)
     system.decode(CHUNK - 1, stream.take(1)[0])
-    return CHUNK - 1 - (system.n_reused() - before)
+    return {
+        "graphs_built": CHUNK - 1 - (system.n_reused() - before),
+        "captures_made": captures.made - captured.made,
+        "captures_dropped": captures.dropped - captured.dropped,
+    }
 
 
 def _prefill(system: System, stream: TokenStream) -> float:
@@ -221,9 +230,9 @@ def _prefill(system: System, stream: TokenStream) -> float:
 
 
 def _turn(
-    system: System, depth: int, measure: Callable[[System, TokenStream], float], corpus: list[int]
-) -> Callable[[], float]:
-    def turn() -> float:
+    system: System, depth: int, measure: Callable[[System, TokenStream], Measured], corpus: list[int]
+) -> Callable[[], Measured]:
+    def turn() -> Measured:
         value = measure(system, TokenStream(corpus, system.seen))
         system.rollback(depth)
         return value

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from indexmem_edge.bench.report import ROW_KEYS, Report, report_name
-from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Model, Setup
+from indexmem_edge.bench.runner import BYTE_KEYS, BenchError, Captures, Model, Setup
 from indexmem_edge.bench.speed import evictions, goals as speed_goals, parts as speed_parts, run as speed
 from support.bench_data import invoke
 
@@ -140,6 +140,14 @@ def test_tied_embeddings_are_read_and_others_are_not(tiny: Any) -> None:
     model.close()
 
 
+def test_captures_are_read_from_the_log() -> None:
+    """The lines are those of the CUDA backend, whose source says them in these words."""
+    seen = Captures()
+    for line in ("warmup complete", "warmup reset", "warmup complete", "id 3 reused"):
+        seen.count(f"ggml_backend_cuda_graph_compute: CUDA graph {line}\n".encode())
+    assert (seen.made, seen.dropped) == (2, 1)
+
+
 def test_all_parts_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny("llama")
     common = ["-m", model, "--out", tmp_path, "--json", "--kv-budget", 128, "--kv-window", 32, "-ub", 64, "-t", 1]
@@ -152,6 +160,7 @@ def test_all_parts_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     assert systems == [(s, d) for d in (0, 200) for s in (*stock, plain, everything)] + [(plain, 300), (everything, 300)]
     assert all(row[key] is not None for row in data["rows"] for key in (*ROW_KEYS, *BYTE_KEYS, "decode_vs_empty"))
     assert all(row["graphs_built"] <= 1 for row in data["rows"] if row["depth"] == 300)  # evictions build none
+    assert all(row["captures_made"] == row["captures_dropped"] == 0 for row in data["rows"])  # there is no such device
     assert [row["tokens_seen"] for row in data["rows"] if row["system"] == "unbounded"] == [0, 200]
     assert [row["bytes_limit"] for row in data["rows"][:4]] == [1.0] * 4
     assert data["rows"][-1]["decode_vs_flash"] is None and data["rows"][-3]["decode_vs_flash"] > 0

@@ -61,7 +61,9 @@ class _Draft:
         haystack: Callable[[int], list[int]],
         questions: Sequence[Fact] = (),
     ) -> Sample:
-        """Puts facts, in their order, at random places of the haystack; asks `questions`, or about some facts in another order."""
+        """Puts facts, in their order, at random places of the haystack; asks `questions`, or about some facts in another order. Where
+        the haystack is a book, the sample says where they stand.
+        """
         rng = self.rng
         about = questions or [facts[i] for i in rng.permutation(len(facts))[:ASKED]]
         asked = [(self.tokenize(fact.question), self.tokenize(" " + fact.answer)) for fact in about]
@@ -81,7 +83,7 @@ class _Draft:
             tokens += text
             last = cut
         tokens += hay[last:]
-        return self.close(kind, tokens, asked, told=spans)
+        return self.close(kind, tokens, asked, told=spans if haystack == self.filler else ())
 
     def close(
         self,
@@ -227,8 +229,7 @@ def listing(d: _Draft, kind: str) -> Sample:
     before = int(d.rng.integers(0, room + 1))
     hay = d.filler(room)
     newline = d.tokenize("\n")
-    start, listed = before + len(newline), sum(lines, [])
-    return d.close(kind, hay[:before] + newline + listed + hay[before:] + newline, asked, told=[(start, start + len(listed))])
+    return d.close(kind, hay[:before] + newline + sum(lines, []) + hay[before:] + newline, asked)
 
 
 def assignments(d: _Draft, kind: str) -> Sample:
