@@ -2,7 +2,8 @@
 
 llama_cpp evaluates a token together with what a draft model guesses comes after it, samples behind each of them, and takes
 out those that are wrong. With a budget nothing must be left of these. So a batch has no more drafts than can be taken out
-without a trace (`indexmem_draft_room`): the token that makes entries leave comes alone.
+without a trace (`indexmem_draft_room`): the token that makes entries leave comes alone. And it has no more than are worth checking:
+a row more costs a tenth to a fifth of a token, whether its guess is right or not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ..errors import ModelNotSupported, RequestError
 from ..native import api
 from .inside import Inside
 from .kept_logits import KeptLogits
+
+FIRST = 4  # guesses that are checked at the beginning
+MORE, FEWER = 2, 1  # after a batch that had no wrong one, after one that had
 
 _NONE: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)
 
@@ -42,17 +46,31 @@ class Drafts(LlamaDraftModel):
         self._llm = llm
         self._kept = kept
         self._handed_out = 0  # drafts at the end of what is evaluated next
+        self._worth = FIRST
+        self._asked = (0, 0)  # tokens of the history when drafts were last handed out, and how many were
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         """What the draft model guesses comes after `input_ids`, the last of which has not been evaluated yet."""
         llm = self._llm
         self._handed_out = 0
+        self._learn(len(input_ids))
         room = self._room(min(llm.n_batch, llm.n_ctx - llm.n_tokens) - 1)
         if len(input_ids) - llm.n_tokens != 1 or not room:
             return _NONE  # an application has added tokens of its own, or this one has to come alone
-        drafts = self.model(input_ids, **kwargs)[:room]
+        drafts = self.model(input_ids, **kwargs)[: min(room, self._worth)]
         self._handed_out = len(drafts)
+        self._asked = len(input_ids), len(drafts)
         return drafts
+
+    def _learn(self, n_tokens: int) -> None:
+        """How many guesses the next batch is worth, by how many of the last one were right: after them comes a token that was
+        sampled, and was none of them.
+        """
+        before, drafts = self._asked
+        right = n_tokens - before - 1
+        self._asked = 0, 0
+        if drafts and 0 <= right <= drafts:  # or it is another text by now
+            self._worth = max(self._worth, drafts + MORE) if right == drafts else max(self._worth - FEWER, 1)
 
     def _room(self, n: int) -> int:
         return api.draft_room(self._llm.ctx, n) if self._bounded and n > 0 else max(n, 0)

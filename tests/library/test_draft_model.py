@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge import Llama, ModelNotSupported, RequestError, llama_cpp
+from indexmem_edge.runtime.drafts import Drafts
 
 LlamaDraftModel = llama_cpp.llama_speculative.LlamaDraftModel
 LlamaPromptLookupDecoding = llama_cpp.llama_speculative.LlamaPromptLookupDecoding
@@ -90,6 +91,31 @@ def test_drafts_of_any_length(llm: Llama, plain: tuple[list[int], list[int]], ri
     assert taken(llm, prompt) == expected
     assert model.asked < N / 3 if right == [8] else model.asked > 0
     assert counts(llm) == without and llm.input_ids[: llm.n_tokens].tolist() == (prompt + expected)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"), [([8], [4, 6, 8, 8, 8]), ([0], [4, 3, 2, 1, 1, 1]), ([8, 8, 0, 0, 3], [4, 6, 8, 7, 6, 5, 7, 8])],
+    ids=["all right", "all wrong", "some wrong"],
+)  # fmt: skip
+def test_as_many_drafts_are_checked_as_were_worth_it(
+    llm: Llama, plain: tuple[list[int], list[int]], right: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two more after a batch without a wrong one, one less after any other; never more than the model guesses, or there is room for."""
+    if llm.kv_stats().budget:
+        pytest.skip("what there is room for hides it")
+    prompt, text = plain
+    checked: list[int] = []
+    ask = Drafts.__call__
+
+    def asked(self: Drafts, *args: Any, **kwargs: Any) -> Any:
+        drafts = ask(self, *args, **kwargs)
+        checked.append(len(drafts))
+        return drafts
+
+    monkeypatch.setattr(Drafts, "__call__", asked)
+    llm.draft_model = Known(prompt + text, right)  # type: ignore[assignment]
+    assert taken(llm, prompt, 45) == text[:45]
+    assert checked[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9, 30])
