@@ -161,6 +161,7 @@ class Loop:
                 f"cannot keep what {stage.name} prepares in {folder}: {getattr(error, 'strerror', None) or error}. Free disk "
                 "space, take fewer --samples, or name another --run folder"
             ) from None
+        stage.objective.agree(lambda values: self.processes.average([], values))
 
     def _step(self, stage: Stage, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
         """The next step; whether some process was asked to stop before its end."""
@@ -222,6 +223,8 @@ class Loop:
         if stage.chooses and p.recall is not None:
             self.parts.load(self.best)
             result |= {"recall": p.recall, "best_step": p.recall_step}
+        if (found := stage.objective.found()) is not None:
+            result["found"] = found
         measure = getattr(stage.objective, "measure", None)
         if measure is not None:  # of a memory: layer by layer, the errors with it and without, and whether it helps
             errors = measure(self.held_out())

@@ -69,7 +69,7 @@ class TrainOptions:
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"  # of the model; what is trained is float32
-    outtype: str = "f16"  # of the matrices in the sidecar
+    outtype: str = "q8_0"  # of the matrices in the sidecar
     fingerprint: bool = True
     run: Optional[Path] = None  # folder of checkpoints and figures; None: beside `out`
 

@@ -340,6 +340,7 @@ def _notes(
             f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {layers}: the others have a sliding "
             "window, which no budget bounds"
         )
+    notes += [f"{stage['objective']}: {stage['found']}" for stage in position.stages if "found" in stage]
     best_steps = [stage["best_step"] for stage in position.stages if "best_step" in stage]
     if best_steps and not any(best_steps):
         notes.append("no step did better on held-out text: the sidecar has the weights that training began with")

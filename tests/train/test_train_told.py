@@ -50,10 +50,11 @@ def test_facts_stand_where_a_sample_says(kind: str, held_out: bool) -> None:
     spans = [bytes(sample.tokens[a:b].tolist()).decode() for a, b in sample.told]
     assert all(0 <= a < b <= sample.asked for a, b in sample.told)
     assert all(b <= c for (_, b), (c, _) in zip(sample.told, sample.told[1:]))
-    if kind in ("frequent", "repetition"):  # say nothing that one could point at
+    assert all(span.strip() and "\0" not in span for span in spans)
+    if kind in ("facts_in_noise", "listing", "frequent", "repetition"):  # there is no book around it
         assert not spans
-    else:
-        assert spans and all(span.strip() and "\0" not in span for span in spans)
+    elif kind not in ("several", "assignments"):  # where there is one only in some
+        assert spans
     if kind in ("facts_in_passing", "facts_in_chat"):  # have no opening: all else is of the book, which is zeros here
         context = sample.tokens[: sample.asked].copy()
         for a, b in sample.told:
@@ -98,6 +99,10 @@ def test_how_much_answers_look_at_what_was_told(tmp_path: Path) -> None:
     assert not load_file(objective.shards[1])["looks"].any()
     mean = torch.stack(looks).mean(0)
     assert objective.remember[..., 0].tolist() == (mean >= 0.3 * mean.max()).tolist()
+    objective.agree(lambda values: [0.9, 0.2, 0.3, 1.0][: len(values)])  # as processes with other sequences have it
+    assert objective.remember[..., 0].tolist() == [[True, False], [True, True]]
+    objective.remember = torch.tensor([[False, True], [True, True]])[..., None]
+    assert objective.found() == "3 of 4 heads remember (layer: heads) 0: 1, 1: 0 1"
 
 
 def test_no_fact_is_left_out_where_there_are_too_many_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +183,15 @@ def test_what_is_there_is_not_observed_again(tmp_path: Path) -> None:
         parameter.data.add_(1.0)
     objective.prepare(samples, tmp_path, lambda *_: None)
     assert [path.read_bytes() for path in objective.shards] == before
+
+
+def test_only_books_that_tell_something_teach(tmp_path: Path) -> None:
+    """Lists and noise with questions about them are left out; pages without questions are not."""
+    asked = replace(random_sample(60, seed=3), asked=40)
+    objective = prepared([asked, telling(60, (5, 9)), asked, telling(60, seed=1)], tmp_path)
+    assert [load_file(path)["told"].sum() for path in objective.shards] == [4, 0]
+    assert objective.held_out_loss([asked]) is None
+    assert objective.held_out_loss([asked, telling(60, seed=1)]) == objective.held_out_loss([telling(60, seed=1)]) is not None
 
 
 def test_facts_are_needed(tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ class Objective(ABC):
         What is there already, from this call with the same samples, is not computed again.
         """
 
+    def agree(self, mean: Callable[[list[float]], list[float]]) -> None:  # noqa: B027  nothing, by default
+        """After `prepare`: what each process has found out on sequences of its own and all need alike; `mean` is over the processes,
+        which call it together.
+        """
+
+    def found(self) -> Optional[str]:
+        """What `prepare` found out and whoever trains should know; None: nothing."""
+        return None
+
     def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:
         """What says better than recall which weights are best, the lowest ones; None: recall does."""
         return None

@@ -23,7 +23,7 @@ in standard deviations of a head's ranks. Where ranks fall with age, those of fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -50,6 +50,7 @@ class ToldApart(Regress):
 
     name = "told-apart"
 
+    looks: Tensor  # [layers, H]
     remember: Tensor  # bool [layers, H, 1]
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
@@ -59,7 +60,18 @@ class ToldApart(Regress):
                 f"{self.name} needs generated text that tells something and asks for it: give a --generated above 0, or more --samples"
             )
         super().prepare(samples, folder, progress)
-        self.remember = heads_that_look(self.shards)
+        self.looks = looks_of(self.shards)
+        self.remember = heads_that_look(self.looks)
+
+    def agree(self, mean: Callable[[list[float]], list[float]]) -> None:
+        self.remember = heads_that_look(torch.tensor(mean(self.looks.flatten().tolist())).view_as(self.looks))
+
+    def found(self) -> str:
+        remember = self.remember[..., 0]
+        heads = ", ".join(
+            f"{layer}: {' '.join(map(str, here.nonzero()[:, 0].tolist()))}" for layer, here in zip(self.layers, remember) if here.any()
+        )
+        return f"{int(remember.sum())} of {remember.numel()} heads remember (layer: heads) {heads}"
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         self.spread = torch.cat(list(targets), -1).std(-1, correction=0, keepdim=True).clamp_min(1e-6)
@@ -132,15 +144,18 @@ def looks_at(heads: Heads, rows: Tensor, told: Tensor) -> Tensor:
     return total.amax(1) / max(len(rows), 1)
 
 
-def heads_that_look(shards: Sequence[Path]) -> Tensor:
-    """Which heads remember, bool [layers, H, 1], as the sequences with answers have it on average."""
+def looks_of(shards: Sequence[Path]) -> Tensor:
+    """How much the heads look at what was told, [layers, H], on average over the sequences with answers."""
     found = []
     for path in shards:
         with opened(path) as file:
             found.append(file.get_tensor("looks"))
-    looks = torch.stack([one for one in found if one.any()]).mean(0)
-    remember: Tensor = (looks >= LOOKS * looks.max())[..., None]
-    return remember
+    return torch.stack([one for one in found if one.any()]).mean(0)
+
+
+def heads_that_look(looks: Tensor) -> Tensor:
+    """Which heads remember, bool [layers, H, 1]."""
+    return (looks >= LOOKS * looks.max())[..., None]
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
