@@ -11,7 +11,8 @@ pytest.importorskip("torch")
 
 from indexmem_edge.train.data import words
 from indexmem_edge.train.data.generated import ANSWER_WEIGHT, KINDS, _Draft, generate
-from indexmem_edge.train.data.told import _HAVING, _RELATIONS, told
+from indexmem_edge.train.data.relations import RELATIONS
+from indexmem_edge.train.data.told import _HAVING, told
 
 
 def tokenize(text: str) -> list[int]:
@@ -65,7 +66,7 @@ def test_held_out_samples_are_worded_otherwise() -> None:
 
 
 def test_what_is_told_in_passing_is_held_out_in_words_of_its_own() -> None:
-    families = [*_HAVING, *(relation.family for relation in _RELATIONS)]
+    families = [*_HAVING, *(relation.family for relation in RELATIONS)]
     last = [(as_pattern(family.tellings[-1]), as_pattern(family.askings[-1])) for family in families]
     for held_out in (False, True):
         rng = np.random.default_rng(3)

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import words
-from .words import Form
-
-
-@dataclass(frozen=True)
-class Family:
-    """Wordings that are alike; the last of each is for held-out samples alone."""
-
-    tellings: tuple[str, ...]
-    askings: tuple[str, ...]
-
+from .relations import RELATIONS, Family
 
 _HAS = (
     "\n\nThe {thing} of {who} is", "\n\nThe {thing} of {who} was", "\nWhat is the {thing} of {who}? It is",
@@ -53,69 +44,7 @@ _HAVING: tuple[Family, ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Relation:
-    """Something that a person can have only one of, told without naming it."""
-
-    family: Family
-    draw: Form
-
-
-def _place(rng: np.random.Generator) -> str:
-    return str(rng.choice(words.PLACES))
-
-
-def _year(rng: np.random.Generator) -> str:
-    return str(rng.integers(1650, 2030))
-
-
-def _amount(rng: np.random.Generator) -> str:
-    return words.digits(rng, int(rng.integers(3, 6)))
-
-
-def _name(rng: np.random.Generator) -> str:
-    return words.invented(rng).capitalize()
-
-
-def _two_words(rng: np.random.Generator) -> str:
-    return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
-
-
-_RELATIONS: tuple[Relation, ...] = (
-    Relation(Family(
-        (
-            " {who} lives in {value} now.", " {who} had moved to {value} long ago.", " They went to {value}, where {who} lived.",
-        ),
-        ("\n\n{who} lives in", "\nWhere does {who} live? In", "\nQuestion: where is the home of {who}?\nAnswer: in"),
-    ), _place),
-    Relation(Family(
-        (
-            " It was in {value} that {who} was born.", " {who}, who was born in {value}, sat down.",
-            " The year in which {who} was born was {value}.",
-        ),
-        ("\n\n{who} was born in", "\nWhen was {who} born? In", "\nThe year of birth of {who} is"),
-    ), _year),
-    Relation(Family(
-        (" {who} paid {value} dollars for it.", " For {value} dollars {who} sold the house.", " It cost {who} {value} dollars in the end."),
-        (
-            "\n\nThe sum that {who} paid, in dollars:", "\nHow many dollars was it for {who}? It was",
-            "\nIn dollars, {who} had to do with a sum of",
-        ),
-    ), _amount),
-    Relation(Family(
-        (" The ship of {who} was called the {value}.", " {who} went on board the {value}.", " With the {value} {who} sailed home."),
-        ("\n\nThe ship of {who} was called the", "\nWhich ship was that of {who}? The", "\n{who} sailed on the"),
-    ), _name),
-    Relation(Family(
-        (
-            ' "The word for {who} is {value}," said {other}.', " {who} was told to say {value} at the door.",
-            " At the word {value} they let {who} in.",
-        ),
-        ("\n\nThe word for {who} is", "\nWhat does {who} say at the door? The words", "\nThey let {who} in at the words"),
-    ), _two_words),
-)  # fmt: skip
-
-RELATED = 0.25  # share of facts that are relations
+RELATED = 0.5  # share of facts that are relations
 
 
 @dataclass(frozen=True)
@@ -132,7 +61,7 @@ def told(n: int, rng: np.random.Generator, held_out: bool) -> list[Told]:
     for i in range(n):
         names = {"who": people[i], "other": people[n + i], "third": people[2 * n + i]}
         if rng.random() < RELATED:
-            relation = _RELATIONS[int(rng.integers(len(_RELATIONS)))]
+            relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
             family, value = relation.family, relation.draw(rng)
         else:
             family, value = _HAVING[int(rng.integers(len(_HAVING)))], words.value(rng)

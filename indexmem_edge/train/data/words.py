@@ -36,6 +36,27 @@ Max Mina Nora Olga Oscar Otto Paula Peter Rosa Ruth Samuel Selma Simon Sophie St
 LAST_NAMES = """Adler Amsel Archer Barrow Becker Berger Bishop Brandt Brook Carver Castellan Cole Cross Dahl Drake Engel Falk Ferris
 Finch Fisk Forrester Frost Garner Graves Grieg Hale Hart Holm Hood Jensen Keller Kirk Lang Larsen Lind Lorenz Marsh Meyer
 Miles Moss Nash Nolan Olsen Page Penn Quist Reed Rhodes Roth Sand Shaw Stark Stern Thorne Vale Vogel Wells West Winter Wolf""".split()
+TRADES = """baker barber blacksmith bookbinder brewer butcher carpenter chemist clerk clockmaker cobbler cook dentist ferryman fisherman
+gardener glazier goldsmith gunsmith hatter innkeeper joiner juggler lawyer locksmith mason miller miner nurse painter pilot plumber
+potter printer saddler sailor sculptor shepherd singer stonecutter surgeon tailor tanner teacher translator weaver""".split()
+FOODS = """almonds apricots asparagus bacon barley beans beetroot bread butter cabbage carrots celery cheese cherries chestnuts crab
+cucumber dumplings eel eggs figs garlic goose grapes herring honey leeks lentils mackerel melons milk mushrooms mutton noodles
+nuts oats olives onions oranges oysters pancakes peas peaches pears plums pork potatoes prawns pumpkin rice rye salmon shellfish
+spinach strawberries tomatoes trout turnips veal walnuts""".split()
+INSTRUMENTS = """accordion bagpipe banjo bassoon cello clarinet cornet drum dulcimer fiddle flute guitar harmonium harp lute mandolin
+oboe organ piccolo trombone trumpet tuba viola zither""".split()
+CITIES = """Athens|Baltimore|Bangkok|Barcelona|Beirut|Belfast|Bogota|Boston|Brisbane|Budapest|Cairo|Calcutta|Cape Town|Charleston|Chicago
+Colombo|Copenhagen|Damascus|Delhi|Denver|Dublin|Durban|Edinburgh|Frankfurt|Glasgow|Havre|Helsinki|Honolulu|Istanbul|Jerusalem
+Karachi|Kiev|Kyoto|Lima|Liverpool|Lucerne|Madrid|Manila|Marrakesh|Melbourne|Milan|Montreal|Munich|Nairobi|New Orleans|Norwich
+Oslo|Ottawa|Oxford|Philadelphia|Porto|Quebec|Quito|Reykjavik|Rotterdam|Saint Louis|Samarkand|Santiago|Seattle|Shanghai
+Sofia|Sydney|Tangier|Tunis|Turku|Valencia|Vancouver|Venice|Vienna|Warsaw|Yokohama|York""".replace("\n", "|").split("|")
+LANGUAGES = """Arabic Armenian Basque Breton Catalan Chinese Czech Danish Dutch Finnish Flemish French Gaelic Georgian German Greek Hebrew
+Hindi Hungarian Icelandic Italian Japanese Latin Latvian Malay Norwegian Persian Polish Portuguese Romanian Russian Spanish
+Swahili Swedish Tamil Turkish Welsh Yiddish""".split()
+TREES = """alder almond aspen bay beech birch box cedar cherry chestnut cypress elder fig fir hawthorn hazel holly juniper
+larch laurel lime magnolia maple mulberry oak olive palm pear pine plane plum poplar quince rowan spruce sycamore willow yew""".split()
+COLOURS = """black blue brown crimson golden green grey orange pink purple red scarlet silver violet white yellow""".split()
+WEEKDAYS = """Monday Tuesday Wednesday Thursday Friday Saturday Sunday""".split()
 # fmt: on
 
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t tr v w y z".split()

@@ -38,10 +38,10 @@ from ..model.attention import Heads
 from .objective import Progress
 from .regress import TOKENS, Regress, opened, ranks_of
 
-LOOKS = 0.3
+LOOKS = 0.2
 HIGHER = 3.0
 KEEP = 4.0
-STAY = 1.5
+STAY = 3.0
 FALL = 3.0
 
 
