@@ -14,10 +14,11 @@ of two facts, or of two words of one, is worth more stays as it was, as other ob
     loss = mean over facts of (rank - before - HIGHER)^2 + KEEP mean over the rest of (rank - before)^2     heads that remember
            KEEP mean over all of (rank - before)^2                                                          the others
 
-in standard deviations of a head's ranks. Where ranks fall with age, those of facts are to stay and all others to fall by FALL in
-`age_scale` tokens, so that what no fact takes is left to what was read last, and short texts are as they were:
+in standard deviations of a head's ranks. Where ranks fall with age, all but facts are to fall by FALL in `age_scale` tokens, so that what
+no fact takes is left to what was read last, and short texts are as they were. Facts fall by `FADE` of that: some of what a book says
+looks like one, and if it never fell it would fill the cache in the end.
 
-    + STAY mean over facts of rate / FALL + 2 mean over the rest of max(1 - rate / FALL, 0)^2               heads that remember
+    + STAY mean over facts of (rate / FALL - FADE)^2 + 2 mean over the rest of max(1 - rate / FALL, 0)^2    heads that remember
     + 2 mean over all of max(1 - rate / FALL, 0)^2                                                          the others
 """
 
@@ -41,8 +42,9 @@ from .regress import TOKENS, Regress, opened, ranks_of
 LOOKS = 0.2
 HIGHER = 3.0
 KEEP = 4.0
-STAY = 3.0
 FALL = 3.0
+FADE = 0.2  # after 4 age_scale, 65536 tokens, it takes most of what HIGHER has given
+STAY = 3.0
 
 
 class ToldApart(Regress):
@@ -120,7 +122,7 @@ class ToldApart(Regress):
         if rate is None:
             return loss
         falls = -rate / spread / FALL
-        return loss + STAY * _mean(falls, told) + 2 * _mean((1 - falls).clamp_min(0).square(), ~told)
+        return loss + STAY * _mean((falls - FADE).square(), told) + 2 * _mean((1 - falls).clamp_min(0).square(), ~told)
 
 
 def _teach(samples: Sequence[Sample]) -> list[Sample]:
