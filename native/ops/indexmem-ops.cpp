@@ -1,37 +1,6 @@
-#include "indexmem-ops.h"
-
-#include "ggml-impl.h"
+#include "indexmem-ops-init.h"
 
 #include <cstring>
-
-static ggml_tensor * indexmem_op_init(ggml_tensor * result, indexmem_op op) {
-    result->op = GGML_OP_INDEXMEM;
-    ggml_set_op_params_i32(result, INDEXMEM_PARAM_OP, op);
-    return result;
-}
-
-static void indexmem_assert_ctl(const ggml_tensor * ctl, int64_t n_seq) {
-    GGML_ASSERT(ctl->type == GGML_TYPE_I32);
-    GGML_ASSERT(ctl->ne[0] == INDEXMEM_CTL_SIZE);
-    GGML_ASSERT(ctl->ne[1] == n_seq);
-    GGML_ASSERT(ggml_is_contiguous(ctl));
-}
-
-static void indexmem_assert_pos(const ggml_tensor * pos, int64_t n_slots, int64_t n_head, int64_t n_seq) {
-    GGML_ASSERT(pos->type == GGML_TYPE_I32);
-    GGML_ASSERT(pos->ne[0] == n_slots);
-    GGML_ASSERT(pos->ne[1] == n_head);
-    GGML_ASSERT(pos->ne[2] == n_seq);
-    GGML_ASSERT(ggml_is_contiguous_rows(pos));
-}
-
-static void indexmem_assert_plan(const ggml_tensor * plan, int64_t n_head, int64_t n_seq) {
-    GGML_ASSERT(plan->type == GGML_TYPE_I32);
-    GGML_ASSERT(plan->ne[1] == 3);
-    GGML_ASSERT(plan->ne[2] == n_head);
-    GGML_ASSERT(plan->ne[3] == n_seq);
-    GGML_ASSERT(ggml_is_contiguous_rows(plan));
-}
 
 ggml_tensor * ggml_indexmem_rank(
         ggml_context * ctx,
@@ -312,19 +281,6 @@ ggml_tensor * ggml_indexmem_compact_pos(
     result->src[0] = pos;
     result->src[1] = plan;
     result->src[2] = ctl;
-
-    return result;
-}
-
-ggml_tensor * ggml_indexmem_moves(
-        ggml_context * ctx,
-        ggml_tensor  * plan) {
-    indexmem_assert_plan(plan, plan->ne[2], plan->ne[3]);
-
-    ggml_tensor * result = indexmem_op_init(
-            ggml_new_tensor_4d(ctx, GGML_TYPE_I32, plan->ne[0], plan->ne[2], plan->ne[3], 4), INDEXMEM_OP_MOVES);
-
-    result->src[0] = plan;
 
     return result;
 }

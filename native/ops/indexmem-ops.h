@@ -11,6 +11,8 @@
 //   residual plan, cache -> memory  writes what leaves into the matrix of a residual memory, in place
 //   compact  plan  -> cache         moves rows as bytes, in place; or the position table
 //   moves    plan  -> row indices   the moves of a plan for ops of ggml, on the CPU: where a device has no kernel of ours
+//   ages     positions -> numbers   how far back entries lie, for ops of ggml, on the CPU: likewise
+//   attended attention -> ranks     the rank of a policy from attention that ops of ggml computed, on the CPU: likewise
 //   bias     mask, counts -> mask   a mask for each KV head, with the biases of its latent slots
 //   attend   q, cache -> output     attention on the CPU; elsewhere ggml_flash_attn_ext
 //
@@ -51,6 +53,8 @@ enum indexmem_op {
     INDEXMEM_OP_BIAS,
     INDEXMEM_OP_RETENTION,
     INDEXMEM_OP_MOVES,
+    INDEXMEM_OP_AGES,
+    INDEXMEM_OP_ATTENDED,
 };
 
 enum indexmem_reduce {
@@ -91,6 +95,20 @@ GGML_API struct ggml_tensor * ggml_indexmem_rank_terms(
         struct ggml_tensor  * ctl,
         float                 pos_slope,
         float                 age_scale);
+
+// Positions counted back from the newest entry, which has 0; slots that are not in use: -1. -> F32 [n_slots, H, S]
+GGML_API struct ggml_tensor * ggml_indexmem_ages(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * ctl);
+
+// What ggml_indexmem_rank() gives, of a policy that looks at attention, if that is known: F32 [n_slots, H, S]
+GGML_API struct ggml_tensor * ggml_indexmem_rank_attended(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * attention,
+        struct ggml_tensor  * pos,
+        struct ggml_tensor  * ctl,
+        int                   policy);
 
 // The retention scorer (indexers/retention.cpp) on hidden F32 [n_embd, T]. The trunk is linear if `input` is null. Vectors
 // are F32. -> F32 [1 or 2, H, T]: the magnitude, and the decay if there is a matrix for it

@@ -173,11 +173,15 @@ void merge(const attention_layout & lay, const attention_turn & turn, const inde
 } // namespace
 
 size_t indexmem_rank_attention_scratch(const indexmem_rank_shape & shape) {
-    return attention_layout(shape).size;
+    return shape.attended ? 0 : attention_layout(shape).size;
 }
 
 void indexmem_rank_attention(indexmem_ranking & ranking) {
     const auto & sh = ranking.shape();
+    if (sh.attended) {
+        ranking.each_chunk([](const indexmem_rank_chunk & c) { std::copy_n(c.head.attention + c.i0, c.n, c.rank); });
+        return;
+    }
     const attention_layout lay(sh);
 
     for (int64_t t = 0; t <= lay.n_turns; ++t) {

@@ -44,6 +44,8 @@ struct indexmem_rank_head {
     const char  * q;
     const float * sinks;     // [n_group] a logit of each query head whose attention goes nowhere, null: none
 
+    const float * attention; // [n] if it is known, else null
+
     // what the indexer of a sidecar says of each entry, null unless the policy is `indexer`
     const char * terms;      // [n][n_terms] floats
 
@@ -77,6 +79,7 @@ struct indexmem_rank_shape {
     int32_t  il;            // layer of the model
     bool     needs_keys;
     bool     attends;       // ranks come from indexmem_rank_attention(), which takes scratch
+    bool     attended;      // attention is known
     int      n_threads;
 
     int64_t n_chunks() const { return (n_slots + INDEXMEM_RANK_CHUNK - 1)/INDEXMEM_RANK_CHUNK; }
@@ -142,7 +145,7 @@ public:
 typedef void (*indexmem_rank_t)(indexmem_ranking & ranking);
 
 // Attention that the latest queries give to every entry they may see (position <= theirs), as probabilities over the entries
-// now in the cache and the sink: the mean over queries and the group is the rank.
+// now in the cache and the sink: the mean over queries and the group is the rank. Where it is known, what is known.
 void indexmem_rank_attention(indexmem_ranking & ranking);
 
 // What it takes of the scratch of a head, from the beginning, in floats.

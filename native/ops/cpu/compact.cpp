@@ -83,4 +83,17 @@ void moves(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
+void ages(const ggml_compute_params * params, ggml_tensor * dst) {
+    for (int64_t ir = params->ith; ir < dst->ne[1]*dst->ne[2]; ir += params->nth) {
+        const row_index row = row_at(ir, dst->ne[1]);
+        const int32_t * c   = ctl_of(dst->src[1], row.s);
+        const int32_t * pos = pos_of(dst->src[0], row);
+
+        float * age = (float *) ((char *) dst->data + row.h*dst->nb[1] + row.s*dst->nb[2]);
+        for (int64_t i = 0; i < dst->ne[0]; ++i) {
+            age[i] = i < c[INDEXMEM_CTL_N_USED] ? (float) (c[INDEXMEM_CTL_POS_LAST] - pos_at(pos, c, i)) : -1.0f;
+        }
+    }
+}
+
 } // namespace indexmem_cpu

@@ -25,7 +25,8 @@ const char * ggml_indexmem_cpu_vectors() {
 
 size_t ggml_indexmem_cpu_work_size(const ggml_tensor * op, int n_tasks) {
     switch (ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP)) {
-        case INDEXMEM_OP_RANK:      return indexmem_cpu::rank_work_size     (op, n_tasks);
+        case INDEXMEM_OP_RANK:
+        case INDEXMEM_OP_ATTENDED:  return indexmem_cpu::rank_work_size     (op, n_tasks);
         case INDEXMEM_OP_SELECT:    return indexmem_cpu::select_work_size   (op, n_tasks);
         case INDEXMEM_OP_ATTEND:    return indexmem_cpu::attend_work_size   (op, n_tasks);
         case INDEXMEM_OP_RETENTION: return indexmem_cpu::retention_work_size(op, n_tasks);
@@ -40,11 +41,13 @@ void ggml_compute_forward_indexmem(const ggml_compute_params * params, ggml_tens
     const int64_t t_start_us = ggml_time_us();
 
     switch (ggml_get_op_params_i32(dst, INDEXMEM_PARAM_OP)) {
-        case INDEXMEM_OP_RANK:        indexmem_cpu::rank       (params, dst); break;
+        case INDEXMEM_OP_RANK:
+        case INDEXMEM_OP_ATTENDED:    indexmem_cpu::rank       (params, dst); break;
         case INDEXMEM_OP_SELECT:      indexmem_cpu::select     (params, dst); break;
         case INDEXMEM_OP_COMPACT:     indexmem_cpu::compact    (params, dst); break;
         case INDEXMEM_OP_COMPACT_POS: indexmem_cpu::compact_pos(params, dst); break;
         case INDEXMEM_OP_MOVES:       indexmem_cpu::moves      (params, dst); break;
+        case INDEXMEM_OP_AGES:        indexmem_cpu::ages       (params, dst); break;
         case INDEXMEM_OP_ATTEND:      indexmem_cpu::attend     (params, dst); break;
         case INDEXMEM_OP_RETENTION:   indexmem_cpu::retention  (params, dst); break;
         case INDEXMEM_OP_PAIRWISE:    indexmem_cpu::pairwise   (params, dst); break;

@@ -109,6 +109,7 @@ void select     (const ggml_compute_params * params, ggml_tensor * dst);
 void compact    (const ggml_compute_params * params, ggml_tensor * dst);
 void compact_pos(const ggml_compute_params * params, ggml_tensor * dst);
 void moves      (const ggml_compute_params * params, ggml_tensor * dst);
+void ages       (const ggml_compute_params * params, ggml_tensor * dst);
 void attend     (const ggml_compute_params * params, ggml_tensor * dst);
 void retention  (const ggml_compute_params * params, ggml_tensor * dst);
 void pairwise   (const ggml_compute_params * params, ggml_tensor * dst);

@@ -28,9 +28,10 @@ indexmem_rank_shape shape_of(const ggml_tensor * op, int n_threads) {
     indexmem_rank_shape sh = {};
     sh.k          = k;
     sh.n_threads  = n_threads;
+    sh.attended   = ggml_get_op_params_i32(op, INDEXMEM_PARAM_OP) == INDEXMEM_OP_ATTENDED;
     sh.n_slots    = op->ne[0];
     sh.n_embd     = k->ne[0];
-    sh.needs_keys = info->needs_keys;
+    sh.needs_keys = info->needs_keys && !sh.attended;
     sh.n_queries  = info->n_queries;
     sh.attends    = info->n_queries > 0 && policy != indexmem_policy_find("expected");
     sh.scale      = ggml_get_op_params_f32(op, INDEXMEM_PARAM_SCALE);
@@ -148,6 +149,9 @@ indexmem_rank_head head_at(const ggml_tensor * op, const indexmem_rank_shape & s
     h.rank     = (float *) ((char *) op->data + row.h*op->nb[1] + row.s*op->nb[2]);
     GGML_ASSERT(h.n <= sh.n_slots);
 
+    if (sh.attended) {
+        h.attention = (const float *) ((const char *) k->data + row.h*k->nb[1] + row.s*k->nb[2]);
+    }
     if (sh.n_terms > 0) {
         h.terms = (const char *) k->data + (row.h % k->ne[2])*k->nb[2] + row.s*k->nb[3];
     }
