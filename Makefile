@@ -246,9 +246,9 @@ VULKAN_BUILD := build/$(if $(CUDA),cuda-)vulkan
 
 test-vulkan: vulkan
 	@$(call QUIETLY,$(RUN) cmake -S . -B $(VULKAN_BUILD) -DINDEXMEM_TESTS=ON && \
-	    $(RUN) cmake --build $(VULKAN_BUILD) --target test_stock test_on_device)
+	    $(RUN) cmake --build $(VULKAN_BUILD) --target test_stock test_stock_rank test_on_device)
 	cd $(VULKAN_BUILD) && GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) INDEXMEM_TEST_DEVICE=Vulkan0 $(RUN) \
-	    ctest --output-on-failure -R '^test_(stock|on_device)$$'
+	    ctest --output-on-failure -R '^test_(stock|stock_rank|on_device)$$'
 	GGML_VK_VISIBLE_DEVICES=$(VULKAN_TEST) .venv/bin/pytest -q tests/library/test_vulkan.py
 
 server:

@@ -58,6 +58,8 @@ static bool is_bound_stock(const ggml_tensor * node, const std::set<const ggml_t
             return indexmem_policy_get(ggml_get_op_params_i32(node, INDEXMEM_PARAM_POLICY))->needs_keys;
         case INDEXMEM_OP_SELECT:
         case INDEXMEM_OP_MOVES:
+        case INDEXMEM_OP_AGES:
+        case INDEXMEM_OP_ATTENDED:
         case INDEXMEM_OP_PAIRWISE:
         case INDEXMEM_OP_RETENTION:
         case INDEXMEM_OP_BIAS:
@@ -197,8 +199,8 @@ std::vector<ggml_tensor *> indexmem_device_usual(ggml_context * ctx, ggml_contex
 
     if (host != ctx) {
         indexmem_stock stock(1);
-        ggml_tensor * rank  = indexmem_stock::ranks(policy) ? stock.build_rank(ctx, k, policy) : info->needs_keys ?
-            ggml_indexmem_rank(ctx, k, pos, ctl, q, nullptr, policy, 0, 0, 1.0f, 0.0f) : tensor(GGML_TYPE_F32, n_slots, H);
+        ggml_tensor * rank  = indexmem_stock::ranks(policy) ? stock.build_rank(ctx, k, pos, ctl, q, nullptr, policy, 1.0f, 0.0f) :
+            info->needs_keys ? ggml_indexmem_rank(ctx, k, pos, ctl, nullptr, nullptr, policy, 0, 0, 1.0f, 0.0f) : tensor(GGML_TYPE_F32, n_slots, H);
         ggml_tensor * moves = ggml_indexmem_moves(ctx, ggml_indexmem_select(ctx, rank, pos, ctl, n_evict));
         return {
             ggml_set_rows(ctx, k, cur, rows),

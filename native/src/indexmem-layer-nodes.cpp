@@ -75,13 +75,6 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     if (scoring) {
         return scoring->build_rank(ctx, kv, l, pos, ctl);
     }
-    ggml_tensor * k = entries(l.k);
-    if (l.stock && indexmem_stock::ranks(kv.get_config().policy)) {
-        return stock->build_rank(ctx, k, kv.get_config().policy);
-    }
-    if (l.stock && !kv.get_policy().needs_keys) {
-        k = ggml_view_4d(ctx, pos, 1, pos->ne[0], pos->ne[1], pos->ne[2], pos->nb[0], pos->nb[1], pos->nb[2], 0); // for its shape
-    }
     ggml_tensor * q = nullptr;
     if (l.q) {
         q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq);
@@ -91,6 +84,13 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
         }
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row
+    }
+    ggml_tensor * k = entries(l.k);
+    if (l.stock && indexmem_stock::ranks(kv.get_config().policy)) {
+        return stock->build_rank(ctx, k, pos, ctl, q, l.sinks, kv.get_config().policy, scale, softcap);
+    }
+    if (l.stock && !kv.get_policy().needs_keys) {
+        k = ggml_view_4d(ctx, pos, 1, pos->ne[0], pos->ne[1], pos->ne[2], pos->nb[0], pos->nb[1], pos->nb[2], 0); // for its shape
     }
     return ggml_indexmem_rank(ctx, k, pos, ctl, q, l.sinks, kv.get_config().policy, l.il, kv.get_config().seed, scale, softcap);
 }

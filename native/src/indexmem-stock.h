@@ -38,7 +38,9 @@ ggml_tensor * indexmem_stock_compact(ggml_context * ctx, ggml_tensor * cache, gg
 ggml_tensor * indexmem_stock_leaving(ggml_context * ctx, ggml_tensor * cache, ggml_tensor * moves);
 ggml_tensor * indexmem_stock_leaving_plan(ggml_context * ctx, ggml_tensor * moves);
 
-// Ranks that need keys, and the inputs for them
+// Ranks that need keys, and the inputs for them (indexmem-stock-rank.cpp). What reads queries is products of matrices. Who sees what
+// depends on positions, which lie with the host: it sends the ages of entries, and gets attention back, whose neighbours in the order of
+// positions it smooths (snapkv).
 class indexmem_stock {
 public:
     explicit indexmem_stock(int64_t n_seq) : n_seq(n_seq) {}
@@ -46,16 +48,34 @@ public:
     // whether build_rank() knows the policy
     static bool ranks(int policy);
 
-    // keys [n_embd, n_slots, H, S] -> F32 [n_slots, H, S]
-    ggml_tensor * build_rank(ggml_context * ctx, ggml_tensor * keys, int policy);
+    // keys [n_embd, n_slots, H, S] -> F32 [n_slots, H, S], the other arguments those of ggml_indexmem_rank()
+    ggml_tensor * build_rank(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * pos, ggml_tensor * ctl, ggml_tensor * q, ggml_tensor * sinks,
+            int policy, float scale, float softcap);
 
     // from the values of ctl, I32 [INDEXMEM_CTL_SIZE, S]
     void set_input(const std::vector<int32_t> & ctl);
 
 private:
+    ggml_tensor * get_weights(ggml_context * ctx, int64_t n_slots);
+    ggml_tensor * get_shares (ggml_context * ctx, int64_t n_queries);
+
+    ggml_tensor * build_keydiff(ggml_context * ctx, ggml_tensor * keys);
+
+    ggml_tensor * build_queries(ggml_context * ctx, ggml_tensor * ring, int64_t n_queries, int64_t H);
+    ggml_tensor * build_used(ggml_context * ctx, int64_t n_slots, int64_t H);
+    ggml_tensor * build_seen(ggml_context * ctx, ggml_tensor * ages, int64_t n_queries);
+    ggml_tensor * build_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, ggml_tensor * seen, ggml_tensor * sinks,
+            float scale, float softcap);
+    ggml_tensor * build_expected(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, int64_t n_queries, float scale, float softcap);
+
     const int64_t n_seq;
 
-    // Slots that are not in use may hold anything. They are read as slot 0, and count nothing.
-    std::map<int64_t, ggml_tensor *> rows;     // H -> I32 [n_slots, H, S]
+    int64_t n_ring = 0;
+
+    // Slots that are not in use may hold anything. They are read as slot 0, and count nothing. Likewise queries where there are fewer.
+    std::map<int64_t, ggml_tensor *> rows;      // H -> I32 [n_slots, H, S]
+    std::map<int64_t, ggml_tensor *> ring_rows; // H*G -> I32 [n_queries, H*G, S]
     ggml_tensor * weights = nullptr; // F32 [1, n_slots, 1, S]
+    ggml_tensor * shares  = nullptr; // F32 [n_queries, 1, 1, S]
+    ggml_tensor * newer   = nullptr; // F32 [1, n_queries]        what is younger is not seen
 };

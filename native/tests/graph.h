@@ -62,7 +62,7 @@ inline void op_set_n_threads(ggml_backend_t backend, int n_threads) {
 
 class op_graph {
 public:
-    op_graph() : ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(op_backend()) {
+    op_graph() : ctx(ggml_init({ 128*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true })), backend(op_backend()) {
     }
 
     ~op_graph() {

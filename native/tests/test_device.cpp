@@ -75,14 +75,18 @@ TEST(each_op_of_ggml_is_asked_for) {
         CHECK(buft_of(dev, policy, res.empty()) == (res.empty() ? &dev.memory : ggml_backend_cpu_buffer_type()));
         return res;
     };
-    for (const char * policy : { "streaming", "random", "knorm", "keydiff", "indexer" }) {
+    for (int i = 0; indexmem_policy_get(i); ++i) {
+        const char * policy = indexmem_policy_get(i)->name;
         CHECK(lacks(GGML_OP_COUNT,          policy).empty());
-        CHECK(lacks(GGML_OP_GET_ROWS,       policy) == "reading rows of type f16");
+        CHECK(lacks(GGML_OP_GET_ROWS,       policy) == (strcmp(policy, "expected") == 0 ? "reading rows of type f32" : "reading rows of type f16"));
         CHECK(lacks(GGML_OP_SET_ROWS,       policy) == "storing rows of type f16");
         CHECK(lacks(GGML_OP_FLASH_ATTN_EXT, policy) == "flash attention with heads of 128");
     }
     CHECK(lacks(GGML_OP_L2_NORM, "keydiff") == "L2_NORM" && lacks(GGML_OP_L2_NORM, "knorm").empty());
     CHECK(lacks(GGML_OP_SQRT,    "knorm")   == "SQRT"    && lacks(GGML_OP_SQRT,    "streaming").empty());
-    CHECK(lacks(GGML_OP_COUNT,   "tova")    == "the policy");
-    CHECK(lacks(GGML_OP_COUNT,   "snapkv")  == "the policy");
+    for (const char * policy : { "tova", "snapkv" }) {
+        CHECK(lacks(GGML_OP_SOFT_MAX, policy) == "SOFT_MAX");
+    }
+    CHECK(lacks(GGML_OP_CLAMP, "snapkv")    == "CLAMP"   && lacks(GGML_OP_CLAMP,    "tova").empty());
+    CHECK(lacks(GGML_OP_SUB,   "expected")  == "SUB"     && lacks(GGML_OP_SOFT_MAX, "expected").empty());
 }

@@ -114,7 +114,7 @@ TEST(a_device_keeps_what_the_cpu_keeps) {
     llama_model * there = load(true), * here = load(false);
     remove(MODEL);
     for (const auto & [policy, alike] : { std::pair<const char *, double>("streaming", 1.0), { "random", 1.0 }, { "knorm", 0.9 },
-            { "keydiff", 0.9 } }) {
+            { "keydiff", 0.9 }, { "tova", 0.9 }, { "snapkv", 0.9 }, { "expected", 0.9 } }) {
         auto request = indexmem_default_params();
         request.policy = policy;
         compare(there, here, request, 1, GGML_TYPE_F16, alike);

@@ -1,5 +1,5 @@
-// Evictions by ops of ggml alone against the plain reference: rows that move, of every type, and ranks that read keys. On the device that
-// INDEXMEM_TEST_DEVICE names, if it is set.
+// Evictions by ops of ggml alone against the plain reference: rows that move, of every type. On the device that INDEXMEM_TEST_DEVICE
+// names, if it is set. Ranks: test_stock_rank.cpp.
 
 #include "test.h"
 #include "graph.h"
@@ -129,87 +129,4 @@ TEST(rows_move_bit_for_bit) {
         }
     }
     CHECK(n_exact >= 3);
-}
-
-struct rank_case { int64_t n_embd, n_slots, n_head; std::vector<int32_t> n_used; };
-
-static const rank_case rank_cases[] = {
-    {  64,  256, 3, { 200 }          },
-    { 128,  256, 1, { 256, 97 }      },
-    {  96,  512, 2, { 321, 1, 40 }   },
-    { 256, 1024, 4, { 1000 }         },
-};
-
-// of one head
-static std::vector<double> plain_rank(const std::string & policy, const std::vector<std::vector<float>> & keys) {
-    std::vector<double> res, sum(keys[0].size());
-    std::vector<std::vector<double>> units;
-    for (const auto & k : keys) {
-        const double norm = std::sqrt(std::inner_product(k.begin(), k.end(), k.begin(), 0.0));
-        res.push_back(-norm);
-        units.emplace_back(k.begin(), k.end());
-        for (size_t d = 0; d < k.size(); ++d) {
-            units.back()[d] /= norm > 0.0 ? norm : 1.0;
-            sum[d] += units.back()[d];
-        }
-    }
-    const double length = std::sqrt(std::inner_product(sum.begin(), sum.end(), sum.begin(), 0.0));
-    for (size_t i = 0; i < keys.size() && policy == "keydiff"; ++i) {
-        res[i] = -std::inner_product(sum.begin(), sum.end(), units[i].begin(), 0.0)/(length > 0.0 ? length : 1.0);
-    }
-    return res;
-}
-
-static void run_rank(const rank_case & c, const char * policy, ggml_type type) {
-    std::mt19937 rng(c.n_slots + c.n_embd);
-    const int64_t n_seq = c.n_used.size();
-
-    op_graph g;
-    indexmem_stock stock(n_seq);
-    ggml_tensor * keys = g.input(type, c.n_embd, c.n_slots, c.n_head, n_seq);
-    ggml_tensor * rank = stock.build_rank(g.ctx, keys, indexmem_policy_find(policy));
-    g.alloc();
-
-    auto values = random_values(rng, ggml_nelements(keys));
-    std::vector<int32_t> ctl(n_seq*INDEXMEM_CTL_SIZE, 0);
-    const auto at = [&](int64_t row, int64_t i) { return (row*c.n_slots + i)*c.n_embd; };
-    for (int64_t row = 0; row < c.n_head*n_seq; ++row) {
-        const int32_t n_used = ctl[row/c.n_head*INDEXMEM_CTL_SIZE + INDEXMEM_CTL_N_USED] = c.n_used[row/c.n_head];
-        std::fill_n(values.begin() + at(row, n_used/2), c.n_embd, 0.0f); // a key of zeros
-        if (type == GGML_TYPE_F32) {
-            std::fill(values.begin() + at(row, n_used), values.begin() + at(row, c.n_slots), NAN); // no keys
-        }
-    }
-    const auto data = to_type(type, values, c.n_embd);
-    values = from_type(type, data, values.size());
-    g.set(keys, data);
-    stock.set_input(ctl);
-    g.compute({ rank }, 2);
-
-    const auto found = g.get<float>(rank);
-    for (int64_t row = 0; row < c.n_head*n_seq; ++row) {
-        std::vector<std::vector<float>> used;
-        for (int32_t i = 0; i < c.n_used[row/c.n_head]; ++i) {
-            used.emplace_back(values.begin() + at(row, i), values.begin() + at(row, i + 1));
-        }
-        const auto want = plain_rank(policy, used);
-        for (size_t i = 0; i < used.size(); ++i) {
-            const float x = found[row*c.n_slots + i];
-            CHECK_MSG(std::fabs(x - want[i]) <= 2e-5*(1.0 + std::fabs(want[i])), "%s: %g, expected %g", policy, x, want[i]);
-        }
-    }
-}
-
-TEST(ranks_that_read_keys) {
-    for (const auto & c : rank_cases) {
-        for (const char * policy : { "knorm", "keydiff" }) {
-            for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-                run_rank(c, policy, type);
-            }
-        }
-    }
-    for (int policy = 0; indexmem_policy_get(policy); ++policy) {
-        const auto * info = indexmem_policy_get(policy);
-        CHECK(indexmem_stock::ranks(policy) == (info->needs_keys && info->n_queries == 0));
-    }
 }

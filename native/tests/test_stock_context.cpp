@@ -8,7 +8,7 @@ TEST(what_is_asked_of_a_device_without_our_kernels_is_what_the_graph_holds) {
     fixture f(ours);
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
         for (const auto & [n_seq, n_tokens] : { std::pair<uint32_t, uint32_t>(1, N_UBATCH), { 1, 1 }, { 3, 5 } }) {
-            for (const char * policy : { "streaming", "keydiff" }) {
+            for (const char * policy : { "streaming", "keydiff", "tova", "snapkv", "expected" }) {
                 compare(f, request_of(policy, "off"),      n_seq, n_tokens, type, true);
                 compare(f, request_of(policy, "centroid"), n_seq, n_tokens, type, true);
             }
@@ -35,7 +35,7 @@ static void compare_kept(llama_context * a, llama_context * b) {
 TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
     fixture f(ours);
     for (uint32_t span : { INDEXMEM_SPAN_TRAINED, 160u }) {
-        for (const char * policy : { "streaming", "random", "keydiff" }) {
+        for (const char * policy : { "streaming", "random", "keydiff", "tova", "snapkv", "expected" }) {
             auto request = request_of(policy, "off");
             request.span = span;
             compare_logits(f, request, GGML_TYPE_F32, compare_kept);
@@ -54,19 +54,19 @@ TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
 TEST(a_device_without_our_kernels_has_a_memory) {
     fixture f(ours);
     write_sidecar("pairwise", "residual");
-    for (const auto & request : { request_of("streaming", "centroid"), request_of("random", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
+    for (const auto & request : { request_of("streaming", "centroid"), request_of("snapkv", "centroid"), request_of(nullptr, nullptr, SIDECAR) }) {
         compare_logits(f, request, GGML_TYPE_F32, compare_kept);
     }
     remove(SIDECAR);
 }
 
-// policies that read queries, and types that do not come through fp32 unchanged
-TEST(what_has_no_form_in_ops_of_ggml_lies_on_the_host) {
-    fixture f(ours);
-    for (const auto & [request, type] : { std::pair<indexmem_params, ggml_type>(request_of("tova"), GGML_TYPE_F16),
-            { request_of("snapkv"), GGML_TYPE_F16 },
-            { request_of("streaming"), GGML_TYPE_IQ4_NL } }) {
-        llama_context * ctx = f.context(request, 1, type);
+// types that do not come through fp32 unchanged, and ops of ggml that the device lacks, too
+TEST(what_a_device_cannot_compute_lies_on_the_host) {
+    for (const auto & [policy, type, lacking] : { std::tuple<const char *, ggml_type, ggml_op>("streaming", GGML_TYPE_IQ4_NL, GGML_OP_COUNT),
+            { "snapkv",   GGML_TYPE_F16, GGML_OP_SOFT_MAX },
+            { "expected", GGML_TYPE_F16, GGML_OP_SUM_ROWS } }) {
+        fixture f([lacking = lacking](const ggml_tensor * op) { return ours(op) || op->op == lacking; });
+        llama_context * ctx = f.context(request_of(policy), 1, type);
         CHECK(!on_device(f, ctx) && !stock(ctx));
         decode(ctx, 260, 7);
         llama_free(ctx);
