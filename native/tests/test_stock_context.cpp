@@ -19,17 +19,19 @@ TEST(what_is_asked_of_a_device_without_our_kernels_is_what_the_graph_holds) {
     remove(SIDECAR);
 }
 
-static void compare_kept(llama_context * a, llama_context * b) {
+static void compare_kept_of(llama_seq_id s, llama_context * a, llama_context * b) {
     for (size_t i = 0; i < N_LAYER; ++i) {
         const auto & there = cache_of(a).get_layers()[i];
         const auto & here  = cache_of(b).get_layers()[i];
         CHECK(there.stock && !here.stock);
         for (uint32_t h = 0; h < N_HEAD_KV; ++h) {
-            CHECK(cache_of(a).get_positions(0, there, h) == cache_of(b).get_positions(0, here, h));
-            CHECK(cache_of(a).get_rotary   (0, there, h) == cache_of(b).get_rotary   (0, here, h));
+            CHECK(cache_of(a).get_positions(s, there, h) == cache_of(b).get_positions(s, here, h));
+            CHECK(cache_of(a).get_rotary   (s, there, h) == cache_of(b).get_rotary   (s, here, h));
         }
     }
 }
+
+static void compare_kept(llama_context * a, llama_context * b) { compare_kept_of(0, a, b); }
 
 // Not knorm: keys of one token have one norm but for rounding, and which of them leave depends on that.
 TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
@@ -48,6 +50,45 @@ TEST(a_device_without_our_kernels_keeps_what_the_host_keeps) {
         }
     }
     remove(SIDECAR);
+}
+
+// three texts that end one after the other, five tokens of each at a time; the logits behind the last step
+static std::vector<float> decode_three(llama_context * ctx) {
+    std::mt19937 rng(2);
+    for (int i = 0; i < 250; i += 5) {
+        llama_batch batch = llama_batch_init(15, 0, 1);
+        for (int s = 0; s < 3; ++s) {
+            for (int j = 0; j < 5 && i < 250 - 45*s; ++j) {
+                const int at = batch.n_tokens++;
+                batch.token[at]     = (llama_token) (rng() % N_VOCAB);
+                batch.pos[at]       = i + j;
+                batch.n_seq_id[at]  = 1;
+                batch.seq_id[at][0] = s;
+                batch.logits[at]    = j == 4;
+            }
+        }
+        CHECK(llama_decode(ctx, batch) == 0);
+        llama_batch_free(batch);
+    }
+    const float * row = llama_get_logits_ith(ctx, -1);
+    return std::vector<float>(row, row + N_VOCAB);
+}
+
+TEST(of_several_sequences_each_keeps_what_it_keeps_on_the_host) {
+    fixture f(ours);
+    for (const char * policy : { "keydiff", "tova", "snapkv", "expected" }) {
+        llama_context * there = f.context(request_of(policy), 3, GGML_TYPE_F32);
+        llama_context * here  = f.context(request_of(policy), 3, GGML_TYPE_F32, false);
+        const auto a = decode_three(there), b = decode_three(here);
+        for (llama_seq_id s = 0; s < 3; ++s) {
+            compare_kept_of(s, there, here);
+        }
+        for (size_t i = 0; i < a.size(); ++i) {
+            CHECK_MSG(std::fabs(a[i] - b[i]) < 0.01f, "%s: %g, on the host %g", policy, a[i], b[i]);
+        }
+        llama_free(there);
+        llama_free(here);
+    }
 }
 
 // with a memory the CPU writes what leaves, and the device attends to it
