@@ -79,8 +79,10 @@ ggml_tensor * indexmem_layer_nodes::rank(ggml_tensor * pos, ggml_tensor * q_cur,
     if (l.q) {
         q = indexmem_view_seqs(ctx, l.q, l.q->ne[1], s0, n_seq);
         if (l.ahead) {
-            q = ggml_mul_mat(ctx, l.ahead, q);
-            ggml_prec_set_acc(q, GGML_PREC_F32);
+            // as one matrix: not every device repeats dimension 3
+            ggml_tensor * turned = ggml_mul_mat(ctx, l.ahead, ggml_reshape_2d(ctx, q, q->ne[0], ggml_nrows(q)));
+            ggml_prec_set_acc(turned, GGML_PREC_F32);
+            q = ggml_reshape_4d(ctx, turned, q->ne[0], q->ne[1], q->ne[2], q->ne[3]);
         }
     } else if (kv.get_policy().n_queries > 0) {
         q = indexmem_tokens_last(ctx, q_cur, n_tokens, n_seq, 1); // a ring of one row

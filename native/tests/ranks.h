@@ -208,6 +208,7 @@ struct rank_inputs {
 struct rank_way {
     std::function<ggml_tensor *(ggml_context * ctx, const rank_inputs & in)> build;
     std::function<void(const std::vector<int32_t> & ctl)> set_input;
+    double tolerance = 1.0; // so many times that of the policy
 };
 
 inline rank_way rank_by_our_op() {
@@ -330,7 +331,7 @@ inline void run_rank(const rank_case & c, ggml_type type, int i_policy, std::vec
         const ranks expected = policies[i_policy].plain(rows[row]);
         for (size_t i = 0; i < expected.size(); ++i) {
             const float x = found[row*c.n_slots + i];
-            CHECK_MSG(std::fabs(x - expected[i]) <= policies[i_policy].tolerance*std::max(policies[i_policy].least, std::fabs(expected[i])),
+            CHECK_MSG(std::fabs(x - expected[i]) <= way.tolerance*policies[i_policy].tolerance*std::max(policies[i_policy].least, std::fabs(expected[i])),
                     "%s, %s, row %zu, entry %zu: %g, expected %g", policies[i_policy].name, ggml_type_name(type), row, i, x, expected[i]);
         }
     }
