@@ -46,7 +46,11 @@ public:
 
         ggml_tensor * own = ggml_scale(ctx, ggml_mul_mat(ctx, k, q), s);               // [1, g, H, T]
         own = ggml_add(ctx, own, ggml_reshape_3d(ctx, w.at("b"), 1, n_group, H));
-        ggml_tensor * base = ggml_scale(ctx, ggml_mul_mat(ctx, w.at("k_base"), q), s); // [n, g, H, T]
+
+        // one product for each head: the base keys of a head are those of all tokens, and not every device repeats dimension 3
+        ggml_tensor * base = ggml_reshape_3d(ctx, ggml_cont(ctx, ggml_permute(ctx, q, 0, 1, 3, 2)), n_dim, n_group*T, H);
+        base = ggml_scale(ctx, ggml_mul_mat(ctx, w.at("k_base"), base), s);
+        base = ggml_permute(ctx, ggml_reshape_4d(ctx, base, n_base, n_group, T, H), 0, 1, 3, 2); // [n, g, H, T]
 
         ggml_tensor * prob = ggml_soft_max(ctx, ggml_concat(ctx, own, base, 0));       // [1 + n, g, H, T]
         prob = ggml_view_4d(ctx, prob, 1, n_group, H, T, prob->nb[1], prob->nb[2], prob->nb[3], 0);
