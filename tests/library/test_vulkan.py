@@ -43,7 +43,7 @@ def load(model: Path, layers: int, **options: Any) -> Any:
 def test_doctor_says_what_lies_there(device: int) -> None:
     assert not api.library().indexmem_device_supported(device)
     said = doctor._backends()[0].found
-    assert "bounded caches lie there with full, streaming, random, knorm, keydiff, indexer; else in host memory" in said
+    assert "bounded caches lie there with full, streaming, random, knorm, keydiff, tova, snapkv, expected, indexer; else in host memory" in said
 
 
 @pytest.mark.parametrize("type_kv", [llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0])
