@@ -93,6 +93,19 @@ struct indexmem_rank_shape {
     }
 };
 
+// the queries of a head, those of each head of the group next to each other
+struct indexmem_rank_queries {
+    int32_t p0;     // position of the first of each head of the group
+    int64_t n_each;
+    int64_t n;
+
+    indexmem_rank_queries(const indexmem_rank_shape & sh, const indexmem_rank_head & h) :
+        p0(sh.query_first(h)), n_each(h.pos_last + 1 - p0), n(sh.n_group*n_each) {}
+
+    int64_t group   (int64_t q) const { return q/n_each; }
+    int32_t position(int64_t q) const { return p0 + (int32_t) (q % n_each); }
+};
+
 struct indexmem_rank_thread; // scratch of this thread
 
 // entries [i0, i0 + n) of a head
@@ -145,8 +158,9 @@ public:
 typedef void (*indexmem_rank_t)(indexmem_ranking & ranking);
 
 // Attention that the latest queries give to every entry they may see (position <= theirs), as probabilities over the entries
-// now in the cache and the sink: the mean over queries and the group is the rank. Where it is known, what is known.
-void indexmem_rank_attention(indexmem_ranking & ranking);
+// now in the cache and the sink: the mean over queries and the group is the rank. Where it is known, what is known. `aside` is done once
+// for each head, by one thread while others go on.
+void indexmem_rank_attention(indexmem_ranking & ranking, const indexmem_ranking::of_head & aside = nullptr);
 
 // What it takes of the scratch of a head, from the beginning, in floats.
 size_t indexmem_rank_attention_scratch(const indexmem_rank_shape & shape);

@@ -47,9 +47,7 @@ void indexmem_rank_snapkv(indexmem_ranking & ranking) {
     const auto order_of  = [&](const indexmem_rank_head & h) { return (int32_t *) (h.scratch + n_attention); };
     const auto sorted_of = [&](const indexmem_rank_head & h) { return h.scratch + n_attention + ranking.shape().n_slots; };
 
-    ranking.each_head_aside([&](const indexmem_rank_head & h) { sort_by_position(h, order_of(h), (int32_t *) sorted_of(h)); });
-
-    indexmem_rank_attention(ranking);
+    indexmem_rank_attention(ranking, [&](const indexmem_rank_head & h) { sort_by_position(h, order_of(h), (int32_t *) sorted_of(h)); });
 
     // from here on chunks are of places in that order
     ranking.each_chunk([&](const indexmem_rank_chunk & c) {

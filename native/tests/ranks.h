@@ -36,6 +36,8 @@ inline const rank_case rank_cases[] = {
     {  32, 1024, 9, 2, { 1000, 77 }, 900, 0.0f, 3 }, // many heads
     {  64, 256, 4, 3, { 9, 31 },    9,   15.0f, 2, true }, // fewer queries than are looked at, and the first of them may see nothing
     {  64, 256, 4, 1, { 7 },        7,    0.0f, 2 },
+    { 128, 256, 1, 17, { 70 },      50,   0.0f, 3, true }, // many heads of a group: half of all lanes with one query each
+    {  64, 256, 1, 5, { 3, 1, 2 },  3,    0.0f, 2 }, // fewer queries than lanes; some that see nothing
 };
 
 inline constexpr int32_t IL    = 5;

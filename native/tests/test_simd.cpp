@@ -3,6 +3,8 @@
 
 #include "test.h"
 
+#include "attend-lanes.h"
+#include "graph.h"
 #include "simd.h"
 #include "vectors.h"
 
@@ -173,5 +175,54 @@ TEST(a_bias_of_minus_infinity_hides_everything) {
                 CHECK(same(y, bias == -INFINITY ? bias : x + bias));
             }
         }
+    }
+}
+
+// The products of attend-lanes.h, each against a sum in double. Rows behind the keys hold NaN, which nobody may look at.
+template <typename From>
+static void check_lanes(ggml_type type, int64_t n, int64_t n_embd) {
+    using namespace indexmem_cpu;
+
+    std::mt19937 rng(11);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(n*n_embd), columns(n_embd*LANES), found((n + 1)*LANES, -7.0f);
+    for (auto * x : { &values, &columns }) {
+        for (auto & y : *x) {
+            y = normal(rng);
+        }
+    }
+    auto       keys  = to_type(type, values, n_embd);
+    const auto exact = from_type(type, keys, n*n_embd);
+    keys.resize(keys.size() + LANE_KEYS*ggml_row_size(type, n_embd), 0xFF);
+
+    attend_dots_lanes<From>({ (const char *) keys.data(), ggml_row_size(type, n_embd) }, n, n_embd, columns.data(), found.data(), {});
+
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t l = 0; l < LANES; ++l) {
+            double sum = 0.0, size = 0.0;
+            for (int64_t d = 0; d < n_embd; ++d) {
+                const double x = (double) exact[j*n_embd + d]*columns[d*LANES + l];
+                sum  += x;
+                size += std::abs(x);
+            }
+            CHECK_MSG(std::abs(found[j*LANES + l] - sum) <= 1e-6*size, "%s, key %d of %d, lane %d: %g, expected %g", ggml_type_name(type),
+                    (int) j, (int) n, (int) l, found[j*LANES + l], sum);
+        }
+    }
+    for (int64_t l = 0; l < LANES; ++l) {
+        CHECK(found[n*LANES + l] == -7.0f); // nothing is written behind them
+    }
+}
+
+TEST(products_with_a_query_in_each_lane) {
+    for (int64_t n : { 1, 5, 8, 127, 128 }) {
+        for (int64_t n_embd : { 32, 64, 96 }) {
+            check_lanes<from_f32> (GGML_TYPE_F32,  n, n_embd);
+            check_lanes<from_f16> (GGML_TYPE_F16,  n, n_embd);
+            check_lanes<from_bf16>(GGML_TYPE_BF16, n, n_embd);
+            check_lanes<from_q8_0>(GGML_TYPE_Q8_0, n, n_embd);
+            check_lanes<from_q4_0>(GGML_TYPE_Q4_0, n, n_embd);
+        }
+        check_lanes<from_f16>(GGML_TYPE_F16, n, 48); // half a block at the end
     }
 }

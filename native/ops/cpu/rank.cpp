@@ -10,8 +10,11 @@ namespace indexmem_cpu {
 
 namespace {
 
-constexpr size_t  SCRATCH   = 8u << 20; // bytes that heads may take together; one is always taken
-constexpr int64_t MAX_HEADS = 64;       // at a time
+// Bytes that heads may take together, of all threads and of each; one is always taken. What they take is soon read again, and is then
+// to be in the cache of a core.
+constexpr size_t  SCRATCH        = 8u << 20;
+constexpr size_t  SCRATCH_THREAD = 1u << 20;
+constexpr int64_t MAX_HEADS      = 64; // at a time
 
 const indexmem_rank_t rank_functions[] = {
 #define INDEXMEM_POLICY(name, needs_keys, n_queries, help) indexmem_rank_##name,
@@ -68,7 +71,8 @@ struct rank_work {
         n_scratch = align_up(indexmem_rank_scratch(sh)*sizeof(float))/sizeof(float);
         n_heads   = std::min(op->ne[1]*op->ne[2], MAX_HEADS);
         if (n_scratch > 0) {
-            n_heads = std::clamp<int64_t>(SCRATCH/(n_scratch*sizeof(float)), 1, n_heads);
+            const size_t most = std::min(SCRATCH, sh.n_threads*SCRATCH_THREAD);
+            n_heads = std::clamp<int64_t>(most/(n_scratch*sizeof(float)), 1, n_heads);
         }
         const int64_t wide    = sh.needs_keys ? rank_wide(sh) : 0;
         const size_t  keys    = align_up(CHUNK*wide*sizeof(float));
