@@ -10,10 +10,10 @@ namespace indexmem_cpu {
 
 namespace {
 
-// Bytes that heads may take together, of all threads and of each; one is always taken. What they take is soon read again, and is then
-// to be in the cache of a core.
+// Bytes that heads may take together, of all threads and for each; one is always taken. What they take is soon read again, and most of it
+// is then to be in the cache of a core; but fewer heads at a time wait for each other more often.
 constexpr size_t  SCRATCH        = 8u << 20;
-constexpr size_t  SCRATCH_THREAD = 1u << 20;
+constexpr size_t  SCRATCH_THREAD = 3u << 19;
 constexpr int64_t MAX_HEADS      = 64; // at a time
 
 const indexmem_rank_t rank_functions[] = {
