@@ -132,7 +132,7 @@ def test_the_loss_is_as_it_says(tmp_path: Path, decay: bool) -> None:
                 loss = 4 * moved[h, rest].square().mean() + ((moved[h, fact] - 3).square().mean() if fact.any() else 0.0)
                 if rate is not None:
                     falls = -rate[h].detach() / sd[h] / 3
-                    stays = 3 * (falls[fact] - 0.2).square().mean() if fact.any() else 0.0
+                    stays = 3 * (falls[fact] - 0.1).square().mean() if fact.any() else 0.0
                     loss = loss + stays + 2 * (1 - falls[rest]).clamp_min(0).square().mean()
                 each.append(loss)
             losses.append(torch.stack(each).mean())

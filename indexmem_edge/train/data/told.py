@@ -44,7 +44,7 @@ _HAVING: tuple[Family, ...] = (
 )  # fmt: skip
 
 
-RELATED = 0.5  # share of facts that are relations
+RELATED = 0.25  # share of facts that are relations
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ LOOKS = 0.2
 HIGHER = 3.0
 KEEP = 4.0
 FALL = 3.0
-FADE = 0.2  # after 4 age_scale, 65536 tokens, it takes most of what HIGHER has given
+FADE = 0.1  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
 
 
