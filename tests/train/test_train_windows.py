@@ -242,11 +242,12 @@ def test_a_whole_training(tiny: Tiny, tmp_path: Path, more: dict[str, Any]) -> N
         return
     shares = (1.0, 1.0, 3.0, 1.0, 1.0, 1.5)
     write_sidecar(tmp_path / "shared.gguf", replace(c, budget_share=shares))
-    for objective, decay in (("select-kl", False), ("told-apart", True)):
+    for objective, decay, length in (("select-kl", False, 96), ("told-apart", True, 480)):  # a book has to have room for a fact
         out = tmp_path / f"{objective}.indexmem.gguf"
         again = replace(
-            options, start=tmp_path / "shared.gguf", out=out, run=None, objective=(objective,), steps=(1,), decay=decay, generated=1.0
-        )
+            options, start=tmp_path / "shared.gguf", out=out, run=None, objective=(objective,), steps=(1,), decay=decay, generated=1.0,
+            lengths=(length,),
+        )  # fmt: skip
         assert train(again) is not None
         went_on = read_sidecar(out).checkpoint
         assert went_on.only == (2, 5) and went_on.constants["decay"] is decay

@@ -59,7 +59,7 @@ class ToldApart(Regress):
         samples = _teach(samples)
         if not any(sample.told and sample.asked < len(sample.tokens) for sample in samples):
             raise TrainingError(
-                f"{self.name} needs generated text that tells something and asks for it: give a --generated above 0, or more --samples"
+                f"{self.name} needs generated text that tells something and asks for it: give a --generated above 0, more --samples, or a larger --length"
             )
         super().prepare(samples, folder, progress)
         self.looks = looks_of(self.shards)
