@@ -6,7 +6,6 @@ Beside numbers, which are worth keeping wherever they stand, these teach that na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +30,6 @@ class Relation:
     draw: Form
 
 
-def _place(rng: np.random.Generator) -> str:
-    return str(rng.choice(words.PLACES))
-
-
 def _year(rng: np.random.Generator) -> str:
     return str(rng.integers(1650, 2030))
 
@@ -47,18 +42,10 @@ def _name(rng: np.random.Generator) -> str:
     return words.invented(rng).capitalize()
 
 
-def _one_of(choices: Sequence[str]) -> Form:
-    return lambda rng: str(rng.choice(choices))
-
-
 def _animal(rng: np.random.Generator) -> str:
     """Named after anything."""
     names = (words.FIRST_NAMES, words.ADJECTIVES, words.NOUNS, words.TREES)[int(rng.integers(4))]
     return str(rng.choice(names)).capitalize()
-
-
-def _two_words(rng: np.random.Generator) -> str:
-    return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
 
 
 RELATIONS: tuple[Relation, ...] = (
@@ -67,7 +54,7 @@ RELATIONS: tuple[Relation, ...] = (
             " {who} lives in {value} now.", " {who} had moved to {value} long ago.", " They went to {value}, where {who} lived.",
         ),
         ("\n\n{who} lives in", "\nWhere does {who} live? In", "\nQuestion: where is the home of {who}?\nAnswer: in"),
-    ), _place),
+    ), words.one_of(words.PLACES)),
     Relation(Family(
         (
             " It was in {value} that {who} was born.", " {who}, who was born in {value}, sat down.",
@@ -92,14 +79,14 @@ RELATIONS: tuple[Relation, ...] = (
             " At the word {value} they let {who} in.",
         ),
         ("\n\nThe word for {who} is", "\nWhat does {who} say at the door? The words", "\nThey let {who} in at the words"),
-    ), _two_words),
+    ), words.two_words),
     Relation(Family(
         (
             " {who} earned a living as a {value}.", ' "{who} is a {value}, as far as I know," said {other}.',
             " For thirty years {who} worked as a {value} in this town.", " My cousin {who} became a {value} after all.",
         ),
         ("\n\n{who} earned a living as a", "\nWhat is the trade of {who}? {who} is a", "\n{who} worked as a"),
-    ), _one_of(words.TRADES)),
+    ), words.one_of(words.TRADES)),
     Relation(Family(
         (
             " {who} cannot eat {value}, it makes {who} ill.", ' "No {value} for {who}, please," said {other}.',
@@ -107,14 +94,14 @@ RELATIONS: tuple[Relation, ...] = (
             " The doctor has forbidden {who} to touch {value}.",
         ),
         ("\n\nWhat must {who} not eat? It is", "\nThe food that {who} cannot eat is", "\n{who} falls ill from"),
-    ), _one_of(words.FOODS)),
+    ), words.one_of(words.FOODS)),
     Relation(Family(
         (
             " Of all dishes {who} liked {value} best.", " On Sundays {who} never ate anything but {value}.",
             ' "I know what {who} wants for dinner," said {other}, "{value}, as always."', " Nothing pleased {who} so much as {value}.",
         ),
         ("\n\nThe favourite dish of {who} is", "\nWhat does {who} like best? It is", "\n{who} would always eat"),
-    ), _one_of(words.FOODS)),
+    ), words.one_of(words.FOODS)),
     Relation(Family(
         (
             " {who} married {value} in the spring.", " {value} was engaged to {who} at that time.",
@@ -142,54 +129,54 @@ RELATIONS: tuple[Relation, ...] = (
             " {other} taught {who} to play the {value}.", " On the {value} nobody was as good as {who}.",
         ),
         ("\n\nThe instrument of {who} is the", "\nWhat does {who} play? The", "\n{who} could play the"),
-    ), _one_of(words.INSTRUMENTS)),
+    ), words.one_of(words.INSTRUMENTS)),
     Relation(Family(
         (
             " {who} had come all the way from {value} to see it.", " {who} was on the way to {value} when the letter came.",
             " The family of {who} stems from {value}.", " {who} had never been out of {value} before.",
         ),
         ("\n\n{who} came from", "\nWith which city has {who} to do? With", "\nThe city of {who} is"),
-    ), _one_of(words.CITIES)),
+    ), words.one_of(words.CITIES)),
     Relation(Family(
         (
             " {who} will arrive in {value} on the next boat.", " They are going to meet {who} in {value}.",
             "\n\nTo {other}: {who} is expected in {value} soon. {third}\n\n", " In {value} {who} hopes to find work.",
         ),
         ("\n\n{who} will be found in", "\nWhere is {who} going? To", "\nThe place to look for {who} is"),
-    ), _one_of(words.CITIES)),
+    ), words.one_of(words.CITIES)),
     Relation(Family(
         (
             " {who} spoke {value} at home.", " The language that {who} was brought up in was {value}.",
             ' "You must speak {value} with {who}," said {other}.', " {who} understood nothing but {value}.",
         ),
         ("\n\nThe language of {who} is", "\nWhich language does {who} speak? It is", "\nWith {who} one has to speak"),
-    ), _one_of(words.LANGUAGES)),
+    ), words.one_of(words.LANGUAGES)),
     Relation(Family(
         (
             " Behind the house of {who} grew a {value}.", " {who} had planted a {value} by the gate.",
             " One finds the house of {who} by the {value} in front of it.", " Under the {value} {who} used to sit and read.",
         ),
         ("\n\nThe tree of {who} is a", "\nWhat grew by the house of {who}? A", "\nIn the garden of {who} stood a"),
-    ), _one_of(words.TREES)),
+    ), words.one_of(words.TREES)),
     Relation(Family(
         (
             " {who} always wore a {value} coat.", " One knew {who} from afar by the {value} coat.",
             ' "{who} is the one in the {value} coat," whispered {other}.', " {who} had lost a coat, a {value} one.",
         ),
         ("\n\nThe coat of {who} was", "\nWhich colour had the coat of {who}? It was", "\nThe colour that {who} wore was"),
-    ), _one_of(words.COLOURS)),
+    ), words.one_of(words.COLOURS)),
     Relation(Family(
         (
             " {who} would come back on a {value}, it was said.", " Every {value} {who} went to the market.",
             "\nUser: Remind me that {who} comes on {value}.\nAssistant: Of course.\n", " On {value} one should not call on {who}.",
         ),
         ("\n\nThe day of {who} is", "\nOn which day of the week has {who} to do with it? On", "\nThe day that matters with {who} is"),
-    ), _one_of(words.WEEKDAYS)),
+    ), words.one_of(words.WEEKDAYS)),
     Relation(Family(
         (
             " {who} has hidden it under the {value}.", " The key of {who} lies behind the {value}.",
             ' "Look into the {value}," {who} had said, "and you will find it."', " {who} left the letter in the {value}.",
         ),
         ("\n\nWhat {who} hid is near the", "\nWhere did {who} put it? It is by the", "\nTo find what {who} left one looks at the"),
-    ), _one_of(words.NOUNS)),
+    ), words.one_of(words.NOUNS)),
 )  # fmt: skip

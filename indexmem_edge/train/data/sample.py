@@ -20,4 +20,4 @@ class Sample:
     weight: npt.NDArray[np.float32]  # [T]
     asked: int
     source: str  # a book, or the kind of generated text
-    told: tuple[tuple[int, int], ...] = ()  # where the context says something that can be asked for: [first, end) each
+    told: tuple[tuple[int, int], ...] = ()  # where a book in the context tells what can be asked for: [first, end) each

@@ -66,7 +66,7 @@ def told(n: int, rng: np.random.Generator, held_out: bool) -> list[Told]:
         else:
             family, value = _HAVING[int(rng.integers(len(_HAVING)))], words.value(rng)
             if rng.random() < 0.3:
-                names["who"] = f"the {rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
+                names["who"] = f"the {words.two_words(rng)}"
         names |= {"thing": str(rng.choice(words.THINGS)), "value": value}
         telling, asking = (
             wordings[-1] if held_out else str(rng.choice(wordings[:-1])) for wordings in (family.tellings, family.askings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -82,7 +82,15 @@ def person(rng: np.random.Generator) -> str:
     return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
 
 
+def two_words(rng: np.random.Generator) -> str:
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+
+
 Form = Callable[[np.random.Generator], str]  # draws one of many things that look alike
+
+
+def one_of(choices: Sequence[str]) -> Form:
+    return lambda rng: str(rng.choice(choices))
 
 
 def key_form(rng: np.random.Generator) -> Form:
@@ -99,9 +107,9 @@ def key_form(rng: np.random.Generator) -> Form:
     if draw < 0.75:
         return lambda rng: f"{invented(rng).capitalize()} {invented(rng).capitalize()}"
     if draw < 0.85:
-        return lambda rng: str(rng.choice(NOUNS))
+        return one_of(NOUNS)
     if draw < 0.92:
-        return lambda rng: str(rng.choice(PLACES))
+        return one_of(PLACES)
     return identifier_form(rng)
 
 
@@ -129,7 +137,7 @@ def value_form(rng: np.random.Generator) -> Form:
     if draw < 0.88:
         return lambda rng: f"{rng.integers(1, 29)} {rng.choice(['January', 'March', 'May', 'July', 'October', 'December'])} {rng.integers(1650, 2030)}"
     if draw < 0.95:
-        return lambda rng: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+        return two_words
     return lambda rng: invented(rng, 3)
 
 
