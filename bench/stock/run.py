@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,10 @@ QUESTION = 24  # tokens of a second question, after the text and a first answer
 PACES = 2  # ubatches whose seconds stand for all that are read at a depth
 FLASH, NO_FLASH, SHIFT = "stock, flash attention", "stock, without", "stock, context shift"
 OWN = "this library, no budget"
+STOPPED = (
+    "; bounded caches, the context shift among them, read {read} tokens and cost the same from then on: what is shown past them was "
+    "measured there, the seconds of a prompt are computed from those of its last ubatches"
+)
 HOW = (
     "each system in a process of its own, all read the same text and take turns: {slice} tokens of a prompt, {rounds} times {chunk} "
     "greedy tokens and a question of {question} tokens; figures are medians, ratios medians of the pairwise ratios with 95 % "
@@ -86,6 +90,7 @@ def run_stock(
     library: Path,
     *,
     unbounded_max: int,
+    bounded_max: int = 0,
     rounds: int,
     text: Path | None,
     own: bool = False,
@@ -100,25 +105,35 @@ def run_stock(
         library: folder of the stock libraries.
         unbounded_max: the caches that keep everything read so many tokens, as it takes hours to go far; past them they are
             filled with copies, if they are of a kind that can be, else they stop there.
+        bounded_max: those that keep so much and no more read so many tokens, 0: all. Past them they stay as they are, full.
         own: this library without a budget, too.
 
     Raises:
-        BenchError: nothing to measure, or a system that cannot be opened or fails.
+        BenchError: nothing to measure, a system that cannot be opened or fails, or bounded caches that would stop before they are full.
     """
     if not bounded or not depths:
         raise BenchError("stock takes at least one bounded system and one depth")
     depths = sorted(set(depths))
+    bounded_max = bounded_max or depths[-1]
+    if bounded_max < min(depths[-1], 2 * bounded[0].budget):
+        raise BenchError(
+            f"--bounded-max {bounded_max} of a budget of {bounded[0].budget}: a cache that is not full is cheaper than it will be; expected "
+            f"at least {2 * bounded[0].budget}"
+        )
     copied = 0 < unbounded_max < depths[-1]
     deepest = depths[-1] if copied else max((d for d in depths if d <= unbounded_max), default=0)
     systems = contenders(bounded, deepest, own, copied)
     how = HOW.format(slice=SLICE, rounds=rounds, chunk=CHUNK, question=QUESTION)
     if copied:
         how += "; " + copies.HOW.format(read=unbounded_max, piece=copies.PIECE)
+    if bounded_max < depths[-1]:
+        how += STOPPED.format(read=bounded_max)
     report = Report(name, {})
     report.meta = describe(
         model.name, "", bounded[0].threads, how=how, cache_type=bounded[0].cache_type, text=text.name if text else "built in"
     )
-    task = progress.add_task("tokens read", total=sum(_deepest(s, depths, unbounded_max) for s in systems))
+    reads = {s.name: min(depths[-1], unbounded_max if s.unbounded else bounded_max) for s in systems}
+    task = progress.add_task("tokens read", total=sum(reads.values()))
     with ExitStack() as stack:
         remotes: list[tuple[Contender, Remote]] = []
         for system in systems:
@@ -128,48 +143,57 @@ def run_stock(
             remotes.append((system, stack.enter_context(opened)))
         report.meta["library"] = remotes[-1][1].library
         report.meta["stock"] = remotes[0][1].library
-        prompts = dict.fromkeys((s.name for s in systems), 0.0)
+        prompts = {s.name: _Prompt() for s in systems}
         for depth in depths:
             here = [(s, r) for s, r in remotes if not s.unbounded or depth <= unbounded_max or (copied and r.can_copy)]
-            _read(here, depth, unbounded_max, prompts, lambda n: progress.advance(task, n))
+            _read(here, depth, reads, prompts, lambda n: progress.advance(task, n))
             report.rows += _measure(here, depth, prompts, rounds)
             for row in report.rows[-len(here) :]:
                 row["copied"] = depth > unbounded_max and row["everything"]
+                row["computed"] = depth > reads[row["system"]]
             report.verdicts = verdicts(report.rows)
             if out:
                 report.save(out)
     return report
 
 
-def _deepest(system: Contender, depths: Sequence[int], unbounded_max: int) -> int:
-    """Tokens that a system reads."""
-    return min(depths[-1], unbounded_max) if system.unbounded else depths[-1]
+@dataclass
+class _Prompt:
+    """How long a system took for its first `tokens` tokens."""
+
+    seconds: float = 0.0
+    tokens: int = 0
 
 
 def _read(
     here: Sequence[tuple[Contender, Remote]],
     depth: int,
-    unbounded_max: int,
-    prompts: dict[str, float],
+    reads: Mapping[str, int],
+    prompts: Mapping[str, _Prompt],
     advance: Callable[[int], None],
 ) -> None:
-    """All systems read up to `depth`, in turns of a slice, so that a machine that slows down does so for each of them."""
+    """All systems read up to `depth` or as far as each of them `reads`, in turns of a slice, so that a machine that slows down does so for
+    all of them.
+    """
     start = min((remote.seen for _, remote in here), default=depth)
     for upto in [*range(start + SLICE, depth, SLICE), depth]:
         for system, remote in here:
-            prompts[system.name] += remote.fill(min(upto, unbounded_max) if system.unbounded else upto, advance)
-    missing = [(system, remote) for system, remote in here if remote.seen < depth]
+            limit = min(upto, reads[system.name])
+            prompts[system.name].seconds += remote.fill(limit, advance)
+            prompts[system.name].tokens = max(prompts[system.name].tokens, limit)
+    missing = [(system, remote) for system, remote in here if prompts[system.name].tokens < depth]
     if not missing:
         return
     before = alternate(PACES, [_pace(remote) for _, remote in missing])
-    tokens = []
-    for _, remote in missing:
-        tokens.append(depth - remote.seen)
-        remote.copy(depth)
+    for system, remote in missing:
+        if system.unbounded:
+            remote.copy(depth)
     after = alternate(PACES, [_pace(remote) for _, remote in missing])
-    for (system, _), n, pace_before, pace_after in zip(missing, tokens, before, after):
+    for (system, _), pace_before, pace_after in zip(missing, before, after):
+        prompt = prompts[system.name]
         # entries to attend to grow evenly, so do the seconds of a token
-        prompts[system.name] += n * (statistics.median(pace_before) + statistics.median(pace_after)) / 2
+        prompt.seconds += (depth - prompt.tokens) * (statistics.median(pace_before) + statistics.median(pace_after)) / 2
+        prompt.tokens = depth
 
 
 def _pace(remote: Remote) -> Callable[[], float]:
@@ -184,11 +208,12 @@ def _pace(remote: Remote) -> Callable[[], float]:
     return once
 
 
-def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict[str, float], rounds: int) -> list[Row]:
+def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: Mapping[str, _Prompt], rounds: int) -> list[Row]:
     def turn(remote: Remote, act: Callable[[Remote], float]) -> Callable[[], float]:
         def once() -> float:
+            seen = min(remote.seen, depth)
             value = act(remote)
-            remote.go_back(depth)
+            remote.go_back(seen)
             return value
 
         return once
@@ -204,7 +229,7 @@ def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict
             "everything": system.unbounded,
             "budget": system.setup.budget,
             "depth": depth,
-            "prompt_seconds": prompts[system.name] if depth else None,
+            "prompt_seconds": prompts[system.name].seconds if depth else None,
             "decode_tps": statistics.median(decode[i]),
             "first_token_ms": 1000 * statistics.median(asked[i]),
             **remote.figures(),
@@ -212,7 +237,7 @@ def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: dict
         if base is not None:
             row["decode_vs_stock"] = pair_ratio(decode[i], decode[base])
             row["decode_interval"] = pair_interval(decode[i], decode[base])
-            row["prompt_vs_stock"] = prompts[FLASH] / prompts[system.name] if depth else None
+            row["prompt_vs_stock"] = prompts[FLASH].seconds / prompts[system.name].seconds if depth else None
         rows.append(row)
     return rows
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from indexmem_edge.bench.report import Verdict
 from indexmem_edge.bench.runner import BenchError, Model, Setup, System
@@ -137,3 +138,28 @@ def test_a_whole_run_with_our_library_in_place_of_the_stock_one(
     seconds = {(row["system"], row["depth"]): row["prompt_seconds"] for row in data["rows"]}
     assert all(seconds[s, 400] > seconds[s, 200] > 0 for s in (*unbounded, *bounded))
     assert len(data["verdicts"]) == 5 and data["meta"]["stock"] and data["meta"]["library"]
+
+
+def test_bounded_caches_stop_where_they_are_told_to_and_what_a_longer_prompt_takes_is_computed(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "stock_library", lambda folder, say: library_dir())
+    arguments = ("stock", "-m", tiny("llama")[0], "-b", 128, "--kv-window", 32, "-ub", 32, "-t", 1, "--repeats", 1)
+    sizes = ("--depths", "260,1200,2400", "--unbounded-max", 100, "--bounded-max", 260)
+    invoke(*arguments, *sizes, "--out", tmp_path, "--json")
+    data = json.loads((tmp_path / "stock.json").read_text())
+    bounded = [row for row in data["rows"] if not row["everything"]]
+    assert len(bounded) == 9 and all(260 <= row["seen"] < 1200 for row in bounded)
+    assert {row["depth"] for row in bounded if row["computed"]} == {1200, 2400}
+    for name in {row["system"] for row in bounded}:
+        first, second, third = (row["prompt_seconds"] for row in bounded if row["system"] == name)
+        assert 0 < first < second < third  # the rest of the way at the pace of the end
+    assert "260 tokens" in data["meta"]["how"]
+
+
+def test_a_cache_that_is_not_full_does_not_stand_for_one_that_is(tiny: Any) -> None:
+    bounded = [Setup(policy="streaming", budget=128)]
+    with pytest.raises(BenchError, match="--bounded-max 200 of a budget of 128.*at least 256"), Progress() as progress:
+        run.run_stock(
+            tiny("llama")[0], bounded, [1200], library_dir(), unbounded_max=100, bounded_max=200, rounds=1, text=None, progress=progress
+        )
