@@ -36,7 +36,7 @@ PACES = 2  # ubatches whose seconds stand for all that are read at a depth
 FLASH, NO_FLASH, SHIFT = "stock, flash attention", "stock, without", "stock, context shift"
 OWN = "this library, no budget"
 STOPPED = (
-    "; bounded caches, the context shift among them, read {read} tokens and cost the same from then on: what is shown past them was "
+    "bounded caches, the context shift among them, read {read} tokens and cost the same from then on: what is shown past them was "
     "measured there, the seconds of a prompt are computed from those of its last ubatches"
 )
 HOW = (
@@ -127,7 +127,7 @@ def run_stock(
     if copied:
         how += "; " + copies.HOW.format(read=unbounded_max, piece=copies.PIECE)
     if bounded_max < depths[-1]:
-        how += STOPPED.format(read=bounded_max)
+        how += "; " + STOPPED.format(read=bounded_max)
     report = Report(name, {})
     report.meta = describe(
         model.name, "", bounded[0].threads, how=how, cache_type=bounded[0].cache_type, text=text.name if text else "built in"
@@ -143,45 +143,36 @@ def run_stock(
             remotes.append((system, stack.enter_context(opened)))
         report.meta["library"] = remotes[-1][1].library
         report.meta["stock"] = remotes[0][1].library
-        prompts = {s.name: _Prompt() for s in systems}
-        for depth in depths:
+        prompts = dict.fromkeys(reads, 0.0)
+        for previous, depth in zip([0, *depths], depths):
             here = [(s, r) for s, r in remotes if not s.unbounded or depth <= unbounded_max or (copied and r.can_copy)]
-            _read(here, depth, reads, prompts, lambda n: progress.advance(task, n))
+            _read(here, previous, depth, reads, prompts, lambda n: progress.advance(task, n))
             report.rows += _measure(here, depth, prompts, rounds)
             for row in report.rows[-len(here) :]:
-                row["copied"] = depth > unbounded_max and row["everything"]
                 row["computed"] = depth > reads[row["system"]]
+                row["copied"] = row["computed"] and row["everything"]
             report.verdicts = verdicts(report.rows)
             if out:
                 report.save(out)
     return report
 
 
-@dataclass
-class _Prompt:
-    """How long a system took for its first `tokens` tokens."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-
-
 def _read(
     here: Sequence[tuple[Contender, Remote]],
+    previous: int,
     depth: int,
     reads: Mapping[str, int],
-    prompts: Mapping[str, _Prompt],
+    prompts: dict[str, float],
     advance: Callable[[int], None],
 ) -> None:
-    """All systems read up to `depth` or as far as each of them `reads`, in turns of a slice, so that a machine that slows down does so for
-    all of them.
+    """All systems read from the `previous` depth up to `depth` or as far as each of them `reads`, in turns of a slice, so that a machine
+    that slows down does so for all of them. `prompts`: the seconds of each up to there.
     """
     start = min((remote.seen for _, remote in here), default=depth)
     for upto in [*range(start + SLICE, depth, SLICE), depth]:
         for system, remote in here:
-            limit = min(upto, reads[system.name])
-            prompts[system.name].seconds += remote.fill(limit, advance)
-            prompts[system.name].tokens = max(prompts[system.name].tokens, limit)
-    missing = [(system, remote) for system, remote in here if prompts[system.name].tokens < depth]
+            prompts[system.name] += remote.fill(min(upto, reads[system.name]), advance)
+    missing = [(system, remote) for system, remote in here if reads[system.name] < depth]
     if not missing:
         return
     before = alternate(PACES, [_pace(remote) for _, remote in missing])
@@ -190,10 +181,9 @@ def _read(
             remote.copy(depth)
     after = alternate(PACES, [_pace(remote) for _, remote in missing])
     for (system, _), pace_before, pace_after in zip(missing, before, after):
-        prompt = prompts[system.name]
+        n = depth - max(previous, reads[system.name])
         # entries to attend to grow evenly, so do the seconds of a token
-        prompt.seconds += (depth - prompt.tokens) * (statistics.median(pace_before) + statistics.median(pace_after)) / 2
-        prompt.tokens = depth
+        prompts[system.name] += n * (statistics.median(pace_before) + statistics.median(pace_after)) / 2
 
 
 def _pace(remote: Remote) -> Callable[[], float]:
@@ -208,7 +198,7 @@ def _pace(remote: Remote) -> Callable[[], float]:
     return once
 
 
-def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: Mapping[str, _Prompt], rounds: int) -> list[Row]:
+def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: Mapping[str, float], rounds: int) -> list[Row]:
     def turn(remote: Remote, act: Callable[[Remote], float]) -> Callable[[], float]:
         def once() -> float:
             seen = min(remote.seen, depth)
@@ -229,7 +219,7 @@ def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: Mapp
             "everything": system.unbounded,
             "budget": system.setup.budget,
             "depth": depth,
-            "prompt_seconds": prompts[system.name].seconds if depth else None,
+            "prompt_seconds": prompts[system.name] if depth else None,
             "decode_tps": statistics.median(decode[i]),
             "first_token_ms": 1000 * statistics.median(asked[i]),
             **remote.figures(),
@@ -237,7 +227,7 @@ def _measure(here: Sequence[tuple[Contender, Remote]], depth: int, prompts: Mapp
         if base is not None:
             row["decode_vs_stock"] = pair_ratio(decode[i], decode[base])
             row["decode_interval"] = pair_interval(decode[i], decode[base])
-            row["prompt_vs_stock"] = prompts[FLASH].seconds / prompts[system.name].seconds if depth else None
+            row["prompt_vs_stock"] = prompts[FLASH] / prompts[system.name] if depth else None
         rows.append(row)
     return rows
 
