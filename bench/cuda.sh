@@ -9,7 +9,7 @@
 #   sanitize  the same under compute-sanitizer, which sees accesses out of bounds
 #   check     logits and kept entries like the CPU's: all layers on the GPU, half of them, the cache in host memory
 #   speed     the demo model
-#   large     random weights of the shape of an 8B model, 2K to 128K tokens seen
+#   large     random weights of the shape of an 8B model, budgets of 2048 and 16384, 2K to 128K tokens seen
 #
 # PYTHON names a Python with numpy, typer, rich, gguf, safetensors, jinja2 and diskcache (default: that of .venv, or python3),
 # MODEL a GGUF file instead of the demo model, LLAMA_CPP_SOURCE_DIR a source of llama.cpp where it cannot be downloaded, JOBS how
@@ -108,7 +108,10 @@ fi
 
 if wants large; then
     say "large: random weights of an 8B model, 2K to 128K tokens seen"
-    bench speed --geometry qwen3-8b --kv-budget 4096 --depths 2048,8192,32768,131072 --systems streaming/off,knorm/centroid
+    for budget in 2048 16384; do
+        bench speed --geometry qwen3-8b --kv-budget "$budget" --depths 2048,8192,32768,131072 \
+            --systems streaming/off,keydiff/off,tova/off,snapkv/off,knorm/centroid
+    done
 fi
 
 say "done: ${STEPS[*]}"

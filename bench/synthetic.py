@@ -4,6 +4,7 @@ to train. What they compute is noise; how long it takes is not.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from .runner import BenchError, Model, llama_cpp
 
 N_VOCAB = 512
 _WEIGHTS = {"q4_0": (2 + 16, 4.61), "q8_0": (2 + 32, 73.9)}  # bytes of 32 values, deviation of random bytes as values
+
+_MIXTURES = {"q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+WEIGHTS = (*_WEIGHTS, *_MIXTURES)
 
 
 @dataclass(frozen=True)
@@ -142,16 +146,31 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 
 def cached_model(shape: Shape, weights: str = "q4_0", folder: Path | None = None) -> Path:
     """A model with random weights of that shape; written once, then found again in a folder for temporary files."""
-    if weights not in _WEIGHTS:
-        raise BenchError(f"unknown type of weights {weights!r}: choose one of {', '.join(_WEIGHTS)}")
+    if weights not in WEIGHTS:
+        raise BenchError(f"unknown type of weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
     folder = folder or cache_folder()
     name = f"{shape.architecture}-{shape.n_layer}x{shape.n_embd}-{shape.n_head}-{shape.n_head_kv}-{shape.n_ff}"
+
+    def write(path: Path) -> None:
+        if weights in _WEIGHTS:
+            _write_model(path, shape, weights)
+        else:
+            _quantise(cached_model(shape, "q8_0", folder), path, weights)
+
     try:
-        return write_once(folder / f"random-{name}-{weights}.gguf", lambda draft: _write_model(draft, shape, weights))
+        return write_once(folder / f"random-{name}-{weights}.gguf", write)
     except OSError as error:
         raise BenchError(
             f"cannot write a model to {folder}: {error.strerror or error}; name a folder with --cache"
         ) from None
+
+
+def _quantise(source: Path, path: Path, weights: str) -> None:
+    """`path`: the same model in one of llama.cpp's mixtures of types, by its own quantiser."""
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = _MIXTURES[weights], True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options)) != 0:
+        raise BenchError(f"{source.name} cannot be made {weights}: llama.cpp's quantiser refused it, its message is above")
 
 
 def _write_model(path: Path, shape: Shape, weights: str) -> None:

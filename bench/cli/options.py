@@ -52,7 +52,7 @@ GEOMETRY = typer.Option(
     show_default=False,
 )
 LAYERS = typer.Option(0, min=0, help="With --geometry: so many layers; 0: all.")
-WEIGHTS = typer.Option("q4_0", help="With --geometry: type of its weights, q4_0 or q8_0.")
+WEIGHTS = typer.Option("q4_0", help="With --geometry: type of its weights, q4_0, q8_0 or q4_k_m.")
 CACHE = typer.Option(
     None, help="With --geometry: folder for it; default: one for temporary files.", show_default=False
 )

@@ -215,7 +215,7 @@ def speed(
     for pair in wanted:
         policy, _, memory = pair.partition("/")
         setup = Setup(policy=policy, budget=budget, threads=threads, memory=memory or "off")
-        of_run = "-".join(["cuda-speed", name, policy, *([memory] if memory not in ("", "off") else [])])
+        of_run = "-".join(["cuda-speed", name, str(budget), policy, *([memory] if memory not in ("", "off") else [])])
         print(f"speed: {of_run}", flush=True)
         report = speed_bench.run_speed(loaded, [setup], depths, repeats=3, no_flash=False, name=of_run, out=out)
         report.meta["device"] = devices()

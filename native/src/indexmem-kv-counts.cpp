@@ -12,7 +12,9 @@ static constexpr uint32_t N_FRONT_PAD = 8;
 // of slots where layers have budgets of their own: what ops that read keys in tiles like
 static constexpr uint32_t N_SLOTS_PAD = 64;
 
-static constexpr uint32_t EVICT_STEP_DEFAULT = 32;
+// An eviction takes the longer the more entries it ranks. So the larger a budget, the more leave at once, and a token pays the same.
+static constexpr uint32_t EVICT_STEP  = 32;
+static constexpr uint32_t EVICT_SHARE = 128;
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
@@ -146,7 +148,7 @@ uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
 
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
     const uint32_t room = budget_of(seq) - n_protected(seq) - window_of(seq); // of the smallest one
-    const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(EVICT_STEP_DEFAULT, room/8);
+    const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(std::max(EVICT_STEP, room/EVICT_SHARE), room/8);
     return std::max(1u, std::min(want, room));
 }
 
@@ -154,7 +156,7 @@ uint32_t indexmem_kv_counts::evict_max(uint32_t n_tokens) const {
     if (lim.ratio > 0.0) {
         return lim.budget_of(lim.n_classes() - 1) + n_tokens; // a shorter pin, or a state of a larger ratio, can leave far more than is now allowed
     }
-    return n_tokens + (lim.evict_step > 0 ? std::min(lim.evict_step, lim.budget) : EVICT_STEP_DEFAULT);
+    return n_tokens + (lim.evict_step > 0 ? std::min(lim.evict_step, lim.budget) : std::max(EVICT_STEP, lim.budget/EVICT_SHARE));
 }
 
 uint32_t indexmem_kv_counts::n_drafts(const seq_state & seq, uint32_t n) const {

@@ -55,6 +55,25 @@ static bool same(const counts::seq_state & a, const counts::seq_state & b) {
         a.n_evictions == b.n_evictions && a.broken == b.broken;
 }
 
+// what one eviction ranks grows with the budget, so what leaves in it does too, and a plan has room for that
+TEST(more_entries_leave_at_once_of_large_budgets) {
+    struct { uint32_t room, step; } cases[] = { { 1, 1 }, { 7, 1 }, { 80, 10 }, { 256, 32 }, { 4223, 32 }, { 4224, 33 }, { 16384, 128 }, { 131072, 1024 } };
+    for (const auto & is : cases) {
+        for (const uint32_t asked : { 0u, 5u }) {
+            counts::limits lim = limits_of(4 + 8 + is.room);
+            lim.evict_step = asked;
+            counts c = counts_of(lim, {});
+            feed(c, 4 + 8 + is.room);
+            const uint32_t step = asked > 0 ? std::min(asked, is.room) : is.step;
+            CHECK_MSG(c.evict_step_of(*c.get(0)) == step, "room %u", is.room);
+            CHECK(c.get(0)->n_evictions == 0);
+            const counts::step st = feed(c, 1);
+            CHECK_MSG(c.get(0)->n_evictions == 1 && c.get(0)->n_used + step == lim.budget + 1, "room %u: %u left", is.room, c.get(0)->n_used);
+            CHECK_MSG(step <= c.evict_max(1), "room %u: a plan for %u", is.room, c.evict_max(1));
+        }
+    }
+}
+
 TEST(a_window_that_nobody_chose_follows_the_room) {
     counts::limits lim = limits_of(1024);
     lim.window = counts::WINDOW_LEAST;

@@ -21,7 +21,7 @@ CHUNK, N_BEFORE, N_UBATCH = 8192, 8180, 128
 COMMON: dict[str, Any] = dict(n_ubatch=N_UBATCH, n_ctx=9728, n_threads=1)
 # flash attention adds values that are halfs as halfs, which so long a window is too long for
 KIND: dict[str, Any] = dict(type_k=F16, type_v=BF16)
-SETTINGS: dict[str, Any] = COMMON | KIND | dict(budget=8720, sinks=4, window=20, evict_step=32)
+SETTINGS: dict[str, Any] = COMMON | KIND | dict(budget=8720, sinks=4, window=20)
 
 
 class Long:

@@ -206,7 +206,7 @@ def test_indexer_verdicts_and_turns() -> None:
 TINY = synthetic.Shape("qwen3", 2, 64, 6, 2, 32, 96)
 
 
-@pytest.mark.parametrize("weights", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("weights", ["q4_0", "q8_0", "q4_k_m"])
 def test_synthetic_models_load_and_their_numbers_are_finite(tmp_path: Path, weights: str) -> None:
     path = synthetic.cached_model(TINY, weights, tmp_path)
     stamp = path.stat().st_mtime_ns
@@ -217,7 +217,7 @@ def test_synthetic_models_load_and_their_numbers_are_finite(tmp_path: Path, weig
         system.feed(model.tokens("Some text, any text."), last_logits=True)
         assert system.logits is not None and abs(system.logits).max() < 100 and system.logits.std() > 0.1
     model.close()
-    with pytest.raises(BenchError, match="q4_0, q8_0"):
+    with pytest.raises(BenchError, match="q4_0, q8_0, q4_k_m"):
         synthetic.cached_model(TINY, "q2_k", tmp_path)
 
 

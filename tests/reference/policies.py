@@ -214,7 +214,7 @@ class BoundedReference:
     def step(self) -> int:
         """Entries evicted at once during decode, in all layers together."""
         room = min(self.capacity(il) for il in range(self.config.n_layer)) - self.protected - self.window
-        return min(self.evict_step or min(max(room // 8, 1), 32), room)
+        return min(self.evict_step or max(min(max(32, room // 128), room // 8), 1), room)
 
     @property
     def n_seen(self) -> int:
