@@ -11,7 +11,7 @@ under `indexmem`:
      "provenance": {"tool": "...", "source_format": "indexmem-edge", "source_files": [], "source_sha256": [], ...}}
 
 `schema`, `kind`, `constants`, `memory`, `geometry` and `provenance` must be there; other keys are ignored. A checkpoint for
-some layers of its model has schema 2 and their numbers, `"layers": [5, 11]`; what of a budget each layer gets is `"budget_share"`.
+some layers of its model has schema 2 and their numbers, `"layers": [5, 11]`; what of a budget each layer gets is `"budget_share"`, and how many entries first `"budget_least"`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def describe(c: Checkpoint) -> dict[str, Any]:
         "geometry": c.geometry.to_dict(),
         **({} if c.only is None else {"layers": list(c.only)}),
         **({} if c.budget_share is None else {"budget_share": list(c.budget_share)}),
+        **({} if c.budget_least is None else {"budget_least": list(c.budget_least)}),
         "base_model": {key: value for key, value in base.items() if value is not None},
         **({"name": c.name} if c.name else {}),
         "defaults": dict(c.defaults),
@@ -105,6 +106,7 @@ def from_safefile(file: SafeFile) -> Checkpoint:
         layers=layers_from({name: tensor.read() for name, tensor in file.tensors.items()}, geometry, only),
         only=only,
         budget_share=d.get("budget_share"),
+        budget_least=d.get("budget_least"),
         provenance=_provenance(_dict(d, "provenance")),
         memory=_need(memory, "kind"),
         memory_constants=_dict(memory, "constants"),

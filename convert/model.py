@@ -14,7 +14,7 @@ from indexmem_edge import __version__
 from indexmem_edge.errors import ConvertError
 from indexmem_edge.files.untrusted import check_text, quote, show, some
 
-from .spec import INDEXERS, LIMITS, MEMORIES, Kind, check_constants, check_f32, check_shares, check_u32, find
+from .spec import INDEXERS, LIMITS, MEMORIES, Kind, check_constants, check_f32, check_needs, check_u32, find
 
 Array = npt.NDArray[np.float32]
 Layer = dict[str, Array]
@@ -116,6 +116,7 @@ class Checkpoint:
     scores: Mapping[str, float] = field(default_factory=dict)
     only: Optional[tuple[int, ...]] = None
     budget_share: Optional[tuple[float, ...]] = None  # what of a budget each layer gets; None: all the same
+    budget_least: Optional[tuple[int, ...]] = None  # entries that each gets before the rest is shared; None: none
     source_names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -163,11 +164,11 @@ class Checkpoint:
             scores={k: check_f32(f"scores.{k}", v) for k, v in self.scores.items()},
             only=check_only(self.only, geometry.block_count),
         )
-        if self.budget_share is not None:
-            if indexer.name == "none":
-                raise ConvertError("there is a budget_share without an indexer, whose ranks it is measured with")
-            shares = check_shares(self.budget_share, geometry.block_count, checked.numbers)
-            checked = replace(checked, budget_share=shares)
+        needs = {"budget_share": self.budget_share, "budget_least": self.budget_least}
+        if indexer.name == "none" and (there := [name for name, value in needs.items() if value is not None]):
+            raise ConvertError(f"there is a {there[0]} without an indexer, whose ranks it is measured with")
+        shares, least = check_needs(*needs.values(), geometry.block_count, checked.numbers)
+        checked = replace(checked, budget_share=shares, budget_least=least)
         for key in checked.defaults:
             if key not in DEFAULTS:
                 raise ConvertError(f"unknown default {show(key)}: expected {', '.join(DEFAULTS)}")

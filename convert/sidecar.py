@@ -14,7 +14,7 @@ from indexmem_edge.files.gguffile import F16, F32, TYPE_NAMES, GGUFFile, TensorI
 from indexmem_edge.files.untrusted import quote, show
 
 from .model import Array, Checkpoint, Geometry, Provenance, check_only, layers_from
-from .spec import F32S, INDEXERS, MEMORIES, SHARE_KEY, Kind, find
+from .spec import F32S, INDEXERS, LEAST_KEY, MEMORIES, SHARE_KEY, Kind, find
 from .writer import GEOMETRY_KEYS, LAYERS_KEY, SCHEMA_ALL, SCHEMA_SOME
 
 
@@ -73,7 +73,7 @@ def _read(file: GGUFFile) -> Sidecar:
     only = check_only(_layers(file, schema), geometry.validated().block_count)
     indexer = find(INDEXERS, "indexer", need("indexmem.indexer.kind", "string"))
     memory = find(MEMORIES, "memory", need("indexmem.memory.kind", "string"))
-    shares = file.get(SHARE_KEY, F32S)
+    shares, least = file.get(SHARE_KEY, F32S), file.get(LEAST_KEY, "i32 array")
     file.check_packed()
     arrays = {info.name: _array(file, info) for info in file.tensors.values()}
     checkpoint = Checkpoint(
@@ -83,6 +83,7 @@ def _read(file: GGUFFile) -> Sidecar:
         layers=layers_from(arrays, geometry, only),
         only=only,
         budget_share=None if shares is None else tuple(shares),
+        budget_least=None if least is None else tuple(least),
         memory=memory.name,
         memory_constants=_constants(file, memory),
         architecture=need("general.architecture", "string"),

@@ -24,8 +24,10 @@ LIMITS = {  # far above any model; they keep absurd files from reaching an alloc
 }  # fmt: skip
 
 SHARE_KEY = "indexmem.budget_share"
+LEAST_KEY = "indexmem.budget_least"
 SHARES = 1 / 64, 64.0  # least and most of a budget that a layer may get, and how many different ones there may be
-DIFFERENT_SHARES = 4
+LEAST_MOST = 1 << 20  # entries of a budget that a layer may get before the rest is shared
+DIFFERENT_NEEDS = 4
 
 Sizes = dict[str, int]
 
@@ -252,19 +254,25 @@ def _check_constant(what: str, c: Constant, value: Any, n_layer: int) -> Any:
     return text
 
 
-def check_shares(value: Any, n_layer: int, numbers: Sequence[int]) -> tuple[float, ...]:
-    """What of a budget each layer gets, as exact as a file holds it; `numbers` are the layers that a file is for.
+def check_needs(
+    shares: Any, least: Any, n_layer: int, numbers: Sequence[int]
+) -> tuple[Optional[tuple[float, ...]], Optional[tuple[int, ...]]]:
+    """What of a budget each layer gets, and how many entries before the rest is shared, as exact as a file holds it; None stays None.
+    `numbers` are the layers that a file is for.
 
     Raises:
-        ConvertError: not one number a layer, out of range, or too many different ones.
+        ConvertError: not one number a layer, out of range, or too many different pairs of them.
     """
-    shares = _check_array("budget_share", value, n_layer, lambda item, v: check_f32(item, v, True))
-    for i, share in enumerate(shares):
-        if not SHARES[0] <= share <= SHARES[1]:
-            raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")
-    if (n := len({shares[i] for i in numbers})) > DIFFERENT_SHARES:
-        raise ConvertError(f"budget_share has {n} different values: expected at most {DIFFERENT_SHARES}")
-    return tuple(shares)
+    if shares is not None:
+        shares = tuple(_check_array("budget_share", shares, n_layer, lambda item, v: check_f32(item, v, True)))
+        for i, share in enumerate(shares):
+            if not SHARES[0] <= share <= SHARES[1]:
+                raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")
+    if least is not None:
+        least = tuple(_check_array("budget_least", least, n_layer, lambda item, v: check_u32(item, v, 0, LEAST_MOST)))
+    if (n := len({(shares and shares[i], least and least[i]) for i in numbers})) > DIFFERENT_NEEDS:
+        raise ConvertError(f"budget_share and budget_least have {n} different pairs of values: expected at most {DIFFERENT_NEEDS}")
+    return shares, least
 
 
 def constant(kind: Kind, name: str) -> Optional[Constant]:

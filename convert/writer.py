@@ -15,7 +15,7 @@ from indexmem_edge.errors import ConvertError
 from indexmem_edge.files.atomic import replacing
 
 from .model import Array, Checkpoint
-from .spec import BOOL, BOOLS, F32, F32S, SHARE_KEY, STRING, U32, Kind
+from .spec import BOOL, BOOLS, F32, F32S, LEAST_KEY, SHARE_KEY, STRING, U32, Kind
 
 SCHEMA_ALL, SCHEMA_SOME = 1, 2  # for all layers of a model, and for those that it lists
 LAYERS_KEY = "indexmem.layers"
@@ -98,6 +98,8 @@ def _put_metadata(writer: gguf.GGUFWriter, c: Checkpoint) -> None:
         writer.add_array(LAYERS_KEY, list(c.only))
     if c.budget_share is not None:
         writer.add_array(SHARE_KEY, list(c.budget_share))
+    if c.budget_least is not None:
+        writer.add_array(LEAST_KEY, list(c.budget_least))
     if c.fingerprint:
         writer.add_string("indexmem.base_model.norms_fnv1a64", c.fingerprint)
     indexer, memory = c.kinds

@@ -3,11 +3,14 @@
     from indexmem_edge.calibrate.budgets import calibrate_budgets
 
     result = calibrate_budgets("model.gguf", ["book.txt"], "model.indexmem.gguf", "shared.indexmem.gguf", kv_budget=128)
-    print(result.nll_equal, result.nll, result.shares)
+    print(result.nll_before, result.nll, result.least)
 
-Texts with facts are read with a bounded cache and asked about, as they are run: once with equal budgets, and once for each
+Texts with facts are read with a bounded cache and asked about, as they are run: once as the sidecar has it, and once for each
 layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together. Every
-second text chooses, the others have to agree; if they do not, the sidecar is left with equal budgets.
+second text chooses, the others have to agree; if they do not, nothing is written of it.
+
+What is written is how many entries a wide layer had (`budget_least`), and not a share: nothing was measured with larger budgets, and
+of those a layer that needs many entries needs no more.
 """
 
 from __future__ import annotations
@@ -35,26 +38,26 @@ from ..train.data.sample import Sample
 from . import calibrated_file as files
 from .passages import TextContext, tokenize
 
-WIDE = 4.0  # times the room of the other layers
+WIDE = 4  # times the room of the other layers
 TOGETHER = 1, 2, 4  # layers that are widened at once
 
 PathLike = Union[str, "os.PathLike[str]"]
 Array = npt.NDArray[np.float64]
-Shares = Optional[tuple[float, ...]]
-Judge = Callable[[Shares], Array]  # NLL of the answers of each text, nats per token
+Wide = tuple[int, ...]  # layers
+Judge = Callable[[Wide], Array]  # NLL of the answers of each text, nats per token
 
 
 @dataclass(frozen=True)
-class LayerShares:
+class LayerNeeds:
     """What was measured, and where it was written."""
 
     path: str
     bytes: int
     budget: int
     texts: int
-    nll_equal: float  # of the answers, nats per token, with equal budgets; on the texts that did not choose
-    nll: float  # with these shares
-    shares: Shares  # of each layer; None: equal ones
+    nll_before: float  # of the answers, nats per token, with no layer wide; on the texts that did not choose
+    nll: float  # as it is written
+    least: Optional[tuple[int, ...]]  # entries that each layer gets before the rest is shared; None: no layer gains by it
     gains: dict[int, float]  # by bounded layer: what is gained, on the texts that choose, if it alone is wide
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,13 +80,13 @@ def calibrate_budgets(
     seed: int = 0,
     force: bool = False,
     progress: Optional[Callable[[int, int], None]] = None,
-) -> LayerShares:
-    """Measures shares of layers and writes the sidecar with them.
+) -> LayerNeeds:
+    """Measures what layers need and writes the sidecar with it.
 
     Args:
         texts: UTF-8 books, between whose sentences facts are told.
         indexmem: the sidecar whose indexer ranks.
-        kv_budget: what layers have on average. Where it is short, shares matter: a twentieth of `n_ctx` or less.
+        kv_budget: what layers have on average. Where it is short, it matters: a twentieth of `n_ctx` or less.
         kv_window: default: a quarter of the budget, at most 128.
         progress: called with the texts read and their number.
 
@@ -95,7 +98,7 @@ def calibrate_budgets(
     files.check_output(out, [name, *names, indexmem], force)
     source = files.open_source(name, indexmem, True)
     if source.checkpoint.kind == "none":
-        raise SidecarError(f"{os.fspath(indexmem)} holds no indexer, by whose ranks shares of layers are measured")
+        raise SidecarError(f"{os.fspath(indexmem)} holds no indexer, by whose ranks needs of layers are measured")
     if n_texts < 2:
         raise IndexMemError(f"at least 2 texts are needed, one to choose by and one to agree, found {n_texts}")
     window = min(LEAST_WINDOW, kv_budget // 4) if kv_window is None else kv_window
@@ -108,10 +111,14 @@ def calibrate_budgets(
         bounded = [il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED]
         done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER))
 
-        def judge(shares: Shares) -> Array:
+        def least(wide: Wide) -> Optional[tuple[int, ...]]:
+            room = max(kv_budget - kv_sinks - window, 1)
+            return tuple(WIDE * room if il in wide else 0 for il in range(source.checkpoint.geometry.block_count)) if wide else None
+
+        def judge(wide: Wide) -> Array:
             nonlocal done
             path = os.path.join(folder, f"{done}.gguf")
-            write_sidecar(path, replace(source.checkpoint, budget_share=shares), source.outtype)
+            write_sidecar(path, replace(source.checkpoint, budget_least=least(wide)), source.outtype)
             options = CacheOptions.from_keywords({**asked, "indexmem": path})
             context = TextContext(loaded, n_ctx, default_ubatch(kv_budget), n_threads, options)
             found = []
@@ -126,31 +133,27 @@ def calibrate_budgets(
             os.remove(path)
             return np.array(found)
 
-        shares, equal, nll, gains = choose(judge, bounded, source.checkpoint.geometry.block_count)
-    written = write_sidecar(out, replace(source.checkpoint, budget_share=shares), source.outtype, force)
-    return LayerShares(os.fspath(out), written.size, kv_budget, n_texts, equal, nll, shares, gains)
+        wide, before, nll, gains = choose(judge, bounded)
+    written = write_sidecar(out, replace(source.checkpoint, budget_least=least(wide)), source.outtype, force)
+    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), gains)
 
 
-def choose(judge: Judge, bounded: Sequence[int], n_layer: int) -> tuple[Shares, float, float, dict[int, float]]:
-    """The shares, NLL with equal ones and with these on the texts that did not choose, and the gain of each layer alone."""
-
-    def wide(layers: Sequence[int]) -> tuple[float, ...]:
-        return tuple(WIDE if il in layers else 1.0 for il in range(n_layer))
-
-    equal = judge(None)
-    gains = {il: float((equal - judge(wide([il])))[::2].mean()) for il in bounded}
+def choose(judge: Judge, bounded: Sequence[int]) -> tuple[Wide, float, float, dict[int, float]]:
+    """The layers to widen, NLL before and then on the texts that did not choose, and the gain of each layer alone."""
+    before = judge(())
+    gains = {il: float((before - judge((il,)))[::2].mean()) for il in bounded}
     order = sorted((il for il in bounded if gains[il] > 0), key=lambda il: -gains[il])
-    best: Shares = None
-    found = equal
+    best: Wide = ()
+    found = before
     for n in TOGETHER:
         if n > len(order) or n >= len(bounded):
             break
-        nll = judge(wide(order[:n]))
+        nll = judge(tuple(order[:n]))
         if nll[::2].mean() < found[::2].mean():
-            best, found = wide(order[:n]), nll
-    if found[1::2].mean() >= equal[1::2].mean():
-        best, found = None, equal
-    return best, float(equal[1::2].mean()), float(found[1::2].mean()), gains
+            best, found = tuple(order[:n]), nll
+    if found[1::2].mean() >= before[1::2].mean():
+        best, found = (), before
+    return best, float(before[1::2].mean()), float(found[1::2].mean()), gains
 
 
 def _samples(model: int, texts: Sequence[str], length: int, n: int, seed: int) -> list[Sample]:

@@ -79,9 +79,9 @@ def calibrate_budgets(
     show = console().print
     for il, gain in sorted(result.gains.items(), key=lambda item: -item[1])[:8]:
         show(f"layer {il:>3} alone {gain:+.3f} nats per token of an answer")
-    if result.shares is None:
-        show(f"equal budgets are as good: {printable(result.path)} has no shares")
+    if result.least is None:
+        show(f"no layer gains by more room: {printable(result.path)} says nothing of it")
         return
-    wide = [str(il) for il, share in enumerate(result.shares) if share > 1]
-    show(f"wide: {', '.join(wide)}; answers on other texts {result.nll_equal:.3f} -> {result.nll:.3f} nats per token")
+    wide = ", ".join(f"layer {il} gets {n} entries first" for il, n in enumerate(result.least) if n)
+    show(f"{wide}; answers on other texts {result.nll_before:.3f} -> {result.nll:.3f} nats per token")
     show(f"{printable(result.path)} written")

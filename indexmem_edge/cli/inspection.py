@@ -133,6 +133,7 @@ def _sidecar_facts(name: str, model: Optional[str]) -> Facts:
         "indexer": {"kind": kind, "input": meta.get("indexmem.indexer.input"), **meta.below(f"indexmem.{kind}.")},
         "memory": {"kind": memory, **meta.below(f"indexmem.{memory}.")},
         "budget_share": meta.get("indexmem.budget_share"),
+        "budget_least": meta.get("indexmem.budget_least"),
         "defaults": meta.below("indexmem.defaults."),
         "tensors": _by_name(meta.tensors),
         "provenance": meta.below("indexmem.provenance."),
@@ -290,6 +291,9 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
     about += [(f"memory {name}", value) for name, value in memory.items()]
     if facts["budget_share"] is not None:
         about.append(("budget by layer", ", ".join(f"{share:g}" for share in facts["budget_share"])))
+    if facts["budget_least"] is not None:
+        least = ", ".join(f"layer {il}: {n}" for il, n in enumerate(facts["budget_least"]) if n)
+        about.append(("entries before", least or "none"))
     about += [(f"default {name}", value) for name, value in facts["defaults"].items()]
     sources = list(zip(provenance.pop("source_files", []), provenance.pop("source_sha256", [])))
     about += [(name.replace("_", " "), value) for name, value in provenance.items()]

@@ -74,6 +74,7 @@ def to_checkpoint(
         base_model=base.name,
         fingerprint=base.fingerprint,
         budget_share=parts.shares,
+        budget_least=parts.least,
         defaults={"sinks": options.sinks, "window": options.window},
         scores=dict(scores or {}),
     )

@@ -55,13 +55,15 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Ge
     return modules
 
 
-def shares_from_sidecar(path: Union[str, os.PathLike[str]]) -> Optional[tuple[float, ...]]:
-    """What of a budget each layer gets with a sidecar, relative to the others [n_layer]; None: all the same.
+def needs_from_sidecar(path: Union[str, os.PathLike[str]]) -> tuple[Optional[tuple[float, ...]], Optional[tuple[int, ...]]]:
+    """What of a budget each layer gets with a sidecar, relative to the others, and the entries that it gets first, [n_layer] each; None:
+    all the same.
 
     Raises:
         ConvertError: the sidecar cannot be read.
     """
-    return read_sidecar(path).checkpoint.budget_share
+    checkpoint = read_sidecar(path).checkpoint
+    return checkpoint.budget_share, checkpoint.budget_least
 
 
 def _show(sizes: Sequence[int]) -> str:

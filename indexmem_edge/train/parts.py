@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .from_sidecar import modules_from_sidecar, shares_from_sidecar
+from .from_sidecar import modules_from_sidecar, needs_from_sidecar
 from .indexers.scorers import SCORERS, with_decay
 from .model.decoder import Decoder
 from .model.frozen import Frozen, Geometry
@@ -25,7 +25,9 @@ class Parts:
 
     indexer: nn.ModuleList
     memory: Optional[nn.ModuleList] = None
-    shares: Optional[tuple[float, ...]] = None  # of a budget, by layer, as the sidecar has them that training began with
+    # of a budget, by layer, as the sidecar has them that training began with: shares, and entries before the rest is shared
+    shares: Optional[tuple[float, ...]] = None
+    least: Optional[tuple[int, ...]] = None
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of all parameters, named `<part>.<layer>.<parameter>`."""
@@ -56,9 +58,10 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
     if not layers:
         raise TrainingError("every layer of this model has a sliding window: no budget bounds it, and there is nothing to train")
     torch.manual_seed(options.seed)
-    shares = None
+    shares, least = None, None
     if options.start is not None:
-        indexer, shares = modules_from_sidecar(options.start, config), shares_from_sidecar(options.start)
+        indexer = modules_from_sidecar(options.start, config)
+        shares, least = needs_from_sidecar(options.start)
         found = indexer[0].kind
         if found != options.kind:
             raise TrainingError(f"--kind {options.kind}: the indexer of {options.start} is of kind {found}")
@@ -73,7 +76,7 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
         from .indexers.residual import Residual
 
         memory = nn.ModuleList([Residual(Residual.defaults(config.head_dim)) for _ in layers]).to(device)
-    return Parts(indexer.to(device), memory, shares)
+    return Parts(indexer.to(device), memory, shares, least)
 
 
 def trains_memory(objective: type[Objective]) -> bool:

@@ -270,18 +270,18 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
 static void choose_budgets(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
         const std::function<bool(uint32_t)> & is_bounded, llama_kv_cache_bounded::config & cfg) {
     const auto & hparams = model.hparams;
-    if (!cfg.sidecar || cfg.sidecar->get_shares().empty() || strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") != 0) {
+    if (!cfg.sidecar || cfg.sidecar->get_needs().empty() || strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") != 0) {
         return;
     }
-    auto shares = cfg.sidecar->get_shares();
+    auto needs = cfg.sidecar->get_needs();
     std::vector<uint64_t> row_bytes;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         const bool cached = hparams.has_kv(il) && hparams.n_head_kv(il) > 0 && is_bounded(il);
-        shares[il] = cached ? shares[il] : 0.0f;
+        needs[il] = cached ? needs[il] : indexmem_layer_need{};
         row_bytes.push_back(cached ? ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) +
                 (hparams.is_mla() ? 0 : ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il))) : 0);
     }
-    auto found = indexmem_budgets_of(cfg, cparams.n_ubatch, cfg.memory ? cfg.memory->n_slots() : 0, shares, row_bytes);
+    auto found = indexmem_budgets_of(cfg, cparams.n_ubatch, cfg.memory ? cfg.memory->n_slots() : 0, needs, row_bytes);
     cfg.budgets = std::move(found.budgets);
     cfg.classes = std::move(found.classes);
 }

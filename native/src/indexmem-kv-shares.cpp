@@ -1,46 +1,52 @@
 #include "indexmem-kv-shares.h"
 
+#include <map>
 #include <set>
 
 using counts = indexmem_kv_counts;
 
 indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t n_ubatch, uint32_t n_latent,
-        const std::vector<float> & shares, const std::vector<uint64_t> & row_bytes) {
-    std::set<float> values;
+        const std::vector<indexmem_layer_need> & needs, const std::vector<uint64_t> & row_bytes) {
+    std::map<indexmem_layer_need, uint32_t> budgets; // of layers with equal needs
     double   sum   = 0.0;
     uint64_t bytes = 0;
-    for (size_t il = 0; il < shares.size(); ++il) {
-        if (shares[il] > 0.0f) {
-            values.insert(shares[il]);
-            sum   += (double) shares[il]*row_bytes[il];
+    for (size_t il = 0; il < needs.size(); ++il) {
+        if (needs[il].share > 0.0f) {
+            budgets[needs[il]] = 0;
+            sum   += (double) needs[il].share*row_bytes[il];
             bytes += row_bytes[il];
         }
     }
-    indexmem_layer_budgets res;
-    res.classes.assign(shares.size(), 0);
+    const indexmem_layer_budgets equal = { {}, std::vector<uint8_t>(needs.size(), 0) };
     const uint64_t n_least = counts::budget_min(lim.sinks, lim.pin, lim.window, n_latent); // protected, and room for one
-    if (values.size() < 2 || values.size() > counts::N_CLASSES_MAX || lim.budget <= n_least) {
-        return res;
-    }
-    for (size_t il = 0; il < shares.size(); ++il) {
-        res.classes[il] = shares[il] > 0.0f ? (uint8_t) std::distance(values.begin(), values.find(shares[il])) : 0;
+    if (budgets.size() < 2 || budgets.size() > counts::N_CLASSES_MAX || lim.budget <= n_least) {
+        return equal;
     }
 
     const uint32_t n_half = std::min(lim.span/2, lim.span - std::min(lim.span, n_ubatch)); // and a ubatch has to fit behind it
     const uint32_t n_most = lim.span > 0 ? std::max(lim.budget, n_half) : UINT32_MAX;
     const uint64_t n_may  = bytes*counts::geometry::slots_of(lim.budget - n_latent + n_ubatch, n_latent, false);
 
-    // whether what is left of these shares takes no more, slots, which are padded, included
+    const double n_mean = (double) (lim.budget - n_least + 1);
+    const auto first = [&](const indexmem_layer_need & need) {
+        return std::min<double>(need.least, indexmem_layer_budgets::LEAST_MOST*n_mean);
+    };
+    double n_first = 0.0;
+    for (size_t il = 0; il < needs.size(); ++il) {
+        n_first += needs[il].share > 0.0f ? first(needs[il])*row_bytes[il] : 0.0;
+    }
+    const double scale = std::min(1.0, 0.5*n_mean*bytes/std::max(n_first, 1.0));
+
+    // whether what is left of these needs takes no more, slots, which are padded, included
     const auto fits = [&](uint64_t mean) {
-        res.budgets.clear();
-        for (float share : values) {
-            const double n = share*(bytes/sum)*(double) (mean - n_least + 1);
-            res.budgets.push_back((uint32_t) std::min<double>(n_least - 1 + std::max(1.0, n), n_most));
+        for (auto & [need, budget] : budgets) {
+            const double n = std::max(need.share*(bytes/sum)*(double) (mean - n_least + 1), scale*first(need));
+            budget = (uint32_t) std::min<double>(n_least - 1 + std::max(1.0, n), n_most);
         }
         uint64_t n_slots = 0;
         uint64_t n_held  = 0;
-        for (size_t il = 0; il < shares.size(); ++il) {
-            const uint32_t n = shares[il] > 0.0f ? res.budgets[res.classes[il]] : 0;
+        for (size_t il = 0; il < needs.size(); ++il) {
+            const uint32_t n = needs[il].share > 0.0f ? budgets.at(needs[il]) : 0;
             n_held  += n*row_bytes[il];
             n_slots += n > 0 ? row_bytes[il]*counts::geometry::slots_of(n - n_latent + n_ubatch, n_latent, true) : 0;
         }
@@ -52,10 +58,24 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
         const uint64_t mean = most + (too_many - most)/2;
         (fits(mean) ? most : too_many) = mean;
     }
-    const bool differ = most > n_least && fits(most) && res.budgets.front() < res.budgets.back();
-    if (!differ) {
-        res.budgets.clear();
-        res.classes.assign(shares.size(), 0);
+    if (most == n_least || !fits(most)) {
+        return equal;
+    }
+    std::set<std::pair<uint32_t, indexmem_layer_need>> classes; // ascending
+    for (const auto & [need, budget] : budgets) {
+        classes.insert({ budget, need });
+    }
+    if (classes.begin()->first == classes.rbegin()->first) {
+        return equal;
+    }
+    indexmem_layer_budgets res = equal;
+    for (const auto & [budget, need] : classes) {
+        for (size_t il = 0; il < needs.size(); ++il) {
+            if (needs[il].share == need.share && needs[il].least == need.least) {
+                res.classes[il] = (uint8_t) res.budgets.size();
+            }
+        }
+        res.budgets.push_back(budget);
     }
     return res;
 }

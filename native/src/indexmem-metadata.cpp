@@ -106,6 +106,16 @@ std::vector<bool> indexmem_metadata::bools(const char * key, size_t n) const {
     return std::vector<bool>(data, data + n);
 }
 
+std::vector<uint32_t> indexmem_metadata::counts(const char * key, size_t n, uint32_t end) const {
+    const int32_t * data = (const int32_t *) gguf_get_arr_data(gguf, find_array(key, GGUF_TYPE_INT32, n));
+    for (size_t i = 0; i < n; ++i) {
+        if (data[i] < 0 || data[i] >= (int64_t) end) {
+            throw indexmem_sidecar_error(format("value %zu of key '%s' is %d, expected one from 0 to %u", i, key, data[i], end - 1));
+        }
+    }
+    return { data, data + n };
+}
+
 std::vector<uint32_t> indexmem_metadata::ascending(const char * key, uint32_t end) const {
     const int64_t id = gguf_find_key(gguf, key);
     const size_t  n  = id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(gguf, id) : 0;

@@ -36,6 +36,9 @@ public:
     std::vector<float> f32s (const char * key, size_t n) const; // finite
     std::vector<bool>  bools(const char * key, size_t n) const;
 
+    // n numbers, each at least 0 and below `end`
+    std::vector<uint32_t> counts(const char * key, size_t n, uint32_t end) const;
+
     // at least one number, ascending, each at least 0 and below `end`
     std::vector<uint32_t> ascending(const char * key, uint32_t end) const;
 

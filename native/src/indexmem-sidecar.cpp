@@ -111,7 +111,7 @@ indexmem_sidecar::indexmem_sidecar(const std::string & path) : path(path) {
             throw indexmem_sidecar_error("it holds neither an indexer nor a memory");
         }
         read_layers(meta);
-        read_shares(meta);
+        read_needs(meta);
         if (memory && memory->n_embd_head() && n_embd_head && n_embd_head != memory->n_embd_head()) {
             throw indexmem_sidecar_error(format("key 'indexmem.%s.head_dim' is %u, and 'indexmem.attention.key_length' %u: %s",
                         memory->kind(), memory->n_embd_head(), n_embd_head, CONVERT));
@@ -181,28 +181,34 @@ void indexmem_sidecar::read_layers(const indexmem_metadata & meta) {
     }
 }
 
-void indexmem_sidecar::read_shares(const indexmem_metadata & meta) {
-    constexpr const char * KEY = "indexmem.budget_share";
-    constexpr float MIN = 1.0f/64, MAX = 64.0f;
-    if (!meta.has(KEY)) {
+void indexmem_sidecar::read_needs(const indexmem_metadata & meta) {
+    constexpr const char * SHARE = "indexmem.budget_share";
+    constexpr const char * LEAST = "indexmem.budget_least";
+    constexpr float    MIN = 1.0f/64, MAX = 64.0f;
+    constexpr uint32_t MOST = 1 << 20;
+    if (!meta.has(SHARE) && !meta.has(LEAST)) {
         return;
     }
     if (!indexer) {
-        throw indexmem_sidecar_error(format("key '%s' is there without an indexer, whose ranks it is measured with: %s", KEY, CONVERT));
+        throw indexmem_sidecar_error(format("key '%s' is there without an indexer, whose ranks it is measured with: %s",
+                    meta.has(SHARE) ? SHARE : LEAST, CONVERT));
     }
-    shares = meta.f32s(KEY, geometry.n_layer);
-    std::set<float> values;
+    needs.resize(geometry.n_layer);
+    const auto shares = meta.has(SHARE) ? meta.f32s(SHARE, geometry.n_layer) : std::vector<float>(geometry.n_layer, 1.0f);
+    const auto least  = meta.has(LEAST) ? meta.counts(LEAST, geometry.n_layer, MOST + 1) : std::vector<uint32_t>(geometry.n_layer, 0);
+    std::set<indexmem_layer_need> different;
     for (uint32_t il = 0; il < geometry.n_layer; ++il) {
         if (!(shares[il] >= MIN && shares[il] <= MAX)) {
-            throw indexmem_sidecar_error(format("value %u of key '%s' is %g, expected one from %g to %g: %s", il, KEY, shares[il], MIN, MAX, CONVERT));
+            throw indexmem_sidecar_error(format("value %u of key '%s' is %g, expected one from %g to %g: %s", il, SHARE, shares[il], MIN, MAX, CONVERT));
         }
+        needs[il] = { shares[il], least[il] };
         if (covered[il]) {
-            values.insert(shares[il]);
+            different.insert(needs[il]);
         }
     }
-    if (values.size() > indexmem_kv_counts::N_CLASSES_MAX) {
-        throw indexmem_sidecar_error(format("key '%s' has %zu different values, expected at most %u: %s", KEY, values.size(),
-                    indexmem_kv_counts::N_CLASSES_MAX, CONVERT));
+    if (different.size() > indexmem_kv_counts::N_CLASSES_MAX) {
+        throw indexmem_sidecar_error(format("keys '%s' and '%s' have %zu different pairs of values, expected at most %u: %s", SHARE, LEAST,
+                    different.size(), indexmem_kv_counts::N_CLASSES_MAX, CONVERT));
     }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "indexer.h"
+#include "indexmem-kv-shares.h"
 #include "memory.h"
 
 #include "ggml-cpp.h"
@@ -40,8 +41,8 @@ public:
 
     const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load(); empty if it is not for the layer
 
-    // what of a budget each layer of the model gets, [n_layer], all above 0; empty: all the same
-    const std::vector<float> & get_shares() const { return shares; }
+    // what of a budget each layer of the model needs, [n_layer], with shares above 0; empty: all the same
+    const std::vector<indexmem_layer_need> & get_needs() const { return needs; }
 
     // identity of what changes ranks and memory: kinds, constants and weights; never 0
     uint64_t get_hash() const { return hash; }
@@ -66,7 +67,7 @@ private:
 
     void check_type    (const indexmem_metadata & meta) const;
     void read_layers   (const indexmem_metadata & meta);
-    void read_shares   (const indexmem_metadata & meta);
+    void read_needs    (const indexmem_metadata & meta);
     void read_keys     (const gguf_context * gguf, const indexmem_metadata & meta);
     void check_tensors (const gguf_context * gguf, uint64_t data_offset);
     void hash_constants(const gguf_context * gguf);
@@ -80,7 +81,7 @@ private:
 
     std::vector<bool> covered; // [n_layer] the layers that it is for
 
-    std::vector<float> shares; // get_shares()
+    std::vector<indexmem_layer_need> needs; // get_needs()
 
     std::string arch;        // "unknown" if it does not say
     std::string fingerprint; // empty if it does not say

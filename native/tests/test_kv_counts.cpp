@@ -593,14 +593,22 @@ TEST(a_rebase_ends_at_the_same_position_in_all_classes) {
     CHECK(c.get(0)->n_rebases > 2);
 }
 
+static std::vector<indexmem_layer_need> needs_of(const std::vector<float> & shares, const std::vector<uint32_t> & least = {}) {
+    std::vector<indexmem_layer_need> res;
+    for (size_t il = 0; il < shares.size(); ++il) {
+        res.push_back({ shares[il], least.empty() ? 0 : least[il] });
+    }
+    return res;
+}
+
 TEST(shares_become_budgets_that_take_no_more) {
-    const std::vector<float>    shares = { 1.0f, 4.0f, 0.0f, 1.0f, 2.0f, 1.0f }; // the third layer has no such cache
+    const auto needs = needs_of({ 1.0f, 4.0f, 0.0f, 1.0f, 2.0f, 1.0f }); // the third layer has no such cache
     const std::vector<uint64_t> bytes  = { 768, 768, 0, 768, 1536, 768 };
     for (uint32_t budget : { 13u, 20u, 64u, 100u, 512u, 1024u, 5000u }) {
         for (uint32_t n_ubatch : { 1u, 100u, 512u }) {
             for (uint32_t n_latent : { 0u, 7u }) {
                 auto lim = limits_of(budget + n_latent);
-                const auto found = indexmem_budgets_of(lim, n_ubatch, n_latent, shares, bytes);
+                const auto found = indexmem_budgets_of(lim, n_ubatch, n_latent, needs, bytes);
                 const uint64_t n_fixed = counts::budget_min(lim.sinks, lim.pin, lim.window, n_latent);
                 if (found.budgets.empty()) {
                     CHECK_MSG(budget < 40, "%u", budget); // hardly more than what is protected
@@ -611,7 +619,7 @@ TEST(shares_become_budgets_that_take_no_more) {
                 const auto several = counts::geometry::of(lim, n_ubatch, n_latent, 0, false, n_latent > 0, true);
                 const auto one     = counts::geometry::of(limits_of(lim.budget), n_ubatch, n_latent, 0, false, n_latent > 0, true);
                 uint64_t n_held = 0, n_slots = 0, n_bytes = 0;
-                for (size_t il = 0; il < shares.size(); ++il) {
+                for (size_t il = 0; il < needs.size(); ++il) {
                     const uint32_t cls = found.classes[il];
                     n_held  += bytes[il]*lim.budgets[cls];
                     n_slots += bytes[il]*several.n_slots[cls];
@@ -625,17 +633,46 @@ TEST(shares_become_budgets_that_take_no_more) {
     }
     auto lim = limits_of(1000);
     lim.span = 2200;
-    const auto capped = indexmem_budgets_of(lim, 64, 0, shares, bytes).budgets;
+    const auto capped = indexmem_budgets_of(lim, 64, 0, needs, bytes).budgets;
     CHECK(capped[2] == 1100); // half of the span
     CHECK(3*capped[0] + 2*capped[1] + capped[2] > 0.98*6*1000); // and what it cannot take the others get
     lim = limits_of(100);
     lim.span = 300;
-    CHECK(indexmem_budgets_of(lim, 180, 0, shares, bytes).budgets.back() == 120); // and a ubatch fits behind it
-    CHECK(indexmem_budgets_of(lim, 64, 0, { 2.0f, 2.0f }, { 1, 1 }).budgets.empty()); // all the same
+    CHECK(indexmem_budgets_of(lim, 180, 0, needs, bytes).budgets.back() == 120); // and a ubatch fits behind it
+    CHECK(indexmem_budgets_of(lim, 64, 0, needs_of({ 2.0f, 2.0f }), { 1, 1 }).budgets.empty()); // all the same
 
     // a budget of most of the span is the same in all layers: a text that fits is kept whole
     lim = limits_of(1500);
     lim.span = 2200;
-    const auto equal = indexmem_budgets_of(lim, 64, 0, shares, bytes);
-    CHECK(equal.budgets.empty() && equal.classes == std::vector<uint8_t>(shares.size(), 0));
+    const auto equal = indexmem_budgets_of(lim, 64, 0, needs, bytes);
+    CHECK(equal.budgets.empty() && equal.classes == std::vector<uint8_t>(needs.size(), 0));
+}
+
+TEST(what_a_layer_needs_at_least_comes_first) {
+    const auto needs = needs_of({ 1.0f, 2.0f, 1.0f, 0.0f, 1.0f, 1.0f }, { 0, 0, 400, 0, 250, 0 });
+    const std::vector<uint64_t> bytes = { 768, 768, 768, 0, 768, 768 };
+    const uint32_t n_fixed = 4 + 8;
+    const auto budgets = [&](uint32_t budget, uint32_t layer) {
+        const auto found = indexmem_budgets_of(limits_of(budget), 32, 0, needs, bytes);
+        CHECK(std::is_sorted(found.budgets.begin(), found.budgets.end()));
+        uint64_t n_held = 0;
+        for (size_t il = 0; il < needs.size(); ++il) {
+            n_held += needs[il].share > 0.0f ? found.budgets[found.classes[il]] : 0;
+        }
+        CHECK(n_held <= 5*budget && n_held > 0.85*5*budget);
+        return found.budgets[found.classes[layer]] - n_fixed;
+    };
+    for (uint32_t budget : { 300u, 320u }) { // the wide layer has what it needs, and the others share the rest
+        CHECK(budgets(budget, 2) == 400 && budgets(budget, 4) == 250);
+        CHECK(std::abs((int) budgets(budget, 1) - 2*(int) budgets(budget, 0)) <= 1);
+        CHECK(budgets(budget, 0) == budgets(budget, 5));
+    }
+    CHECK(budgets(100, 2) > 100 && budgets(100, 2) + budgets(100, 4) <= 5*(100 - n_fixed)/2 + 2); // a small one is not spent on them alone
+    CHECK(budgets(4000, 2) == budgets(4000, 0) && budgets(4000, 4) == budgets(4000, 0)); // in a large one it is nothing special
+    CHECK(budgets(4000, 1) > 1.9*budgets(4000, 0));
+
+    std::vector<uint32_t> least(30, 0); // nor on one
+    least[18] = 1000;
+    const auto wide = indexmem_budgets_of(limits_of(32), 32, 0, needs_of(std::vector<float>(30, 1.0f), least), std::vector<uint64_t>(30, 768));
+    CHECK(wide.classes[18] == 1 && wide.budgets[1] - n_fixed <= 5*(32 - n_fixed) && wide.budgets[1] - n_fixed > 4*(32 - n_fixed));
 }

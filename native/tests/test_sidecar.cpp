@@ -162,7 +162,7 @@ TEST(files_for_some_layers) {
     CHECK(open_bytes(file.bytes()) == "");
 }
 
-TEST(shares_of_budgets) {
+TEST(needs_of_layers) {
     const auto with = [](const std::vector<float> & values, const char * indexer = "kvzap", int32_t type = GGUF_TYPE_FLOAT32) {
         auto file = sidecar_file(indexer, "residual");
         std::vector<std::string> raws;
@@ -175,11 +175,11 @@ TEST(shares_of_budgets) {
     const float inf = std::numeric_limits<float>::infinity();
     write(PATH, with({ 1.0f, 4.0f }));
     const indexmem_sidecar shared(PATH);
-    CHECK(shared.get_shares() == std::vector<float>({ 1.0f, 4.0f }));
+    CHECK(shared.get_needs().size() == 2 && shared.get_needs()[1].share == 4.0f && shared.get_needs()[1].least == 0);
 
     write(PATH, sidecar_file("kvzap", "residual").bytes());
     const indexmem_sidecar plain(PATH);
-    CHECK(plain.get_shares().empty() && plain.get_hash() == shared.get_hash()); // ranks are the same
+    CHECK(plain.get_needs().empty() && plain.get_hash() == shared.get_hash()); // ranks are the same
 
     for (const auto & values : std::vector<std::vector<float>>{ {}, { 1.0f }, { 1.0f, 1.0f, 1.0f } }) {
         CHECK_FAILS(with(values), "indexmem.budget_share");
@@ -189,6 +189,23 @@ TEST(shares_of_budgets) {
     }
     CHECK_FAILS(with({ 1.0f, 2.0f }, "kvzap", GGUF_TYPE_INT32), "indexmem.budget_share");
     CHECK_FAILS(with({ 1.0f, 2.0f }, "none"), "without an indexer");
+
+    const auto least = [](const std::vector<int32_t> & values, const char * indexer = "kvzap") {
+        auto file = sidecar_file(indexer, "residual");
+        std::vector<std::string> raws;
+        for (int32_t value : values) {
+            raws.push_back(gguf_file::raw(value));
+        }
+        file.array("indexmem.budget_least", GGUF_TYPE_INT32, raws);
+        return file.bytes();
+    };
+    write(PATH, least({ 0, 1 << 20 }));
+    const indexmem_sidecar first(PATH);
+    CHECK(first.get_needs()[0].share == 1.0f && first.get_needs()[1].least == 1 << 20 && first.get_hash() == plain.get_hash());
+    for (const auto & values : std::vector<std::vector<int32_t>>{ {}, { 1 }, { 1, 1, 1 }, { 0, -1 }, { 0, (1 << 20) + 1 } }) {
+        CHECK_FAILS(least(values), "indexmem.budget_least");
+    }
+    CHECK_FAILS(least({ 0, 1 }, "none"), "without an indexer");
 }
 
 TEST(constants_out_of_range) {

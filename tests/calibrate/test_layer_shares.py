@@ -21,8 +21,7 @@ def judge_of(gains: dict[int, float], on_others: Optional[dict[int, float]] = No
     """NLL of 4 texts: each wide layer lowers it by its gain, and all others pay a little. `on_others`: gains of the texts
     that do not choose."""
 
-    def judge(shares: Any) -> np.ndarray:
-        wide = [il for il in range(N_LAYER) if shares and shares[il] > 1]
+    def judge(wide: tuple[int, ...]) -> np.ndarray:
         price = 0.05 * len(wide)
         chosen, other = (sum(g.get(il, 0.0) for il in wide) for g in (gains, gains if on_others is None else on_others))
         return np.array([3.0 - chosen, 3.0 - other] * 2) + price
@@ -32,36 +31,38 @@ def judge_of(gains: dict[int, float], on_others: Optional[dict[int, float]] = No
 
 @pytest.mark.parametrize("gains", [{5: 1.0}, {5: 1.0, 2: 0.5}, {0: 0.3, 3: 0.2, 6: 0.4, 7: 0.25}])
 def test_layers_that_gain_are_wide(gains: dict[int, float]) -> None:
-    shares, equal, nll, alone = choose(judge_of(gains), range(N_LAYER), N_LAYER)
-    assert shares == tuple(WIDE if il in gains else 1.0 for il in range(N_LAYER))
-    assert equal == 3 and nll == pytest.approx(3 - sum(gains.values()) + 0.05 * len(gains))
+    wide, before, nll, alone = choose(judge_of(gains), range(N_LAYER))
+    assert sorted(wide) == sorted(gains)
+    assert before == 3 and nll == pytest.approx(3 - sum(gains.values()) + 0.05 * len(gains))
     assert alone == pytest.approx({il: gains.get(il, 0.0) - 0.05 for il in range(N_LAYER)})
 
 
 def test_other_texts_have_to_agree() -> None:
-    shares, equal, nll, _ = choose(judge_of({5: 1.0}, on_others={}), range(N_LAYER), N_LAYER)
-    assert shares is None and equal == nll == 3
+    wide, before, nll, _ = choose(judge_of({5: 1.0}, on_others={}), range(N_LAYER))
+    assert wide == () and before == nll == 3
 
 
 def test_nothing_is_gained() -> None:
-    assert choose(judge_of({}), range(N_LAYER), N_LAYER)[0] is None
+    assert choose(judge_of({}), range(N_LAYER))[0] == ()
 
 
 def test_only_bounded_layers_are_tried() -> None:
-    shares, _, _, alone = choose(judge_of({1: 5.0, 4: 1.0}), [0, 4, 6], N_LAYER)
-    assert shares == tuple(WIDE if il == 4 else 1.0 for il in range(N_LAYER)) and list(alone) == [0, 4, 6]
+    wide, _, _, alone = choose(judge_of({1: 5.0, 4: 1.0}), [0, 4, 6])
+    assert wide == (4,) and list(alone) == [0, 4, 6]
 
 
 def test_a_sidecar_with_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
     path, config = tiny("llama", n_layer=3)
     source, out, book = tmp_path / "a.indexmem.gguf", tmp_path / "b.indexmem.gguf", tmp_path / "book.txt"
-    write_sidecar(source, random_indexer("retention-mlp", 3, config.n_embd, config.n_head_kv, 0), architecture=config.arch)
+    write_sidecar(source, random_indexer("retention-mlp", 3, config.n_embd, config.n_head_kv, 0), architecture=config.arch, keys={"indexmem.budget_share": [1.0, 2.0, 1.0]})
     book.write_text("A sentence of a book that nobody wrote, again and again. " * 60, encoding="utf-8")
     steps: list[tuple[int, int]] = []
     asked: dict[str, Any] = dict(kv_budget=40, n_ctx=700, n_texts=2, n_threads=1)
     result = calibrate_budgets(path, [book], source, out, progress=lambda *step: steps.append(step), **asked)
     written = read_sidecar(out).checkpoint
-    assert written.budget_share == result.shares and (result.shares is None) == (result.nll == result.nll_equal)
+    assert written.budget_least == result.least and (result.least is None) == (result.nll == result.nll_before)
+    assert result.least is None or set(result.least) == {0, WIDE * (40 - 4 - 10)}
+    assert written.budget_share == (1.0, 2.0, 1.0)  # which it leaves as they are
     assert set(result.gains) == {0, 1, 2} and len(set(result.gains.values())) == 3  # each arrangement read differently
     assert steps[-1][0] == len(steps) <= steps[-1][1]
     before = read_sidecar(source).checkpoint

@@ -76,11 +76,27 @@ def test_shares_of_a_budget(checkpoint: Checkpoint, tmp_path: Path) -> None:
         [{"out_proj.weight": np.ones((1, 2), np.float32), "out_proj.bias": np.zeros(1, np.float32)}] * 5,
         Provenance("kvzap", ("a",), ("0" * 64,)), budget_share=(1.0, 2.0, 3.0, 4.0, 5.0),
     )  # fmt: skip
-    with pytest.raises(ConvertError, match="5 different values: expected at most 4"):
+    with pytest.raises(ConvertError, match="5 different pairs of values: expected at most 4"):
         many.validated()
+    with pytest.raises(ConvertError, match="5 different pairs of values"):
+        replace(many, budget_share=(1.0, 2.0, 3.0, 4.0, 4.0), budget_least=(0, 0, 0, 0, 7)).validated()
     assert replace(many, budget_share=(1.0, 2.0, 3.0, 4.0, 4.0)).validated().budget_share == (1.0, 2.0, 3.0, 4.0, 4.0)
     with pytest.raises(ConvertError, match="without an indexer"):
         replace(checkpoint, kind="none", constants={}, budget_share=shares).validated()
+
+
+def test_entries_that_layers_get_first(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    n, path = checkpoint.geometry.block_count, tmp_path / "least.gguf"
+    least = (0,) * (n - 1) + (1 << 20,)
+    write_sidecar(path, replace(checkpoint, budget_least=least))
+    assert read_sidecar(path).checkpoint.budget_least == least and read_sidecar(path).checkpoint.budget_share is None
+    write_checkpoint(tmp_path / "least.safetensors", replace(checkpoint, budget_least=least))
+    assert read_checkpoint(tmp_path / "least.safetensors").budget_least == least
+    for wrong in ((0,) * (n + 1), (), (-1,) * n, ((1 << 20) + 1,) * n, (1.5,) * n, (True,) * n, 7):
+        with pytest.raises(ConvertError, match="budget_least"):
+            replace(checkpoint, budget_least=wrong).validated()
+    with pytest.raises(ConvertError, match="budget_least without an indexer"):
+        replace(checkpoint, kind="none", constants={}, budget_least=least).validated()
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

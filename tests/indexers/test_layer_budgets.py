@@ -137,6 +137,28 @@ def test_layers_follow_the_reference(tiny: Tiny, tmp_path: Path, arch: str, vari
     assert worst < 2e-2 and error <= 1.5 * base and error < 0.02 * spread
 
 
+def test_what_a_layer_gets_first(tiny: Tiny, tmp_path: Path) -> None:
+    """However the others share the rest; of a larger budget it gets no more than they do."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, sum(SIZES), seed=13)
+    file = tmp_path / "least.gguf"
+    indexer = random_indexer("retention-mlp", config.n_layer, config.n_embd, config.n_head_kv, 0)
+    indexer = write_sidecar(file, indexer, architecture=config.arch, keys={"indexmem.budget_least": [0, 90, 0, 0]})
+    settings: dict[str, Any] = SETTINGS | dict(span=0)
+    asked: dict[str, Any] = dict(settings, sidecar=file, n_ubatch=24, n_threads=1, type_k=F16, type_v=F16)
+    with open_model(path) as model:
+        with Context(model, **{**asked, "budget": 1000}) as c:
+            assert c.stats().n_classes == 1
+        with Context(model, **asked) as native:
+            stats = native.stats()
+            assert list(stats.class_layers)[:2] == [3, 1] and stats.class_budget[1] == 2 + 8 + 90
+            assert 40 <= stats.class_budget[0] <= 46 and stats.n_classes == 2  # of 240 in all
+            budgets = [stats.class_budget[il == 1] for il in range(N_LAYER)]
+            reference = BoundedReference(config, indexer=indexer, cache_dtype=np.float16, budgets=budgets, n_ctx=0, **settings)
+            worst, error, spread = follow(native, reference, tokens, SIZES)
+    assert worst < 2e-2 and error < 0.02 * spread
+
+
 @pytest.mark.parametrize("options", [dict(budget_ratio=0.3), dict(pin=11), dict(evict_step=5), dict(memory=Centroid(6, [True] * N_LAYER, [1.0] * N_LAYER))], ids=lambda o: next(iter(o)))  # fmt: skip
 def test_with_other_options(tiny: Tiny, tmp_path: Path, options: dict[str, Any]) -> None:
     path, config = tiny("llama", n_layer=N_LAYER)

@@ -71,6 +71,10 @@ class Objective(ABC):
         """What `prepare` found out and whoever trains should know; None: nothing."""
         return None
 
+    def budget_shares(self) -> Optional[Mapping[int, float]]:
+        """What the ranks that it makes call for: the share of a budget that each layer gets, as a multiple of any one number; None: as before."""
+        return None
+
     def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:
         """What says better than recall which weights are best, the lowest ones; None: recall does."""
         return None

@@ -20,6 +20,10 @@ looks like one, and if it never fell it would fill the cache in the end.
 
     + STAY mean over facts of (rate / FALL - FADE)^2 + 2 mean over the rest of max(1 - rate / FALL, 0)^2    heads that remember
     + 2 mean over all of max(1 - rate / FALL, 0)^2                                                          the others
+
+What is lifted takes the place of something else in the same head, and where one of these heads holds too little of the rest, an answer is
+another one. So layers in which a head remembers get `WIDER` times the room of the others, in place of shares that were measured with the
+ranks from before.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ KEEP = 4.0
 FALL = 3.0
 FADE = 0.1  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
+WIDER = 2.0
 
 
 class ToldApart(Regress):
@@ -74,6 +79,9 @@ class ToldApart(Regress):
             f"{layer}: {' '.join(map(str, here.nonzero()[:, 0].tolist()))}" for layer, here in zip(self.layers, remember) if here.any()
         )
         return f"{int(remember.sum())} of {remember.numel()} heads remember (layer: heads) {heads}"
+
+    def budget_shares(self) -> dict[int, float]:
+        return {layer: WIDER if here.any() else 1.0 for layer, here in zip(self.layers, self.remember)}
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         self.spread = torch.cat(list(targets), -1).std(-1, correction=0, keepdim=True).clamp_min(1e-6)
