@@ -11,7 +11,8 @@ under `indexmem`:
      "provenance": {"tool": "...", "source_format": "indexmem-edge", "source_files": [], "source_sha256": [], ...}}
 
 `schema`, `kind`, `constants`, `memory`, `geometry` and `provenance` must be there; other keys are ignored. A checkpoint for
-some layers of its model has schema 2 and their numbers, `"layers": [5, 11]`; what of a budget each layer gets is `"budget_share"`, and how many entries first `"budget_least"`.
+some layers of its model has schema 2 and their numbers, `"layers": [5, 11]`; what of a budget each layer gets is `"budget_share"`,
+and how many entries first `"budget_least"`.
 """
 
 from __future__ import annotations

@@ -164,10 +164,10 @@ class Checkpoint:
             scores={k: check_f32(f"scores.{k}", v) for k, v in self.scores.items()},
             only=check_only(self.only, geometry.block_count),
         )
-        needs = {"budget_share": self.budget_share, "budget_least": self.budget_least}
-        if indexer.name == "none" and (there := [name for name, value in needs.items() if value is not None]):
-            raise ConvertError(f"there is a {there[0]} without an indexer, whose ranks it is measured with")
-        shares, least = check_needs(*needs.values(), geometry.block_count, checked.numbers)
+        for key in ("budget_share", "budget_least"):
+            if indexer.name == "none" and getattr(self, key) is not None:
+                raise ConvertError(f"there is a {key} without an indexer, whose ranks it is measured with")
+        shares, least = check_needs(self.budget_share, self.budget_least, geometry.block_count, checked.numbers)
         checked = replace(checked, budget_share=shares, budget_least=least)
         for key in checked.defaults:
             if key not in DEFAULTS:
