@@ -15,6 +15,15 @@ class LayerBudget:
     kept: int
 
 
+def layer_budgets(native: Any) -> tuple[LayerBudget, ...]:
+    """From the library's own counts. Layers whose needs differ may have the same budget nevertheless."""
+    found: dict[tuple[int, int], int] = {}
+    for i in range(native.n_classes):
+        key = int(native.class_budget[i]), int(native.class_kept[i])
+        found[key] = found.get(key, 0) + int(native.class_layers[i])
+    return tuple(LayerBudget(layers, *key) for key, layers in found.items())
+
+
 @dataclass(frozen=True)
 class KVStats:
     """Counts of the one sequence of a `Llama`. Entries are counted per KV head; where layers differ, as means over them."""

@@ -17,7 +17,7 @@ from ..errors import BudgetExhausted, ContextError, DecodeError
 from ..native import api
 from ..native.logs import quiet
 from ..options import CacheOptions
-from ..stats import KVStats, LayerBudget, trained_length_warning
+from ..stats import KVStats, layer_budgets, trained_length_warning
 from .align import common_prefix
 from .checkpoints import NO_BACKGROUND, Background, Checkpoint, Checkpoints, default_limit
 from .choice import INDEXER_POLICY, sidecar_kinds
@@ -438,10 +438,7 @@ class BoundedCache:
             span_reason=reason,
             rebases=native.n_rebases,
             rebase_seconds=native.rebase_us / 1e6,
-            layers=tuple(
-                LayerBudget(int(native.class_layers[i]), int(native.class_budget[i]), int(native.class_kept[i]))
-                for i in range(native.n_classes)
-            ),
+            layers=layer_budgets(native),
             **common_counts(self._llm, self._turn, seen, position, native.span, reason or "kv_span is 0"),
         )
 

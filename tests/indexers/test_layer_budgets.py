@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import Tiny
 from indexmem_edge import Llama
 from indexmem_edge.errors import BudgetError
 from indexmem_edge.native import api
+from indexmem_edge.stats import LayerBudget, layer_budgets
 from reference.decoder import forward
 from reference.indexers import random_indexer, write_sidecar
 from reference.memories import Centroid
@@ -341,5 +343,7 @@ def test_what_python_says_of_them(tiny: Tiny, tmp_path: Path) -> None:
         kept = sum(x.layers * x.kept for x in stats.layers)
         assert stats.kept == -(-kept // N_LAYER) <= 60 and stats.evicted == 200 - stats.kept
         assert (f"{stats.layers[-1].kept:,} of {stats.layers[-1].budget:,}" in str(stats)) == (classes > 1)
+    alike = SimpleNamespace(n_classes=3, class_layers=[16, 12, 2], class_budget=[706, 1280, 1280], class_kept=[93, 93, 93])
+    assert layer_budgets(alike) == (LayerBudget(16, 706, 93), LayerBudget(14, 1280, 93))
     with pytest.raises(BudgetError, match="must be 'sidecar' or 'equal', found 'all'"):
         Llama(path, kv_layer_budgets="all", **asked)
