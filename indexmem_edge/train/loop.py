@@ -225,8 +225,6 @@ class Loop:
             result |= {"recall": p.recall, "best_step": p.recall_step}
         if (found := stage.objective.found()) is not None:
             result["found"] = found
-        if (shares := stage.objective.budget_shares()) is not None:
-            result["shares"] = [shares[il] for il in stage.objective.layers]
         measure = getattr(stage.objective, "measure", None)
         if measure is not None:  # of a memory: layer by layer, the errors with it and without, and whether it helps
             errors = measure(self.held_out())

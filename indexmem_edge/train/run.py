@@ -276,8 +276,10 @@ def _write(
     run = _run(options)
     enabled, scores = _measured(position, "untrained" if options.start is None else "start")
     bounded = loop.decoder.geometry.bounded
+    if any(tools.objectives[name].other_needs for name in options.objective):
+        parts = replace(parts, shares=None, least=None)
     checkpoint = to_checkpoint(
-        _with_shares(parts, position, bounded, base.geometry.block_count),
+        parts,
         base,
         options,
         texts=texts,
@@ -322,16 +324,6 @@ def _measured(position: Position, before: str) -> tuple[Optional[list[bool]], di
             scores["attention_error.with_memory"] = sum(used) / len(used)
             scores["attention_error.without_memory"] = sum(b for _, b in stage["errors"]) / len(used)
     return enabled, scores
-
-
-def _with_shares(parts: Parts, position: Position, bounded: Sequence[int], n_layer: int) -> Parts:
-    """What layers need of a budget as the last objective has it that made ranks which need something else."""
-    for stage in position.stages:
-        if "shares" in stage:
-            found = dict(zip(bounded, stage["shares"]))
-            differ = len(set(found.values())) > 1
-            parts = replace(parts, shares=tuple(found.get(il, 1.0) for il in range(n_layer)) if differ else None, least=None)
-    return parts
 
 
 def _notes(

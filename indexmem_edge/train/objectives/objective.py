@@ -31,6 +31,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
+    other_needs: ClassVar[bool] = False  # whether its ranks need other budgets by layer than those that a training begins with
     readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
 
     shares: Mapping[int, float] = MappingProxyType({})  # by layer, of a budget, 1 on average; a layer without one has 1
@@ -69,10 +70,6 @@ class Objective(ABC):
 
     def found(self) -> Optional[str]:
         """What `prepare` found out and whoever trains should know; None: nothing."""
-        return None
-
-    def budget_shares(self) -> Optional[Mapping[int, float]]:
-        """What the ranks that it makes call for: the share of a budget that each layer gets, as a multiple of any one number; None: as before."""
         return None
 
     def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:

@@ -21,9 +21,7 @@ looks like one, and if it never fell it would fill the cache in the end.
     + STAY mean over facts of (rate / FALL - FADE)^2 + 2 mean over the rest of max(1 - rate / FALL, 0)^2    heads that remember
     + 2 mean over all of max(1 - rate / FALL, 0)^2                                                          the others
 
-What is lifted takes the place of something else in the same head, and where one of these heads holds too little of the rest, an answer is
-another one. So layers in which a head remembers get `WIDER` times the room of the others, in place of shares that were measured with the
-ranks from before.
+What a sidecar says of budgets by layer was measured with the ranks from before: afterwards layers have the same again.
 """
 
 from __future__ import annotations
@@ -49,13 +47,13 @@ KEEP = 4.0
 FALL = 3.0
 FADE = 0.1  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
-WIDER = 2.0
 
 
 class ToldApart(Regress):
     """Targets are ranks from before."""
 
     name = "told-apart"
+    other_needs = True
 
     looks: Tensor  # [layers, H]
     remember: Tensor  # bool [layers, H, 1]
@@ -79,9 +77,6 @@ class ToldApart(Regress):
             f"{layer}: {' '.join(map(str, here.nonzero()[:, 0].tolist()))}" for layer, here in zip(self.layers, remember) if here.any()
         )
         return f"{int(remember.sum())} of {remember.numel()} heads remember (layer: heads) {heads}"
-
-    def budget_shares(self) -> dict[int, float]:
-        return {layer: WIDER if here.any() else 1.0 for layer, here in zip(self.layers, self.remember)}
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         self.spread = torch.cat(list(targets), -1).std(-1, correction=0, keepdim=True).clamp_min(1e-6)
