@@ -26,7 +26,7 @@ LIMITS = {  # far above any model; they keep absurd files from reaching an alloc
 SHARE_KEY = "indexmem.budget_share"
 LEAST_KEY = "indexmem.budget_least"
 SHARES = 1 / 64, 64.0  # least and most of a budget that a layer may get, and how many different ones there may be
-LEAST_MOST = 1 << 20  # entries of a budget that a layer may get before the rest is shared
+MAX_LEAST = 1 << 20  # entries of a budget that a layer may get before the rest is shared
 DIFFERENT_NEEDS = 4
 
 Sizes = dict[str, int]
@@ -269,7 +269,7 @@ def check_needs(
             if not SHARES[0] <= share <= SHARES[1]:
                 raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")
     if least is not None:
-        least = tuple(_check_array("budget_least", least, n_layer, lambda item, v: check_u32(item, v, 0, LEAST_MOST)))
+        least = tuple(_check_array("budget_least", least, n_layer, lambda item, v: check_u32(item, v, 0, MAX_LEAST)))
     if (n := len({(shares and shares[i], least and least[i]) for i in numbers})) > DIFFERENT_NEEDS:
         raise ConvertError(f"budget_share and budget_least have {n} different pairs of values: expected at most {DIFFERENT_NEEDS}")
     return shares, least

@@ -163,14 +163,17 @@ TEST(files_for_some_layers) {
 }
 
 TEST(needs_of_layers) {
-    const auto with = [](const std::vector<float> & values, const char * indexer = "kvzap", int32_t type = GGUF_TYPE_FLOAT32) {
+    const auto file_with = [](const char * key, int32_t type, const auto & values, const char * indexer) {
         auto file = sidecar_file(indexer, "residual");
         std::vector<std::string> raws;
-        for (float value : values) {
+        for (const auto value : values) {
             raws.push_back(gguf_file::raw(value));
         }
-        file.array("indexmem.budget_share", type, raws);
+        file.array(key, type, raws);
         return file.bytes();
+    };
+    const auto with = [&](const std::vector<float> & values, const char * indexer = "kvzap", int32_t type = GGUF_TYPE_FLOAT32) {
+        return file_with("indexmem.budget_share", type, values, indexer);
     };
     const float inf = std::numeric_limits<float>::infinity();
     write(PATH, with({ 1.0f, 4.0f }));
@@ -190,14 +193,8 @@ TEST(needs_of_layers) {
     CHECK_FAILS(with({ 1.0f, 2.0f }, "kvzap", GGUF_TYPE_INT32), "indexmem.budget_share");
     CHECK_FAILS(with({ 1.0f, 2.0f }, "none"), "without an indexer");
 
-    const auto least = [](const std::vector<int32_t> & values, const char * indexer = "kvzap") {
-        auto file = sidecar_file(indexer, "residual");
-        std::vector<std::string> raws;
-        for (int32_t value : values) {
-            raws.push_back(gguf_file::raw(value));
-        }
-        file.array("indexmem.budget_least", GGUF_TYPE_INT32, raws);
-        return file.bytes();
+    const auto least = [&](const std::vector<int32_t> & values, const char * indexer = "kvzap") {
+        return file_with("indexmem.budget_least", GGUF_TYPE_INT32, values, indexer);
     };
     write(PATH, least({ 0, 1 << 20 }));
     const indexmem_sidecar first(PATH);
