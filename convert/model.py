@@ -115,8 +115,8 @@ class Checkpoint:
     defaults: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     only: Optional[tuple[int, ...]] = None
-    budget_share: Optional[tuple[float, ...]] = None  # what of a budget each layer gets; None: all the same
-    budget_least: Optional[tuple[int, ...]] = None  # entries that each gets before the rest is shared; None: none
+    budget_share: Optional[tuple[float, ...]] = None  # what of a budget each layer, or each KV head, gets; None: all the same
+    budget_least: Optional[tuple[int, ...]] = None  # entries that each gets before the rest is shared, likewise; None: none
     source_names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -167,7 +167,9 @@ class Checkpoint:
         for key in ("budget_share", "budget_least"):
             if indexer.name == "none" and getattr(self, key) is not None:
                 raise ConvertError(f"there is a {key} without an indexer, whose ranks it is measured with")
-        shares, least = check_needs(self.budget_share, self.budget_least, geometry.block_count, checked.numbers)
+        shares, least = check_needs(
+            self.budget_share, self.budget_least, geometry.block_count, geometry.head_count_kv, checked.numbers, indexer.ranks_heads
+        )
         checked = replace(checked, budget_share=shares, budget_least=least)
         for key in checked.defaults:
             if key not in DEFAULTS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 
@@ -25,11 +25,12 @@ LIMITS = {  # far above any model; they keep absurd files from reaching an alloc
 
 SHARE_KEY = "indexmem.budget_share"
 LEAST_KEY = "indexmem.budget_least"
-SHARES = 1 / 64, 64.0  # least and most of a budget that a layer may get, and how many different ones there may be
-MAX_LEAST = 1 << 20  # entries of a budget that a layer may get before the rest is shared
-DIFFERENT_NEEDS = 4
+SHARES = 1 / 64, 64.0  # least and most of a budget that a KV head may get
+MAX_LEAST = 1 << 20  # entries of a budget that one may get before the rest is shared
+DIFFERENT_NEEDS = 4  # how many different pairs of the two there may be
 
 Sizes = dict[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """An indexer or a memory. `sizes` maps geometry and constants to numbers, and may refuse a combination."""
+    """An indexer or a memory. `sizes` maps geometry and constants to numbers, and may refuse a combination. `ranks_heads`: an indexer
+    ranks each KV head by itself."""
 
     name: str
     what: str
     constants: tuple[Constant, ...] = ()
     tensors: tuple[Tensor, ...] = ()
     sizes: Callable[[Sizes, Mapping[str, Any]], Sizes] = lambda geometry, constants: {}
+    ranks_heads: bool = True
 
     def shapes(self, geometry: Sizes, constants: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Tensors that every layer must have: name -> (shape in PyTorch order, whether it is a matrix)."""
@@ -149,6 +152,7 @@ INDEXERS = {kind.name: kind for kind in (
             *_affine("q_norm", "d_i"), *_affine("k_norm", "d_i"),
         ),
         _pairwise,
+        ranks_heads=False,
     ),
     _NONE,
 )}  # fmt: skip
@@ -255,24 +259,46 @@ def _check_constant(what: str, c: Constant, value: Any, n_layer: int) -> Any:
 
 
 def check_needs(
-    shares: Any, least: Any, n_layer: int, numbers: Sequence[int]
+    shares: Any, least: Any, n_layer: int, n_head_kv: int, numbers: Sequence[int], ranks_heads: bool = True
 ) -> tuple[Optional[tuple[float, ...]], Optional[tuple[int, ...]]]:
-    """What of a budget each layer gets, and how many entries before the rest is shared, as exact as a file holds it; None stays None.
-    `numbers` are the layers that a file is for.
+    """What of a budget each KV head gets, and how many entries before the rest is shared, as exact as a file holds it; None stays None.
+    Each is one number a layer, or one a KV head, layer by layer. `numbers` are the layers that a file is for; `ranks_heads` is whether
+    the indexer ranks each head by itself.
 
     Raises:
-        ConvertError: not one number a layer, out of range, or too many different pairs of them.
+        ConvertError: not so many numbers, out of range, too many different pairs of them, or different ones for heads that are ranked
+            together.
     """
     if shares is not None:
-        shares = tuple(_check_array("budget_share", shares, n_layer, lambda item, v: check_f32(item, v, True)))
+        shares = tuple(_check_needs("budget_share", shares, n_layer, n_head_kv, lambda item, v: check_f32(item, v, True)))
         for i, share in enumerate(shares):
             if not SHARES[0] <= share <= SHARES[1]:
                 raise ConvertError(f"budget_share[{i}] must be from {SHARES[0]:g} to {SHARES[1]:g}, found {share:g}")
     if least is not None:
-        least = tuple(_check_array("budget_least", least, n_layer, lambda item, v: check_u32(item, v, 0, MAX_LEAST)))
-    if (n := len({(shares and shares[i], least and least[i]) for i in numbers})) > DIFFERENT_NEEDS:
+        least = tuple(_check_needs("budget_least", least, n_layer, n_head_kv, lambda item, v: check_u32(item, v, 0, MAX_LEAST)))
+    pairs = list(zip(needs_of_heads(shares, n_layer, n_head_kv, 1.0), needs_of_heads(least, n_layer, n_head_kv, 0)))
+    of_layers = {il: pairs[il * n_head_kv : (il + 1) * n_head_kv] for il in numbers}
+    if (n := len({pair for heads in of_layers.values() for pair in heads})) > DIFFERENT_NEEDS:
         raise ConvertError(f"budget_share and budget_least have {n} different pairs of values: expected at most {DIFFERENT_NEEDS}")
+    for il, heads in of_layers.items():
+        if not ranks_heads and len(set(heads)) > 1:
+            raise ConvertError(
+                f"budget_share and budget_least tell KV heads of layer {il} apart, and this indexer ranks for all heads of a layer "
+                "together: give them the same, or one value a layer"
+            )
     return shares, least
+
+
+def _check_needs(what: str, value: Any, n_layer: int, n_head_kv: int, check: Callable[[str, Any], Any]) -> list[Any]:
+    of_heads = isinstance(value, Sequence) and len(value) == n_layer * n_head_kv
+    return _check_array(what, value, n_layer * n_head_kv if of_heads else n_layer, check)
+
+
+def needs_of_heads(values: Optional[Sequence[T]], n_layer: int, n_head_kv: int, default: T) -> list[T]:
+    """One value a KV head, layer by layer: `values` has one for each layer or each head, or is None."""
+    values = [default] * n_layer if values is None else values
+    times = n_layer * n_head_kv // len(values)
+    return [value for value in values for _ in range(times)]
 
 
 def constant(kind: Kind, name: str) -> Optional[Constant]:

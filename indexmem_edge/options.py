@@ -220,7 +220,7 @@ class CacheOptions:
     )  # fmt: skip
     layer_budgets: str = _option(
         LAYERS_SIDECAR, "kv_layer_budgets",
-        f"`{LAYERS_SIDECAR}`: layers share what all of them may keep as the sidecar of the indexer says, if it does. "
+        f"`{LAYERS_SIDECAR}`: layers, and their KV heads, share what all may keep as the sidecar of the indexer says, if it does. "
         f"`{LAYERS_EQUAL}`: each keeps as much as the others.",
         _layer_budgets, kind=str, takes=str, nothing=LAYERS_SIDECAR,
     )  # fmt: skip
@@ -294,7 +294,7 @@ class CacheOptions:
             )
         if room is not None and pin > room:
             raise BudgetError(
-                f"kv_budget {self.budget} is too small for {what} {pin} tokens: budgets differ by layer, and in the smallest layers "
+                f"kv_budget {self.budget} is too small for {what} {pin} tokens: budgets differ by layer or KV head, and in the smallest "
                 f'{room} tokens can be pinned. Raise kv_budget, or take kv_layer_budgets="equal"'
             )
 

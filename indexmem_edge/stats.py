@@ -8,25 +8,25 @@ from typing import Any, Optional
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """Layers of which each has the same budget. All their heads hold the same number of entries."""
+    """KV heads of the bounded layers that have the same budget, and hold the same number of entries."""
 
-    layers: int
+    heads: int
     budget: int
     kept: int
 
 
 def layer_budgets(native: Any) -> tuple[LayerBudget, ...]:
-    """From the library's own counts. Layers whose needs differ may have the same budget nevertheless."""
+    """From the library's own counts. Heads whose needs differ may have the same budget nevertheless."""
     found: dict[tuple[int, int], int] = {}
     for i in range(native.n_classes):
         key = int(native.class_budget[i]), int(native.class_kept[i])
-        found[key] = found.get(key, 0) + int(native.class_layers[i])
-    return tuple(LayerBudget(layers, *key) for key, layers in found.items())
+        found[key] = found.get(key, 0) + int(native.class_heads[i])
+    return tuple(LayerBudget(heads, *key) for key, heads in found.items())
 
 
 @dataclass(frozen=True)
 class KVStats:
-    """Counts of the one sequence of a `Llama`. Entries are counted per KV head; where layers differ, as means over them."""
+    """Counts of the one sequence of a `Llama`. Entries are counted per KV head; where heads differ, as means over them."""
 
     policy: str  # "unbounded" without a budget
     budget: int  # 0 without a budget
@@ -71,7 +71,7 @@ class KVStats:
     next_position: int = 0  # of the next token
     rebases: int = 0  # times that what is kept got new positions, because the span was used up
     rebase_seconds: float = 0.0  # time that this took
-    layers: tuple[LayerBudget, ...] = ()  # those that have a budget; where all have the same, one
+    layers: tuple[LayerBudget, ...] = ()  # heads of the layers that have a budget; where all have the same, one
     n_ctx: int = 0  # largest logical length
     n_ctx_train: int = 0  # length the model was trained for
     warnings: tuple[str, ...] = field(default=())
@@ -121,7 +121,7 @@ class KVStats:
             rows.append(("memory", f"{self.memory}, {slots}{self.memory_layers} layers"))
         if self.budget:
             if len(self.layers) > 1:
-                rows.append(("layers", ", ".join(f"{x.layers} keep {x.kept:,} of {x.budget:,}" for x in self.layers)))
+                rows.append(("heads", ", ".join(f"{x.heads} keep {x.kept:,} of {x.budget:,}" for x in self.layers)))
             rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
             work = f"{format_bytes(self.compute_bytes)} of compute buffers, {format_bytes(self.work_bytes)} for the cache's ops"
             rows.append(("positions", _positions(self)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Iterable, Optional, Union
 
 import numpy as np
@@ -270,6 +271,17 @@ def _geometry(facts: Facts, kv_heads: Any, head_size: Any) -> str:
     return ", ".join(parts) + f", {_shown(kv_heads)} KV heads" + (f" of {head_size}" if head_size is not None else "")
 
 
+def _needs(values: Sequence[float], n_layer: int, other: float) -> str:
+    """Of layers, or of KV heads as `layer.head`: those that have another value than most."""
+    heads = len(values) // n_layer
+    found: dict[float, list[str]] = {}
+    for i, value in enumerate(values):
+        if value != other:
+            found.setdefault(value, []).append(str(i) if heads == 1 else f"{i // heads}.{i % heads}")
+    what = "layer" if heads == 1 else "layer.head"
+    return "; ".join(f"{value:g}: {what} {' '.join(where)}" for value, where in sorted(found.items())) or "the same for all"
+
+
 def _sidecar_tables(facts: Facts) -> list[Any]:
     base, indexer, memory = (dict(facts[name]) for name in ("base_model", "indexer", "memory"))
     provenance = dict(facts["provenance"])
@@ -290,10 +302,9 @@ def _sidecar_tables(facts: Facts) -> list[Any]:
     about += [(f"indexer {name}", value) for name, value in indexer.items()]
     about += [(f"memory {name}", value) for name, value in memory.items()]
     if facts["budget_share"] is not None:
-        about.append(("budget by layer", ", ".join(f"{share:g}" for share in facts["budget_share"])))
+        about.append(("share of a budget", _needs(facts["budget_share"], base["layers"], 1)))
     if facts["budget_least"] is not None:
-        least = ", ".join(f"layer {il}: {n}" for il, n in enumerate(facts["budget_least"]) if n)
-        about.append(("entries before", least or "none"))
+        about.append(("entries before", _needs(facts["budget_least"], base["layers"], 0)))
     about += [(f"default {name}", value) for name, value in facts["defaults"].items()]
     sources = list(zip(provenance.pop("source_files", []), provenance.pop("source_sha256", [])))
     about += [(name.replace("_", " "), value) for name, value in provenance.items()]

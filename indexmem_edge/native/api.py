@@ -87,7 +87,7 @@ class Stats(ctypes.Structure):
         ("room", ctypes.c_uint32),
         ("n_classes", ctypes.c_uint32),
         ("class_budget", ctypes.c_uint32 * CLASSES_MAX),
-        ("class_layers", ctypes.c_uint32 * CLASSES_MAX),
+        ("class_heads", ctypes.c_uint32 * CLASSES_MAX),
         ("class_kept", ctypes.c_uint32 * CLASSES_MAX),
     ]
 

@@ -58,7 +58,7 @@ struct indexmem_params {
     uint32_t     budget;      // slots kept after every ubatch: sinks, pinned prefix, window and memory included; 0 = unbounded
     uint32_t     sinks;       // first tokens of a sequence that are never evicted (default 4)
     uint32_t     window;      // most recent tokens that are never evicted; 0 (default) = chosen: a quarter of what is not protected of
-                              // the budget (where layers differ, of the smallest), at least 128
+                              // the budget (where KV heads differ, of the smallest), at least 128
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
     double       budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget
@@ -69,14 +69,14 @@ struct indexmem_params {
     uint32_t     memory_slots; // of a memory that has slots, part of the budget; 0 = as in the sidecar, without one 64
     uint32_t     span;        // rotary positions that are used: before they come up to it, entries get new ones. Default
                               // INDEXMEM_SPAN_TRAINED: as many as the model was trained for, if that can be; 0 = they grow without end
-    const char * layer_budgets; // with an indexer, "sidecar": layers share what all may keep as its sidecar says, if it does;
+    const char * layer_budgets; // with an indexer, "sidecar": layers, and their KV heads, share what all may keep as its sidecar says, if it does;
                               // "equal": each keeps as much as the others; NULL = "sidecar"
 };
 
 // Counts of one sequence.
 struct indexmem_stats {
     uint32_t struct_size;    // sizeof(struct indexmem_stats), set by the caller
-    uint32_t budget;         // where layers differ, this one, budget_now, n_slots, n_kept and n_evicted are means over them, rounded up
+    uint32_t budget;         // where KV heads differ, this one, budget_now, n_slots, n_kept and n_evicted are means over them, rounded up
     uint32_t n_slots;        // slots for entries per KV head: the budget plus one ubatch of working room, padded
     uint32_t budget_now;     // the budget at this length: smaller than `budget` only with a budget_ratio
     uint32_t n_kept;         // entries held now, per KV head
@@ -108,9 +108,9 @@ struct indexmem_stats {
     uint64_t window_bytes;    // caches of layers that look at a window, of the whole context: as large as the window and a ubatch
     uint64_t recurrent_bytes; // states of recurrent layers, likewise
     uint32_t room;            // entries that can come before any leaves, in all layers, at this length
-    uint32_t n_classes;       // classes of layers: those of one have the same budget; at most INDEXMEM_CLASSES_MAX
+    uint32_t n_classes;       // classes of KV heads: those of one have the same budget; at most INDEXMEM_CLASSES_MAX
     uint32_t class_budget[INDEXMEM_CLASSES_MAX]; // of each class, ascending
-    uint32_t class_layers[INDEXMEM_CLASSES_MAX]; // how many layers it has
+    uint32_t class_heads [INDEXMEM_CLASSES_MAX]; // how many KV heads it has, of all bounded layers
     uint32_t class_kept  [INDEXMEM_CLASSES_MAX]; // entries that the sequence holds there now
 };
 

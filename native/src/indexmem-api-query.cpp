@@ -162,14 +162,14 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     }
     llama_synchronize(ctx);
 
-    // where layers differ: means, rounded up
+    // where KV heads differ: means, rounded up
     const auto mean = [&](auto of_class) {
-        uint64_t sum = 0;
+        uint64_t sum = 0, n = 0;
         for (const auto & l : kv->get_layers()) {
-            sum += of_class(l.cls);
+            sum += l.n_head()*(uint64_t) of_class(l.cls);
+            n   += l.n_head();
         }
-        const uint64_t n = std::max<uint64_t>(1, kv->get_layers().size());
-        return (uint32_t) ((sum + n - 1)/n);
+        return (uint32_t) ((sum + std::max<uint64_t>(n, 1) - 1)/std::max<uint64_t>(n, 1));
     };
     const auto & counts = kv->get_counts();
 
@@ -185,14 +185,14 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
         const bool there = c < stats->n_classes;
         stats->class_budget[c] = there ? kv->get_config().budget_of(c) : 0;
         stats->class_kept[c]   = there ? seq->of(c).n_used : 0;
-        stats->class_layers[c] = 0;
+        stats->class_heads[c]  = 0;
         if (there) {
             const uint32_t budget = counts.budget_of(*seq, c);
             stats->room = std::min(stats->room, budget - std::min(budget, seq->of(c).n_used));
         }
     }
     for (const auto & l : kv->get_layers()) {
-        stats->class_layers[l.cls]++;
+        stats->class_heads[l.cls] += (uint32_t) l.n_head();
     }
     stats->sinks       = kv->get_config().sinks;
     stats->window      = kv->get_counts().window_of(*seq);
@@ -210,7 +210,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->memory_bytes  = kv->size_memory_bytes();
     stats->memory_layers = 0;
     for (const auto & l : kv->get_layers()) {
-        stats->memory_layers += memory && memory->enabled(l.il);
+        stats->memory_layers += memory && l.head == 0 && memory->enabled(l.il);
     }
     snprintf(stats->memory, sizeof(stats->memory), "%s", memory ? memory->kind() : "off");
     stats->indexer_bytes = kv->size_indexer_bytes();
@@ -240,8 +240,8 @@ static int32_t get_table(llama_context * ctx, int32_t seq_id, int32_t il, int32_
         return -1;
     }
     const auto * seq   = kv->get_seq(seq_id);
-    const auto * layer = kv->get_layer(il);
-    if (!seq || !layer || head < 0 || head >= layer->k->ne[2]) {
+    const auto * layer = head < 0 ? nullptr : kv->get_layer(il, head);
+    if (!seq || !layer) {
         indexmem_error_is(format("there is no KV head %d in layer %d of sequence %d", head, il, seq_id));
         return -1;
     }
@@ -265,13 +265,13 @@ static int32_t get_table(llama_context * ctx, int32_t seq_id, int32_t il, int32_
 
 int32_t indexmem_get_positions(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
     return get_table(ctx, seq_id, il, head, pos, capacity, [&](const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) {
-        return kv.get_positions(seq_id, l, head);
+        return kv.get_positions(seq_id, l, head - l.head);
     });
 }
 
 int32_t indexmem_get_rotary(llama_context * ctx, int32_t seq_id, int32_t il, int32_t head, int32_t * pos, int32_t capacity) {
     return get_table(ctx, seq_id, il, head, pos, capacity, [&](const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) {
-        return kv.get_rotary(seq_id, l, head);
+        return kv.get_rotary(seq_id, l, head - l.head);
     });
 }
 
@@ -285,8 +285,7 @@ int32_t indexmem_n_head_kv(const llama_context * ctx, int32_t il) {
     if (!kv || il < 0 || il >= (int32_t) ctx->get_model().hparams.n_layer()) {
         return -1;
     }
-    const auto * layer = kv->get_layer(il);
-    return layer ? (int32_t) layer->k->ne[2] : 0;
+    return (int32_t) kv->get_n_head_kv(il);
 }
 
 bool indexmem_set_pin(llama_context * ctx, int32_t seq_id, uint32_t n) {

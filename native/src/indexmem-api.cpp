@@ -266,24 +266,30 @@ void indexmem_check_made(const llama_model & model, llama_memory_i * made) {
                 "the ordinary KV cache", llm_arch_name(model.arch)));
 }
 
-// What the sidecar says of the budgets of layers, if it is to be followed: it was measured with the ranks of its indexer.
+// What the sidecar says of the budgets of layers and heads, if it is to be followed: it was measured with the ranks of its indexer.
 static void choose_budgets(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
         const std::function<bool(uint32_t)> & is_bounded, llama_kv_cache_bounded::config & cfg) {
     const auto & hparams = model.hparams;
     if (!cfg.sidecar || cfg.sidecar->get_needs().empty() || strcmp(indexmem_policy_get(cfg.policy)->name, "indexer") != 0) {
         return;
     }
-    auto needs = cfg.sidecar->get_needs();
-    std::vector<uint64_t> row_bytes;
+    const auto & of_heads = cfg.sidecar->get_needs();
+    std::vector<indexmem_need> needs;
+    std::vector<uint64_t>      row_bytes;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        const bool cached = hparams.has_kv(il) && hparams.n_head_kv(il) > 0 && is_bounded(il);
-        needs[il] = cached ? needs[il] : indexmem_layer_need{};
-        row_bytes.push_back(cached ? ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) +
-                (hparams.is_mla() ? 0 : ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il))) : 0);
+        const uint32_t n_head = hparams.has_kv(il) && is_bounded(il) ? hparams.n_head_kv(il) : 0;
+        for (const auto & slice : indexmem_slices_of(il, n_head > 0 ? &of_heads[il*n_head] : nullptr, n_head)) {
+            cfg.slices.push_back(slice);
+            needs.push_back(of_heads[il*n_head + slice.head]);
+            row_bytes.push_back(slice.n_head*(ggml_row_size(params.type_k, hparams.n_embd_head_k(il)) +
+                        (hparams.is_mla() ? 0 : ggml_row_size(params.type_v, hparams.n_embd_head_v(il)))));
+        }
     }
     auto found = indexmem_budgets_of(cfg, cparams.n_ubatch, cfg.memory ? cfg.memory->n_slots() : 0, needs, row_bytes);
+    for (size_t i = 0; i < cfg.slices.size(); ++i) {
+        cfg.slices[i].cls = found.classes[i];
+    }
     cfg.budgets = std::move(found.budgets);
-    cfg.classes = std::move(found.classes);
 }
 
 // the bounded cache, and beside it what layers of other kinds need

@@ -47,20 +47,20 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
     const auto & kv = mctx->get_kv();
 
-    parts = std::vector<part>(kv.get_config().n_classes());
-    for (uint32_t c = 0; c < parts.size(); ++c) {
-        parts[c].mask  = indexmem_new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv[c], sh.n_tokens, 1, sh.n_seq);
-        parts[c].slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
+    classes = std::vector<shared>(kv.get_config().n_classes());
+    for (uint32_t c = 0; c < classes.size(); ++c) {
+        classes[c].mask  = indexmem_new_input(ctx, "bounded_mask",  GGML_TYPE_F16, sh.n_kv[c], sh.n_tokens, 1, sh.n_seq);
+        classes[c].slots = indexmem_new_input(ctx, "bounded_slots", GGML_TYPE_I64, sh.n_tokens, 1, sh.n_seq);
 
         if (sh.evict) {
-            parts[c].stock.emplace(sh.n_seq);
-            parts[c].ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+            classes[c].stock.emplace(sh.n_seq);
+            classes[c].ctl = indexmem_new_input(ctx, "bounded_ctl", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
         }
         if (sh.rotary) {
-            parts[c].ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
+            classes[c].ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
         }
         if (kv.get_indexer()) {
-            parts[c].scoring.emplace(ctx, kv, c, mctx->get_step(), sh.n_tokens);
+            classes[c].scoring.emplace(ctx, kv, c, mctx->get_step(), sh.n_tokens);
         }
     }
     if (kv.get_memory()) {
@@ -91,11 +91,11 @@ bool llm_graph_input_attn_bounded::can_reuse(const llm_graph_params & params) {
     return true;
 }
 
-void llm_graph_input_attn_bounded::set_part(uint32_t cls) {
+void llm_graph_input_attn_bounded::set_class(uint32_t cls) {
     const auto & kv = mctx->get_kv();
     const auto   st = mctx->get_step().of(cls);
 
-    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = parts[cls];
+    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = classes[cls];
     const uint32_t n_kv = sh.n_kv[cls];
 
     const ggml_fp16_t zero = ggml_fp32_to_fp16(0.0f);
@@ -156,8 +156,8 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
     const auto & kv = mctx->get_kv();
     const auto & st = mctx->get_step();
 
-    for (uint32_t c = 0; c < parts.size(); ++c) {
-        set_part(c);
+    for (uint32_t c = 0; c < classes.size(); ++c) {
+        set_class(c);
     }
     if (latent) {
         latent->set_input();
@@ -185,11 +185,11 @@ void llm_graph_input_attn_bounded::set_input(const llama_ubatch * ubatch) {
 
 // One sequence: the same mask serves all KV heads. Several: a copy for each, since dimension 3 counts both.
 ggml_tensor * llm_graph_input_attn_bounded::get_mask(ggml_context * ctx, uint32_t cls, int64_t n_head_kv) {
-    ggml_tensor * mask = parts[cls].mask;
+    ggml_tensor * mask = classes[cls].mask;
     if (sh.n_seq == 1 || n_head_kv == 1) {
         return mask;
     }
-    auto & res = parts[cls].mask_heads[n_head_kv];
+    auto & res = classes[cls].mask_heads[n_head_kv];
     if (!res) {
         res = ggml_repeat_4d(ctx, mask, mask->ne[0], sh.n_tokens, n_head_kv, sh.n_seq);
         res = ggml_reshape_4d(ctx, res, mask->ne[0], sh.n_tokens, 1, n_head_kv*sh.n_seq);
@@ -207,27 +207,51 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     ggml_context * ctx = graph.ctx0;
     ggml_cgraph  * gf  = graph.gf;
 
-    const auto * l = mctx->get_kv().get_source(il);
-    if (!l || (l->il == (uint32_t) il) != (k_cur != nullptr)) {
+    const auto of_layer = mctx->get_kv().get_sources(il);
+    if (of_layer.empty() || (of_layer[0]->il == (uint32_t) il) != (k_cur != nullptr)) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d attends but has no bounded KV cache", il));
     }
-
-    const int64_t T   = sh.n_tokens;
-    const int64_t S   = sh.n_seq;
-    const int64_t H   = l->k->ne[2];
-    const int64_t Hq  = q_cur->ne[1];
-    const int64_t G   = Hq/H;
-
-    const indexmem_layer_nodes nodes(ctx, mctx->get_kv(), *l, sh.s0, S, T);
-
     if (k_cur) {
-        build_store(graph, nodes, *l, q_cur, k_cur, v_cur);
-        if (l->last != l->il) {
+        build_store(graph, of_layer, q_cur, k_cur, v_cur);
+        if (of_layer[0]->last != (uint32_t) il) {
             owners[il] = { q_cur, kq_scale };
         }
     }
+    const auto owner = owners.find(of_layer[0]->il);
 
-    // attend
+    ggml_tensor * res = nullptr;
+    for (const auto * l : of_layer) {
+        const int64_t n_head_kv = hparams.n_head_kv(l->il);
+
+        ggml_tensor * cur = build_slice(graph, *l, l->of_heads(ctx, q_cur, n_head_kv), kq_scale);
+        ggml_build_forward_expand(gf, cur);
+        if (sh.evict && l->last == (uint32_t) il) {
+            ggml_tensor * q = owner == owners.end() ? q_cur : owner->second.q;
+            build_evict(graph, *l, l->of_heads(ctx, q, n_head_kv), owner == owners.end() ? kq_scale : owner->second.scale);
+        }
+        res = res ? ggml_concat(ctx, res, cur, 2) : cur;
+    }
+    // [n_embd_head_v*G, T, H, S] -> [n_embd_head_v*G*H, T*S]
+    if (sh.n_tokens > 1) {
+        res = ggml_cont(ctx, ggml_permute(ctx, res, 0, 2, 1, 3));
+    }
+    res = ggml_reshape_2d(ctx, res, ggml_nelements(res)/(sh.n_tokens*sh.n_seq), sh.n_tokens*sh.n_seq);
+    ggml_build_forward_expand(gf, res);
+    return res;
+}
+
+// q_cur F32 [n_embd_head_k, G*H, T*S] -> attention output F32 [n_embd_head_v*G, T, H, S]
+ggml_tensor * llm_graph_input_attn_bounded::build_slice(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l,
+        ggml_tensor * q_cur, float kq_scale) {
+    ggml_context * ctx = graph.ctx0;
+
+    const int64_t T   = sh.n_tokens;
+    const int64_t S   = sh.n_seq;
+    const int64_t H   = l.n_head();
+    const int64_t G   = q_cur->ne[1]/H;
+
+    const indexmem_layer_nodes nodes(ctx, mctx->get_kv(), l, sh.s0, S, T);
+
     ggml_tensor * q;
     if (S == 1) {
         q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
@@ -235,51 +259,53 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
         q = ggml_cont(ctx, indexmem_tokens_last(ctx, q_cur, T, S, T));
         q = ggml_reshape_4d(ctx, q, q->ne[0], T, G, H*S);
     }
-    ggml_tensor * cur = build_attend(graph, nodes, *l, q, kq_scale);
+    ggml_tensor * cur = build_attend(graph, nodes, l, q, kq_scale);
     if (latent) {
-        const float scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) l->k->ne[0]);
-        cur = latent->build_add(ctx, *l, q, kq_scale/scale, cur);
+        const float scale = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f/std::sqrt((float) l.k->ne[0]);
+        cur = latent->build_add(ctx, l, q, kq_scale/scale, cur);
     }
-
-    // [n_embd_head_v, G, T, H*S] -> [n_embd_head_v*G*H, T*S]
-    if (T > 1) {
-        cur = ggml_reshape_4d(ctx, cur, cur->ne[0]*G, T, H, S);
-        cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
-    }
-    cur = ggml_reshape_2d(ctx, cur, l->v->ne[0]*Hq, T*S);
-    ggml_build_forward_expand(gf, cur);
-
-    if (sh.evict && l->last == (uint32_t) il) {
-        const auto owner = owners.find(l->il);
-        build_evict(graph, nodes, *l, owner == owners.end() ? q_cur : owner->second.q, owner == owners.end() ? kq_scale : owner->second.scale);
-    }
-
-    return cur;
+    return ggml_reshape_4d(ctx, cur, cur->ne[0]*G, T, H, S);
 }
 
 void llm_graph_input_attn_bounded::build_store(
         const llm_graph_context & graph,
-        const indexmem_layer_nodes & nodes,
-        const llama_kv_cache_bounded::layer & l,
+        const std::vector<const llama_kv_cache_bounded::layer *> & of_layer,
         ggml_tensor * q_cur,
         ggml_tensor * k_cur,
         ggml_tensor * v_cur) {
-    mctx->learn_rotation(l.il, k_cur, self_k_rot);
+    ggml_context * ctx = graph.ctx0;
+    ggml_cgraph  * gf  = graph.gf;
 
-    for (ggml_tensor * t : nodes.store(k_cur, v_cur, q_cur, parts[l.cls].slots, rings)) {
-        ggml_build_forward_expand(graph.gf, t);
+    const auto & kv = mctx->get_kv();
+    const uint32_t il = of_layer[0]->il;
+    const int64_t  n_head_kv = hparams.n_head_kv(il);
+
+    mctx->learn_rotation(il, k_cur, self_k_rot);
+
+    for (const auto * l : of_layer) {
+        const auto heads = [&](ggml_tensor * t) { return l->of_heads(ctx, t, n_head_kv); };
+        const indexmem_layer_nodes nodes(ctx, kv, *l, sh.s0, sh.n_seq, sh.n_tokens);
+        for (ggml_tensor * t : nodes.store(heads(k_cur), heads(v_cur), heads(q_cur), classes[l->cls].slots, rings)) {
+            ggml_build_forward_expand(gf, t);
+        }
     }
-    auto & scoring = parts[l.cls].scoring;
-    if (!scoring) {
+    if (!kv.get_indexer()) {
         return;
     }
-    const auto hidden = hiddens.find(l.il);
+    const auto hidden = hiddens.find(il);
     if (hidden == hiddens.end()) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("the graph of architecture '%s' does not show what the attention of "
-                    "layer %u reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), l.il));
+                    "layer %u reads, which an indexer needs: use it without a sidecar", llm_arch_name(graph.arch), il));
     }
-    for (ggml_tensor * t : scoring->build_store(graph.ctx0, mctx->get_kv(), l, hidden->second)) {
-        ggml_build_forward_expand(graph.gf, t);
+    std::vector<ggml_tensor *> nodes;
+    ggml_tensor * scores = classes[of_layer[0]->cls].scoring->build_scores(ctx, kv, *of_layer[0], hidden->second, nodes);
+    for (const auto * l : of_layer) {
+        if (scores) {
+            nodes.push_back(classes[l->cls].scoring->build_store(ctx, *l, scores, n_head_kv));
+        }
+    }
+    for (ggml_tensor * t : nodes) {
+        ggml_build_forward_expand(gf, t);
     }
 }
 
@@ -305,7 +331,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
         return cur;
     }
     ggml_tensor * op;
-    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? parts[l.cls].mask : get_mask(ctx, l.cls, l.k->ne[2]), count, kq_scale, softcap(), op);
+    ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? classes[l.cls].mask : get_mask(ctx, l.cls, l.k->ne[2]), count, kq_scale, softcap(), op);
     if (ggml_backend_buffer_is_host(l.k->buffer)) {
         ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu); // where the entries are
     } else {
@@ -316,13 +342,14 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
 
 void llm_graph_input_attn_bounded::build_evict(
         const llm_graph_context & graph,
-        const indexmem_layer_nodes & nodes,
         const llama_kv_cache_bounded::layer & l,
         ggml_tensor * q_cur,
         float kq_scale) {
+    const indexmem_layer_nodes nodes(graph.ctx0, mctx->get_kv(), l, sh.s0, sh.n_seq, sh.n_tokens);
+
     mctx->learn_scale(l.il, kq_scale, softcap());
 
-    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = parts[l.cls];
+    auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = classes[l.cls];
     const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
             &*stock);
 

@@ -15,7 +15,7 @@
 // The attention of a bounded cache in the compute graph
 //
 // Invariants
-//   - per layer: store K and V, attend, then evict; the eviction nodes come after attention in the graph, after that of all
+//   - per layer: store K and V, then, of each of its slices, attend and evict; the eviction nodes come after attention in the graph, after that of all
 //     layers that read the same entries, and what leaves is written into the latent memory before its rows are overwritten
 //   - a graph without eviction is built for ubatches that evict nothing; likewise with scoring
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
@@ -89,14 +89,16 @@ private:
     ggml_tensor * build_attend(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
             ggml_tensor * q, float kq_scale);
 
-    void build_store(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
+    void build_store(const llm_graph_context & graph, const std::vector<const llama_kv_cache_bounded::layer *> & of_layer,
             ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur);
 
-    void build_evict(const llm_graph_context & graph, const indexmem_layer_nodes & nodes, const llama_kv_cache_bounded::layer & l,
-            ggml_tensor * q_cur, float kq_scale);
+    // of one slice; result and queries are those of its heads
+    ggml_tensor * build_slice(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
 
-    // the inputs that layers of one class share
-    struct part {
+    void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+
+    // the inputs that slices of one class share
+    struct shared {
         ggml_tensor * mask  = nullptr; // F16 [n_kv, n_tokens, 1, n_seq]
         ggml_tensor * slots = nullptr; // I64 [n_tokens, 1, n_seq]           slots of the new entries
         ggml_tensor * ctl   = nullptr; // I32 [INDEXMEM_CTL_SIZE, n_seq]
@@ -108,7 +110,7 @@ private:
         std::optional<indexmem_stock>   stock;   // if something is evicted
     };
 
-    void set_part(uint32_t cls);
+    void set_class(uint32_t cls);
 
     ggml_tensor * get_mask(ggml_context * ctx, uint32_t cls, int64_t n_head_kv);
 
@@ -116,7 +118,7 @@ private:
 
     shape sh;
 
-    std::vector<part> parts; // of each class
+    std::vector<shared> classes;
 
     ggml_tensor * rings = nullptr; // I64 [n_last, 1, n_seq]             ring rows of the newest queries
 

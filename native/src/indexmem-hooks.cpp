@@ -117,8 +117,11 @@ ggml_tensor * indexmem_build_attn(
         indexmem_mixed_context(graph.mctx)->learn_window_rotation(il, k_cur, window->self_k_rot_swa);
         return nullptr;
     }
-    const auto * layer = indexmem_context(graph.mctx)->get_kv().get_source(il);
-    if (kq_b || (layer && sinks != layer->sinks)) {
+    bool others = false; // sinks that are not the layer's
+    for (const auto * l : indexmem_context(graph.mctx)->get_kv().get_sources(il)) {
+        others = others || sinks != (l->sinks && !l->whole ? l->sinks->view_src : l->sinks);
+    }
+    if (kq_b || others) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("layer %d adds %s to its attention, which a bounded KV cache does not support",
                     il, kq_b ? "a bias" : "sink logits that are not its own"));
     }

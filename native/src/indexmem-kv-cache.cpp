@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
 std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
@@ -25,6 +26,14 @@ std::vector<ggml_tensor *> llama_kv_cache_bounded::layer::tensors() const {
     }
     res.insert(res.end(), memory.begin(), memory.end());
     return res;
+}
+
+ggml_tensor * llama_kv_cache_bounded::layer::of_heads(ggml_context * ctx, ggml_tensor * t, int64_t n_head_kv) const {
+    if (whole || !t) {
+        return t;
+    }
+    const int64_t n = t->ne[1]/n_head_kv; // rows for each of them
+    return ggml_view_3d(ctx, t, t->ne[0], n*n_head(), t->ne[2], t->nb[1], t->nb[2], head*n*t->nb[1]);
 }
 
 // the Hadamard rotation that llama.cpp applies to quantised caches: blocks of 64 values of V, of the largest power of two
@@ -92,7 +101,11 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         indexer = cfg.sidecar->get_indexer();
     }
 
-    indexmem_buffers buffers(model, offload, 12u*hparams.n_layer_all);
+    std::map<uint32_t, std::vector<indexmem_slice>> slices;
+    for (const auto & slice : cfg.slices) {
+        slices[slice.il].push_back(slice);
+    }
+    indexmem_buffers buffers(model, offload, 13u*std::max<size_t>(hparams.n_layer_all, cfg.slices.size()));
 
     // the head size all cached layers share, or 0: a rotation needs one size (as in llama_kv_cache)
     int64_t head_k = -1;
@@ -108,27 +121,34 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
         head_k = head_k == -1 || head_k == n_embd_k ? n_embd_k : 0;
         head_v = head_v == -1 || head_v == n_embd_v ? n_embd_v : 0;
 
-        // of the caches that this layer can have, the one that its device computes; the nodes are built as for the graph
-        const auto nodes = [&](ggml_context * ctx, ggml_context * host) {
-            const layer l = new_layer(ctx, host, il, type_k, type_v);
-            auto res = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, 1, n_ubatch);
-            const auto single = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, n_seq_max, 1);
-            res.insert(res.end(), single.begin(), single.end());
-            return res;
-        };
-        bool stock = false;
-        auto * buft = offload ? indexmem_device_buft(model.dev_layer(il), nodes, stock) : nullptr;
-        auto * ctx  = buffers.context(il, buft);
-        const layer l = new_layer(ctx, stock ? buffers.context(il, ggml_backend_cpu_buffer_type()) : ctx, il, type_k, type_v);
+        if (slices[il].empty()) {
+            slices[il].push_back({ il, 0, hparams.n_head_kv(il) });
+        }
+        for (const auto & slice : slices[il]) {
+            // of the caches that this slice can have, the one that its device computes; the nodes are built as for the graph
+            const auto nodes = [&](ggml_context * ctx, ggml_context * host) {
+                const layer l = new_layer(ctx, host, slice, type_k, type_v);
+                auto res = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, 1, n_ubatch);
+                const auto single = indexmem_layer_nodes_of_all(ctx, hparams, *this, l, n_seq_max, 1);
+                res.insert(res.end(), single.begin(), single.end());
+                return res;
+            };
+            bool stock = false;
+            auto * buft = offload ? indexmem_device_buft(model.dev_layer(il), nodes, stock) : nullptr;
+            auto * ctx  = buffers.context(il, buft);
+            const layer l = new_layer(ctx, stock ? buffers.context(il, ggml_backend_cpu_buffer_type()) : ctx, slice, type_k, type_v);
 
-        map_layer_ids[il] = layers.size();
-        layers.push_back(l);
+            map_layer_ids[il].push_back(layers.size());
+            layers.push_back(l);
+        }
     }
     for (uint32_t il = 0; il < hparams.n_layer() && reuse; ++il) {
         const auto source = map_layer_ids.find(reuse(il));
         if (!hparams.has_kv(il) && (!filter || filter(il)) && source != map_layer_ids.end()) {
             map_layer_ids[il] = source->second;
-            layers[source->second].last = il;
+            for (size_t i : source->second) {
+                layers[i].last = il;
+            }
         }
     }
 
@@ -154,13 +174,17 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
 void llama_kv_cache_bounded::log_made() const {
     const uint32_t n_seq_max = get_n_seq_max();
+    const uint32_t n_layer   = std::count_if(layers.begin(), layers.end(), [](const layer & l) { return l.head == 0; });
     const auto type_of = [&](ggml_tensor * layer::*t) { return layers.empty() ? "none" : ggml_type_name((layers[0].*t)->type); };
 
     LLAMA_LOG_INFO("%s: policy %s, budget %u, %u slots, sinks %u, pin %u, window %u, %u layers, %u sequences\n", __func__,
-            get_policy().name, cfg.budget, get_geometry().n_slots[0], cfg.sinks, cfg.pin, cfg.window, (uint32_t) layers.size(), n_seq_max);
+            get_policy().name, cfg.budget, get_geometry().n_slots[0], cfg.sinks, cfg.pin, cfg.window, n_layer, n_seq_max);
     for (uint32_t c = 0; c < cfg.budgets.size(); ++c) {
-        const auto n = std::count_if(layers.begin(), layers.end(), [&](const layer & l) { return l.cls == c; });
-        LLAMA_LOG_INFO("%s: budget %u, %u slots in %u layers\n", __func__, cfg.budgets[c], get_geometry().n_slots[c], (uint32_t) n);
+        uint32_t n = 0;
+        for (const auto & l : layers) {
+            n += l.cls == c ? (uint32_t) l.n_head() : 0;
+        }
+        LLAMA_LOG_INFO("%s: budget %u, %u slots in %u KV heads\n", __func__, cfg.budgets[c], get_geometry().n_slots[c], n);
     }
     if (cfg.span > 0) {
         LLAMA_LOG_INFO("%s: rotary positions stay below %u\n", __func__, cfg.span);
@@ -179,9 +203,10 @@ void llama_kv_cache_bounded::log_made() const {
 }
 
 void llama_kv_cache_bounded::learn_scale(uint32_t il, float scale, float softcap) {
-    layer & l = layers[map_layer_ids.at(il)];
-    l.scale   = scale;
-    l.softcap = softcap;
+    for (size_t i : map_layer_ids.at(il)) {
+        layers[i].scale   = scale;
+        layers[i].softcap = softcap;
+    }
 }
 
 //
@@ -284,14 +309,26 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_bounded::memory_brea
 // specific API
 //
 
-const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_source(int32_t il) const {
+std::vector<const llama_kv_cache_bounded::layer *> llama_kv_cache_bounded::get_sources(int32_t il) const {
+    std::vector<const layer *> res;
     const auto it = map_layer_ids.find(il);
-    return it == map_layer_ids.end() ? nullptr : &layers[it->second];
+    for (size_t i : it == map_layer_ids.end() ? std::vector<size_t>() : it->second) {
+        res.push_back(&layers[i]);
+    }
+    return res;
 }
 
-const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il) const {
-    const layer * l = get_source(il);
-    return l && l->il == (uint32_t) il ? l : nullptr;
+const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il, uint32_t head) const {
+    for (const layer * l : get_sources(il)) {
+        if (l->il == (uint32_t) il && head >= l->head && head < l->head + l->n_head()) {
+            return l;
+        }
+    }
+    return nullptr;
+}
+
+uint32_t llama_kv_cache_bounded::get_n_head_kv(int32_t il) const {
+    return get_layer(il) ? model.hparams.n_head_kv(il) : 0;
 }
 
 size_t llama_kv_cache_bounded::size_kv_bytes() const {

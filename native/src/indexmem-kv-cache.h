@@ -43,7 +43,7 @@ public:
         bool        span_asked;  // one that turns out to be impossible is refused; if it was not asked for, it is left out
         std::string span_reason; // why there is none, "" if none was wanted
 
-        std::vector<uint8_t> classes; // [n_layer] of each layer; empty: one class
+        std::vector<indexmem_slice> slices; // of all bounded layers, in order; empty: each is whole, and all have the same budget
 
         std::shared_ptr<const indexmem_sidecar> sidecar; // null if nothing of one is used
         std::shared_ptr<const indexmem_memory>  memory;  // null = off
@@ -52,9 +52,13 @@ public:
     using seq_state = indexmem_kv_counts::seq_state;
     using step      = indexmem_kv_counts::step;
 
+    // of the model, or those of its KV heads that have a budget of their own (indexmem-kv-shares.h): a slice
     struct layer {
         uint32_t il;
-        uint32_t cls; // of its budget
+        uint32_t head; // the first of its KV heads, of those of the layer of the model
+        uint32_t cls;  // of its budget
+
+        bool whole; // it has all heads of the layer of the model
 
         ggml_tensor * k;   // [n_embd_head_k, n_front + n_slots, n_head_kv, n_seq_max]
         ggml_tensor * v;   // [n_embd_head_v, n_front + n_slots, n_head_kv, n_seq_max]; of latent attention (MLA) the front of each row of K
@@ -66,10 +70,10 @@ public:
         // of the indexer, null without one. The last n_wait rows of `state` and `queries` belong to no entry: writes for
         // sequences with fewer pending entries than others go there.
         ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
-        ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait
+        ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait. The first slice has those of all
         ggml_tensor * sinks; // F32 [n_head] of the model: logits of query heads whose attention goes nowhere. Null if there are none
 
-        ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries
+        ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries, and then it is whole
 
         std::vector<ggml_tensor *> memory; // F32 [ne0, ne1, n_head_kv, n_seq_max] state of the latent memory, empty without one
 
@@ -84,6 +88,12 @@ public:
         float softcap = 0.0f;
 
         bool has_values() const { return v->view_src == nullptr; } // of its own
+
+        int64_t        n_head() const { return k->ne[2]; } // KV heads
+        indexmem_slice heads()  const { return { il, head, (uint32_t) n_head(), cls }; }
+
+        // of what has a row for each head of the layer of the model, in dimension 1, the rows that belong to the heads of this slice
+        ggml_tensor * of_heads(ggml_context * ctx, ggml_tensor * t, int64_t n_head_kv) const;
 
         // all that holds data of sequences
         std::vector<ggml_tensor *> tensors() const;
@@ -164,9 +174,13 @@ public:
 
     const std::vector<layer> & get_layers() const { return layers; }
 
-    const layer     * get_layer (int32_t il) const; // null if the layer has no cache of its own
-    const layer     * get_source(int32_t il) const; // the one that a layer reads: its own or another's; null if it has none
-    const seq_state * get_seq  (llama_seq_id seq_id) const; // null out of range
+    // the slices that a layer reads, its own or another's, and the slice that has a KV head of its own. Empty, null: there are none
+    std::vector<const layer *> get_sources(int32_t il) const;
+    const layer              * get_layer(int32_t il, uint32_t head = 0) const;
+
+    uint32_t get_n_head_kv(int32_t il) const; // KV heads that a layer has a cache of its own for
+
+    const seq_state * get_seq(llama_seq_id seq_id) const; // null out of range
 
     const indexmem_indexer * get_indexer() const { return indexer; } // null unless it is the policy
     const indexmem_memory  * get_memory()  const { return cfg.memory.get(); } // null = off
@@ -264,7 +278,7 @@ private:
 
     std::vector<layer> layers;
 
-    std::unordered_map<int32_t, size_t> map_layer_ids; // model layer -> index of what it reads in layers
+    std::unordered_map<int32_t, std::vector<size_t>> map_layer_ids; // model layer -> indices of what it reads in layers
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
@@ -274,7 +288,7 @@ private:
     std::vector<copy> copies; // pending, applied by init_update
 
     // host: for all but keys, values and what waits to be scored; another context than `ctx` for a device without kernels of ours
-    layer new_layer(ggml_context * ctx, ggml_context * host, uint32_t il, ggml_type type_k, ggml_type type_v) const;
+    layer new_layer(ggml_context * ctx, ggml_context * host, const indexmem_slice & slice, ggml_type type_k, ggml_type type_v) const;
 
     void reset(llama_seq_id seq_id);
 

@@ -410,7 +410,7 @@ bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
     if (n > pin_room()) {
         error = text("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
                 "the memory + 1), the budget is %u%s", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent,
-                lim.budget_of(0), lim.budgets.empty() ? "" : " in some layers: let all layers keep equally many, or raise it");
+                lim.budget_of(0), lim.budgets.empty() ? "" : " in some KV heads: let all keep equally many, or raise it");
         return false;
     }
     const uint32_t n_sure = std::min(n_protected(seq), seq.n_first);

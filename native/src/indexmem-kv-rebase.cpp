@@ -15,14 +15,17 @@
 //
 
 void llama_kv_cache_bounded::learn_rotation(int32_t il, const ggml_tensor * k_cur, const ggml_tensor * hadamard) {
-    layer & l = layers[map_layer_ids.at(il)];
+    const auto & of_layer = map_layer_ids.at(il);
+    layer & l = layers[of_layer[0]];
     if ((get_span() == 0 && !l.ahead) || l.rotation) {
         return;
     }
     indexmem_rotation rotation;
     std::string error;
     if (indexmem_rotation_of(k_cur, hadamard, rotation, error)) {
-        l.rotation = std::move(rotation);
+        for (size_t i : of_layer) {
+            layers[i].rotation = rotation;
+        }
         write_ahead(l);
         return;
     }

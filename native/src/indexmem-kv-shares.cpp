@@ -5,19 +5,29 @@
 
 using counts = indexmem_kv_counts;
 
-indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t n_ubatch, uint32_t n_latent,
-        const std::vector<indexmem_layer_need> & needs, const std::vector<uint64_t> & row_bytes) {
-    std::map<indexmem_layer_need, uint32_t> budgets; // of layers with equal needs
-    double   sum   = 0.0;
-    uint64_t bytes = 0;
-    for (size_t il = 0; il < needs.size(); ++il) {
-        if (needs[il].share > 0.0f) {
-            budgets[needs[il]] = 0;
-            sum   += (double) needs[il].share*row_bytes[il];
-            bytes += row_bytes[il];
+std::vector<indexmem_slice> indexmem_slices_of(uint32_t il, const indexmem_need * needs, uint32_t n_head) {
+    std::vector<indexmem_slice> res;
+    for (uint32_t h = 0; h < n_head; ++h) {
+        if (h > 0 && needs[h] == needs[h - 1]) {
+            res.back().n_head++;
+        } else {
+            res.push_back({ il, h, 1 });
         }
     }
-    const indexmem_layer_budgets equal = { {}, std::vector<uint8_t>(needs.size(), 0) };
+    return res;
+}
+
+indexmem_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t n_ubatch, uint32_t n_latent,
+        const std::vector<indexmem_need> & needs, const std::vector<uint64_t> & row_bytes) {
+    std::map<indexmem_need, uint32_t> budgets; // of slices with equal needs
+    double   sum   = 0.0;
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < needs.size(); ++i) {
+        budgets[needs[i]] = 0;
+        sum   += (double) needs[i].share*row_bytes[i];
+        bytes += row_bytes[i];
+    }
+    const indexmem_budgets equal = { {}, std::vector<uint8_t>(needs.size(), 0) };
     const uint64_t n_least = counts::budget_min(lim.sinks, lim.pin, lim.window, n_latent); // protected, and room for one
     if (budgets.size() < 2 || budgets.size() > counts::N_CLASSES_MAX || lim.budget <= n_least) {
         return equal;
@@ -28,12 +38,12 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
     const uint64_t n_may  = bytes*counts::geometry::slots_of(lim.budget - n_latent + n_ubatch, n_latent, false);
 
     const double n_mean = (double) (lim.budget - n_least + 1);
-    const auto first = [&](const indexmem_layer_need & need) {
-        return std::min<double>(need.least, indexmem_layer_budgets::LEAST_MOST*n_mean);
+    const auto first = [&](const indexmem_need & need) {
+        return std::min<double>(need.least, indexmem_budgets::LEAST_MOST*n_mean);
     };
     double n_first = 0.0;
-    for (size_t il = 0; il < needs.size(); ++il) {
-        n_first += needs[il].share > 0.0f ? first(needs[il])*row_bytes[il] : 0.0;
+    for (size_t i = 0; i < needs.size(); ++i) {
+        n_first += first(needs[i])*row_bytes[i];
     }
     const double scale = std::min(1.0, 0.5*n_mean*bytes/std::max(n_first, 1.0));
 
@@ -45,14 +55,14 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
         }
         uint64_t n_slots = 0;
         uint64_t n_held  = 0;
-        for (size_t il = 0; il < needs.size(); ++il) {
-            const uint32_t n = needs[il].share > 0.0f ? budgets.at(needs[il]) : 0;
-            n_held  += n*row_bytes[il];
-            n_slots += n > 0 ? row_bytes[il]*counts::geometry::slots_of(n - n_latent + n_ubatch, n_latent, true) : 0;
+        for (size_t i = 0; i < needs.size(); ++i) {
+            const uint32_t n = budgets.at(needs[i]);
+            n_held  += n*row_bytes[i];
+            n_slots += row_bytes[i]*counts::geometry::slots_of(n - n_latent + n_ubatch, n_latent, true);
         }
         return n_slots <= n_may && n_held <= bytes*lim.budget;
     };
-    // The largest mean that fits. It may be above the budget: what wide layers cannot take, because of the span, the others get.
+    // The largest mean that fits. It may be above the budget: what wide slices cannot take, because of the span, the others get.
     uint64_t most = n_least, too_many = 64*(uint64_t) lim.budget;
     while (most + 1 < too_many) {
         const uint64_t mean = most + (too_many - most)/2;
@@ -61,18 +71,18 @@ indexmem_layer_budgets indexmem_budgets_of(const counts::limits & lim, uint32_t 
     if (most == n_least || !fits(most)) {
         return equal;
     }
-    std::set<std::pair<uint32_t, indexmem_layer_need>> classes; // ascending
+    std::set<std::pair<uint32_t, indexmem_need>> classes; // ascending
     for (const auto & [need, budget] : budgets) {
         classes.insert({ budget, need });
     }
     if (classes.begin()->first == classes.rbegin()->first) {
         return equal;
     }
-    indexmem_layer_budgets res = equal;
+    indexmem_budgets res = equal;
     for (const auto & [budget, need] : classes) {
-        for (size_t il = 0; il < needs.size(); ++il) {
-            if (needs[il].share == need.share && needs[il].least == need.least) {
-                res.classes[il] = (uint8_t) res.budgets.size();
+        for (size_t i = 0; i < needs.size(); ++i) {
+            if (needs[i] == need) {
+                res.classes[i] = (uint8_t) res.budgets.size();
             }
         }
         res.budgets.push_back(budget);

@@ -138,8 +138,8 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
         const kv_cache::layer & l, uint32_t n_seq, uint32_t n_tokens) {
     const int64_t T  = n_tokens;
     const int64_t S  = n_seq;
-    const int64_t H  = l.k->ne[2];
-    const int64_t Hq = hparams.n_head(l.il);
+    const int64_t H  = l.n_head();
+    const int64_t Hq = hparams.n_head(l.il)/hparams.n_head_kv(l.il)*H;
 
     kv_cache::step st = {};
     st.n_seq    = n_seq;
@@ -174,8 +174,11 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
     const auto add = [&](const std::vector<ggml_tensor *> & more) { res.insert(res.end(), more.begin(), more.end()); };
 
     if (st.score) {
+        const auto & indexer = *kv.get_indexer();
         scoring.emplace(ctx, kv, l.cls, st, n_tokens);
-        add(scoring->build_store(ctx, kv, l, input(GGML_TYPE_F32, hparams.n_embd, T*S)));
+        ggml_tensor * scores = l.pending ? scoring->build_scores(ctx, kv, l, input(GGML_TYPE_F32, hparams.n_embd, T*S), res) :
+            input(GGML_TYPE_F32, indexer.n_state(), indexer.n_state_heads(), (st.n_old + T)*S);
+        add({ scoring->build_store(ctx, l, scores, hparams.n_head_kv(l.il)) });
     }
     ggml_tensor * count = nullptr;
     if (st.recall) {

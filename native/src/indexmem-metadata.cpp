@@ -106,6 +106,10 @@ std::vector<bool> indexmem_metadata::bools(const char * key, size_t n) const {
     return std::vector<bool>(data, data + n);
 }
 
+size_t indexmem_metadata::size(const char * key) const {
+    return gguf_get_arr_n(gguf, find(key, GGUF_TYPE_ARRAY));
+}
+
 std::vector<uint32_t> indexmem_metadata::counts(const char * key, size_t n, uint32_t end) const {
     const int32_t * data = (const int32_t *) gguf_get_arr_data(gguf, find_array(key, GGUF_TYPE_INT32, n));
     for (size_t i = 0; i < n; ++i) {

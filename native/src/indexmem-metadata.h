@@ -36,6 +36,8 @@ public:
     std::vector<float> f32s (const char * key, size_t n) const; // finite
     std::vector<bool>  bools(const char * key, size_t n) const;
 
+    size_t size(const char * key) const; // of an array
+
     // n numbers, each at least 0 and below `end`
     std::vector<uint32_t> counts(const char * key, size_t n, uint32_t end) const;
 

@@ -10,18 +10,24 @@ using kv_cache = llama_kv_cache_bounded;
 indexmem_scoring::indexmem_scoring(ggml_context * ctx, const kv_cache & kv, uint32_t cls, const kv_cache::step & st, uint32_t n_tokens) :
     cls(cls), s0(st.s0), n_seq(st.n_seq), n_tokens(n_tokens), n_old(st.n_old), score(st.score),
     in_ring(n_old > 0 && n_old + this->n_tokens <= (int64_t) kv.get_n_wait()) {
-    if (n_tokens > 0 && (!score || in_ring)) {
+    if (score && n_old + n_tokens > 0) {
+        slots = indexmem_new_input(ctx, "indexer_slots", GGML_TYPE_I64, n_old + n_tokens, 1, n_seq);
+    }
+}
+
+// What a layer reads and writes by. A class that has no first slice of a layer makes none of it, and a graph has no input without use.
+void indexmem_scoring::make_rows(ggml_context * ctx, const kv_cache & kv) {
+    if (!rows_new && n_tokens > 0 && (!score || in_ring)) {
         rows_new = indexmem_new_input(ctx, "indexer_rows_new", GGML_TYPE_I64, n_tokens, 1, n_seq);
     }
-    if (!score || n_old + n_tokens == 0) {
+    if (!slots) {
         return;
     }
-    slots = indexmem_new_input(ctx, "indexer_slots", GGML_TYPE_I64, n_old + n_tokens, 1, n_seq);
-    if (n_old > 0) {
+    if (!rows_old && n_old > 0) {
         rows_old = indexmem_new_input(ctx, "indexer_rows_old", GGML_TYPE_I32, in_ring ? n_old + n_tokens : n_old, n_seq);
     }
     const int64_t n_queries = kv.get_indexer()->n_queries();
-    if (n_queries > 0) {
+    if (!rows_query && n_queries > 0) {
         rows_query = indexmem_new_input(ctx, "indexer_rows_query", GGML_TYPE_I64, std::min(n_old + n_tokens, n_queries), 1, n_seq);
     }
 }
@@ -78,7 +84,10 @@ void indexmem_scoring::set_input(const kv_cache & kv, const kv_cache::step & st)
     }
 }
 
-std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden) {
+ggml_tensor * indexmem_scoring::build_scores(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l, ggml_tensor * hidden,
+        std::vector<ggml_tensor *> & res) {
+    make_rows(ctx, kv);
+
     const int64_t n_embd = l.pending->ne[0];
     if (hidden && hidden->ne[0] != n_embd) {
         indexmem_fail(INDEXMEM_ERROR_MODEL, format("the attention of layer %d reads %lld values per token, the indexer %lld", l.il,
@@ -95,7 +104,8 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
         ring = ggml_set_rows(ctx, ring, ggml_reshape_4d(ctx, hidden, n_embd, n_tokens, 1, n_seq), rows_new);
     }
     if (!slots) {
-        return { ring };
+        res.push_back(ring);
+        return nullptr;
     }
 
     const auto & indexer = *kv.get_indexer();
@@ -114,9 +124,7 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
 
     ggml_tensor * state = indexer.build_state(ctx, weights, hidden);
     ggml_format_name(state, "indexmem_state-%d", (int) l.il);
-    state = indexmem_tokens_last(ctx, state, n_rows, n_seq, n_rows);
 
-    std::vector<ggml_tensor *> res = { ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.state, l.state->ne[1], s0, n_seq), state, slots) };
     if (rows_query) {
         const int64_t n_last = rows_query->ne[0];
 
@@ -125,7 +133,13 @@ std::vector<ggml_tensor *> indexmem_scoring::build_store(ggml_context * ctx, con
         q = ggml_view_4d(ctx, q, q->ne[0], n_last, 1, n_seq, q->nb[1], q->nb[1]*n_rows, q->nb[1]*n_rows, q->nb[1]*(n_rows - n_last));
         res.push_back(ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.queries, l.queries->ne[1], s0, n_seq), q, rows_query));
     }
-    return res;
+    return state;
+}
+
+ggml_tensor * indexmem_scoring::build_store(ggml_context * ctx, const kv_cache::layer & l, ggml_tensor * scores, int64_t n_head_kv) const {
+    const int64_t n_rows = n_old + n_tokens;
+    scores = indexmem_tokens_last(ctx, l.of_heads(ctx, scores, n_head_kv), n_rows, n_seq, n_rows);
+    return ggml_set_rows(ctx, indexmem_view_seqs(ctx, l.state, l.state->ne[1], s0, n_seq), scores, slots);
 }
 
 ggml_tensor * indexmem_scoring::view_state(ggml_context * ctx, const kv_cache & kv, const kv_cache::layer & l) const {

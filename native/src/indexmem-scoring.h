@@ -9,7 +9,7 @@
 //
 // Scores are needed when something is evicted, not before. In a graph that does not score, the hidden states of the new
 // tokens are put aside (one copy per layer); in one that does, the network runs once over the n_old pending tokens and the
-// new ones, and its output goes into the slots of their entries.
+// new ones, for all heads of the layer, and its output goes into the slots of their entries, in each slice of the layer.
 //
 // Invariants
 //   - rows of a scoring graph, per sequence: n_old pending tokens, oldest first, then the new ones. A sequence with fewer
@@ -21,17 +21,21 @@
 //
 class indexmem_scoring {
 public:
-    // in a class of layers, for ubatches of n_tokens per sequence that do what the step does
+    // in a class of slices, for ubatches of n_tokens per sequence that do what the step does
     indexmem_scoring(ggml_context * ctx, const llama_kv_cache_bounded & kv, uint32_t cls, const llama_kv_cache_bounded::step & st,
             uint32_t n_tokens);
 
     // the step of the class
     void set_input(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::step & st);
 
-    // nodes to be computed in this order; hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer projects to Q, K and V,
-    // null without tokens
-    std::vector<ggml_tensor *> build_store(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
-            ggml_tensor * hidden);
+    // Of a layer, whose first slice this is: scores F32 [n_state, n_state_heads, (n_old + n_tokens)*n_seq], null if nothing is scored.
+    // `res` gets nodes to be computed first, in their order. hidden F32 [n_embd, n_tokens*n_seq]: what the attention of the layer
+    // projects to Q, K and V, null without tokens.
+    ggml_tensor * build_scores(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & first,
+            ggml_tensor * hidden, std::vector<ggml_tensor *> & res);
+
+    // puts those of the heads of a slice of this class, of n_head_kv of the layer, into their slots
+    ggml_tensor * build_store(ggml_context * ctx, const llama_kv_cache_bounded::layer & l, ggml_tensor * scores, int64_t n_head_kv) const;
 
     // ranks F32 [n_slots, n_head_kv, n_seq] at the eviction of a scoring graph
     ggml_tensor * build_rank(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l,
@@ -42,6 +46,8 @@ public:
             ggml_tensor * plan, ggml_tensor * ctl);
 
 private:
+    void make_rows(ggml_context * ctx, const llama_kv_cache_bounded & kv);
+
     ggml_tensor * view_state(ggml_context * ctx, const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::layer & l) const;
 
     const uint32_t cls;

@@ -193,17 +193,32 @@ void indexmem_sidecar::read_needs(const indexmem_metadata & meta) {
         throw indexmem_sidecar_error(format("key '%s' is there without an indexer, whose ranks it is measured with: %s",
                     meta.has(SHARE) ? SHARE : LEAST, CONVERT));
     }
-    needs.resize(geometry.n_layer);
-    const auto shares = meta.has(SHARE) ? meta.f32s(SHARE, geometry.n_layer) : std::vector<float>(geometry.n_layer, 1.0f);
-    const auto least  = meta.has(LEAST) ? meta.counts(LEAST, geometry.n_layer, MOST + 1) : std::vector<uint32_t>(geometry.n_layer, 0);
-    std::set<indexmem_layer_need> different;
-    for (uint32_t il = 0; il < geometry.n_layer; ++il) {
-        if (!(shares[il] >= MIN && shares[il] <= MAX)) {
-            throw indexmem_sidecar_error(format("value %u of key '%s' is %g, expected one from %g to %g: %s", il, SHARE, shares[il], MIN, MAX, CONVERT));
+    // one value for each layer, or for each KV head of each layer
+    const size_t n_head = geometry.n_head_kv;
+    const size_t n_all  = geometry.n_layer*n_head;
+    const auto step_of = [&](const char * key) {
+        return meta.has(key) && meta.size(key) == n_all ? (size_t) 1 : n_head; // values are this many heads apart
+    };
+    const size_t share_step = step_of(SHARE);
+    const size_t least_step = step_of(LEAST);
+
+    const auto shares = meta.has(SHARE) ? meta.f32s(SHARE, n_all/share_step) : std::vector<float>(geometry.n_layer, 1.0f);
+    const auto least  = meta.has(LEAST) ? meta.counts(LEAST, n_all/least_step, MOST + 1) : std::vector<uint32_t>(geometry.n_layer, 0);
+    for (size_t i = 0; i < shares.size(); ++i) {
+        if (!(shares[i] >= MIN && shares[i] <= MAX)) {
+            throw indexmem_sidecar_error(format("value %zu of key '%s' is %g, expected one from %g to %g: %s", i, SHARE, shares[i], MIN, MAX, CONVERT));
         }
-        needs[il] = { shares[il], least[il] };
-        if (covered[il]) {
-            different.insert(needs[il]);
+    }
+    std::set<indexmem_need> different;
+    for (size_t i = 0; i < n_all; ++i) {
+        needs.push_back({ shares[i/share_step], least[i/least_step] });
+        if (!covered[i/n_head]) {
+            continue;
+        }
+        different.insert(needs[i]);
+        if (i % n_head > 0 && !(needs[i] == needs[i - 1]) && indexer->n_state_heads() == 1) {
+            throw indexmem_sidecar_error(format("keys '%s' and '%s' tell KV heads of layer %zu apart, and the indexer '%s' ranks for all heads of "
+                        "a layer together: give them the same, or one value a layer: %s", SHARE, LEAST, i/n_head, indexer->kind(), CONVERT));
         }
     }
     if (different.size() > indexmem_kv_counts::N_CLASSES_MAX) {

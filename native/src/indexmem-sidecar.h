@@ -41,8 +41,8 @@ public:
 
     const indexmem_weights & get_layer(uint32_t il) const { return layers[il]; } // after load(); empty if it is not for the layer
 
-    // what of a budget each layer of the model needs, [n_layer], with shares above 0; empty: all the same
-    const std::vector<indexmem_layer_need> & get_needs() const { return needs; }
+    // what of a budget each KV head of the model needs, [n_layer][n_head_kv], with shares above 0; empty: all the same
+    const std::vector<indexmem_need> & get_needs() const { return needs; }
 
     // identity of what changes ranks and memory: kinds, constants and weights; never 0
     uint64_t get_hash() const { return hash; }
@@ -81,7 +81,7 @@ private:
 
     std::vector<bool> covered; // [n_layer] the layers that it is for
 
-    std::vector<indexmem_layer_need> needs; // get_needs()
+    std::vector<indexmem_need> needs; // get_needs()
 
     std::string arch;        // "unknown" if it does not say
     std::string fingerprint; // empty if it does not say

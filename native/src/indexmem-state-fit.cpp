@@ -94,12 +94,13 @@ std::unique_ptr<kv_cache> cache_for(const kv_cache & kv, const kv_cache::seq_sta
 // the tables and the rows of a sequence, however many it says there are
 std::vector<uint8_t> read_sequence(llama_io_read_i & io, const indexmem_state_origin & o, const kv_cache & kv, const kv_cache::seq_state & from) {
     std::vector<uint8_t> res;
-    for (const auto & l : kv.get_layers()) {
-        indexmem_state_some(io, (uint64_t) from.of(l.cls).n_fixed*sizeof(int32_t)*l.pos->ne[1]*(from.n_rebases > 0 ? 2 : 1), &res);
+    const auto of = [&](const indexmem_slice & slice) { return from.of(kv.get_layer(slice.il, slice.head)->cls); };
+    for (const auto & slice : o.slices) {
+        indexmem_state_some(io, (uint64_t) of(slice).n_fixed*sizeof(int32_t)*slice.n_head*(from.n_rebases > 0 ? 2 : 1), &res);
     }
-    for (size_t i = 0; i < o.layers.size(); ++i) {
+    for (size_t i = 0; i < o.slices.size(); ++i) {
         for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
-            indexmem_state_some(io, o.layers[i][part]*o.n_rows((indexmem_state_part) part, from.of(kv.get_layers()[i].cls)), &res);
+            indexmem_state_some(io, o.sizes[i][part]*o.n_rows((indexmem_state_part) part, of(o.slices[i])), &res);
         }
     }
     return res;
@@ -152,7 +153,12 @@ void compute(ggml_backend_t backend, const kv_cache & kv, const kv_cache & targe
     };
     if (st.score) {
         scoring.emplace(ctx, kv, l.cls, st, 0);
-        expand(scoring->build_store(ctx, kv, l, nullptr));
+        std::vector<ggml_tensor *> nodes;
+        ggml_tensor * scores = scoring->build_scores(ctx, kv, *kv.get_layer(l.il), nullptr, nodes);
+        if (scores) {
+            nodes.push_back(scoring->build_store(ctx, l, scores, kv.get_n_head_kv(l.il)));
+        }
+        expand(nodes);
     }
     ggml_tensor * ctl        = nullptr;
     ggml_tensor * ctl_rotary = nullptr;
@@ -230,12 +236,10 @@ void indexmem_state_hold_fitted(llama_io_read_i & io, const indexmem_state_origi
         }
         GGML_ASSERT(done == bytes.size());
     };
-    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
-        const auto & a = wide->get_layers()[i];
-        const auto & b = kv.get_layers()[i];
-        move(indexmem_state_table(a, st.after[0], 0), indexmem_state_table(b, st.after[0], stream));
-        const auto source = indexmem_state_rows_of(*wide, a, st.after[0], 0);
-        const auto target = indexmem_state_rows_of(kv, b, st.after[0], stream);
+    for (const auto & l : kv.get_layers()) {
+        move(indexmem_state_table(*wide, l.heads(), st.after[0], 0), indexmem_state_table(kv, l.heads(), st.after[0], stream));
+        const auto source = indexmem_state_rows_of(*wide, l.heads(), st.after[0], 0);
+        const auto target = indexmem_state_rows_of(kv, l.heads(), st.after[0], stream);
         for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
             move(source[part], target[part]);
         }

@@ -33,15 +33,15 @@ indexmem_state_origin indexmem_state_origin_of(const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
     indexmem_state_origin res = {};
-    res.version  = cfg.n_classes() > 1 ? INDEXMEM_STATE_VERSION : INDEXMEM_STATE_VERSION_ONE;
+    res.version  = indexmem_state_version_of(kv);
     res.policy   = kv.get_policy().name;
     res.memory   = indexmem_state_name(kv.get_memory());
     res.n_latent = kv.get_n_latent();
     res.sidecar  = cfg.sidecar ? cfg.sidecar->get_hash() : 0;
     res.n_ring   = kv.get_n_ring();
     for (const auto & l : kv.get_layers()) {
-        res.layers.push_back(indexmem_state_sizes_of(kv, l));
-        res.classes.push_back((uint8_t) l.cls);
+        res.slices.push_back(l.heads());
+        res.sizes.push_back(indexmem_state_sizes_of(kv, l.heads()));
     }
     res.n_classes = cfg.n_classes();
     return res;
@@ -76,36 +76,75 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
 
     in.expect(kv.get_rot_k(),         "rotation of K");
     in.expect(kv.get_rot_v(),         "rotation of V");
-    in.expect(kv.get_layers().size(), "number of layers");
+    const bool classes = res.version > INDEXMEM_STATE_VERSION_ONE;
+    const bool sliced  = res.version > INDEXMEM_STATE_VERSION_WHOLE;
 
-    res.n_classes = res.version > INDEXMEM_STATE_VERSION_ONE ? in.get<uint32_t>() : 1;
+    std::vector<uint32_t> layers, n_heads; // that are bounded here
+    for (const auto & l : kv.get_layers()) {
+        if (l.head == 0) {
+            layers.push_back(l.il);
+            n_heads.push_back(kv.get_n_head_kv(l.il));
+        }
+    }
+    uint32_t n_slices = layers.size();
+    if (sliced) {
+        n_slices = in.get<uint32_t>();
+    } else {
+        in.expect(n_slices, "number of layers");
+    }
+    res.n_classes = classes ? in.get<uint32_t>() : 1;
     if (res.n_classes < 1 || res.n_classes > indexmem_kv_counts::N_CLASSES_MAX) {
         throw std::runtime_error(format("bounded KV state: %u classes of layers, expected 1 to %u: it is damaged", res.n_classes,
                     indexmem_kv_counts::N_CLASSES_MAX));
     }
 
     bool whole = true; // sizes that belong to these names
-    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
-        const auto & l = kv.get_layers()[i];
-        in.expect(l.il,       "index",              l.il);
-        const uint32_t cls = res.version > INDEXMEM_STATE_VERSION_ONE ? in.get<uint32_t>() : 0;
+    size_t at = 0;     // the layer of the next slice, and how many of its heads there were
+    uint32_t n_before = 0;
+    for (uint32_t i = 0; i < n_slices; ++i) {
+        if (at == layers.size()) {
+            throw std::runtime_error(format("bounded KV state: %u slices of %zu layers are too many: it is damaged", n_slices, layers.size()));
+        }
+        const uint32_t il = layers[at];
+        in.expect(il, "index", il);
+        const uint32_t cls = classes ? in.get<uint32_t>() : 0;
         if (cls >= res.n_classes) {
-            throw std::runtime_error(format("bounded KV state: layer %u is of class %u of %u: it is damaged", l.il, cls, res.n_classes));
+            throw std::runtime_error(format("bounded KV state: layer %u is of class %u of %u: it is damaged", il, cls, res.n_classes));
         }
-        res.classes.push_back((uint8_t) cls);
-        in.expect(l.k->ne[2], "number of KV heads", l.il);
-        in.expect(l.k->ne[0], "head size of K",     l.il);
-        in.expect(l.v->ne[0], "head size of V",     l.il);
-        in.expect(l.k->type,  "type of K",          l.il);
-        in.expect(l.v->type,  "type of V",          l.il);
+        if (sliced) {
+            in.expect(n_before, "first KV head of a slice", il);
+        }
+        const uint32_t n_head = in.get<uint32_t>();
+        if (n_head < 1 || n_head > n_heads[at] - n_before || (!sliced && n_head != n_heads[at])) {
+            throw std::runtime_error(format("bounded KV state: number of KV heads of layer %u is %u in the state and %u in this context", il, n_head,
+                        n_heads[at] - n_before));
+        }
+        const indexmem_slice heads = { il, n_before, n_head, cls };
+        const auto & l = *kv.get_layer(il);
+        in.expect(l.k->ne[0], "head size of K",     il);
+        in.expect(l.v->ne[0], "head size of V",     il);
+        in.expect(l.k->type,  "type of K",          il);
+        in.expect(l.v->type,  "type of V",          il);
 
-        res.layers.push_back(ours.layers[i]);
+        const auto of_ours = indexmem_state_sizes_of(kv, heads);
+        auto sizes = of_ours;
         for (int part = 0; sized && part < INDEXMEM_STATE_N_PARTS; ++part) {
-            const uint32_t size = res.layers[i][part] = in.get<uint32_t>();
-            whole = whole && (size > 0) == has_part(res, part);
+            const uint32_t size = sizes[part] = in.get<uint32_t>();
+            const bool     has  = has_part(res, part) && (n_before == 0 || (part != INDEXMEM_STATE_PENDING && part != INDEXMEM_STATE_QUERIES));
+            whole = whole && (size > 0) == has;
             whole = whole && (!indexmem_state_goes_on(res, ours, part) || res.memory != ours.memory || res.n_latent != ours.n_latent ||
-                    res.sidecar != ours.sidecar || size == ours.layers[i][part]);
+                    res.sidecar != ours.sidecar || size == of_ours[part]);
         }
+        res.slices.push_back(heads);
+        res.sizes.push_back(sizes);
+        n_before += n_head;
+        if (n_before == n_heads[at]) {
+            n_before = 0;
+            ++at;
+        }
+    }
+    if (at < layers.size()) {
+        throw std::runtime_error(format("bounded KV state: %u slices are not all of %zu layers: it is damaged", n_slices, layers.size()));
     }
 
     const bool has_sidecar = res.policy == INDEXMEM_STATE_INDEXER || res.memory != "off";

@@ -58,20 +58,22 @@ void check_class(const kv_cache & kv, const indexmem_state_origin & o, const kv_
     }
 }
 
-// What a state holds in each of its classes, in ours: layers that are of one class here must hold equally much.
+// What a state holds in each of its classes, in ours: heads that are of one class here must hold equally much.
 void take_classes(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & theirs, kv_cache::seq_state & seq) {
     const uint32_t n_classes = kv.get_config().n_classes();
 
     std::array<int, indexmem_kv_counts::N_CLASSES_MAX> found;
     found.fill(-1);
-    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
-        int & cls = found[kv.get_layers()[i].cls];
-        cls = cls < 0 ? o.classes[i] : cls;
-        const auto a = theirs.of(cls), b = theirs.of(o.classes[i]);
-        if (a.n_used != b.n_used || a.n_fixed != b.n_fixed) {
-            throw std::runtime_error("bounded KV state: made with other budgets of layers, and layers that have one budget in this context hold "
-                    "different numbers of entries in it: use the sidecar and the option for layers that it was made with, or evaluate the "
-                    "text again");
+    for (const auto & slice : o.slices) {
+        for (uint32_t h = slice.head; h < slice.head + slice.n_head; ++h) {
+            int & cls = found[kv.get_layer(slice.il, h)->cls];
+            cls = cls < 0 ? (int) slice.cls : cls;
+            const auto a = theirs.of(cls), b = theirs.of(slice.cls);
+            if (a.n_used != b.n_used || a.n_fixed != b.n_fixed) {
+                throw std::runtime_error("bounded KV state: made with other budgets of layers, and layers that have one budget in this context "
+                        "hold different numbers of entries in it: use the sidecar and the option for layers that it was made with, or "
+                        "evaluate the text again");
+            }
         }
     }
     for (uint32_t c = 0; c < indexmem_kv_counts::N_CLASSES_MAX; ++c) {
@@ -168,18 +170,18 @@ void check_rotary(const std::vector<int32_t> & pos, const std::vector<int32_t> &
     }
 }
 
-// of one layer
-void hold_table(llama_io_read_i & io, const kv_cache::layer & l, const kv_cache::seq_state & of_all, uint32_t stream,
+// of one slice
+void hold_table(llama_io_read_i & io, const kv_cache & kv, const indexmem_slice & heads, const kv_cache::seq_state & of_all, uint32_t stream,
         std::vector<indexmem_state_held> & held) {
-    const auto seq = of_all.of(l.cls);
+    const auto seq = of_all.of(kv.get_layer(heads.il, heads.head)->cls); // as much as of the others
 
     std::vector<std::vector<int32_t>> tables;
-    for (const auto & piece : indexmem_state_table(l, seq, stream)) {
+    for (const auto & piece : indexmem_state_table(kv, heads, of_all, stream)) {
         held.push_back(indexmem_state_hold(io, piece));
         tables.emplace_back(seq.n_fixed);
         memcpy(tables.back().data(), held.back().data.data(), held.back().data.size());
     }
-    const size_t n_head = l.pos->ne[1];
+    const size_t n_head = heads.n_head;
     for (size_t h = 0; h < std::min(tables.size(), n_head); ++h) {
         check_table(tables[h], seq);
         if (tables.size() > n_head) {
@@ -231,13 +233,14 @@ void indexmem_state_hold_sequence(llama_io_read_i & io, const indexmem_state_ori
     const bool defers = io.defers();
 
     const auto ours = indexmem_state_origin_of(kv);
-    for (const auto & l : kv.get_layers()) {
-        hold_table(io, l, seq, stream, held);
+    for (const auto & slice : o.slices) {
+        hold_table(io, kv, slice, seq, stream, held);
     }
-    for (size_t i = 0; i < kv.get_layers().size(); ++i) {
-        const auto rows = indexmem_state_rows_of(kv, kv.get_layers()[i], seq, stream);
+    for (size_t i = 0; i < o.slices.size(); ++i) {
+        const auto & slice = o.slices[i];
+        const auto   rows  = indexmem_state_rows_of(kv, slice, seq, stream);
         for (int part = 0; part < INDEXMEM_STATE_N_PARTS; ++part) {
-            const uint64_t size = o.layers[i][part]*o.n_rows((indexmem_state_part) part, from.of(kv.get_layers()[i].cls));
+            const uint64_t size = o.sizes[i][part]*o.n_rows((indexmem_state_part) part, from.of(kv.get_layer(slice.il, slice.head)->cls));
             if (!indexmem_state_goes_on(o, ours, part)) {
                 indexmem_state_some(io, size, nullptr);
                 continue;
@@ -248,7 +251,7 @@ void indexmem_state_hold_sequence(llama_io_read_i & io, const indexmem_state_ori
             }
             if (size != expected) {
                 throw std::runtime_error(format("bounded KV state: %llu bytes of part %d of layer %u, expected %llu", (unsigned long long) size, part,
-                            kv.get_layers()[i].il, (unsigned long long) expected));
+                            slice.il, (unsigned long long) expected));
             }
             for (const auto & piece : rows[part]) {
                 if (defers) {

@@ -16,9 +16,10 @@ void put(llama_io_write_i & io, T value) {
 // in the order of get_header()
 void put_header(llama_io_write_i & io, const kv_cache & kv) {
     const auto & cfg = kv.get_config();
+    const uint32_t version = indexmem_state_version_of(kv);
 
     put<uint32_t>(io, INDEXMEM_STATE_MAGIC);
-    put<uint32_t>(io, cfg.n_classes() > 1 ? INDEXMEM_STATE_VERSION : INDEXMEM_STATE_VERSION_ONE);
+    put<uint32_t>(io, version);
     io.write_string(kv.get_policy().name);
     io.write_string(indexmem_state_name(kv.get_memory()));
     put<uint32_t>(io, kv.get_n_latent());
@@ -27,20 +28,23 @@ void put_header(llama_io_write_i & io, const kv_cache & kv) {
     put<uint32_t>(io, kv.get_rot_k());
     put<uint32_t>(io, kv.get_rot_v());
     put<uint32_t>(io, kv.get_layers().size());
-    if (cfg.n_classes() > 1) {
+    if (version > INDEXMEM_STATE_VERSION_ONE) {
         put<uint32_t>(io, cfg.n_classes());
     }
     for (const auto & l : kv.get_layers()) {
         put<uint32_t>(io, l.il);
-        if (cfg.n_classes() > 1) {
+        if (version > INDEXMEM_STATE_VERSION_ONE) {
             put<uint32_t>(io, l.cls);
+        }
+        if (version > INDEXMEM_STATE_VERSION_WHOLE) {
+            put<uint32_t>(io, l.head);
         }
         put<uint32_t>(io, l.k->ne[2]);
         put<uint32_t>(io, l.k->ne[0]);
         put<uint32_t>(io, l.v->ne[0]);
         put<uint32_t>(io, l.k->type);
         put<uint32_t>(io, l.v->type);
-        for (uint32_t size : indexmem_state_sizes_of(kv, l)) {
+        for (uint32_t size : indexmem_state_sizes_of(kv, l.heads())) {
             put<uint32_t>(io, size);
         }
     }

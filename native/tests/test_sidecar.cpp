@@ -162,7 +162,7 @@ TEST(files_for_some_layers) {
     CHECK(open_bytes(file.bytes()) == "");
 }
 
-TEST(needs_of_layers) {
+TEST(needs_of_layers_and_heads) {
     const auto file_with = [](const char * key, int32_t type, const auto & values, const char * indexer) {
         auto file = sidecar_file(indexer, "residual");
         std::vector<std::string> raws;
@@ -178,7 +178,16 @@ TEST(needs_of_layers) {
     const float inf = std::numeric_limits<float>::infinity();
     write(PATH, with({ 1.0f, 4.0f }));
     const indexmem_sidecar shared(PATH);
-    CHECK(shared.get_needs().size() == 2 && shared.get_needs()[1].share == 4.0f && shared.get_needs()[1].least == 0);
+    CHECK(shared.get_needs().size() == 4 && shared.get_needs()[1].share == 1.0f); // two heads a layer
+    CHECK(shared.get_needs()[2].share == 4.0f && shared.get_needs()[3] == shared.get_needs()[2] && shared.get_needs()[3].least == 0);
+
+    write(PATH, with({ 1.0f, 4.0f, 2.0f, 1.0f })); // one value for each head
+    const indexmem_sidecar heads(PATH);
+    CHECK(heads.get_needs().size() == 4 && heads.get_needs()[1].share == 4.0f && heads.get_needs()[2].share == 2.0f);
+    CHECK(heads.get_hash() == shared.get_hash());
+    write(PATH, with({ 1.0f, 1.0f, 2.0f, 2.0f }, "pairwise"));
+    CHECK(indexmem_sidecar(PATH).get_needs()[3].share == 2.0f);
+    CHECK_FAILS(with({ 1.0f, 1.0f, 2.0f, 1.0f }, "pairwise"), "tell KV heads of layer 1 apart");
 
     write(PATH, sidecar_file("kvzap", "residual").bytes());
     const indexmem_sidecar plain(PATH);
@@ -198,7 +207,9 @@ TEST(needs_of_layers) {
     };
     write(PATH, least({ 0, 1 << 20 }));
     const indexmem_sidecar first(PATH);
-    CHECK(first.get_needs()[0].share == 1.0f && first.get_needs()[1].least == 1 << 20 && first.get_hash() == plain.get_hash());
+    CHECK(first.get_needs()[0].share == 1.0f && first.get_needs()[3].least == 1 << 20 && first.get_hash() == plain.get_hash());
+    write(PATH, least({ 0, 7, 0, 0 }));
+    CHECK(indexmem_sidecar(PATH).get_needs()[1].least == 7 && indexmem_sidecar(PATH).get_needs()[2].least == 0);
     for (const auto & values : std::vector<std::vector<int32_t>>{ {}, { 1 }, { 1, 1, 1 }, { 0, -1 }, { 0, (1 << 20) + 1 } }) {
         CHECK_FAILS(least(values), "indexmem.budget_least");
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from conftest import Tiny
 from indexmem_edge import IndexMemError, ModelFileError, SidecarError
 from indexmem_edge.cli.terminal import printable
+from indexmem_edge.convert.sidecar import read_sidecar
+from indexmem_edge.convert.writer import write_sidecar
 from indexmem_edge.native import find
 from support.commands import one_error, run
 from support.sidecars import fingerprint, shape
@@ -97,6 +100,16 @@ def test_a_model_that_cannot_be_bounded(tiny: Tiny, arch: str, capsys: pytest.Ca
     facts = examine(tiny(arch)[0])
     assert not facts["bounded"] and facts["kv_bytes_per_1024"] is None
     assert arch in facts["why_not"] and "not possible" in shown(facts, capsys)
+
+
+def test_what_layers_and_heads_need_of_a_budget(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = read_sidecar(folder / "m.indexmem.gguf").checkpoint  # of two layers of two heads
+    write_sidecar(tmp_path / "layers.gguf", replace(checkpoint, budget_share=(1.0, 2.5), budget_least=(0, 0)))
+    text = " ".join(shown(examine(tmp_path / "layers.gguf"), capsys).split())
+    assert "share of a budget 2.5: layer 1" in text and "entries before the same for all" in text
+    write_sidecar(tmp_path / "heads.gguf", replace(checkpoint, budget_share=(1.0, 2.0, 1.0, 2.0), budget_least=(0, 90, 0, 0)))
+    text = " ".join(shown(examine(tmp_path / "heads.gguf"), capsys).split())
+    assert "share of a budget 2: layer.head 0.1 1.1" in text and "entries before 90: layer.head 0.1" in text
 
 
 def test_as_json(folder: Path) -> None:

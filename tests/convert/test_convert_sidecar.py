@@ -29,7 +29,7 @@ from indexmem_edge.convert import (
     write_checkpoint,
     write_sidecar,
 )
-from indexmem_edge.convert.spec import INDEXERS, MEMORIES, check_f32
+from indexmem_edge.convert.spec import INDEXERS, MEMORIES, check_f32, check_needs, needs_of_heads
 from support import convert_samples as samples
 
 DOCS = Path(__file__).parents[2] / "docs" / "sidecar.md"
@@ -97,6 +97,34 @@ def test_entries_that_layers_get_first(checkpoint: Checkpoint, tmp_path: Path) -
             replace(checkpoint, budget_least=wrong).validated()
     with pytest.raises(ConvertError, match="budget_least without an indexer"):
         replace(checkpoint, kind="none", constants={}, budget_least=least).validated()
+
+
+def test_needs_of_heads(tmp_path: Path) -> None:
+    """One value a KV head in the place of one a layer; not where an indexer ranks for all heads of a layer together."""
+    n, heads, path = 3, 2, tmp_path / "heads.gguf"
+    checkpoint = Checkpoint(
+        Geometry(n, 32, heads), "kvzap", {"mid_dim": 0},
+        [{"out_proj.weight": np.ones((heads, 32), np.float32), "out_proj.bias": np.zeros(heads, np.float32)}] * n,
+        Provenance("kvzap", ("a",), ("0" * 64,)),
+    )  # fmt: skip
+    shares, least = tuple(float(1 + i % 2) for i in range(n * heads)), tuple(i % 2 for i in range(n * heads))
+    apart = replace(checkpoint, budget_share=shares, budget_least=least)
+    write_sidecar(path, apart)
+    found = read_sidecar(path).checkpoint
+    assert (found.budget_share, found.budget_least) == (shares, least)
+    write_checkpoint(tmp_path / "heads.safetensors", apart)
+    assert read_checkpoint(tmp_path / "heads.safetensors").budget_share == shares
+    mixed = replace(checkpoint, budget_share=shares, budget_least=(3,) * n).validated()  # one of each kind
+    assert len(mixed.budget_share or ()) == n * heads and len(mixed.budget_least or ()) == n
+    for wrong in (shares[:-1], (*shares, 1.0), (0.0, *shares[1:])):
+        with pytest.raises(ConvertError, match="budget_share"):
+            replace(checkpoint, budget_share=wrong).validated()
+    assert needs_of_heads(None, 2, 2, 1.0) == [1.0] * 4 and needs_of_heads((5, 6), 2, 2, 0) == [5, 5, 6, 6]
+    assert needs_of_heads((1, 2, 3, 4), 2, 2, 0) == [1, 2, 3, 4] and needs_of_heads((7, 8), 2, 1, 0) == [7, 8]
+    with pytest.raises(ConvertError, match="tell KV heads of layer 1 apart, and this indexer ranks for all heads"):
+        check_needs((1.0, 1.0, 2.0, 1.0), None, 2, 2, (0, 1), ranks_heads=False)
+    assert check_needs((1.0, 1.0, 2.0, 2.0), None, 2, 2, (0, 1), ranks_heads=False)[0] == (1.0, 1.0, 2.0, 2.0)
+    assert check_needs((1.0, 1.0, 2.0, 1.0), None, 2, 2, (0,), ranks_heads=False)[1] is None  # the file is not for the other layer
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

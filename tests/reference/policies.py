@@ -159,7 +159,7 @@ class BoundedReference:
         dtype: DTypeLike = np.float64,
         cache_dtype: CacheType = None,
         n_ctx: int = 0,
-        budgets: Sequence[int] = (),  # of each layer, where they differ
+        budgets: Sequence[Sequence[int]] = (),  # of each KV head of each layer, where they differ
     ) -> None:
         if policy not in POLICIES and (policy != "indexer" or indexer is None):
             raise ValueError(f"no policy {policy!r}, or no indexer for it")
@@ -168,7 +168,7 @@ class BoundedReference:
             raise ValueError("no room beyond what is protected")
         self.config, self.policy, self.seed = config, policy, seed
         self.budget, self.sinks, self.window, self.pin = budget, sinks, window, pin
-        self.budgets = list(budgets)
+        self.budgets = [list(layer) for layer in budgets]
         self.evict_step, self.budget_ratio, self.indexer = evict_step, budget_ratio, indexer
         self.memory, self.span = memory, span
         self.decoder = RememberingDecoder(config, dtype, cache_dtype, n_ctx)
@@ -200,20 +200,20 @@ class BoundedReference:
         share = math.ceil(self.budget_ratio * self.n_seen)
         return min(self.budget, max(share, self.protected + self.window + 1 + self.n_latent))
 
-    def capacity(self, il: int) -> int:
-        """Entries that may stay in a layer at this length: the budget without the slots of a memory."""
+    def capacity(self, il: int, h: int) -> int:
+        """Entries that may stay in a KV head at this length: the budget without the slots of a memory."""
         if not self.budgets:
             return self.budget_now - self.n_latent
         least = self.protected + self.window + 1 + self.n_latent
-        mine = self.budgets[il]
+        mine = self.budgets[il][h]
         if self.budget_ratio and self.budget_now < self.budget:  # what is not protected is shared as ever
             mine = min(mine, least + (self.budget_now - least) * (mine - least) // (self.budget - least))
         return mine - self.n_latent
 
     @property
     def step(self) -> int:
-        """Entries evicted at once during decode, in all layers together."""
-        room = min(self.capacity(il) for il in range(self.config.n_layer)) - self.protected - self.window
+        """Entries evicted at once during decode, in all heads together."""
+        room = min(self.capacity(il, h) for il, h in self.heads()) - self.protected - self.window
         return min(self.evict_step or max(min(max(32, room // 128), room // 8), 1), room)
 
     @property
@@ -248,7 +248,7 @@ class BoundedReference:
         self._ranks.clear()
         for il, h in self.heads():
             self.slots[il][h] += range(n_past, n_past + n_new)
-        if any(len(self.slots[il][h]) > self.capacity(il) for il, h in self.heads()):
+        if any(len(self.slots[il][h]) > self.capacity(il, h) for il, h in self.heads()):
             for il, h in self.heads():
                 self._evict(il, h)
         self.n_ubatches += 1
@@ -263,8 +263,8 @@ class BoundedReference:
             self.n_latent = self.memory.n_slots if self.memory else 0
             self._forget()
         self._ranks.clear()
-        budgets = self.budgets or [self.budget] * self.config.n_layer
-        too_many = any(len(self.slots[il][h]) > budgets[il] - self.n_latent for il, h in self.heads())
+        budgets = self.budgets or [[self.budget] * self.config.n_head_kv] * self.config.n_layer
+        too_many = any(len(self.slots[il][h]) > budgets[il][h] - self.n_latent for il, h in self.heads())
         for il, h in self.heads() if too_many else ():
             self._evict(il, h)
         self.n_ubatches += 1
@@ -316,7 +316,7 @@ class BoundedReference:
 
     def _evict(self, il: int, h: int) -> None:
         kept, last = sorted(self.slots[il][h]), self.n_seen - 1
-        over = len(kept) - self.capacity(il)
+        over = len(kept) - self.capacity(il, h)
         n_evict = max(over, self.step) if over > 0 else max(over - 1 + self.step, 0)  # the others make as much room
         n_evict = min(n_evict, len(kept) - self.protected - self.window)
         if n_evict <= 0:
