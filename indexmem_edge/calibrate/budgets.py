@@ -1,4 +1,5 @@
-"""Which layers need more of a budget than others? Measured by answers about a text, and written into a sidecar.
+"""Which layers, and which of their KV heads, need more of a budget than others? Measured by answers about a text, and written into a
+sidecar.
 
     from indexmem_edge.calibrate.budgets import calibrate_budgets
 
@@ -6,24 +7,25 @@
     print(result.nll_before, result.nll, result.least)
 
 Texts with facts are read with a bounded cache and asked about, as they are run: once as the sidecar has it, and once for each
-layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together. Every
-second text chooses, the others have to agree; if they do not, nothing is written of it.
+layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together, and then only
+as many of their heads as gain as much. Every second text chooses, the others have to agree; if they do not, nothing is written of it.
 
-What is written is how many entries a wide layer had (`budget_least`), and not a share: nothing was measured with larger budgets, and
-of those a layer that needs many entries needs no more.
+What is written is how many entries a wide head had (`budget_least`), and not a share: nothing was measured with larger budgets, and
+of those a head that needs many entries needs no more.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
 
+from indexmem_edge.convert.spec import INDEXERS, find
 from indexmem_edge.convert.writer import write_sidecar
 
 from ..errors import IndexMemError, SidecarError
@@ -38,12 +40,12 @@ from ..train.data.sample import Sample
 from . import calibrated_file as files
 from .passages import TextContext, tokenize
 
-WIDE = 4  # times the room of the other layers
-TOGETHER = 1, 2, 4  # layers that are widened at once
+WIDE = 4  # times the room of the other heads
+TOGETHER = 1, 2, 4  # layers, or heads of them, that are widened at once
 
 PathLike = Union[str, "os.PathLike[str]"]
 Array = npt.NDArray[np.float64]
-Wide = tuple[int, ...]  # layers
+Wide = tuple[tuple[int, int], ...]  # KV heads: layer, head
 Judge = Callable[[Wide], Array]  # NLL of the answers of each text, nats per token
 
 
@@ -55,9 +57,10 @@ class LayerNeeds:
     bytes: int
     budget: int
     texts: int
-    nll_before: float  # of the answers, nats per token, with no layer wide; on the texts that did not choose
+    nll_before: float  # of the answers, nats per token, with no head wide; on the texts that did not choose
     nll: float  # as it is written
-    least: Optional[tuple[int, ...]]  # entries that each layer gets before the rest is shared; None: no layer gains by it
+    least: Optional[tuple[int, ...]]  # entries that each KV head gets before the rest is shared, layer by layer; None: none gains by it
+    heads: int  # that are told apart of a layer; 1: `least` has one number a layer
     gains: dict[int, float]  # by bounded layer: what is gained, on the texts that choose, if it alone is wide
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def calibrate_budgets(
     Args:
         texts: UTF-8 books, between whose sentences facts are told.
         indexmem: the sidecar whose indexer ranks.
-        kv_budget: what layers have on average. Where it is short, it matters: a twentieth of `n_ctx` or less.
+        kv_budget: what heads have on average. Where it is short, it matters: a twentieth of `n_ctx` or less.
         kv_window: default: a quarter of the budget, at most 128.
         progress: called with the texts read and their number.
 
@@ -109,11 +112,14 @@ def calibrate_budgets(
     with tempfile.TemporaryDirectory() as folder, loaded_model(name) as loaded:
         samples = _samples(loaded, [read_text(text) for text in names], n_ctx, n_texts, seed)
         bounded = [il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED]
-        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER))
+        layers, n_heads = source.checkpoint.geometry.block_count, source.checkpoint.geometry.head_count_kv
+        apart = n_heads > 1 and find(INDEXERS, "indexer", source.checkpoint.kind).ranks_heads
+        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER) + (max(TOGETHER) * n_heads + len(TOGETHER) if apart else 0))
 
         def least(wide: Wide) -> Optional[tuple[int, ...]]:
             room = max(kv_budget - kv_sinks - window, 1)
-            return tuple(WIDE * room if il in wide else 0 for il in range(source.checkpoint.geometry.block_count)) if wide else None
+            heads = [(il, h) for il in range(layers) for h in range(n_heads)] if apart else [(il, 0) for il in range(layers)]
+            return tuple(WIDE * room if head in wide else 0 for head in heads) if wide else None
 
         def judge(wide: Wide) -> Array:
             nonlocal done
@@ -133,27 +139,44 @@ def calibrate_budgets(
             os.remove(path)
             return np.array(found)
 
-        wide, before, nll, gains = choose(judge, bounded)
+        wide, before, nll, gains = choose(judge, {il: [(il, h) for h in range(n_heads)] for il in bounded}, apart)
     written = write_sidecar(out, replace(source.checkpoint, budget_least=least(wide)), source.outtype, force)
-    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), gains)
+    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), n_heads if apart else 1, gains)
 
 
-def choose(judge: Judge, bounded: Sequence[int]) -> tuple[Wide, float, float, dict[int, float]]:
-    """The layers to widen, NLL before and then on the texts that did not choose, and the gain of each layer alone."""
+def choose(judge: Judge, layers: Mapping[int, Sequence[tuple[int, int]]], apart: bool) -> tuple[Wide, float, float, dict[int, float]]:
+    """The heads to widen, out of those of the bounded layers, NLL before and then on the texts that did not choose, and the gain of each
+    layer alone. Heads of a layer stay together unless they can be told `apart`.
+    """
     before = judge(())
-    gains = {il: float((before - judge((il,)))[::2].mean()) for il in bounded}
-    order = sorted((il for il in bounded if gains[il] > 0), key=lambda il: -gains[il])
+    gains = {il: float((before - judge(tuple(heads)))[::2].mean()) for il, heads in layers.items()}
+    order = sorted((il for il in layers if gains[il] > 0), key=lambda il: -gains[il])
     best: Wide = ()
     found = before
     for n in TOGETHER:
-        if n > len(order) or n >= len(bounded):
+        if n > len(order) or n >= len(layers):
             break
-        nll = judge(tuple(order[:n]))
+        wide = tuple(head for il in order[:n] for head in layers[il])
+        nll = judge(wide)
         if nll[::2].mean() < found[::2].mean():
-            best, found = tuple(order[:n]), nll
+            best, found = wide, nll
+    if best and apart:
+        best, found = _narrow(judge, best, found)
     if found[1::2].mean() >= before[1::2].mean():
         best, found = (), before
     return best, float(before[1::2].mean()), float(found[1::2].mean()), gains
+
+
+def _narrow(judge: Judge, wide: Wide, found: Array) -> tuple[Wide, Array]:
+    """Fewer of these heads, if they alone do as well or better: the others keep more then."""
+    alone = {head: float(judge((head,))[::2].mean()) for head in wide}
+    order, best = sorted(wide, key=lambda head: alone[head]), wide
+    for n in TOGETHER:
+        if n < len(wide):
+            nll = judge(tuple(order[:n]))
+            if nll[::2].mean() < found[::2].mean() or (best == wide and nll[::2].mean() == found[::2].mean()):
+                best, found = tuple(sorted(order[:n])), nll
+    return best, found
 
 
 def _samples(model: int, texts: Sequence[str], length: int, n: int, seed: int) -> list[Sample]:

@@ -32,7 +32,7 @@ def calibrate_budgets(
     ],
     out: Annotated[Path, panel_option(_FILE, "-o", "--out", help="Sidecar to write, FILE.indexmem.gguf.")],
     kv_budget: Annotated[
-        int, panel_option(_CACHE, "--kv-budget", min=1, help="Entries that each KV head keeps, on average over the layers.")
+        int, panel_option(_CACHE, "--kv-budget", min=1, help="Entries that each KV head keeps, on average over the heads.")
     ],
     kv_sinks: Annotated[int, panel_option(_CACHE, "--kv-sinks", min=0, help="First tokens, which are never evicted.")] = (
         DEFAULT_SINKS
@@ -54,11 +54,12 @@ def calibrate_budgets(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure which layers need more of a budget than others, and write that into a sidecar.
+    """Measure which layers, and which of their KV heads, need more of a budget than others, and write that into a sidecar.
 
-    Texts with facts in them are read with the budget and asked about: with equal budgets, and with four times the room in one
-    layer after the other, all layers together keeping as much as before. The layers that gain most become wide together, if
-    texts that had no part in the choice agree. It takes as long as reading the texts once for each layer.
+    Texts with facts in them are read with the budget and asked about: as the sidecar has it, and with four times the room in one
+    layer after the other, all heads together keeping as much as before. The layers that gain most become wide together, or only
+    those of their heads that gain, if texts that had no part in the choice agree. It takes as long as reading the texts once
+    for each layer, and for each head of up to four layers.
 
     Examples:
 
@@ -80,8 +81,9 @@ def calibrate_budgets(
     for il, gain in sorted(result.gains.items(), key=lambda item: -item[1])[:8]:
         show(f"layer {il:>3} alone {gain:+.3f} nats per token of an answer")
     if result.least is None:
-        show(f"no layer gains by more room: {printable(result.path)} says nothing of it")
+        show(f"nothing gains by more room: {printable(result.path)} says nothing of it")
         return
-    wide = ", ".join(f"layer {il} gets {n} entries first" for il, n in enumerate(result.least) if n)
+    names = (f"layer {i}" if result.heads == 1 else f"layer {i // result.heads} head {i % result.heads}" for i in range(len(result.least)))
+    wide = ", ".join(f"{name} gets {n} entries first" for name, n in zip(names, result.least) if n)
     show(f"{wide}; answers on other texts {result.nll_before:.3f} -> {result.nll:.3f} nats per token")
     show(f"{printable(result.path)} written")

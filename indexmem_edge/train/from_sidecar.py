@@ -56,8 +56,8 @@ def modules_from_sidecar(path: Union[str, os.PathLike[str]], config: Optional[Ge
 
 
 def needs_from_sidecar(path: Union[str, os.PathLike[str]]) -> tuple[Optional[tuple[float, ...]], Optional[tuple[int, ...]]]:
-    """What of a budget each layer gets with a sidecar, relative to the others, and the entries that it gets first, [n_layer] each; None:
-    all the same.
+    """What of a budget each layer gets with a sidecar, relative to the others, and the entries that it gets first, [n_layer] each, or
+    [n_layer * n_head_kv] where KV heads differ; None: all the same.
 
     Raises:
         ConvertError: the sidecar cannot be read.

@@ -225,6 +225,8 @@ class Loop:
             result |= {"recall": p.recall, "best_step": p.recall_step}
         if (found := stage.objective.found()) is not None:
             result["found"] = found
+        if (needs := stage.objective.needs()) is not None:
+            result["needs"] = [[layer, shares] for layer, shares in needs.items()]
         measure = getattr(stage.objective, "measure", None)
         if measure is not None:  # of a memory: layer by layer, the errors with it and without, and whether it helps
             errors = measure(self.held_out())

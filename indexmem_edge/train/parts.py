@@ -10,6 +10,8 @@ from typing import Optional, cast
 import torch
 from torch import Tensor, nn
 
+from indexmem_edge.convert.spec import needs_of_heads
+
 from ..errors import TrainingError
 from .from_sidecar import modules_from_sidecar, needs_from_sidecar
 from .indexers.scorers import SCORERS, with_decay
@@ -25,7 +27,7 @@ class Parts:
 
     indexer: nn.ModuleList
     memory: Optional[nn.ModuleList] = None
-    # of a budget, by layer, as the sidecar has them that training began with: shares, and entries before the rest is shared
+    # of a budget, by layer or KV head, as the sidecar has them that training began with: shares, and entries before the rest is shared
     shares: Optional[tuple[float, ...]] = None
     least: Optional[tuple[int, ...]] = None
 
@@ -100,8 +102,12 @@ def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, op
     if not trains_memory(objective):
         made = objective(decoder, parts.indexer, options.sinks, options.window)
         if parts.shares is not None:
-            mean = sum(parts.shares[il] for il in made.layers) / len(made.layers)
-            made.shares = {il: parts.shares[il] / mean for il in made.layers}
+            config = decoder.geometry
+            H = config.n_head_kv
+            of_heads = needs_of_heads(parts.shares, config.n_layer, H, 1.0)
+            shares = {il: of_heads[il * H : (il + 1) * H] for il in made.layers}
+            mean = sum(map(sum, shares.values())) / (H * len(shares))
+            made.shares = {il: [share / mean for share in here] for il, here in shares.items()}
         return made
     if parts.memory is None:
         raise TrainingError(f"the objective {objective.name} trains a memory: add --memory residual, or leave it out")

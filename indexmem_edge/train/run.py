@@ -40,7 +40,7 @@ from .export import to_checkpoint
 from .judge.metrics import NAME as METRICS, Metrics
 from .loop import Evaluate, Loop
 from .model.architectures import architecture
-from .model.frozen import Frozen
+from .model.frozen import Frozen, Geometry
 from .model.load import load_decoder
 from .model.tokenizer import open_tokenizer
 from .objectives.objective import Objective, Progress
@@ -261,6 +261,12 @@ def _digest(values: Mapping[str, Any]) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _shares(needs: Sequence[tuple[int, Sequence[float]]], geometry: Geometry) -> tuple[float, ...]:
+    """Of each KV head of each layer, those of layers that are not bounded with them."""
+    of_layers = dict(needs)
+    return tuple(share for il in range(geometry.n_layer) for share in of_layers.get(il, [1.0] * geometry.n_head_kv))
+
+
 def _write(
     options: TrainOptions,
     base: BaseModel,
@@ -276,8 +282,9 @@ def _write(
     run = _run(options)
     enabled, scores = _measured(position, "untrained" if options.start is None else "start")
     bounded = loop.decoder.geometry.bounded
-    if any(tools.objectives[name].other_needs for name in options.objective):
-        parts = replace(parts, shares=None, least=None)
+    for stage in position.stages:
+        if "needs" in stage:
+            parts = replace(parts, shares=_shares(stage["needs"], loop.decoder.geometry), least=None)
     checkpoint = to_checkpoint(
         parts,
         base,

@@ -58,7 +58,7 @@ struct indexmem_params {
     uint32_t     budget;      // slots kept after every ubatch: sinks, pinned prefix, window and memory included; 0 = unbounded
     uint32_t     sinks;       // first tokens of a sequence that are never evicted (default 4)
     uint32_t     window;      // most recent tokens that are never evicted; 0 (default) = chosen: a quarter of what is not protected of
-                              // the budget (where KV heads differ, of the smallest), at least 128
+                              // the budget (where KV heads differ, of their mean, and at most half of the smallest), at least 128
     uint32_t     pin;         // length of the pinned prefix of every sequence (default 0; see indexmem_set_pin)
     uint32_t     evict_step;  // entries evicted at once when the cache is full during decode; 0 = chosen from the budget
     double       budget_ratio; // above 0: keep at most this share of the tokens seen, and never more than the budget

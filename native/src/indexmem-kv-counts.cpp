@@ -141,9 +141,23 @@ int32_t indexmem_kv_counts::pos_tail(const seq_state & seq) const {
     return res;
 }
 
-// The newest tokens are what most of the next ones depend on, and what ranks were not made for: they see a token as it is read.
+uint32_t indexmem_kv_counts::budget_mean(const seq_state & seq) const {
+    uint64_t res = lim.budget;
+    if (lim.ratio > 0.0) {
+        const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
+        res = std::min(res, std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min));
+    }
+    return (uint32_t) res - geo.n_latent;
+}
+
+// The newest tokens are what most of the next ones depend on, and what ranks were not made for: they see a token as it is read. What heads
+// have on average says how many, as text at hand is as long whichever heads need more of the past; small heads keep half for other things.
 uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
-    return lim.window_grows ? std::max(lim.window, (budget_of(seq) - n_protected(seq))/WINDOW_SHARE) : lim.window;
+    if (!lim.window_grows) {
+        return lim.window;
+    }
+    const uint32_t of_mean = (budget_mean(seq) - n_protected(seq))/WINDOW_SHARE;
+    return std::max(lim.window, std::min(of_mean, (budget_of(seq) - n_protected(seq))/2));
 }
 
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {

@@ -191,6 +191,9 @@ public:
     // length of the protected prefix
     uint32_t n_protected(const seq_state & seq) const { return std::max(lim.sinks, seq.pin); }
 
+    // what classes have on average at this length, without the slots of a memory
+    uint32_t budget_mean(const seq_state & seq) const;
+
     // newest tokens that never leave
     uint32_t window_of(const seq_state & seq) const;
 

@@ -83,7 +83,17 @@ TEST(a_window_that_nobody_chose_follows_the_room) {
     CHECK(c.window_of(*c.get(0)) == (1024 - 4)/4);
     CHECK(counts_of(lim, { 24 }).window_of({}) == (1024 - 24 - 4)/4); // the slots of a memory are not room
     lim.budgets = { 804, 1500 };
-    CHECK(counts_of(lim, {}).window_of({}) == 200 && counts_of(lim, {}).pin_room() == 804 - 129); // of the smallest class
+    CHECK(counts_of(lim, {}).window_of({}) == (1024 - 4)/4 && counts_of(lim, {}).pin_room() == 804 - 129); // of what heads have on average
+    lim.budgets = { 304, 1500 };
+    CHECK(counts_of(lim, {}).window_of({}) == 150 && counts_of(lim, { 24 }).window_of({}) == 138); // at most half of the smallest
+    lim.ratio = 0.5;
+    counts half = counts_of(lim, {}, 512);
+    for (int i = 0; i < 12; ++i) {
+        feed(half, 100);
+        const auto & seq = *half.get(0);
+        CHECK(half.window_of(seq) <= std::max(128u, (half.budget_of(seq) - 4)/2) && half.window_of(seq) >= 128);
+    }
+    lim.ratio = 0.0;
     lim.budgets.clear();
 
     std::string error;

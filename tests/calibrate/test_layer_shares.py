@@ -1,4 +1,4 @@
-"""Which layers are widened, by judges that are known, and the whole of it on a tiny model."""
+"""Which layers, and which of their heads, are widened, by judges that are known, and the whole of it on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,38 +17,54 @@ from reference.indexers import random_indexer, write_sidecar
 N_LAYER = 8
 
 
-def judge_of(gains: dict[int, float], on_others: Optional[dict[int, float]] = None) -> Any:
-    """NLL of 4 texts: each wide layer lowers it by its gain, and all others pay a little. `on_others`: gains of the texts
-    that do not choose."""
+Heads = tuple[tuple[int, int], ...]
+LAYERS = {il: [(il, h) for h in range(3)] for il in range(N_LAYER)}
 
-    def judge(wide: tuple[int, ...]) -> np.ndarray:
-        price = 0.05 * len(wide)
-        chosen, other = (sum(g.get(il, 0.0) for il in wide) for g in (gains, gains if on_others is None else on_others))
-        return np.array([3.0 - chosen, 3.0 - other] * 2) + price
+
+def judge_of(gains: dict[Any, float], on_others: Optional[dict[Any, float]] = None) -> Any:
+    """NLL of 4 texts: each wide layer, or head, lowers it by its gain, and all others pay a little for each wide head. `on_others`: gains
+    of the texts that do not choose."""
+
+    def gained(wide: Heads, gains: dict[Any, float]) -> float:
+        whole = [il for il, heads in LAYERS.items() if set(heads) <= set(wide)]
+        return sum(gains.get(key, 0.0) for key in (*whole, *wide))
+
+    def judge(wide: Heads) -> np.ndarray:
+        chosen, other = (gained(wide, g) for g in (gains, gains if on_others is None else on_others))
+        return np.array([3.0 - chosen, 3.0 - other] * 2) + 0.05 * len(wide)
 
     return judge
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("gains", [{5: 1.0}, {5: 1.0, 2: 0.5}, {0: 0.3, 3: 0.2, 6: 0.4, 7: 0.25}])
-def test_layers_that_gain_are_wide(gains: dict[int, float]) -> None:
-    wide, before, nll, alone = choose(judge_of(gains), range(N_LAYER))
-    assert sorted(wide) == sorted(gains)
-    assert before == 3 and nll == pytest.approx(3 - sum(gains.values()) + 0.05 * len(gains))
-    assert alone == pytest.approx({il: gains.get(il, 0.0) - 0.05 for il in range(N_LAYER)})
+def test_layers_that_gain_are_wide(gains: dict[Any, float], apart: bool) -> None:
+    wide, before, nll, alone = choose(judge_of(gains), LAYERS, apart)
+    assert sorted(wide) == sorted(head for il in gains for head in LAYERS[il])
+    assert before == 3 and nll == pytest.approx(3 - sum(gains.values()) + 0.15 * len(gains))
+    assert alone == pytest.approx({il: gains.get(il, 0.0) - 0.15 for il in range(N_LAYER)})
+
+
+@pytest.mark.parametrize("gains", [{(5, 1): 1.0}, {(5, 2): 1.0, (2, 0): 0.5}, {(0, 0): 0.3, (3, 2): 0.2, (6, 1): 0.4, (7, 1): 0.25}])
+def test_of_the_layers_only_heads_that_gain(gains: dict[Any, float]) -> None:
+    wide, _, nll, _ = choose(judge_of(gains), LAYERS, True)
+    assert sorted(wide) == sorted(gains) and nll == pytest.approx(3 - sum(gains.values()) + 0.05 * len(gains))
+    layers = {il for il, _ in gains}
+    assert sorted(choose(judge_of(gains), LAYERS, False)[0]) == sorted(head for il in layers for head in LAYERS[il])
 
 
 def test_other_texts_have_to_agree() -> None:
-    wide, before, nll, _ = choose(judge_of({5: 1.0}, on_others={}), range(N_LAYER))
+    wide, before, nll, _ = choose(judge_of({5: 1.0}, on_others={}), LAYERS, True)
     assert wide == () and before == nll == 3
 
 
 def test_nothing_is_gained() -> None:
-    assert choose(judge_of({}), range(N_LAYER))[0] == ()
+    assert choose(judge_of({}), LAYERS, True)[0] == ()
 
 
 def test_only_bounded_layers_are_tried() -> None:
-    wide, _, _, alone = choose(judge_of({1: 5.0, 4: 1.0}), [0, 4, 6])
-    assert wide == (4,) and list(alone) == [0, 4, 6]
+    wide, _, _, alone = choose(judge_of({1: 5.0, 4: 1.0}), {il: LAYERS[il] for il in (0, 4, 6)}, False)
+    assert wide == tuple(LAYERS[4]) and list(alone) == [0, 4, 6]
 
 
 def test_a_sidecar_with_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
@@ -61,7 +77,7 @@ def test_a_sidecar_with_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
     result = calibrate_budgets(path, [book], source, out, progress=lambda *step: steps.append(step), **asked)
     written = read_sidecar(out).checkpoint
     assert written.budget_least == result.least and (result.least is None) == (result.nll == result.nll_before)
-    assert result.least is None or set(result.least) == {0, WIDE * (40 - 4 - 10)}
+    assert result.least is None or (set(result.least) == {0, WIDE * (40 - 4 - 10)} and len(result.least) == 3 * config.n_head_kv)
     assert written.budget_share == (1.0, 2.0, 1.0)  # which it leaves as they are
     assert set(result.gains) == {0, 1, 2} and len(set(result.gains.values())) == 3  # each arrangement read differently
     assert steps[-1][0] == len(steps) <= steps[-1][1]

@@ -142,15 +142,15 @@ def test_training_lowers_the_loss_and_repeats_itself(kind: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends))
 
 
-def test_budgets_are_those_of_layers() -> None:
-    """A table of shares decides how much of what is not protected each layer keeps, in training as in use."""
+def test_budgets_are_those_of_heads() -> None:
+    """A table of shares decides how much of what is not protected each KV head keeps, in training as in use."""
     decoder = random_decoder()
     objective = SelectKL(decoder, modules_of(Retention, decoder), 2, 4)
     hidden = torch.randn(100, decoder.config.n_embd, generator=torch.Generator().manual_seed(3))
     assert objective.factors(0, hidden, (0.26,))[0].sum(-1).tolist() == [26, 26]
-    objective.shares = {0: 1.7, 1: 0.3}
-    for layer, kept in ((0, 6 + 34), (1, 6 + 6)):
-        assert objective.factors(layer, hidden, (0.26,))[0].sum(-1).tolist() == [kept, kept]
+    objective.shares = {0: (1.7, 1.7), 1: (0.3, 1.0)}
+    for layer, kept in ((0, [6 + 34, 6 + 34]), (1, [6 + 6, 6 + 20])):
+        assert objective.factors(layer, hidden, (0.26,))[0].sum(-1).tolist() == kept
 
 
 def test_pages_without_questions_and_long_questions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from indexmem_edge.train.objectives.pooled_kl import PooledKL
 from indexmem_edge.train.objectives.regress import Regress
 from indexmem_edge.train.objectives.residual_mse import ResidualMSE
 from indexmem_edge.train.objectives.select_kl import SelectKL
+from indexmem_edge.train.objectives.told_apart import SHARE
 from indexmem_edge.train.parts import build_parts
 from indexmem_edge.train.run import train
 from reference.random_decoder import modules_of, random_decoder, random_sample
@@ -251,8 +252,11 @@ def test_a_whole_training(tiny: Tiny, tmp_path: Path, more: dict[str, Any]) -> N
         assert train(again) is not None
         went_on = read_sidecar(out).checkpoint
         assert went_on.only == (2, 5) and went_on.constants["decay"] is decay
-        if objective == "told-apart":  # its ranks need something else
-            assert went_on.budget_share is went_on.budget_least is None
+        if objective == "told-apart":  # its ranks need something else: heads that remember more than others
+            assert went_on.budget_share is not None and went_on.budget_least is None
+            assert len(went_on.budget_share) == 6 * c.geometry.head_count_kv and set(went_on.budget_share) <= {1.0, SHARE}
+            remember = [i // c.geometry.head_count_kv for i, share in enumerate(went_on.budget_share) if share == SHARE]
+            assert remember and set(remember) <= {2, 5}  # the bounded layers
         else:
             assert went_on.budget_share is not None and (went_on.budget_share[2], went_on.budget_share[5]) == (3.0, 1.5)
             assert went_on.budget_least == least

@@ -31,18 +31,17 @@ class Objective(ABC):
 
     name: ClassVar[str]
     observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
-    other_needs: ClassVar[bool] = False  # whether its ranks need other budgets by layer than those that a training begins with
     readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
 
-    shares: Mapping[int, float] = MappingProxyType({})  # by layer, of a budget, 1 on average; a layer without one has 1
+    shares: Mapping[int, Sequence[float]] = MappingProxyType({})  # of a budget: of each KV head of a layer, 1 on average; none: 1
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
 
-    def budget(self, layer: int, entries: int) -> int:
-        """Entries that a layer keeps where layers keep `entries` on average; what is protected is shared with no other."""
+    def budgets(self, layer: int, entries: int, n_heads: int) -> list[int]:
+        """Entries that each KV head of a layer keeps where heads keep `entries` on average; what is protected is shared with no other."""
         protected = self.sinks + self.window
-        return protected + max(1, round((entries - protected) * self.shares.get(layer, 1.0)))
+        return [protected + max(1, round((entries - protected) * share)) for share in self.shares.get(layer, (1.0,) * n_heads)]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -70,6 +69,10 @@ class Objective(ABC):
 
     def found(self) -> Optional[str]:
         """What `prepare` found out and whoever trains should know; None: nothing."""
+        return None
+
+    def needs(self) -> Optional[dict[int, list[float]]]:
+        """By layer, what of a budget each KV head gets with these ranks, in place of what a training began with; None: as before."""
         return None
 
     def held_out_loss(self, samples: Sequence[Sample]) -> Optional[float]:

@@ -51,8 +51,11 @@ class SelectKL(Objective):
         module = self.module_of(layer)
         assert module is not None
         ranks = module.ranks(hidden, torch.arange(n, device=self.device), n - 1)
-        budgets = [self.budget(layer, Schedule(ratio).limit(n, self.sinks, self.window)) for ratio in ratios]
-        return [choose(ranks, budget, self.sinks, self.window) for budget in budgets]
+        found = []
+        for ratio in ratios:
+            budgets = self.budgets(layer, Schedule(ratio).limit(n, self.sinks, self.window), len(ranks))
+            found.append(torch.cat([choose(r[None], budget, self.sinks, self.window) for r, budget in zip(ranks, budgets)]))
+        return found
 
     def loss(self, sample: Sample, ratios: Sequence[float]) -> Tensor:
         """Divergence over the rows after the context, both ways, answers counted by their weight; over `ratios` the mean."""

@@ -47,14 +47,13 @@ KEEP = 4.0
 FALL = 3.0
 FADE = 0.1  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
+SHARE = 3.0  # of a budget that heads which remember get, where the others get 1
 
 
 class ToldApart(Regress):
     """Targets are ranks from before."""
 
     name = "told-apart"
-    other_needs = True
-
     looks: Tensor  # [layers, H]
     remember: Tensor  # bool [layers, H, 1]
 
@@ -77,6 +76,10 @@ class ToldApart(Regress):
             f"{layer}: {' '.join(map(str, here.nonzero()[:, 0].tolist()))}" for layer, here in zip(self.layers, remember) if here.any()
         )
         return f"{int(remember.sum())} of {remember.numel()} heads remember (layer: heads) {heads}"
+
+    def needs(self) -> Optional[dict[int, list[float]]]:
+        of_layers = zip(self.layers, self.remember[..., 0].tolist())
+        return {layer: [SHARE if remembers else 1.0 for remembers in here] for layer, here in of_layers}
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         self.spread = torch.cat(list(targets), -1).std(-1, correction=0, keepdim=True).clamp_min(1e-6)
