@@ -47,7 +47,7 @@ KEEP = 4.0
 FALL = 3.0
 FADE = 0.1  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
-SHARE = 3.0  # of a budget that heads which remember get, where the others get 1
+SHARE = 5.0  # of a budget that heads which remember get, where the others get 1
 
 
 class ToldApart(Regress):
