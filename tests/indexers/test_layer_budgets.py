@@ -354,8 +354,9 @@ def test_what_is_aborted_has_not_happened(tiny: Tiny, tmp_path: Path, shares: li
             assert np.isfinite(native.feed(tokens[:100], 24)).all()
 
 
+@pytest.mark.parametrize("by_head", [False, True], ids=["layers", "heads"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen35", "gemma3n", "gemma3n-shared", "deepseek2", "gpt-oss"])
-def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: str) -> None:
+def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: str, by_head: bool) -> None:
     """Layers of other kinds have no share; whole sequences go on from copies and states as they would have gone on."""
     path, config = tiny(name)
     tokens = tokens_of(config, 200, seed=11)
@@ -365,19 +366,25 @@ def test_beside_windows_and_recurrent_states(tiny: Tiny, tmp_path: Path, name: s
             kinds = [flags & api.LAYER_BOUNDED for flags in api.model_layers(model)]
             bounded = [il for il, kind in enumerate(kinds) if kind]
             n_head_kv = api.n_head_kv(c.ctx, bounded[0])
-        if len(bounded) < 2:
-            pytest.skip("one layer has all of the budget")
-        shares = [3.0 if il == bounded[-1] else 1.0 for il in range(config.n_layer)]
+        if n_head_kv < 2 if by_head else len(bounded) < 2:
+            pytest.skip("one layer, or one head of it, has all of the budget")
+        wide = [(il, h) for il in bounded for h in range(n_head_kv) if (h == n_head_kv - 1 if by_head else il == bounded[-1])]
+        shares = [3.0 if (il, h) in wide else 1.0 for il in range(config.n_layer) for h in range(n_head_kv)]
         write_sidecar(
             tmp_path / "s.gguf", random_indexer("retention-mlp", config.n_layer, config.n_embd, n_head_kv, 0),
             keys={"indexmem.budget_share": shares},
         )  # fmt: skip
+        with Context(model, sidecar=tmp_path / "s.gguf", layer_budgets="equal", **asked) as c:
+            whole = [c.feed(tokens[:20], 20), c.feed(tokens[20:21], 1)]
         with Context(model, sidecar=tmp_path / "s.gguf", **asked) as c:
+            for logits, part in zip(whole, (tokens[:20], tokens[20:21])):
+                np.testing.assert_array_equal(c.feed(part, 20), logits)  # nothing has left
+            c.clear()
             c.feed(tokens[:150], 24)
             stats = c.stats()
-            assert list(stats.class_heads)[:2] == [(len(bounded) - 1) * n_head_kv, n_head_kv]
-            held = [len(c.positions(0)[il][0]) for il in bounded]
-            assert held == [stats.class_kept[0]] * (len(bounded) - 1) + [stats.class_kept[1]]
+            assert list(stats.class_heads)[:2] == [len(bounded) * n_head_kv - len(wide), len(wide)]
+            for il in bounded:
+                assert [len(head) for head in c.positions(0)[il]] == [stats.class_kept[(il, h) in wide] for h in range(n_head_kv)]
             assert stats.class_kept[1] > stats.class_kept[0]
             state = c.save(0)
             c.seq_cp(0, 1)
