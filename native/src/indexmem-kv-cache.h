@@ -70,7 +70,8 @@ public:
         // of the indexer, null without one. The last n_wait rows of `state` and `queries` belong to no entry: writes for
         // sequences with fewer pending entries than others go there.
         ggml_tensor * state;   // F32 [n_state, n_slots + n_wait, n_state_heads, n_seq_max]
-        ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait. The first slice has those of all
+        ggml_tensor * pending; // [n_embd, n_wait, 1, n_seq_max] hidden states: the one of position p in row p % n_wait. The first slice of a
+                               // layer has them for all
         ggml_tensor * sinks; // F32 [n_head] of the model: logits of query heads whose attention goes nowhere. Null if there are none
 
         ggml_tensor * queries; // F32 [n_query_state, n_ring + n_wait, 1, n_seq_max], null unless its rank reads queries, and then it is whole
