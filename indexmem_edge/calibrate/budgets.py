@@ -25,7 +25,6 @@ from typing import Any, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
-from indexmem_edge.convert.spec import INDEXERS, find
 from indexmem_edge.convert.writer import write_sidecar
 
 from ..errors import IndexMemError, SidecarError
@@ -112,14 +111,13 @@ def calibrate_budgets(
     with tempfile.TemporaryDirectory() as folder, loaded_model(name) as loaded:
         samples = _samples(loaded, [read_text(text) for text in names], n_ctx, n_texts, seed)
         bounded = [il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED]
-        layers, n_heads = source.checkpoint.geometry.block_count, source.checkpoint.geometry.head_count_kv
-        apart = n_heads > 1 and find(INDEXERS, "indexer", source.checkpoint.kind).ranks_heads
-        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER) + (max(TOGETHER) * n_heads + len(TOGETHER) if apart else 0))
+        n_heads = source.checkpoint.geometry.head_count_kv if source.checkpoint.kinds[0].ranks_heads else 1  # that are told apart
+        places = [(il, h) for il in range(source.checkpoint.geometry.block_count) for h in range(n_heads)]
+        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER) + (max(TOGETHER) * n_heads + len(TOGETHER) if n_heads > 1 else 0))
 
         def least(wide: Wide) -> Optional[tuple[int, ...]]:
             room = max(kv_budget - kv_sinks - window, 1)
-            heads = [(il, h) for il in range(layers) for h in range(n_heads)] if apart else [(il, 0) for il in range(layers)]
-            return tuple(WIDE * room if head in wide else 0 for head in heads) if wide else None
+            return tuple(WIDE * room if place in wide else 0 for place in places) if wide else None
 
         def judge(wide: Wide) -> Array:
             nonlocal done
@@ -139,9 +137,9 @@ def calibrate_budgets(
             os.remove(path)
             return np.array(found)
 
-        wide, before, nll, gains = choose(judge, {il: [(il, h) for h in range(n_heads)] for il in bounded}, apart)
+        wide, before, nll, gains = choose(judge, {il: [(il, h) for h in range(n_heads)] for il in bounded}, n_heads > 1)
     written = write_sidecar(out, replace(source.checkpoint, budget_least=least(wide)), source.outtype, force)
-    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), n_heads if apart else 1, gains)
+    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), n_heads, gains)
 
 
 def choose(judge: Judge, layers: Mapping[int, Sequence[tuple[int, int]]], apart: bool) -> tuple[Wide, float, float, dict[int, float]]:

@@ -169,7 +169,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
             sum += l.n_head()*(uint64_t) of_class(l.cls);
             n   += l.n_head();
         }
-        return (uint32_t) ((sum + std::max<uint64_t>(n, 1) - 1)/std::max<uint64_t>(n, 1));
+        return n > 0 ? (uint32_t) ((sum + n - 1)/n) : 0;
     };
     const auto & counts = kv->get_counts();
 

@@ -217,17 +217,22 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
             owners[il] = { q_cur, kq_scale };
         }
     }
-    const auto owner = owners.find(of_layer[0]->il);
+    const uint32_t il_own    = of_layer[0]->il;
+    const int64_t  n_head_kv = hparams.n_head_kv(il_own);
+    const bool     evict     = sh.evict && of_layer[0]->last == (uint32_t) il;
+
+    const auto  owner = owners.find(il_own);
+    const asked own   = owner == owners.end() ? asked{ q_cur, kq_scale } : owner->second;
+    if (evict) {
+        mctx->learn_scale(il_own, own.scale, softcap());
+    }
 
     ggml_tensor * res = nullptr;
     for (const auto * l : of_layer) {
-        const int64_t n_head_kv = hparams.n_head_kv(l->il);
-
         ggml_tensor * cur = build_slice(graph, *l, l->of_heads(ctx, q_cur, n_head_kv), kq_scale);
         ggml_build_forward_expand(gf, cur);
-        if (sh.evict && l->last == (uint32_t) il) {
-            ggml_tensor * q = owner == owners.end() ? q_cur : owner->second.q;
-            build_evict(graph, *l, l->of_heads(ctx, q, n_head_kv), owner == owners.end() ? kq_scale : owner->second.scale);
+        if (evict) {
+            build_evict(graph, *l, l->of_heads(ctx, own.q, n_head_kv), own.scale);
         }
         res = res ? ggml_concat(ctx, res, cur, 2) : cur;
     }
@@ -346,8 +351,6 @@ void llm_graph_input_attn_bounded::build_evict(
         ggml_tensor * q_cur,
         float kq_scale) {
     const indexmem_layer_nodes nodes(graph.ctx0, mctx->get_kv(), l, sh.s0, sh.n_seq, sh.n_tokens);
-
-    mctx->learn_scale(l.il, kq_scale, softcap());
 
     auto & [mask, slots, ctl, ctl_rotary, mask_heads, scoring, stock] = classes[l.cls];
     const auto list = nodes.evict(q_cur, ctl, ctl_rotary, kq_scale, softcap(), latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,

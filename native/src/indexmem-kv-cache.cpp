@@ -312,16 +312,24 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_bounded::memory_brea
 std::vector<const llama_kv_cache_bounded::layer *> llama_kv_cache_bounded::get_sources(int32_t il) const {
     std::vector<const layer *> res;
     const auto it = map_layer_ids.find(il);
-    for (size_t i : it == map_layer_ids.end() ? std::vector<size_t>() : it->second) {
-        res.push_back(&layers[i]);
+    if (it != map_layer_ids.end()) {
+        for (size_t i : it->second) {
+            res.push_back(&layers[i]);
+        }
     }
     return res;
 }
 
+// asked for each head of a state, so without a list
 const llama_kv_cache_bounded::layer * llama_kv_cache_bounded::get_layer(int32_t il, uint32_t head) const {
-    for (const layer * l : get_sources(il)) {
-        if (l->il == (uint32_t) il && head >= l->head && head < l->head + l->n_head()) {
-            return l;
+    const auto it = map_layer_ids.find(il);
+    if (it == map_layer_ids.end()) {
+        return nullptr;
+    }
+    for (size_t i : it->second) {
+        const layer & l = layers[i];
+        if (l.il == (uint32_t) il && head >= l.head && head < l.head + l.n_head()) {
+            return &l;
         }
     }
     return nullptr;

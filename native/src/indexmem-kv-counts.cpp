@@ -112,15 +112,21 @@ uint64_t indexmem_kv_counts::budget_min(uint64_t sinks, uint64_t pin, uint64_t w
     return std::max(sinks, pin) + window + n_latent + 1;
 }
 
-uint32_t indexmem_kv_counts::budget_of(const seq_state & seq, uint32_t cls) const {
-    uint64_t res = lim.budget_of(cls);
+uint32_t indexmem_kv_counts::budget_mean(const seq_state & seq) const {
+    uint64_t res = lim.budget;
     if (lim.ratio > 0.0) {
         const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
-        uint64_t now = std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min);
-        if (!lim.budgets.empty()) { // of what is not protected the class has its share
-            now = now < lim.budget ? min + (now - min)*(res - min)/(lim.budget - min) : res;
-        }
-        res = std::min<uint64_t>(res, now);
+        res = std::min(res, std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min));
+    }
+    return (uint32_t) res - geo.n_latent;
+}
+
+uint32_t indexmem_kv_counts::budget_of(const seq_state & seq, uint32_t cls) const {
+    const uint64_t now = budget_mean(seq) + geo.n_latent;
+    uint64_t res = lim.budget_of(cls);
+    if (now < lim.budget) { // of what is not protected the class has its share
+        const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
+        res = std::min(res, lim.budgets.empty() ? now : min + (now - min)*(res - min)/(lim.budget - min));
     }
     return (uint32_t) res - geo.n_latent;
 }
@@ -139,15 +145,6 @@ int32_t indexmem_kv_counts::pos_tail(const seq_state & seq) const {
         res = std::max(res, seq.of(c).pos_tail());
     }
     return res;
-}
-
-uint32_t indexmem_kv_counts::budget_mean(const seq_state & seq) const {
-    uint64_t res = lim.budget;
-    if (lim.ratio > 0.0) {
-        const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
-        res = std::min(res, std::max<uint64_t>((uint64_t) std::ceil(lim.ratio*seq.n_seen), min));
-    }
-    return (uint32_t) res - geo.n_latent;
 }
 
 // The newest tokens are what most of the next ones depend on, and what ranks were not made for: they see a token as it is read. What heads

@@ -39,11 +39,6 @@ indexmem_state_origin indexmem_state_origin_of(const kv_cache & kv) {
     res.n_latent = kv.get_n_latent();
     res.sidecar  = cfg.sidecar ? cfg.sidecar->get_hash() : 0;
     res.n_ring   = kv.get_n_ring();
-    for (const auto & l : kv.get_layers()) {
-        res.slices.push_back(l.heads());
-        res.sizes.push_back(indexmem_state_sizes_of(kv, l.heads()));
-    }
-    res.n_classes = cfg.n_classes();
     return res;
 }
 
@@ -79,11 +74,10 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
     const bool classes = res.version > INDEXMEM_STATE_VERSION_ONE;
     const bool sliced  = res.version > INDEXMEM_STATE_VERSION_WHOLE;
 
-    std::vector<uint32_t> layers, n_heads; // that are bounded here
+    std::vector<uint32_t> layers; // that are bounded here
     for (const auto & l : kv.get_layers()) {
         if (l.head == 0) {
             layers.push_back(l.il);
-            n_heads.push_back(kv.get_n_head_kv(l.il));
         }
     }
     uint32_t n_slices = layers.size();
@@ -105,7 +99,8 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
         if (at == layers.size()) {
             throw std::runtime_error(format("bounded KV state: %u slices of %zu layers are too many: it is damaged", n_slices, layers.size()));
         }
-        const uint32_t il = layers[at];
+        const uint32_t il     = layers[at];
+        const uint32_t n_left = kv.get_n_head_kv(il) - n_before; // heads of the layer that are still to come
         in.expect(il, "index", il);
         const uint32_t cls = classes ? in.get<uint32_t>() : 0;
         if (cls >= res.n_classes) {
@@ -115,9 +110,9 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
             in.expect(n_before, "first KV head of a slice", il);
         }
         const uint32_t n_head = in.get<uint32_t>();
-        if (n_head < 1 || n_head > n_heads[at] - n_before || (!sliced && n_head != n_heads[at])) {
+        if (n_head < 1 || n_head > n_left || (!sliced && n_head != n_left)) {
             throw std::runtime_error(format("bounded KV state: number of KV heads of layer %u is %u in the state and %u in this context", il, n_head,
-                        n_heads[at] - n_before));
+                        n_left));
         }
         const indexmem_slice heads = { il, n_before, n_head, cls };
         const auto & l = *kv.get_layer(il);
@@ -137,11 +132,8 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
         }
         res.slices.push_back(heads);
         res.sizes.push_back(sizes);
-        n_before += n_head;
-        if (n_before == n_heads[at]) {
-            n_before = 0;
-            ++at;
-        }
+        at       += n_head == n_left;
+        n_before  = n_head == n_left ? 0 : n_before + n_head;
     }
     if (at < layers.size()) {
         throw std::runtime_error(format("bounded KV state: %u slices are not all of %zu layers: it is damaged", n_slices, layers.size()));

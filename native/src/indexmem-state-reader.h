@@ -48,7 +48,7 @@ private:
     llama_io_read_i & io;
 };
 
-// what a state of this cache says of it
+// what a state of this cache says of it, but for its slices
 indexmem_state_origin indexmem_state_origin_of(const llama_kv_cache_bounded & kv);
 
 // whether what a state has of a part goes on in a cache of ours

@@ -103,6 +103,7 @@ def test_how_much_answers_look_at_what_was_told(tmp_path: Path) -> None:
     assert objective.remember[..., 0].tolist() == [[True, False], [True, True]]
     objective.remember = torch.tensor([[False, True], [True, True]])[..., None]
     assert objective.found() == "3 of 4 heads remember (layer: heads) 0: 1, 1: 0 1"
+    assert objective.needs() == {0: [1.0, told_apart.SHARE], 1: [told_apart.SHARE] * 2}
 
 
 def test_no_fact_is_left_out_where_there_are_too_many_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ looks like one, and if it never fell it would fill the cache in the end.
     + STAY mean over facts of (rate / FALL - FADE)^2 + 2 mean over the rest of max(1 - rate / FALL, 0)^2    heads that remember
     + 2 mean over all of max(1 - rate / FALL, 0)^2                                                          the others
 
-What a sidecar says of budgets by layer was measured with the ranks from before: afterwards layers have the same again.
+What a sidecar says of budgets was measured with the ranks from before: afterwards heads that remember get SHARE times what the others get.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class ToldApart(Regress):
     """Targets are ranks from before."""
 
     name = "told-apart"
+
     looks: Tensor  # [layers, H]
     remember: Tensor  # bool [layers, H, 1]
 
