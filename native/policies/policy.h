@@ -166,7 +166,7 @@ void indexmem_rank_attention(indexmem_ranking & ranking, const indexmem_ranking:
 size_t indexmem_rank_attention_scratch(const indexmem_rank_shape & shape);
 
 // Scratch of a head, in floats: what attention takes and then [2][n_slots] if ranks come from it; [n_chunks + 1][n_embd] if the policy
-// reads keys alone.
+// reads keys in another way.
 size_t indexmem_rank_scratch(const indexmem_rank_shape & shape);
 
 #define INDEXMEM_POLICY(name, needs_keys, n_queries, help) \

@@ -42,7 +42,7 @@ ggml_tensor * indexmem_stock::build_rank(ggml_context * ctx, ggml_tensor * keys,
         const int64_t n_queries = indexmem_policy_get(policy)->n_queries;
         q = build_queries(ctx, q, n_queries, H);
         if (is_policy(policy, "expected")) {
-            res = build_expected(ctx, keys, q, n_queries, scale, softcap);
+            res = build_expected(ctx, keys, q, n_queries, scale);
         } else {
             // the newest query sees all that there is
             ggml_tensor * seen = n_queries > 1 ? build_seen(ctx, ggml_indexmem_ages(ctx, pos, ctl), n_queries) : build_used(ctx, n_slots, H);
@@ -156,21 +156,23 @@ ggml_tensor * indexmem_stock::build_attention(ggml_context * ctx, ggml_tensor * 
     return ggml_scale(ctx, cur, 1.0f/(float) G);
 }
 
-// the same without `seen`
-ggml_tensor * indexmem_stock::build_expected(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, int64_t n_queries, float scale, float softcap) {
-    const int64_t n_slots = keys->ne[1];
-    const int64_t H       = keys->ne[2];
-    const int64_t G       = q->ne[1]/n_queries;
+// the same without `seen`, [n_slots, 1, H, S]
+ggml_tensor * indexmem_stock::build_expected(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, int64_t n_queries, float scale) {
+    const int64_t n_embd = q->ne[0];
+    const int64_t n_all  = q->ne[1];
+    const int64_t H      = q->ne[2];
+    const int64_t G      = n_all/n_queries;
 
-    const auto mean_of = [&](ggml_tensor * t) { return ggml_sum_rows(ctx, ggml_mul(ctx, t, get_shares(ctx, n_queries))); };
+    q = ggml_reshape_4d(ctx, q, n_embd, n_queries, G*H, n_seq);
+    q = ggml_mul(ctx, q, ggml_reshape_4d(ctx, get_shares(ctx, n_queries), 1, n_queries, 1, n_seq));
+    q = ggml_reshape_4d(ctx, q, n_embd, n_all, H, n_seq);
 
-    ggml_tensor * logits = ggml_reshape_4d(ctx, build_logits(ctx, q, keys, scale, softcap), n_queries, G*n_slots, H, n_seq);
-    ggml_tensor * mean   = mean_of(logits);
-    ggml_tensor * square = mean_of(ggml_sqr(ctx, ggml_sub(ctx, logits, mean)));
+    ggml_tensor * mean = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, q)));
+    mean = ggml_scale(ctx, ggml_reshape_4d(ctx, mean, n_embd, 1, H, n_seq), scale/(float) G);
 
-    ggml_tensor * res = ggml_add(ctx, mean, ggml_scale(ctx, square, 0.5f));
-    res = ggml_sum_rows(ctx, ggml_reshape_4d(ctx, res, G, n_slots, H, n_seq));
-    return ggml_scale(ctx, res, 1.0f/(float) G);
+    ggml_tensor * res = ggml_mul_mat(ctx, keys, mean);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    return res;
 }
 
 template <typename T>

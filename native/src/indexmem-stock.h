@@ -66,7 +66,7 @@ private:
     ggml_tensor * build_seen(ggml_context * ctx, ggml_tensor * ages, int64_t n_queries);
     ggml_tensor * build_attention(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, ggml_tensor * seen, ggml_tensor * sinks,
             float scale, float softcap);
-    ggml_tensor * build_expected(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, int64_t n_queries, float scale, float softcap);
+    ggml_tensor * build_expected(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * q, int64_t n_queries, float scale);
 
     const int64_t n_seq;
 

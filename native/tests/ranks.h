@@ -167,18 +167,10 @@ inline ranks plain_expected(const entries & e) {
     const int32_t n  = e.pos_last + 1 - p0;
     ranks res(e.size());
     for (const auto & of_head : e.queries) {
-        for (size_t i = 0; i < e.size(); ++i) {
-            ranks logits;
-            for (int32_t p = p0; p <= e.pos_last; ++p) {
-                const double x = SCALE*product(of_head[p - e.p0], e.keys[i]);
-                logits.push_back(e.softcap > 0.0f ? e.softcap*std::tanh(x/e.softcap) : x);
+        for (int32_t p = p0; p <= e.pos_last; ++p) {
+            for (size_t i = 0; i < e.size(); ++i) {
+                res[i] += SCALE*product(of_head[p - e.p0], e.keys[i])/(n*(double) e.queries.size());
             }
-            const double mean = std::accumulate(logits.begin(), logits.end(), 0.0)/n;
-            double variance = 0.0;
-            for (double x : logits) {
-                variance += (x - mean)*(x - mean)/n;
-            }
-            res[i] += (mean + variance/2)/(double) e.queries.size();
         }
     }
     return res;
@@ -197,7 +189,7 @@ inline const struct {
     { "keydiff",   plain_keydiff,   1e-4, 1e-2 }, // sums of terms that cancel each other
     { "tova",      plain_tova,      1e-4, 1e-6 },
     { "snapkv",    plain_snapkv,    1e-4, 1e-6 },
-    { "expected",  plain_expected,  1e-4, 1e-1 }, // mean and variance can cancel each other
+    { "expected",  plain_expected,  1e-4, 1e-2 }, // sums of terms that cancel each other
 };
 
 struct rank_inputs {

@@ -76,7 +76,7 @@ struct rank_work {
         }
         const int64_t wide    = sh.needs_keys ? rank_wide(sh) : 0;
         const size_t  keys    = align_up(CHUNK*wide*sizeof(float));
-        const size_t  columns = sh.n_group*sh.n_queries > 0 ? keys : 0;
+        const size_t  columns = sh.attends ? keys : 0;
 
         size_shared = n_heads*n_scratch*sizeof(float);
         size_thread = keys + columns + align_up(indexmem_simd::TILE*wide*sizeof(float));
@@ -210,5 +210,5 @@ size_t indexmem_rank_scratch(const indexmem_rank_shape & sh) {
     if (sh.attends) {
         return indexmem_rank_attention_scratch(sh) + 2*sh.n_slots;
     }
-    return sh.needs_keys && sh.n_queries == 0 ? (sh.n_chunks() + 1)*sh.n_embd : 0;
+    return sh.needs_keys ? (sh.n_chunks() + 1)*sh.n_embd : 0;
 }

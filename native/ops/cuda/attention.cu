@@ -1,7 +1,7 @@
 #include "kernels.cuh"
 
-// Ranks of the policies tova and snapkv: the attention that entries receive from the latest queries; and of expected, from the same
-// logits.
+// Ranks of the policies tova and snapkv: the attention that entries receive from the latest queries; and of expected, from the mean of
+// such queries.
 //
 // A block has the keys of a tile of slots in shared memory, an entry a lane, and its warps share the queries. The logits are
 // computed twice, first for the maximum and the sum of each query, then for the probabilities: to keep them would take
@@ -58,14 +58,19 @@ struct attention_tile {
         return slot() < n_used ? pos_at(a.src[1].at<int32_t>(row.h, row.s), ctl, slot()) : INT32_MAX;
     }
 
-    // of query head g at position p and this lane's entry
-    __device__ float logit(const float * keys, int g, int32_t p) const {
-        const tensor & q       = a.src[3];
-        const float  * query   = q.at<float>(p % q.ne[1], row.h*a.n_group + g, row.s);
+    // that of query head g at position p
+    __device__ const float * query(int g, int32_t p) const {
+        const tensor & q = a.src[3];
+        return q.at<float>(p % q.ne[1], row.h*a.n_group + g, row.s);
+    }
 
-        const float    softcap = a.param_f32(INDEXMEM_PARAM_SOFTCAP);
-        const float  * key     = keys + (threadIdx.x % WARP)*tile_pitch(a.src[0]);
-        const float x = a.param_f32(INDEXMEM_PARAM_SCALE)*dot(query, key, a.src[0].ne[0]);
+    // that of this lane's entry
+    __device__ const float * key(const float * keys) const { return keys + (threadIdx.x % WARP)*tile_pitch(a.src[0]); }
+
+    // of such a query and this lane's entry
+    __device__ float logit(const float * keys, int g, int32_t p) const {
+        const float softcap = a.param_f32(INDEXMEM_PARAM_SOFTCAP);
+        const float x = a.param_f32(INDEXMEM_PARAM_SCALE)*dot(query(g, p), key(keys), a.src[0].ne[0]);
         if (softcap == 0.0f) {
             return x;
         }
@@ -172,41 +177,29 @@ static __global__ void attention_mean_kernel(const attention_args a) {
 }
 
 //
-// expected: the logarithm of the attention that is expected of such queries (native/policies/expected.cpp)
+// expected: the product with the mean of such queries (native/policies/expected.cpp)
 //
 
-// warps share the query heads
 static __global__ void attention_expected_kernel(const attention_args a) {
     __shared__ float keys[TILE_FLOATS];
-    __shared__ float sums[WARPS][TILE];
+    __shared__ float mean[MAX_EMBD];
 
     const attention_tile tile(a);
     if (!tile.is_needed()) {
         return;
     }
     load_tile(a.src[0], tile.row, tile.slot0, tile.n_used, keys);
-    __syncthreads();
-
-    const int warp = threadIdx.x/WARP;
-    const int n    = tile.n_positions();
-
-    float sum = 0.0f;
-    for (int g = warp; g < a.n_group; g += WARPS) {
-        // of the distances from the first, so that nothing large is subtracted
-        const float first = tile.logit(keys, g, tile.p0);
-        float total  = 0.0f;
-        float square = 0.0f;
-        for (int j = 1; j < n; ++j) {
-            const float distance = tile.logit(keys, g, tile.p0 + j) - first;
-            total  += distance;
-            square += distance*distance;
+    const int n = tile.n_positions();
+    for (int d = threadIdx.x; d < a.src[0].ne[0]; d += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < a.n_group*n; ++i) {
+            sum += tile.query(i/n, tile.p0 + i % n)[d];
         }
-        const float mean = total/(float) n;
-        sum += first + mean + 0.5f*(square/(float) n - mean*mean);
+        mean[d] = a.param_f32(INDEXMEM_PARAM_SCALE)*sum/(float) (a.n_group*n);
     }
-    sum = add_warps(sums, sum);
-    if (warp == 0 && tile.slot() < tile.n_used) {
-        a.dst.at<float>(tile.row.h, tile.row.s)[tile.slot()] = sum/(float) a.n_group;
+    __syncthreads();
+    if (threadIdx.x < WARP && tile.slot() < tile.n_used) {
+        a.dst.at<float>(tile.row.h, tile.row.s)[tile.slot()] = dot(mean, tile.key(keys), a.src[0].ne[0]);
     }
 }
 

@@ -4,7 +4,7 @@
 //   attention_sum    [G*n_queries, H, S]  largest logit and sum of exponentials of each query, into scratch
 //   attention_mean   [entries/SIMD, H, S] what each entry receives, mean over the queries
 //   attention_smooth [1, H, S]            snapkv: mean over the neighbours by position
-// and from the same logits, by one kernel: expected
+// and from the mean of such queries, by one kernel: expected
 //   attention_expected [entries/SIMD, H, S]
 //   src: keys | pos | ctl | queries | sinks, if there are any
 //   scratch of (KV head, sequence): [G*n_queries] pairs | smoothed: [n_slots] means | [n_slots] entries by position
@@ -122,34 +122,33 @@ INDEXMEM_KERNEL(attention_mean) {
     }
 }
 
-// The logarithm of the attention that is expected of such queries, mean over the group: native/policies/expected.cpp.
+// The product with the mean of such queries: native/policies/expected.cpp. shared: [n_embd] that mean
 INDEXMEM_KERNEL(attention_expected) {
     device const indexmem_metal_ctl & c = ctl_of(src2, args.src[2], tgpig.z);
-    const int i = tgpig.x*SIMD + sgitg;
-    if (c.n_evict == 0 || i >= c.n_used) {
+    if (c.n_evict == 0) {
         return;
     }
     const query_range latest = latest_queries(c, args.n_queries);
     const int n_group = args.src[3].ne[2]/args.src[0].ne[2];
+    const int n_all   = n_group*latest.n;
 
-    device const char * k = at2(src0, args.src[0], tgpig.y, tgpig.z) + i*args.src[0].nb[1];
-
-    float sum = 0.0f;
-    for (int g = 0; g < n_group; ++g) {
-        // of the distances from the first, so that nothing large is subtracted
-        const float first = logit_of(args, query_of(args, src3, tgpig.y, tgpig.z, g, latest.first), k, tiisg);
-        float total  = 0.0f;
-        float square = 0.0f;
-        for (int j = 1; j < latest.n; ++j) {
-            const float distance = logit_of(args, query_of(args, src3, tgpig.y, tgpig.z, g, latest.first + j), k, tiisg) - first;
-            total  += distance;
-            square += distance*distance;
+    threadgroup float * mean = (threadgroup float *) shared;
+    for (int d = tiitg; d < args.src[0].ne[0]; d += THREADS) {
+        float sum = 0.0f;
+        for (int i = 0; i < n_all; ++i) {
+            sum += query_of(args, src3, tgpig.y, tgpig.z, i/latest.n, latest.first + i % latest.n)[d];
         }
-        const float mean = total/(float) latest.n;
-        sum += first + mean + 0.5f*(square/(float) latest.n - mean*mean);
+        mean[d] = args.scale*sum/(float) n_all;
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const int i = tgpig.x*SIMD + sgitg;
+    if (i >= c.n_used) {
+        return;
+    }
+    const float logit = dot_key(mean, at2(src0, args.src[0], tgpig.y, tgpig.z) + i*args.src[0].nb[1], args.src[0].ne[0], tiisg);
     if (tiisg == 0) {
-        ((device float *) at1(dst, args.dst, tgpig.y, tgpig.z))[i] = sum/(float) n_group;
+        ((device float *) at1(dst, args.dst, tgpig.y, tgpig.z))[i] = logit;
     }
 }
 

@@ -105,7 +105,8 @@ inline int n_leaving(device const int * evicted, device const indexmem_metal_ctl
 }
 
 // of a simdgroup, every lane gets it: q . key, q in fp32
-inline float dot_key(device const float * q, device const char * k, int n_embd, uint lane) {
+template <typename Query> // a pointer into any memory
+inline float dot_key(Query q, device const char * k, int n_embd, uint lane) {
     float sum = 0.0f;
     for (int d = lane; d < n_embd; d += WIDTH) {
         sum += q[d]*key_at(k, d);

@@ -69,7 +69,6 @@ std::vector<indexmem_metal_launch> launches_of_rank(const ggml_tensor * op) {
         { "random",    "rank_random",    true  },
         { "indexer",   "rank_indexer",   true  },
         { "knorm",     "rank_knorm",     false },
-        { "expected",  "attention_expected", false },
     };
     const ggml_tensor * k = op->src[0];
     const ggml_tensor * q = op->src[3];
@@ -85,6 +84,9 @@ std::vector<indexmem_metal_launch> launches_of_rank(const ggml_tensor * op) {
     }
     if (strcmp(info->name, "keydiff") == 0) {
         return { { "rank_keydiff", { 1, n_head, n_seq }, memory_of(SIMD*k->ne[0]*sizeof(float)) } };
+    }
+    if (strcmp(info->name, "expected") == 0) {
+        return { { "attention_expected", { blocks(op->ne[0], SIMD), n_head, n_seq }, memory_of(k->ne[0]*sizeof(float)) } };
     }
     if (strcmp(info->name, "tova") != 0 && strcmp(info->name, "snapkv") != 0) {
         return {};
