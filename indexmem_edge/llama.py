@@ -488,7 +488,7 @@ class Llama(inside.Base):
         if self._cache is None or not self.kv_options.auto_pin:
             return
         pin = self._prompts.system_prefix(messages, prompt, **template)
-        self.kv_options.require_room(pin, "the system prompt of", api.pin_room(self._inside.ctx))
+        self.kv_options.require_room(pin, "the system prompt of")
         self._cache.wanted_pin = pin
 
     def _align(self, prompt: list[int]) -> list[int]:

@@ -280,9 +280,9 @@ class CacheOptions:
         """The pinned prefix that is known before there is a prompt."""
         return 0 if isinstance(self.pin, str) else self.pin
 
-    def require_room(self, pin: int, what: str, room: Optional[int] = None) -> None:
-        """Raises BudgetError if a pinned prefix of `pin` tokens leaves nothing to evict, or is longer than `room`, which is what
-        the library says: where a sidecar has budgets by layer, some layers have less room than others.
+    def require_room(self, pin: int, what: str) -> None:
+        """Raises BudgetError if a pinned prefix of `pin` tokens leaves nothing to evict. (Where a sidecar divides the budget, KV heads that
+        have less room keep its beginning.)
         """
         least = minimum_budget(self.sinks, pin, self.window, self.memory_slots)
         if self.budget < least:
@@ -291,11 +291,6 @@ class CacheOptions:
                 f"kv_budget {self.budget} is too small: at least {least} are needed (the larger of kv_sinks "
                 f"{self.sinks} and {what} {pin}, plus kv_window {self.window or LEAST_WINDOW}, {slots}plus 1 to evict). Raise kv_budget "
                 f"to {least} or more, or lower the others"
-            )
-        if room is not None and pin > room:
-            raise BudgetError(
-                f"kv_budget {self.budget} is too small for {what} {pin} tokens: budgets differ by layer or KV head, and in the smallest "
-                f'{room} tokens can be pinned. Raise kv_budget, or take kv_layer_budgets="equal"'
             )
 
     def request(self) -> None:

@@ -63,6 +63,7 @@ class KVStats:
     sinks: int = 0
     window: int = 0
     pin: int = 0
+    first: int = 0  # first tokens that stay in every KV head: sinks and pin, of which heads with small budgets may keep only the beginning
     evict_step: int = 0
     evict_seconds: float = 0.0  # time in ranking, selection and compaction
     evictions: int = 0  # micro-batches that evicted
@@ -122,7 +123,8 @@ class KVStats:
         if self.budget:
             if len(self.layers) > 1:
                 rows.append(("heads", ", ".join(f"{x.heads} keep {x.kept:,} of {x.budget:,}" for x in self.layers)))
-            rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}, recent window {self.window}"))
+            part = f" ({self.first:,} in the smallest KV heads)" if self.first < self.pin else ""
+            rows.append(("protected", f"sinks {self.sinks}, pinned prefix {self.pin}{part}, recent window {self.window}"))
             work = f"{format_bytes(self.compute_bytes)} of compute buffers, {format_bytes(self.work_bytes)} for the cache's ops"
             rows.append(("positions", _positions(self)))
             rows.append(("work memory", work))

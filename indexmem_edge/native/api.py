@@ -89,6 +89,7 @@ class Stats(ctypes.Structure):
         ("class_budget", ctypes.c_uint32 * CLASSES_MAX),
         ("class_heads", ctypes.c_uint32 * CLASSES_MAX),
         ("class_kept", ctypes.c_uint32 * CLASSES_MAX),
+        ("n_first", ctypes.c_uint32),
     ]
 
 
@@ -128,7 +129,6 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "indexmem_span_reason": (ctypes.c_char_p, [_P]),
     "indexmem_n_head_kv": (_I32, [_P, _I32]),
     "indexmem_set_pin": (ctypes.c_bool, [_P, _I32, _U32]),
-    "indexmem_pin_room": (_U32, [_P]),
     "indexmem_draft_room": (_U32, [_P, _I32, _U32]),
     "indexmem_set_load_pin": (ctypes.c_bool, [_P, _I32]),
     "indexmem_copy_new": (_P, []),
@@ -369,11 +369,6 @@ def set_pin(ctx: int, n: int, seq_id: int = 0) -> None:
     """Pins the first `n` tokens of a sequence."""
     if not library().indexmem_set_pin(ctx, seq_id, n):
         raise BudgetError(f"cannot pin the first {n} tokens: {last_error()}")
-
-
-def pin_room(ctx: int) -> int:
-    """The longest prefix that the budget has room to pin, of the layers that keep least; 0 without a budget."""
-    return int(library().indexmem_pin_room(ctx))
 
 
 def draft_room(ctx: int, n: int, seq_id: int = 0) -> int:

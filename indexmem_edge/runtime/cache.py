@@ -299,7 +299,7 @@ class BoundedCache:
 
     def set_pin(self, n: int) -> None:
         """Pins the first `n` tokens."""
-        self._options.require_room(n, "a pinned prefix of", api.pin_room(self._llm.ctx))
+        self._options.require_room(n, "a pinned prefix of")
         api.set_pin(self._llm.ctx, n)
 
     def read(self, tokens: Sequence[int], every: bool = False) -> None:
@@ -414,6 +414,7 @@ class BoundedCache:
             sinks=native.sinks,
             window=native.window,
             pin=native.pin,
+            first=native.n_first,
             evict_step=native.evict_step,
             evict_seconds=native.evict_us / 1e6,
             evictions=native.n_evictions,

@@ -74,10 +74,11 @@ def dropped(stats: KVStats, ratio: Optional[float]) -> str:
     reached = f"the KV budget of {stats.budget:,} is reached"
     if ratio is not None and stats.budget_now < stats.budget:
         reached = f"the KV cache keeps a share of {ratio:g} of the text, at most {stats.budget:,} entries"
+    part = f" (in KV heads with small budgets {stats.first:,})" if stats.first < stats.pin else ""
     taken_up = f", and the memory `{stats.memory}` takes them up. " if stats.remembers else ". "
     return (
         f"{reached}: from now on the policy `{stats.policy}` drops entries{taken_up}"
-        f"The first {max(stats.sinks, stats.pin):,} and the last {stats.window:,} tokens always stay"
+        f"The first {max(stats.sinks, stats.pin):,}{part} and the last {stats.window:,} tokens always stay"
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any, Optional
 
 from .._vendor.llama_cpp import llama_chat_format as chat_format
 from .._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
-from ..native import api
 from ..options import CacheOptions
 from .align import common_prefix
 from .control import VISIBLE, ControlTokens, came_back, count, marker_for
@@ -256,7 +255,7 @@ class ChatPrompts:
         if self._options.bounded and self._options.auto_pin:
             prompt = self._attempt(messages, {})
             pin = self.system_prefix(messages, prompt) if prompt is not None else 0
-            self._options.require_room(pin, "the system prompt of", api.pin_room(self._llm.ctx))
+            self._options.require_room(pin, "the system prompt of")
 
     def _known(self, system: Messages, lead: str, template: dict[str, Any]) -> _System:
         """Rendered alone and before a user's message, since templates may want one, or put the system prompt into it."""

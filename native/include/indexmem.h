@@ -112,6 +112,7 @@ struct indexmem_stats {
     uint32_t class_budget[INDEXMEM_CLASSES_MAX]; // of each class, ascending
     uint32_t class_heads [INDEXMEM_CLASSES_MAX]; // how many KV heads it has, of all bounded layers
     uint32_t class_kept  [INDEXMEM_CLASSES_MAX]; // entries that the sequence holds there now
+    uint32_t n_first;         // first tokens that stay in every KV head: sinks and pin, of which small heads may keep only the beginning
 };
 
 // what a layer keeps of the past
@@ -225,7 +226,7 @@ INDEXMEM_API int32_t indexmem_n_head_kv(const struct llama_context * ctx, int32_
 // and when pin and window leave no room in the budget.
 INDEXMEM_API bool indexmem_set_pin(struct llama_context * ctx, int32_t seq_id, uint32_t n);
 
-// The longest prefix that the budget has room to pin, of the layers that keep least; 0 without a budget.
+// The longest prefix that the budget has room to pin; 0 without a budget. KV heads that have less room keep its beginning.
 INDEXMEM_API uint32_t indexmem_pin_room(const struct llama_context * ctx);
 
 // Of `n` guessed tokens (drafts) that a batch is to have behind the next token of a sequence, how many it may have, so that those

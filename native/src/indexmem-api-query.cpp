@@ -197,6 +197,7 @@ bool indexmem_get_stats(llama_context * ctx, int32_t seq_id, indexmem_stats * st
     stats->sinks       = kv->get_config().sinks;
     stats->window      = kv->get_counts().window_of(*seq);
     stats->pin         = seq->pin;
+    stats->n_first     = counts.n_protected(*seq);
     stats->evict_step  = kv->get_counts().evict_step_of(*seq);
     stats->kv_bytes    = kv->size_kv_bytes();
     stats->meta_bytes  = kv->size_meta_bytes();

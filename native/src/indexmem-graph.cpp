@@ -11,7 +11,7 @@
 #include <stdexcept>
 
 std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::seq_state & before,
-        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens) {
+        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens, uint32_t cls) {
     const llama_pos n_seen = before.n_seen + n_tokens;
     const int32_t   n_used = before.n_used + n_tokens;
 
@@ -20,7 +20,7 @@ std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_boun
     c[INDEXMEM_CTL_N_EVICT]  = n_used - (int32_t) after.n_used;
     c[INDEXMEM_CTL_N_FIXED]  = before.n_fixed;
     c[INDEXMEM_CTL_POS_TAIL] = before.pos_tail();
-    c[INDEXMEM_CTL_KEEP_LO]  = std::max(kv.get_config().sinks, before.pin);
+    c[INDEXMEM_CTL_KEEP_LO]  = (int32_t) kv.get_counts().n_protected(before, cls);
     c[INDEXMEM_CTL_KEEP_HI]  = n_seen - (llama_pos) kv.get_counts().window_of(after);
     c[INDEXMEM_CTL_POS_LAST] = n_seen - 1;
     return c;
@@ -136,7 +136,7 @@ void llm_graph_input_attn_bounded::set_class(uint32_t cls) {
     if (ctl) {
         std::vector<int32_t> data_ctl;
         for (uint32_t s = 0; s < sh.n_seq; ++s) {
-            const auto of_seq = indexmem_ctl_of(kv, st.before[s], st.after[s], sh.n_tokens);
+            const auto of_seq = indexmem_ctl_of(kv, st.before[s], st.after[s], sh.n_tokens, cls);
             data_ctl.insert(data_ctl.end(), of_seq.begin(), of_seq.end());
         }
         ggml_backend_tensor_set(ctl, data_ctl.data(), 0, ggml_nbytes(ctl));

@@ -21,9 +21,9 @@
 //   - a KV head is a stream of flash attention: dimension 3 of q, k, v and the mask
 //
 
-// what a step of n_tokens says to the ops that evict, of one sequence
+// what a step of n_tokens says to the ops that evict, of one sequence in a class; the states are those of the class
 std::array<int32_t, INDEXMEM_CTL_SIZE> indexmem_ctl_of(const llama_kv_cache_bounded & kv, const llama_kv_cache_bounded::seq_state & before,
-        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens);
+        const llama_kv_cache_bounded::seq_state & after, uint32_t n_tokens, uint32_t cls);
 
 class llm_graph_input_attn_bounded;
 

@@ -125,10 +125,29 @@ uint32_t indexmem_kv_counts::budget_of(const seq_state & seq, uint32_t cls) cons
     const uint64_t now = budget_mean(seq) + geo.n_latent;
     uint64_t res = lim.budget_of(cls);
     if (now < lim.budget) { // of what is not protected the class has its share
-        const uint64_t min = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
-        res = std::min(res, lim.budgets.empty() ? now : min + (now - min)*(res - min)/(lim.budget - min));
+        const uint64_t min  = budget_min(lim.sinks, seq.pin, lim.window, geo.n_latent);
+        const uint64_t mine = budget_min(0, n_protected(seq, cls), lim.window, geo.n_latent);
+        res = std::min(res, lim.budgets.empty() ? now : mine + (now - min)*(res - mine)/(lim.budget - min));
     }
     return (uint32_t) res - geo.n_latent;
+}
+
+uint32_t indexmem_kv_counts::n_protected(const seq_state & seq, uint32_t cls) const {
+    const uint32_t n    = std::max(lim.sinks, seq.pin);
+    const uint32_t room = pin_room(lim.budget_of(cls));
+    return n <= room ? n : std::max(lim.sinks, room - room/PIN_SPARE);
+}
+
+uint32_t indexmem_kv_counts::n_protected(const seq_state & seq) const {
+    return n_protected(seq, 0); // budgets ascend
+}
+
+uint32_t indexmem_kv_counts::room_of(const seq_state & seq) const {
+    uint32_t res = UINT32_MAX;
+    for (uint32_t c = 0; c < lim.n_classes(); ++c) {
+        res = std::min(res, room_of(seq, c));
+    }
+    return res;
 }
 
 bool indexmem_kv_counts::is_over(const seq_state & seq, uint32_t n) const {
@@ -153,12 +172,12 @@ uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
     if (!lim.window_grows) {
         return lim.window;
     }
-    const uint32_t of_mean = (budget_mean(seq) - n_protected(seq))/WINDOW_SHARE;
-    return std::max(lim.window, std::min(of_mean, (budget_of(seq) - n_protected(seq))/2));
+    const uint32_t of_mean = (budget_mean(seq) - std::max(lim.sinks, seq.pin))/WINDOW_SHARE;
+    return std::max(lim.window, std::min(of_mean, room_of(seq)/2));
 }
 
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
-    const uint32_t room = budget_of(seq) - n_protected(seq) - window_of(seq); // of the smallest one
+    const uint32_t room = room_of(seq) - window_of(seq);
     const uint32_t want = lim.evict_step > 0 ? lim.evict_step : std::min(std::max(EVICT_STEP, room/EVICT_SHARE), room/8);
     return std::max(1u, std::min(want, room));
 }
@@ -297,7 +316,7 @@ bool indexmem_kv_counts::evict(uint32_t s, seq_state & seq, std::string & error)
         const uint32_t budget = budget_of(seq, std::min(c, lim.n_classes() - 1));
         // one that still has room makes as much of it as the others do, so that it is not full long before them
         uint32_t n_left = n_used > budget ? std::min(budget, n_used - n_step) : std::min(n_used, budget + 1 - n_step);
-        n_left = std::min(n_used, std::max(n_left, n_protected(seq) + window));
+        n_left = std::min(n_used, std::max(n_left, n_protected(seq, std::min(c, lim.n_classes() - 1)) + window));
         if (n_left < n_used) {
             seq.put(c, n_left, n_left);
         }
@@ -406,23 +425,25 @@ void indexmem_kv_counts::reset(uint32_t s) {
     seqs[s].pin = lim.pin;
 }
 
-uint32_t indexmem_kv_counts::pin_room() const {
-    return lim.budget_of(0) - (uint32_t) budget_min(0, 0, lim.window, geo.n_latent); // at least the sinks: there is no smaller budget
+uint32_t indexmem_kv_counts::pin_room(uint32_t budget) const {
+    return budget - (uint32_t) budget_min(0, 0, lim.window, geo.n_latent); // at least the sinks: there is no smaller budget
 }
 
 bool indexmem_kv_counts::set_pin(uint32_t s, uint32_t n, std::string & error) {
     seq_state & seq = seqs[s];
 
-    const uint64_t min = budget_min(lim.sinks, n, lim.window, geo.n_latent);
     if (seq.broken) {
         error = broken_text(s);
         return false;
     }
     if (n > pin_room()) {
+        const uint64_t min = budget_min(lim.sinks, n, lim.window, geo.n_latent);
         error = text("a pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin %u) + window %u + %u slots of "
-                "the memory + 1), the budget is %u%s", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent,
-                lim.budget_of(0), lim.budgets.empty() ? "" : " in some KV heads: let all keep equally many, or raise it");
+                "the memory + 1), the budget is %u", n, (unsigned long long) min, lim.sinks, n, lim.window, geo.n_latent, lim.budget);
         return false;
+    }
+    if (n == seq.pin) {
+        return true;
     }
     const uint32_t n_sure = std::min(n_protected(seq), seq.n_first);
     if (seq.n_evictions > 0 && n > n_sure) {

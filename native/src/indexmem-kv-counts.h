@@ -53,6 +53,7 @@ public:
     // a window that nobody chose
     static constexpr uint32_t WINDOW_LEAST = 128;
     static constexpr uint32_t WINDOW_SHARE = 4; // of what may leave or be in it
+    static constexpr uint32_t PIN_SPARE    = 8; // of what could be pinned, where all that is to be does not fit
 
     // what is asked for
     struct limits {
@@ -188,8 +189,11 @@ public:
     // the first position from which on all classes hold every token where it was appended
     int32_t pos_tail(const seq_state & seq) const;
 
-    // length of the protected prefix
-    uint32_t n_protected(const seq_state & seq) const { return std::max(lim.sinks, seq.pin); }
+    // Length of the protected prefix in a class. One that has no room for all of a pinned prefix keeps its beginning, and leaves an
+    // eighth of that room to what ranks high.
+    uint32_t n_protected(const seq_state & seq, uint32_t cls) const;
+
+    uint32_t n_protected(const seq_state & seq) const; // in all of them
 
     // what classes have on average at this length, without the slots of a memory
     uint32_t budget_mean(const seq_state & seq) const;
@@ -241,8 +245,8 @@ public:
     // false when pin, sinks and window leave no room, or when evicted entries would have to be pinned
     bool set_pin(uint32_t s, uint32_t n, std::string & error);
 
-    // the longest prefix that there is room to pin
-    uint32_t pin_room() const;
+    // the longest prefix that can be pinned: what there is room for where all classes have as much
+    uint32_t pin_room() const { return pin_room(lim.budget); }
 
 private:
     // new rotary positions for all that a sequence holds, so that n_tokens more stay inside the span
@@ -255,6 +259,12 @@ private:
     bool evict(uint32_t s, seq_state & seq, std::string & error) const;
 
     void score(step & st, std::vector<seq_state> & state) const;
+
+    uint32_t pin_room(uint32_t budget) const;
+
+    // what a class can have beside what is protected
+    uint32_t room_of(const seq_state & seq, uint32_t cls) const { return budget_of(seq, cls) - n_protected(seq, cls); }
+    uint32_t room_of(const seq_state & seq) const; // the least
 
     bool keep_queries(uint32_t s, uint32_t n_written, const seq_state & before, seq_state & seq, std::string & error) const;
 

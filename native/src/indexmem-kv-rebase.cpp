@@ -69,7 +69,7 @@ bool llama_kv_cache_bounded::turn_layer(uint32_t s, layer & l, const seq_state &
 
     const int64_t  n_used      = from.n_used;
     const int32_t  newest      = end - from.rotary_next(); // how far the newest tokens move, and with them what has no position
-    const uint32_t n_protected = std::min(counts.n_protected(from), from.n_first);
+    const uint32_t n_protected = std::min(counts.n_protected(from, l.cls), from.n_first);
     const uint32_t n_window    = std::min(counts.window_of(of_all), from.n_last);
 
     const bool remembers = cfg.memory && from.n_evictions > 0;

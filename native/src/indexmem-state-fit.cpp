@@ -176,11 +176,11 @@ void compute(ggml_backend_t backend, const kv_cache & kv, const kv_cache & targe
         throw std::runtime_error("bounded KV state: there is no memory to evict what the budget has no room for");
     }
     if (ctl) {
-        const auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0);
+        const auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0, l.cls);
         ggml_backend_tensor_set(ctl, data.data(), 0, ggml_nbytes(ctl));
     }
     if (ctl_rotary) {
-        auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0);
+        auto data = indexmem_ctl_of(target, st.before[0], st.after[0], 0, l.cls);
         data[INDEXMEM_CTL_POS_TAIL] -= st.before[0].shift;
         ggml_backend_tensor_set(ctl_rotary, data.data(), 0, ggml_nbytes(ctl_rotary));
     }

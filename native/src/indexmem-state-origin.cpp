@@ -234,13 +234,13 @@ kv_cache::seq_state indexmem_state_adopt(const kv_cache & kv, const indexmem_sta
     }
     if (kv.get_load_pin() >= 0) {
         const uint32_t pin = (uint32_t) kv.get_load_pin();
-        res.pin = res.n_evictions > 0 ? std::min(pin, res.n_first) : pin;
+        res.pin = res.n_evictions > 0 ? std::min(pin, std::max(res.n_first, res.pin)) : pin; // its own, where only some heads have all of it
     }
     const uint64_t least = indexmem_kv_counts::budget_min(cfg.sinks, res.pin, cfg.window, kv.get_n_latent());
-    if (cfg.budget_of(0) < least) {
+    if (cfg.budget < least) {
         throw std::runtime_error(format("bounded KV state: its pinned prefix of %u tokens needs a budget of at least %llu (max(sinks %u, pin) + "
                     "window %u + %u slots of the memory + 1), the budget is %u", res.pin, (unsigned long long) least, cfg.sinks,
-                    cfg.window, kv.get_n_latent(), cfg.budget_of(0)));
+                    cfg.window, kv.get_n_latent(), cfg.budget));
     }
     require_queries(kv, o, res, kept);
     return res;

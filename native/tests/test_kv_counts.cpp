@@ -83,7 +83,7 @@ TEST(a_window_that_nobody_chose_follows_the_room) {
     CHECK(c.window_of(*c.get(0)) == (1024 - 4)/4);
     CHECK(counts_of(lim, { 24 }).window_of({}) == (1024 - 24 - 4)/4); // the slots of a memory are not room
     lim.budgets = { 804, 1500 };
-    CHECK(counts_of(lim, {}).window_of({}) == (1024 - 4)/4 && counts_of(lim, {}).pin_room() == 804 - 129); // of what heads have on average
+    CHECK(counts_of(lim, {}).window_of({}) == (1024 - 4)/4 && counts_of(lim, {}).pin_room() == 895); // of what heads have on average
     lim.budgets = { 304, 1500 };
     CHECK(counts_of(lim, {}).window_of({}) == 150 && counts_of(lim, { 24 }).window_of({}) == 138); // at most half of the smallest
     lim.ratio = 0.5;
@@ -120,6 +120,38 @@ TEST(a_window_that_nobody_chose_follows_the_room) {
         before = r.window_of(seq);
     }
     CHECK(before == 255);
+}
+
+TEST(small_classes_keep_the_beginning_of_a_long_prefix) {
+    counts::limits lim = limits_of(200);
+    lim.budgets = { 100, 150, 300 };
+    counts c = counts_of(lim, { 10 });
+    std::string error;
+    CHECK(c.pin_room() == 200 - 8 - 10 - 1);
+    CHECK(!c.set_pin(0, c.pin_room() + 1, error) && error.find("the budget is 200") != std::string::npos);
+
+    const auto kept = [&](uint32_t pin, uint32_t cls) {
+        CHECK(c.set_pin(0, pin, error));
+        return c.n_protected(*c.get(0), cls);
+    };
+    CHECK(kept(81, 0) == 81 && kept(82, 0) == 81 - 81/8 && kept(181, 0) == 81 - 81/8);
+    CHECK(kept(131, 1) == 131 && kept(132, 1) == 131 - 131/8 && kept(181, 2) == 181);
+    CHECK(kept(0, 0) == 4 && kept(0, 2) == 4);
+
+    CHECK(c.set_pin(0, 181, error) && c.n_protected(*c.get(0)) == 71);
+    const uint32_t step = c.evict_step_of(*c.get(0));
+    CHECK(step >= 1 && 71 + 8 + step <= 90);
+    for (int i = 0; i < 300; ++i) {
+        feed(c, i % 3 == 0 ? 17 : 1);
+        const auto & seq = *c.get(0);
+        for (uint32_t k = 0; k < 3; ++k) {
+            const uint32_t n_used = seq.of(k).n_used;
+            CHECK(n_used <= c.budget_of(seq, k) && n_used >= std::min<uint32_t>(seq.n_seen, c.n_protected(seq, k) + 8));
+        }
+        CHECK(seq.n_evictions == 0 || seq.n_first == 71); // what is sure to be in all of them
+    }
+    CHECK(c.set_pin(0, 181, error)); // as it is
+    CHECK(!c.set_pin(0, 180, error) && c.set_pin(0, 71, error) && !c.set_pin(0, 72, error));
 }
 
 TEST(a_budget_is_never_exceeded) {

@@ -66,34 +66,36 @@ def both(
     return context, reference
 
 
-def test_a_prefix_has_to_fit_the_smallest_layers(tiny: Tiny, tmp_path: Path) -> None:
-    """A system prompt that does not is refused before the talk begins, with what there is room for."""
+@BOTH
+def test_a_system_prompt_may_be_longer_than_the_smallest_heads(tiny: Tiny, tmp_path: Path, shares: list[float]) -> None:
+    """As long as with equal budgets; those that have no room for it keep its beginning, and `kv_stats` says how much."""
     path, config = tiny("llama", n_layer=N_LAYER)
-    llm = Llama(path, kv_budget=60, kv_sinks=2, kv_window=8, indexmem=sidecar(tmp_path, config)[0], n_ubatch=24, n_threads=1, verbose=False)
+    file = sidecar(tmp_path, config, shares=shares)[0]
+    notes: list[str] = []
+    llm = Llama(
+        path, kv_budget=60, kv_sinks=2, kv_window=8, indexmem=file, n_ubatch=24, n_threads=1, verbose=False, n_ctx=1000,
+        kv_warn=lambda note: notes.append(str(note)),
+    )  # fmt: skip
     try:
-        room = api.pin_room(llm.ctx)
-        assert room == min(budgets_of_stats(llm)) - 9
-        api.set_pin(llm.ctx, room)
-        with pytest.raises(BudgetError, match="in some KV heads"):
-            api.set_pin(llm.ctx, room + 1)
-        api.set_pin(llm.ctx, 0)
-        words = rf"kv_budget 60 .* system prompt of {room + 1} tokens: .* {room} tokens can be pinned"
-        for n in range(1, 60):
-            talk = [{"role": "system", "content": "a" * n}, {"role": "user", "content": "b"}]
-            if llm._prompts.system_prefix(talk, llm._prompts.tokens(talk)) == room + 1:
-                break
-            llm.rehearse("a" * n)
-        with pytest.raises(BudgetError, match=words):
-            llm.rehearse("a" * n)
-        with pytest.raises(BudgetError, match=words):
-            llm.create_chat_completion(talk, max_tokens=1)
+        talk: list[Any] = [{"role": "system", "content": "a b c d e"}, {"role": "user", "content": "b"}]
+        while (pin := llm._prompts.system_prefix(talk, llm._prompts.tokens(talk))) < 45:
+            talk[0]["content"] += " a"
+        llm.rehearse(talk[0]["content"])
+        for _ in range(6):
+            llm.create_chat_completion(talk, max_tokens=20, temperature=0.0)
+            talk += [{"role": "assistant", "content": "c d e"}, {"role": "user", "content": "f g h" * 5}]
+        stats = llm.kv_stats()
+        assert stats.evicted > 0 and stats.pin == pin > stats.first > stats.sinks
+        assert f"pinned prefix {pin} ({stats.first} in the smallest KV heads)" in str(stats)
+        assert any(f"The first {pin} (in KV heads with small budgets {stats.first}) and the last 8 tokens" in text for text in notes)
+        heads = sum(llm.kv_snapshot().values(), [])
+        whole = [np.array_equal(head[:pin], np.arange(pin)) for head in heads]
+        assert any(whole) and not all(whole)
+        assert all(np.array_equal(head[: stats.first], np.arange(stats.first)) for head in heads)
+        with pytest.raises(BudgetError, match="kv_budget 60 is too small: at least .* are needed"):
+            llm.rehearse("a " * 60)
     finally:
         llm.close()
-
-
-def budgets_of_stats(llm: Llama) -> list[int]:
-    stats = api.get_stats(llm.ctx)
-    return [int(stats.class_budget[i]) for i in range(stats.n_classes)]
 
 
 @BOTH
@@ -187,6 +189,37 @@ def test_with_other_options(tiny: Tiny, tmp_path: Path, options: dict[str, Any],
             worst, error, spread = follow(native, reference, tokens, SIZES)
     assert worst < 2e-2 and error < 0.02 * spread
     assert {e.layer for e in reference.evictions} == set(range(N_LAYER))
+
+
+PINNED = [dict(), dict(budget_ratio=0.7), dict(evict_step=5), dict(span=160), dict(memory=Centroid(6, [True] * N_LAYER, [1.0] * N_LAYER))]
+
+
+@pytest.mark.parametrize("options", PINNED, ids=lambda o: next(iter(o), "pin"))
+@BOTH
+def test_small_heads_keep_the_beginning_of_a_long_prefix(tiny: Tiny, tmp_path: Path, options: dict[str, Any], shares: list[float]) -> None:
+    """What is pinned after the budget was divided: the others keep all of it. So do a copy and a state."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    tokens = tokens_of(config, sum(SIZES), seed=14)
+    with open_model(path) as model:
+        native, reference = both(model, config, tmp_path, shares=shares, pin=42, native=dict(pin=0, n_seq=2), **options)
+        firsts = {reference.first(il, h) for il, h in reference.heads()}
+        assert max(firsts) == 42 and min(firsts) < 30
+        with native:
+            api.set_pin(native.ctx, 42)
+            worst, error, spread = follow(native, reference, tokens, SIZES)
+            stats = native.stats()
+            assert (stats.pin, stats.n_first) == (42, min(firsts))
+            native.seq_cp(0, 1)
+            kept, state = native.positions(0), native.save(0)
+            expected = native.feed(tokens[:50], 24)
+            native.clear()
+            assert native.load(state, 0)
+            np.testing.assert_equal(native.positions(0), kept)
+            assert native.stats().pin == 42
+            np.testing.assert_array_equal(native.feed(tokens[:50], 24), expected)
+    assert worst < 2e-2 and error < (20 * NEAR["f16"] if reference.span else 0.02) * spread
+    for il, h in reference.heads():
+        assert reference.kept[il][h][: reference.first(il, h)] == list(range(reference.first(il, h)))
 
 
 @BOTH

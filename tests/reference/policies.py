@@ -184,8 +184,19 @@ class BoundedReference:
 
     @property
     def protected(self) -> int:
-        """Number of first positions that always stay."""
+        """Number of first positions that are to stay."""
         return max(self.sinks, self.pin)
+
+    def first(self, il: int, h: int) -> int:
+        """How many of them stay in a KV head: all, or seven eighths of what it has room for."""
+        budget = self.budgets[il][h] if self.budgets else self.budget
+        room = budget - self.window - 1 - self.n_latent
+        return self.protected if self.protected <= room else max(self.sinks, room - room // 8)
+
+    @property
+    def first_of_all(self) -> int:
+        """How many of them stay in all heads."""
+        return min(self.first(il, h) for il, h in self.heads())
 
     @property
     def kept(self) -> list[list[list[int]]]:
@@ -203,16 +214,16 @@ class BoundedReference:
         """Entries that may stay in a KV head at this length: the budget without the slots of a memory."""
         if not self.budgets:
             return self.budget_now - self.n_latent
-        least = self.protected + self.window + 1 + self.n_latent
+        least, least_here = (n + self.window + 1 + self.n_latent for n in (self.protected, self.first(il, h)))
         mine = self.budgets[il][h]
         if self.budget_ratio and self.budget_now < self.budget:  # what is not protected is shared as ever
-            mine = min(mine, least + (self.budget_now - least) * (mine - least) // (self.budget - least))
+            mine = min(mine, least_here + (self.budget_now - least) * (mine - least_here) // (self.budget - least))
         return mine - self.n_latent
 
     @property
     def step(self) -> int:
         """Entries evicted at once during decode, in all heads together."""
-        room = min(self.capacity(il, h) for il, h in self.heads()) - self.protected - self.window
+        room = min(self.capacity(il, h) - self.first(il, h) for il, h in self.heads()) - self.window
         return min(self.evict_step or max(min(max(32, room // 128), room // 8), 1), room)
 
     @property
@@ -276,14 +287,14 @@ class BoundedReference:
         by = end - self.next_position
         for il, h in self.heads():
             index = np.array(self.kept[il][h], int)
-            first, last = int(min(self.protected, self.gone)), min(self.window, self.n_seen - self.moved)
+            first, last = int(min(self.first(il, h), self.gone)), min(self.window, self.n_seen - self.moved)
             at = rebased(index, self.decoder.rotary[il][index, h], first, last, end)
             self.decoder.renew(il, h, index, at)
             memory, rotary = self.decoder.memories[il][h], self.decoder.rotaries[il]
             if memory and rotary:
                 memory.rotate(rotary, by)
         self.decoder.move_end(end)
-        self.gone = min(self.gone, self.protected)
+        self.gone = min(self.gone, self.first_of_all)
         self.n_before = self.n_seen
         self.n_rebases += 1
         return True
@@ -317,14 +328,14 @@ class BoundedReference:
         kept, last = sorted(self.slots[il][h]), self.n_seen - 1
         over = len(kept) - self.capacity(il, h)
         n_evict = max(over, self.step) if over > 0 else max(over - 1 + self.step, 0)  # the others make as much room
-        n_evict = min(n_evict, len(kept) - self.protected - self.window)
+        n_evict = min(n_evict, len(kept) - self.first(il, h) - self.window)
         if n_evict <= 0:
             return
         ranks = self._rank(il, h)
         candidates = {
             p: -np.inf if np.isnan(r) else float(r)
             for p, r in zip(kept, ranks)
-            if self.protected <= p <= last - self.window
+            if self.first(il, h) <= p <= last - self.window
         }
         order = sorted(candidates, key=lambda p: (candidates[p], -p))  # of equals, the later one leaves
         gone = set(order[:n_evict])
@@ -335,7 +346,7 @@ class BoundedReference:
         self._before[il, h] = self.slots[il][h], copy.deepcopy(self.decoder.memories[il][h])
         self._leave(il, h, gone)
         self.n_before = self.n_seen
-        self.gone = min(self.gone, self.protected)
+        self.gone = min(self.gone, self.first_of_all)
         self.moved = max(self.moved, self.n_seen - self.window)
         self.evictions.append(Eviction(self.n_ubatches, il, h, tuple(sorted(gone)), gap))
 

@@ -45,7 +45,7 @@ LOOKS = 0.2
 HIGHER = 3.0
 KEEP = 4.0
 FALL = 3.0
-FADE = 0.1  # what is between the two kinds falls at a rate between theirs
+FADE = 0.03  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
 SHARE = 5.0  # of a budget that heads which remember get, where the others get 1
 
