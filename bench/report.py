@@ -114,7 +114,10 @@ def report_name(kind: str, geometry: str | None, cache_type: str) -> str:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """A table of the keys `columns` of rows."""
+    """A table of the keys `columns` of rows, those left out for which none has a value; nothing without rows."""
+    if not rows:
+        return
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
     names = [name.replace("_", " ") for name in columns]
     print_table(title, names, [[show(name, row.get(name)) for name in columns] for row in rows])
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ..machine import describe, rss_bytes
 from ..report import Report, Row, print_rows, series
-from ..runner import BenchError, Model, Setup, System, captures, library
+from ..runner import BenchError, Model, Setup, System, captures, library, llama_cpp
 from ..stats import alternate, pair_ratio
 from ..text import TokenStream, read_text
 from . import evictions as evictions_of, parts as parts_of
@@ -213,16 +213,15 @@ def _decode(system: System, stream: TokenStream) -> float:
 
 def _built(system: System, stream: TokenStream) -> Row:
     """Of the tokens that follow the first, before which there may have been a ubatch of many, whose graph is another: graphs that were
-    built, and on a CUDA device those that were captured, and were captured in vain.
+    built, and on a device those that were captured, and were captured in vain.
     """
     system.decode(1, stream.take(1)[0])
     before, captured = system.n_reused(), replace(captures)
     system.decode(CHUNK - 1, stream.take(1)[0])
-    return {
-        "graphs_built": CHUNK - 1 - (system.n_reused() - before),
-        "captures_made": captures.made - captured.made,
-        "captures_dropped": captures.dropped - captured.dropped,
-    }
+    built: Row = {"graphs_built": CHUNK - 1 - (system.n_reused() - before)}
+    if llama_cpp.llama_supports_gpu_offload():
+        built |= {"captures_made": captures.made - captured.made, "captures_dropped": captures.dropped - captured.dropped}
+    return built
 
 
 def _prefill(system: System, stream: TokenStream) -> float:

@@ -160,7 +160,7 @@ def test_all_parts_run_on_a_tiny_model(tiny: Any, tmp_path: Path) -> None:
     assert systems == [(s, d) for d in (0, 200) for s in (*stock, plain, everything)] + [(plain, 300), (everything, 300)]
     assert all(row[key] is not None for row in data["rows"] for key in (*ROW_KEYS, *BYTE_KEYS, "decode_vs_empty"))
     assert all(row["graphs_built"] <= 1 for row in data["rows"] if row["depth"] == 300)  # evictions build none
-    assert all(row["captures_made"] == row["captures_dropped"] == 0 for row in data["rows"])  # there is no such device
+    assert not any("captures_made" in row for row in data["rows"])  # there is no device
     assert [row["tokens_seen"] for row in data["rows"] if row["system"] == "unbounded"] == [0, 200]
     assert [row["bytes_limit"] for row in data["rows"][:4]] == [1.0] * 4
     assert data["rows"][-1]["decode_vs_flash"] is None and data["rows"][-3]["decode_vs_flash"] > 0

@@ -39,12 +39,13 @@ from ..cache.future import attention_blocks
 from ..data.sample import Sample
 from ..model.attention import Heads
 from .objective import Progress
-from .regress import TOKENS, Regress, opened, ranks_of
+from .regress import Regress, opened, ranks_of
 
 LOOKS = 0.2
 HIGHER = 3.0
 KEEP = 4.0
 FALL = 3.0
+OTHERS = 400  # tokens of a sequence that are not told; more sequences teach more than more of their tokens
 FADE = 0.03  # what is between the two kinds falls at a rate between theirs
 STAY = 3.0
 SHARE = 5.0  # of a budget that heads which remember get, where the others get 1
@@ -99,7 +100,7 @@ class ToldApart(Regress):
         for first, last in sample.told:
             told[first:last] = True
         places = np.arange(self.sinks, end)
-        others = np.random.default_rng(n).permutation(places[~told[places]])[: max(TOKENS - int(told.sum()), 0)]
+        others = np.random.default_rng(n).permutation(places[~told[places]])[:OTHERS]
         chosen = np.sort(np.concatenate((places[told[places]], others)))
         where = torch.from_numpy(chosen).to(self.device)
         answers = torch.from_numpy(np.flatnonzero(sample.weight[end:] > 1) + end)  # each predicts a token of an answer
