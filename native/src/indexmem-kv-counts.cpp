@@ -312,11 +312,12 @@ bool indexmem_kv_counts::evict(uint32_t s, seq_state & seq, std::string & error)
     const uint32_t n_step = evict_step_of(seq);
     const uint32_t window = window_of(seq);
     for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
+        const uint32_t cls    = std::min(c, lim.n_classes() - 1);
         const uint32_t n_used = seq.of(c).n_used;
-        const uint32_t budget = budget_of(seq, std::min(c, lim.n_classes() - 1));
+        const uint32_t budget = budget_of(seq, cls);
         // one that still has room makes as much of it as the others do, so that it is not full long before them
         uint32_t n_left = n_used > budget ? std::min(budget, n_used - n_step) : std::min(n_used, budget + 1 - n_step);
-        n_left = std::min(n_used, std::max(n_left, n_protected(seq, std::min(c, lim.n_classes() - 1)) + window));
+        n_left = std::min(n_used, std::max(n_left, n_protected(seq, cls) + window));
         if (n_left < n_used) {
             seq.put(c, n_left, n_left);
         }

@@ -168,11 +168,7 @@ ggml_tensor * indexmem_stock::build_expected(ggml_context * ctx, ggml_tensor * k
     q = ggml_reshape_4d(ctx, q, n_embd, n_all, H, n_seq);
 
     ggml_tensor * mean = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, q)));
-    mean = ggml_scale(ctx, ggml_reshape_4d(ctx, mean, n_embd, 1, H, n_seq), scale/(float) G);
-
-    ggml_tensor * res = ggml_mul_mat(ctx, keys, mean);
-    ggml_prec_set_acc(res, GGML_PREC_F32);
-    return res;
+    return build_logits(ctx, keys, ggml_reshape_4d(ctx, mean, n_embd, 1, H, n_seq), scale/(float) G, 0.0f);
 }
 
 template <typename T>
