@@ -166,7 +166,9 @@ llama_kv_cache_bounded::llama_kv_cache_bounded(
 
     if (cfg.memory && rot_k > 0 && !cfg.memory->tensors().empty() && !hparams.no_alloc && !cfg.sidecar->rotated) {
         for (const auto & l : layers) {
-            cfg.memory->rotate_weights(cfg.sidecar->get_layer(l.il), indexmem_hadamard(rot_k), rot_k);
+            if (l.head == 0) { // once for each layer, whose slices share its weights
+                cfg.memory->rotate_weights(cfg.sidecar->get_layer(l.il), indexmem_hadamard(rot_k), rot_k);
+            }
         }
         cfg.sidecar->rotated = true;
     }

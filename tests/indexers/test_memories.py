@@ -27,10 +27,10 @@ NEAR = 2e-3  # what rounding may do to ranks, and in units of their deviation to
 
 
 def with_memory(folder: Path, model: Any, config: TinyConfig, trained: Memory, indexer: Optional[Indexer] = None,
-                **options: Any) -> Context:  # fmt: skip
-    """A native context with a sidecar that holds the memory and the indexer."""
+                keys: Optional[dict[str, Any]] = None, **options: Any) -> Context:  # fmt: skip
+    """A native context with a sidecar that holds the memory and the indexer, and further keys."""
     path = folder / "memory.gguf"
-    write_memory_sidecar(path, trained, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv)
+    write_memory_sidecar(path, trained, indexer, n_embd=config.n_embd, n_head_kv=config.n_head_kv, **(keys or {}))
     return Context(model, **dict(sidecar=path, n_ubatch=24) | options)
 
 
@@ -138,6 +138,25 @@ def test_cache_types(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
             worst, error, _ = follow(native, reference, tokens, SIZES)
     assert worst < {F32: NEAR, Q8_0: 0.1, Q4_0: 0.5}[cache]
     assert error <= 1.5 * base
+
+
+@each_kind
+@pytest.mark.parametrize("cache", [F16, Q8_0, Q4_0], ids=["f16", "q8_0", "q4_0"])
+def test_layers_kept_in_slices(tiny: Tiny, tmp_path: Path, kind: str, cache: int) -> None:
+    """Slices share the weights of their layer. Heads that need no more than all have cut it, and nothing else is different."""
+    path, config = tiny("qwen3")
+    indexer = random_indexer("retention-mlp", config.n_layer, config.n_embd, config.n_head_kv)
+    tokens, logits = tokens_of(config, sum(SIZES), seed=3), []
+    need = {"indexmem.budget_least": [20 * (i % 2) for i in range(config.n_layer * config.n_head_kv)]}
+    asked: dict[str, Any] = SETTINGS | dict(policy="indexer", type_k=cache, type_v=cache, n_threads=1)
+    with open_model(path) as model:
+        for budgets in ("equal", "sidecar"):
+            native = with_memory(tmp_path, model, config, random_memory(kind, config), indexer, layer_budgets=budgets, keys=need, **asked)
+            with native:
+                assert native.stats().n_classes == 1
+                logits.append(np.concatenate([native.feed(tokens[i : i + n], n) for i, n in zip(np.cumsum([0, *SIZES]), SIZES)]))
+                assert native.stats().n_evictions > 3
+    assert rms(logits[1] - logits[0]) < 1e-3 * logits[0].std()
 
 
 @each_kind
