@@ -73,6 +73,9 @@ void llama_kv_cache_bounded::clear(bool data) {
         counts.reset(s);
     }
     if (data) {
+        if (lctx) {
+            llama_synchronize(lctx); // what is still being computed writes into these
+        }
         for (auto & [_, buf] : ctxs_bufs) {
             ggml_backend_buffer_clear(buf.get(), 0);
         }

@@ -230,7 +230,11 @@ bool llama_memory_mixed::rebase(const llama_kv_cache_bounded::step & st) {
             error = err.what();
         }
         if (!ok) {
-            bounded->spoil(st.s0 + i);
+            for (; i < st.n_seq; ++i) {
+                if (deltas[i] != 0) {
+                    bounded->spoil(st.s0 + i); // what it holds was turned, its window was not
+                }
+            }
             LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
             indexmem_error_is(error);
             return false;
