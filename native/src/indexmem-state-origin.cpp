@@ -29,6 +29,17 @@ static bool has_part(const indexmem_state_origin & o, int part) {
     }
 }
 
+// Whether a part of a state may have another size than here, because it belongs to another sidecar or memory. What is not compared
+// here is read as the state says it, before what it is worth is known.
+static bool other_size(const indexmem_state_origin & o, const indexmem_state_origin & ours, int part) {
+    switch (part) {
+        case INDEXMEM_STATE_ENTRIES:
+        case INDEXMEM_STATE_RING:   return false;
+        case INDEXMEM_STATE_MEMORY: return o.memory != ours.memory || o.n_latent != ours.n_latent || o.sidecar != ours.sidecar;
+        default:                    return o.sidecar != ours.sidecar;
+    }
+}
+
 indexmem_state_origin indexmem_state_origin_of(const kv_cache & kv) {
     const auto & cfg = kv.get_config();
 
@@ -127,8 +138,7 @@ indexmem_state_origin indexmem_state_get_header(indexmem_state_reader & in, cons
             const uint32_t size = sizes[part] = in.get<uint32_t>();
             const bool     has  = has_part(res, part) && (n_before == 0 || (part != INDEXMEM_STATE_PENDING && part != INDEXMEM_STATE_QUERIES));
             whole = whole && (size > 0) == has;
-            whole = whole && (!indexmem_state_goes_on(res, ours, part) || res.memory != ours.memory || res.n_latent != ours.n_latent ||
-                    res.sidecar != ours.sidecar || size == of_ours[part]);
+            whole = whole && (!indexmem_state_goes_on(res, ours, part) || other_size(res, ours, part) || size == of_ours[part]);
         }
         res.slices.push_back(heads);
         res.sizes.push_back(sizes);

@@ -20,9 +20,8 @@ void check_class(const kv_cache & kv, const indexmem_state_origin & o, const kv_
     ok = ok && (evicted || seq.n_used == n_seen);
     ok = ok && (evicted || seq.n_rebases > 0 || seq.n_fixed == 0);
     ok = ok && (seq.n_used > 0 || n_seen == 0);
-    // the first and the last are there, those behind the table among the last
+    // the first and the last are there
     ok = ok && seq.n_first <= seq.n_used && seq.n_last <= seq.n_used;
-    ok = ok && (o.n_classes > 1 || seq.n_last >= seq.n_used - seq.n_fixed); // others may have evicted since
     ok = ok && (seq.n_used < n_seen ? (uint64_t) seq.n_first + seq.n_last <= seq.n_used && seq.n_first <= seq.n_fixed : true);
     ok = ok && (evicted || seq.n_last == n_seen);
     ok = ok && (evicted || seq.n_rebases > 0 || seq.n_first == n_seen);
@@ -84,10 +83,16 @@ void take_classes(const kv_cache & kv, const indexmem_state_origin & o, const kv
 
 void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
     uint64_t n_gone = 0;
+    uint32_t n_tail = UINT32_MAX; // entries behind the tables of all classes
     for (uint32_t c = 0; c < kv.get_config().n_classes(); ++c) {
         const auto of_class = seq.of(c);
         check_class(kv, o, of_class);
         n_gone += of_class.n_seen - of_class.n_used;
+        n_tail  = std::min(n_tail, of_class.n_used - of_class.n_fixed);
+    }
+    if (seq.n_last < n_tail) { // they are the last that were appended
+        throw std::runtime_error(format("bounded KV state: impossible counts (the last %u are there, %u were appended since entries left)",
+                    seq.n_last, n_tail));
     }
     if (seq.n_evictions > n_gone) { // at least one entry leaves at an eviction
         throw std::runtime_error(format("bounded KV state: impossible counts (%llu entries evicted in %llu evictions)",

@@ -19,7 +19,7 @@ from reference.policies import BoundedReference
 from support.comparing import EVICTING, tokens_of
 from support.memories import random_memory
 from support.mixed import Made, each_kind, made  # noqa: F401  a fixture
-from support.native_context import F32, Context, open_model
+from support.native_context import F16, F32, Context, open_model
 from support.spanned import CACHES, compare
 from support.states import N_HEADER
 from tiny.models import TinyConfig
@@ -246,6 +246,21 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Sidecar:
         return path
 
     return make
+
+
+def test_entries_that_claim_to_be_small(tiny: Tiny, sidecar: Sidecar) -> None:
+    """Their size is checked also where scores have another one, because the state is of a cache with a sidecar and this one has none."""
+    path, config = tiny("llama")
+    options = dict(n_ubatch=N_UBATCH, n_threads=1, **SMALL)
+    with open_model(path) as model:
+        with Context(model, policy="indexer", sidecar=sidecar(config, "retention-mlp"), **options) as c:
+            c.feed(tokens_of(config, 40), 20)
+            state = c.save(0)
+        types, size = struct.pack("<II", F16, F16), 2 * 2 * config.n_head_kv * config.head_dim  # of keys and values of a layer
+        assert state.count(types + struct.pack("<I", size)) == config.n_layer
+        with Context(model, policy="streaming", **options) as c:
+            assert "damaged" in said(c, state.replace(types + struct.pack("<I", size), types + struct.pack("<I", 1)))
+            assert c.load(state, 0)
 
 
 @pytest.mark.parametrize("variant", ["retention-mlp", "kvzap-linear", "pairwise-mean"])

@@ -33,6 +33,10 @@ BOTH = pytest.mark.parametrize("shares", [SHARES, HEADS], ids=["layers", "heads"
 SETTINGS: dict[str, Any] = dict(budget=60, sinks=2, window=8, policy="indexer")
 SIZES = [24, 24, 24, 7, *[1] * 40, 24, 24, 13, *[1] * 30, 24, 5]
 
+MAGIC = struct.pack("<I", 0x564B4D49)
+N_SLICES = 7  # of HEADS: in the second layer both heads have the same
+N_HEADER = 8 * 4 + 8 + (4 + len("indexer")) + (4 + len("off")) + N_SLICES * 4 * (8 + 6) + 4  # bytes of a state from the magic on
+
 
 def sidecar(folder: Path, config: TinyConfig, variant: str = "retention-mlp", shares: Sequence[float] = SHARES) -> Any:
     path = folder / f"{variant}-{len(shares)}.gguf"
@@ -322,15 +326,31 @@ def test_damaged_states(tiny: Tiny, tmp_path: Path) -> None:
         state = c.save(0)
         c.feed(tokens_of(config, 30, seed=15), 24)
         before = c.save(0)
-        start = state.index(struct.pack("<I", 0x564B4D49))  # magic
-        n_slices = 7  # of HEADS: in the second layer both heads have the same
-        n_header = 8 * 4 + 8 + (4 + len("indexer")) + (4 + len("off")) + n_slices * 4 * (8 + 6) + 4
+        start = state.index(MAGIC)
         assert struct.unpack_from("<I", state, start + 4) == (10,)
-        states = [state[:i] + bytes([state[i] ^ 0xFF]) + state[i + 1 :] for i in range(start, start + n_header)]
+        states = [state[:i] + bytes([state[i] ^ 0xFF]) + state[i + 1 :] for i in range(start, start + N_HEADER)]
         states += [state[:n] for n in range(start, len(state), 509)]
         for damaged in states:
             assert not c.load(damaged, 0)
             assert c.save(0) == before
+        assert c.load(state, 0) and c.save(0) == state
+
+
+def test_a_state_that_knows_less_than_it_holds(tiny: Tiny, tmp_path: Path) -> None:
+    """What was appended since entries left are the last tokens: with fewer of these, taking some back would make no sense."""
+    path, config = tiny("llama", n_layer=N_LAYER)
+    file = sidecar(tmp_path, config, shares=HEADS)[0]
+    with open_model(path) as model, Context(model, sidecar=file, n_ubatch=24, evict_step=8, **SETTINGS) as c:
+        c.feed(tokens_of(config, 100, seed=14), 20)
+        n_evictions = c.stats().n_evictions
+        while c.stats().n_evictions == n_evictions:
+            c.feed([5], 1)
+        c.feed([6, 7, 8], 1)
+        state = c.save(0)
+        at = state.index(MAGIC) + N_HEADER + 13 * 4  # of how many of the last tokens are there
+        assert struct.unpack_from("<I", state, at)[0] >= 3
+        assert not c.load(state[:at] + struct.pack("<I", 2) + state[at + 4 :], 0)
+        assert "the last 2 are there, 3 were appended" in api.last_error()
         assert c.load(state, 0) and c.save(0) == state
 
 
