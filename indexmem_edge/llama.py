@@ -200,9 +200,11 @@ class Llama(inside.Base):
             self._kept.forget()
         if every and not self._inside.logits_all:
             self._calls.check()
-            with quiet(self.verbose):
-                unbounded.evaluate_drafts(self._inside, tokens)
-            self._calls.check()
+            try:
+                with quiet(self.verbose):
+                    unbounded.evaluate_drafts(self._inside, tokens)
+            finally:
+                self._calls.check()
             return
         for start in range(0, max(len(tokens), 1), self.n_batch):
             self._calls.check()
@@ -661,12 +663,13 @@ class Llama(inside.Base):
         data = session.read(self._talk, path)
         if self._cache is not None:
             before, self._cache.background = self._cache.background, NO_BACKGROUND
-            self._cache.wanted_pin = session.pinned(data.header)
+            pin_before = self._cache.wanted_pin
+            self._cache.wanted_pin = min(session.pinned(data.header), self.kv_options.pin_room())  # as much as this budget has room for
         try:
             self.prefill(data.tokens.tolist())
         except BaseException:
             if self._cache is not None:
-                self._cache.background = before
+                self._cache.background, self._cache.wanted_pin = before, pin_before
             raise
         if self._cache is not None:
             self._cache.make_background(None if as_background else session.background(data.header))

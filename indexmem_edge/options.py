@@ -280,6 +280,10 @@ class CacheOptions:
         """The pinned prefix that is known before there is a prompt."""
         return 0 if isinstance(self.pin, str) else self.pin
 
+    def pin_room(self) -> int:
+        """The longest prefix that can be pinned."""
+        return self.budget - minimum_budget(0, 0, self.window, self.memory_slots)
+
     def require_room(self, pin: int, what: str) -> None:
         """Raises BudgetError if a pinned prefix of `pin` tokens leaves nothing to evict. (Where a sidecar divides the budget, KV heads that
         have less room keep its beginning.)

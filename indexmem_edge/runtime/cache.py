@@ -224,8 +224,10 @@ class BoundedCache:
         """Makes the conversation that of a checkpoint.
 
         Raises:
-            ContextError: it is of another model, or of a cache with other options. Nothing has changed.
+            ContextError: it is of another model, of a cache with other options, or longer than n_ctx. Nothing has changed.
         """
+        if len(checkpoint) > self._limit:
+            raise ContextError(f"the checkpoint is of {len(checkpoint):,} tokens and n_ctx is {self._limit:,}: give Llama a larger n_ctx (with a kv_budget it costs no KV memory)")
         if not self._to_checkpoint(checkpoint, len(checkpoint)):
             raise ContextError("the checkpoint does not fit: it is of another model, or of a cache with other options")
         self.background = checkpoint.background or NO_BACKGROUND
@@ -248,7 +250,12 @@ class BoundedCache:
         self.evaluate(history[llm.n_tokens :].tolist())
 
     def reuse(self, tokens: Sequence[int]) -> list[int]:
-        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated. They come after the background."""
+        """Readies the cache for a prompt and returns the tokens of it that remain to be evaluated. They come after the background.
+
+        Raises:
+            DecodeError: together they are longer than n_ctx. Nothing has changed.
+        """
+        self._require_length(len(self.background.tokens) + len(tokens))
         return self._ready(np.concatenate([self.background.tokens, np.array(tokens, dtype=np.intc)]))
 
     def refresh(self) -> None:
@@ -339,15 +346,18 @@ class BoundedCache:
         for start in range(0, len(tokens), n_batch):
             self._decode(tokens[start : start + n_batch], every)
 
+    def _require_length(self, n: int) -> None:
+        if n > self._limit:
+            raise DecodeError(
+                f"n_ctx is {self._limit:,} and {n:,} tokens were to be evaluated: give Llama a larger n_ctx "
+                "(with a kv_budget it costs no KV memory)"
+            )
+
     def _decode(self, batch: Sequence[int], every: bool) -> None:
         llm = self._llm
         self._watch.check()
         past, end = llm.n_tokens, llm.n_tokens + len(batch)
-        if end > self._limit:
-            raise DecodeError(
-                f"n_ctx is {self._limit:,} and {end:,} tokens were to be evaluated: give Llama a larger n_ctx "
-                "(with a kv_budget it costs no KV memory)"
-            )
+        self._require_length(end)
         self._watch.before_growth(len(batch))
         if self._exact_until is not None and end > self._exact_until:
             self._exact_until = None

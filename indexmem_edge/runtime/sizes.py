@@ -25,7 +25,7 @@ class Sizes:
     meta: int = 0  # positions, and what policy, indexer and memory keep
     fixed: int = 0  # of layers that a budget does not bound: windows and recurrent states
     slots: int = 0  # per KV head; 0 without a budget
-    exact: int = 0  # tokens that are kept before the first is evicted; without a budget as many as there is room for
+    exact: int = 0  # tokens that are kept before the first is evicted, in any KV head; without a budget as many as there is room for
     budget: int = 0  # 0: none
     model: int = 0  # weights, in all forms that they are kept in
     sidecar: int = 0  # those of an indexer or a memory
@@ -115,7 +115,7 @@ class DryModel:
                 meta=stats.meta_bytes,
                 fixed=stats.window_bytes + stats.recurrent_bytes,
                 slots=stats.n_slots,
-                exact=stats.budget_now - stats.memory_slots,
+                exact=min(stats.class_budget[: stats.n_classes]) - stats.memory_slots,  # until the smallest KV head is full
                 budget=options.budget,
                 model=model,
                 sidecar=stats.sidecar_bytes,

@@ -10,7 +10,7 @@ from typing import Any, Iterator
 import numpy as np
 import pytest
 
-from indexmem_edge import BudgetError, ContextError, KVStats, Llama, llama_cpp
+from indexmem_edge import BudgetError, ContextError, DecodeError, KVStats, Llama, llama_cpp
 from indexmem_edge.native import find
 from indexmem_edge.runtime.checkpoints import Checkpoint, Checkpoints
 
@@ -188,6 +188,27 @@ def test_a_checkpoint_of_another_cache_is_refused(make: Any) -> None:
     assert other.n_tokens == 200 and all((a == b).all() for i in before for a, b in zip(before[i], other.kv_snapshot()[i]))
     with pytest.raises(BudgetError, match="kv_budget"):
         make(kv_budget=None, n_ctx=512).checkpoint()
+
+
+def test_a_checkpoint_longer_than_n_ctx_is_refused(make: Any) -> None:
+    llm, short = make(), make(n_ctx=256)
+    tokens = llm.tokenize(README[:3000].encode(), add_bos=False)
+    llm.eval(tokens[:400])
+    short.eval(tokens[100:120])
+    before = short.kv_snapshot()
+    with pytest.raises(ContextError, match="is of 400 tokens and n_ctx is 256: give Llama a larger n_ctx"):
+        short.restore(llm.checkpoint())
+    assert short.n_tokens == short.kv_stats().tokens_seen == 20
+    assert all((a == b).all() for i in before for a, b in zip(before[i], short.kv_snapshot()[i]))
+
+
+def test_a_prompt_longer_than_n_ctx_is_refused_before_it_is_read(make: Any) -> None:
+    llm = make(n_ctx=256)
+    tokens = llm.tokenize(README[:3000].encode(), add_bos=False)
+    llm.eval(tokens[100:120])
+    with pytest.raises(DecodeError, match="n_ctx is 256 and 300 tokens were to be evaluated"):
+        llm.prefill(tokens[:300])
+    assert llm.n_tokens == 20 and llm.prefill(tokens[100:130]) == 10
 
 
 def test_bytes_are_bounded_counted_and_can_be_none(make: Any) -> None:

@@ -166,6 +166,19 @@ def test_a_budget_reads_what_was_saved_without_one(make: Make, tmp_path: Path) -
     assert SessionInfo.read(tmp_path / "s").least_budget == 0
 
 
+def test_a_longer_pin_is_read_again_as_far_as_there_is_room(make: Make, tmp_path: Path) -> None:
+    old, new = make(kv_budget=300, kv_pin="auto"), make(kv_budget=96, kv_pin="auto")
+    old._cache.wanted_pin = 200
+    old.prefill(TOKENS[:400])
+    assert old.kv_stats().pin == 200
+    old.save_session(tmp_path / "s")
+    new.prefill(TOKENS[630:730])
+    assert new.load_session(tmp_path / "s", again=True) is None
+    stats = new.kv_stats()
+    assert new.n_tokens == 400 and stats.kept <= 96 and stats.sinks < stats.pin == new.kv_options.pin_room() < 200
+    assert new.prefill(TOKENS[:410]) == 10
+
+
 def test_reading_again_can_be_cancelled(make: Make, tmp_path: Path) -> None:
     old, new = make(), make(n_batch=32)
     old.prefill(TOKENS[:400])

@@ -15,7 +15,7 @@ import pytest
 
 import indexmem_edge
 from conftest import Tiny
-from indexmem_edge import BudgetError, ModelFileError
+from indexmem_edge import BudgetError, Llama, ModelFileError
 from indexmem_edge.files.modelfile import loaded_model
 from indexmem_edge.models import fit as fitting
 from indexmem_edge.models.advice import advise, worth_measuring
@@ -88,6 +88,21 @@ def test_so_many_tokens_are_kept_before_the_first_is_dropped_and_a_copy_takes_so
     assert 0.94 * row.sizes.copy < llm.checkpoint().nbytes < 1.02 * row.sizes.copy  # less: there is state that is not copied
     llm.eval(tokens[-1:])
     assert llm.kv_stats().evicted > 0
+
+
+def test_the_smallest_head_is_the_first_that_drops_one(demo_model: Path) -> None:
+    """The sidecar of the demo model divides the budget among KV heads."""
+    from indexmem_edge.models.demo import demo_sidecar
+    from indexmem_edge.runtime.sizes import kv_bytes
+
+    options: dict[str, Any] = {"kv_budget": 256, "indexmem": demo_sidecar(), "n_ctx": 1024}
+    exact = kv_bytes(demo_model, options).exact
+    with Llama(demo_model, verbose=False, n_threads=1, **options) as llm:
+        tokens = llm.tokenize(b"one two three " * 200)
+        llm.prefill(tokens[:exact])
+        assert (llm.kv_stats().evicted, llm.kv_stats().kept) == (0, exact)
+        llm.eval(tokens[exact : exact + 1])
+        assert llm.kv_stats().evicted > 0 and exact < 200
 
 
 def test_a_memory_takes_slots_of_what_is_exact(tiny: Tiny) -> None:
