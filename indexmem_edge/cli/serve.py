@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from ..models.demo import demo_model
 from ..models.sidecars import find_sidecar
 from ..native.find import program
 from ..options import DEFAULT_BUDGET, SIDECAR_OFF
+from ..runtime.choice import INDEXER_POLICY
 from .options import one_line_errors
 
 SERVER = "llama-server"
 COPIES = 4  # of the state of each conversation; llama.cpp's default of 32 is for states that are small beside a cache
 _MODEL = ("-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-dr", "--docker-repo", "--models-dir", "--models-preset")
+_PRESET = re.compile("--(?!spec-).*-default")  # a model by name, such as --gpt-oss-20b-default
 _BUDGET, _SIDECAR, _POLICY = "--kv-budget", "--indexmem", "--kv-policy"
 _COPIES = ("-ctxcp", "--ctx-checkpoints", "--swa-checkpoints")
 _ABOUT = ("-h", "--help", "--usage", "--version", "--completion-bash", "-cl", "--cache-list", "--license")
@@ -77,19 +80,23 @@ def complete(arguments: Sequence[str]) -> list[str]:
     added = list(arguments)
     if given(added, *_ABOUT):
         return added
-    if not given(added, *_MODEL):
+    if not given(added, *_MODEL) and not any(_PRESET.fullmatch(argument) for argument in added):
         added += ["-m", check_model_file(demo_model())]
     if not given(added, _BUDGET):
         added += [_BUDGET, str(DEFAULT_BUDGET)]
     budget = value_of(added, _BUDGET)
+    none = value_of(added, _SIDECAR) == SIDECAR_OFF
+    if none:
+        added = _without(added, _SIDECAR)
     if budget in (None, "0"):
-        return _without(added, _SIDECAR) if value_of(added, _SIDECAR) == SIDECAR_OFF else added
+        return added
     if not given(added, *_COPIES):
         added += [_COPIES[1], str(COPIES)]
-    if value_of(added, _SIDECAR) == SIDECAR_OFF:
-        return _without(added, _SIDECAR)
+    if none:
+        return added
     model = value_of(added, "-m", "--model")
-    if given(added, _SIDECAR, _POLICY) or model is None or not os.path.isfile(model):
+    ranks_itself = value_of(added, _POLICY) not in (None, INDEXER_POLICY)
+    if given(added, _SIDECAR) or ranks_itself or model is None or not os.path.isfile(model):
         return added
     found = find_sidecar(model)
     for problem in found.problems:
@@ -123,6 +130,8 @@ def serve(context: typer.Context) -> None:
     """
     with one_line_errors():
         file, arguments = server_program(), complete(context.args)
+        if value_of(context.args, _SIDECAR) == SIDECAR_OFF:
+            os.environ.pop(_VARIABLES[_SIDECAR], None)  # the server would take it for a file, or a file in it for one that is wanted
     raise typer.Exit(_run(file, arguments))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 
 from indexmem_edge.cli import serve
 from indexmem_edge.cli.serve import complete
@@ -52,6 +56,28 @@ def test_the_sidecar_beside_a_model_is_found(demo_model: Path, tmp_path: Path) -
 @pytest.mark.parametrize("off", [["--indexmem", "off"], ["--indexmem=off"]])
 def test_none_where_none_is_wanted(demo_model: Path, off: list[str]) -> None:
     assert complete([*off, "--port", "1"]) == ["--port", "1", "-m", str(demo_model), "--kv-budget", "1024", "--ctx-checkpoints", "4"]
+
+
+@pytest.mark.parametrize("arguments", [["--gpt-oss-20b-default"], ["--spec-default", "--fim-qwen-3b-default"]])
+def test_a_model_by_name(arguments: list[str]) -> None:
+    assert complete(arguments) == [*arguments, "--kv-budget", "1024", "--ctx-checkpoints", "4"]
+
+
+def test_the_policy_that_needs_a_sidecar_gets_one(demo_model: Path) -> None:
+    assert complete(["--spec-default", "--kv-policy", "indexer"])[-2:] == ["--indexmem", str(demo_sidecar())]
+
+
+def test_off_is_not_left_in_the_environment(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server reads it, and would open a file of that name."""
+    seen: list[Any] = []
+    monkeypatch.setattr(serve, "server_program", lambda: Path("server"))
+    monkeypatch.setattr(serve, "_run", lambda file, arguments: seen.append((arguments, os.environ.get("LLAMA_ARG_INDEXMEM"))) or 0)
+    for variable, arguments in (("off", []), ("a.indexmem.gguf", ["--indexmem", "off"])):
+        monkeypatch.setenv("LLAMA_ARG_INDEXMEM", variable)
+        context: Any = SimpleNamespace(args=["--port", "1", *arguments])
+        with pytest.raises(typer.Exit):
+            serve.serve(context)
+    assert len(seen) == 2 and all("--indexmem" not in given and value is None for given, value in seen)
 
 
 @pytest.mark.parametrize("arguments", [["--kv-budget", "0"], ["--kv-budget=0"], ["--kv-policy", "keydiff"]])
