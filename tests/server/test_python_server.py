@@ -53,6 +53,20 @@ def test_a_stream_says_the_same(server: Server) -> None:
     assert "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines[:-1]) == whole
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_mistake_of_the_request_is_told(server: Server, stream: bool) -> None:
+    """As one that would fail again; a stream, whose status has been sent, ends with it."""
+    system = {"role": "system", "content": TEXT[:4000]}
+    status, text = server.ask("/v1/chat/completions", {"messages": [system, QUESTION], "max_tokens": 4, "stream": stream})
+    if stream:
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        text = events[-1]
+    assert status == (200 if stream else 400)
+    error = json.loads(text)["error"]
+    assert error["type"] == "invalid_request_error" and f"kv_budget {BUDGET} is too small" in error["message"]
+    assert said(server.chat([QUESTION])), "it goes on"
+
+
 def test_who_leaves_in_the_middle_of_a_stream_keeps_nobody_waiting(server: Server) -> None:
     expected = said(server.chat([QUESTION]))
     body = {"messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 4000, "stream": True}
