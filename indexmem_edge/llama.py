@@ -378,6 +378,8 @@ class Llama(inside.Base):
         reads = given.get("max_tokens") == 0
         if reads:
             given |= {"max_tokens": 1, "stopping_criteria": requests.ReadOnly()}
+        elif self._cache is not None and len(self._cache.background.tokens):
+            given["max_tokens"] = self._room_behind_background(given["prompt"], given.get("max_tokens"))
         if given.get("stream"):
             return super().create_completion(*call.args[1:], **call.kwargs)
         echo, given["echo"] = given.get("echo", False), False
@@ -389,6 +391,15 @@ class Llama(inside.Base):
         if echo:
             answer["choices"] = [self._echoed(answer["choices"][0], given, answer["usage"]["prompt_tokens"])]
         return answer
+
+    def _room_behind_background(self, prompt: Union[str, list[int]], asked: Optional[int]) -> Optional[int]:
+        """`max_tokens` for a prompt: llama_cpp counts it alone, so that an answer up to n_ctx would not end but fail."""
+        assert self._cache is not None
+        tokens = prompt if isinstance(prompt, list) else self.tokenize(prompt.encode("utf-8"), special=True)
+        room = self.n_ctx() - len(self._cache.background.tokens) - len(tokens)
+        if room < 1:
+            return asked  # reading it says why it does not fit
+        return room if asked is None or asked < 1 else min(asked, room)
 
     def _echoed(self, choice: dict[str, Any], given: dict[str, Any], n: int) -> dict[str, Any]:
         tokens, prompt = self._own_history[:n].tolist(), given["prompt"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 import pytest
 
 from conftest import Tiny
-from indexmem_edge import Cancelled, Llama, SessionError, SessionInfo
+from indexmem_edge import Cancelled, DecodeError, Llama, SessionError, SessionInfo
 from indexmem_edge.native import find
 
 pytestmark = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
@@ -218,3 +218,15 @@ def test_it_fits_another_budget_and_memory(make: Make, saved: Path) -> None:
     small.load_session(saved, as_background=True)
     assert small.kv_stats().kept == 52 and small.kv_stats().background == 300
     assert small.prefill(NEW[:50]) == 50 and small.prefill(OTHER[:50]) == 50
+
+
+@pytest.mark.parametrize("n", [None, 100, 7])
+def test_an_answer_ends_where_n_ctx_does(make: Make, saved: Path, n: Optional[int]) -> None:
+    """The background is in front of it, and counts."""
+    llm = make(n_ctx=512)
+    llm.load_session(saved, as_background=True)
+    answer: Any = llm.create_completion(NEW[:180], max_tokens=n, temperature=0.0, logit_bias={llm.token_eos(): -1e9})
+    choice, usage = answer["choices"][0], answer["usage"]
+    assert choice["finish_reason"] == "length" and usage["completion_tokens"] == min(n or 32, 512 - 300 - 180)
+    with pytest.raises(DecodeError, match="n_ctx is 512 and 513 tokens were to be evaluated"):
+        llm.create_completion(NEW[:213], max_tokens=1)
