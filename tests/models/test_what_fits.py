@@ -129,7 +129,7 @@ def test_a_process_takes_what_was_said(demo_model: Path, cache_type: str, what: 
     if sys.platform != "linux":
         return
     assert taken["loaded"] >= 0.98 * taken["said_loaded"]
-    assert taken["needed"] <= 1.02 * taken["said_used"]
+    assert taken["needed"] <= 1.03 * taken["said_used"]
     if what == "budget":  # without one, the compute buffers are used up only by a text of the whole length
         assert taken["used"] >= 0.98 * taken["said_used"]
 
