@@ -74,6 +74,21 @@ TEST(more_entries_leave_at_once_of_large_budgets) {
     }
 }
 
+// where heads have budgets of their own, what they have on average says how often, as far as the smallest can follow
+TEST(small_heads_do_not_evict_at_every_token) {
+    struct { uint32_t smallest, largest, step; } cases[] = { { 200, 300, 23 }, { 60, 900, 23 }, { 50, 900, 19 }, { 14, 900, 1 }, { 13, 900, 1 } };
+    for (const auto & is : cases) {
+        counts::limits lim = limits_of(200);
+        lim.budgets = { is.smallest, is.largest };
+        counts c = counts_of(lim, {});
+        CHECK_MSG(c.evict_step_of(*c.get(0)) == is.step, "%u: %u", is.smallest, c.evict_step_of(*c.get(0)));
+        while (c.get(0)->n_evictions == 0) {
+            feed(c, 1);
+        }
+        CHECK(c.get(0)->n_used == is.smallest + 1 - is.step);
+    }
+}
+
 TEST(a_window_that_nobody_chose_follows_the_room) {
     counts::limits lim = limits_of(1024);
     lim.window = counts::WINDOW_LEAST;
@@ -621,7 +636,7 @@ TEST(classes_that_are_full_evict_in_the_same_steps) {
         n_both += n == 2;
         n_one  += n == 1;
     }
-    CHECK_MSG(n_both > 50 && n_one <= 1, "%d steps of both, %d of one", n_both, n_one);
+    CHECK_MSG(n_both > 20 && n_one <= 1, "%d steps of both, %d of one", n_both, n_one);
 }
 
 TEST(a_rebase_ends_at_the_same_position_in_all_classes) {

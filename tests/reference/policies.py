@@ -224,7 +224,8 @@ class BoundedReference:
     def step(self) -> int:
         """Entries evicted at once during decode, in all heads together."""
         room = min(self.capacity(il, h) - self.first(il, h) for il, h in self.heads()) - self.window
-        return min(self.evict_step or max(min(max(32, room // 128), room // 8), 1), room)
+        of_mean = self.budget_now - self.n_latent - self.protected - self.window
+        return min(self.evict_step or max(min(max(32, of_mean // 128), of_mean // 8, room // 2), 1), room)
 
     @property
     def n_seen(self) -> int:
