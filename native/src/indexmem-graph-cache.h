@@ -22,7 +22,7 @@ struct llama_ubatch;
 // Invariants
 //   - the context holds the graph and the scheduler of the kind that was taken last, here lie the others
 //   - kind 0 has the scheduler that was reserved for the largest graph
-//   - so many kinds lie here at most; the one that was not needed for the longest time goes, kind 0 stays
+//   - twelve kinds lie here at most: the one that was not needed for the longest time goes, but for kind 0
 //   - on a device, too: a graph that is not built again is the one that it has captured, if it captures graphs
 //   - not where devices work on several ubatches at once (pipelines): a scheduler then holds copies of its inputs for each
 //
