@@ -675,7 +675,7 @@ class Llama(inside.Base):
         if self._cache is not None:
             before, self._cache.background = self._cache.background, NO_BACKGROUND
             pin_before = self._cache.wanted_pin
-            self._cache.wanted_pin = min(session.pinned(data.header), self.kv_options.pin_room())  # as much as this budget has room for
+            self._cache.wanted_pin = session.pinned_here(self._talk, path, data.header)
         try:
             self.prefill(data.tokens.tolist())
         except BaseException:

@@ -125,6 +125,14 @@ def pinned(header: dict[str, Any]) -> int:
     return found if type(found) is int and found >= 0 else 0
 
 
+def pinned_here(talk: Talk, path: PathLike, header: dict[str, Any]) -> int:
+    """As many of them as the budget has room for; says so if that is not all."""
+    pin, room = pinned(header), talk.options.pin_room()
+    if pin > room:
+        talk.notices.tell(SESSION, f"{os.fspath(path)}: its first {pin:,} tokens were pinned, kv_budget {talk.options.budget:,} has room for {room:,} of them")
+    return min(pin, room)
+
+
 def tell_changes(talk: Talk, path: PathLike, header: dict[str, Any]) -> None:
     """Says what is different now from what a session was saved with."""
     if changed := match.changes(talk, header):

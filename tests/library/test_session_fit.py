@@ -167,7 +167,8 @@ def test_a_budget_reads_what_was_saved_without_one(make: Make, tmp_path: Path) -
 
 
 def test_a_longer_pin_is_read_again_as_far_as_there_is_room(make: Make, tmp_path: Path) -> None:
-    old, new = make(kv_budget=300, kv_pin="auto"), make(kv_budget=96, kv_pin="auto")
+    told: list[Any] = []
+    old, new = make(kv_budget=300, kv_pin="auto"), make(kv_budget=96, kv_pin="auto", kv_warn=told.append)
     old._cache.wanted_pin = 200
     old.prefill(TOKENS[:400])
     assert old.kv_stats().pin == 200
@@ -177,6 +178,7 @@ def test_a_longer_pin_is_read_again_as_far_as_there_is_room(make: Make, tmp_path
     stats = new.kv_stats()
     assert new.n_tokens == 400 and stats.kept <= 96 and stats.sinks < stats.pin == new.kv_options.pin_room() < 200
     assert new.prefill(TOKENS[:410]) == 10
+    assert any(f"its first 200 tokens were pinned, kv_budget 96 has room for {stats.pin} of them" in str(note) for note in told)
 
 
 def test_reading_again_can_be_cancelled(make: Make, tmp_path: Path) -> None:
