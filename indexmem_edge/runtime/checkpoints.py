@@ -156,8 +156,9 @@ class Checkpoints:
         if same is not None:
             same.logits = logits if logits is not None else same.logits
             self.used(same)
+            self._trim()
             return
-        room = StateCopy.size(ctx) + tokens.nbytes
+        room = StateCopy.size(ctx) + tokens.nbytes + (logits.nbytes if logits is not None else 0)
         if len(tokens) == 0 or room > self.limit:
             return
         memory: Optional[StateCopy] = None
@@ -166,6 +167,7 @@ class Checkpoints:
         made = Checkpoint.of(ctx, tokens, logits, memory)
         if made is not None:
             self._kept.append(made)
+            self._trim()
 
     def after(self, tokens: Tokens) -> Optional[Checkpoint]:
         """The one of just these tokens, if there is one."""
@@ -208,6 +210,11 @@ class Checkpoints:
     def _touch(self, checkpoint: Checkpoint) -> None:
         self._kept.remove(checkpoint)
         self._kept.append(checkpoint)
+
+    def _trim(self) -> None:
+        """Holds to the limit: memory that was taken over may be larger than what is in it, and logits come later."""
+        while self._bytes > self.limit:
+            self._drop()
 
     def _drop(self) -> StateCopy:
         """Takes the least useful one out and returns its memory.
