@@ -92,11 +92,9 @@ def complete(arguments: Sequence[str]) -> list[str]:
         return added
     if not given(added, *_COPIES):
         added += [_COPIES[1], str(COPIES)]
-    if none:
-        return added
     model = value_of(added, "-m", "--model")
     ranks_itself = value_of(added, _POLICY) not in (None, INDEXER_POLICY)
-    if given(added, _SIDECAR) or ranks_itself or model is None or not os.path.isfile(model):
+    if none or given(added, _SIDECAR) or ranks_itself or model is None or not os.path.isfile(model):
         return added
     found = find_sidecar(model)
     for problem in found.problems:

@@ -27,6 +27,7 @@ from .notices import REEVALUATED, Notices, evaluated_again
 
 _ANY = 1 << 62  # tokens: no limit
 _NEAR_END = 32  # tokens of a prompt: another answer, or the next prompt, often departs where its last few stand
+_LARGER = "give Llama a larger n_ctx (with a kv_budget it costs no KV memory)"
 _WORTH_A_COPY = 8  # tokens: less is evaluated as fast
 _INTERRUPTED = "evaluating was interrupted, and what was cached could not be used any more"
 _ABORTED = 2  # llama_decode: the callback that it asks after every node said so
@@ -227,7 +228,7 @@ class BoundedCache:
             ContextError: it is of another model, of a cache with other options, or longer than n_ctx. Nothing has changed.
         """
         if len(checkpoint) > self._limit:
-            raise ContextError(f"the checkpoint is of {len(checkpoint):,} tokens and n_ctx is {self._limit:,}: give Llama a larger n_ctx (with a kv_budget it costs no KV memory)")
+            raise ContextError(f"the checkpoint is of {len(checkpoint):,} tokens and n_ctx is {self._limit:,}: {_LARGER}")
         if not self._to_checkpoint(checkpoint, len(checkpoint)):
             raise ContextError("the checkpoint does not fit: it is of another model, or of a cache with other options")
         self.background = checkpoint.background or NO_BACKGROUND
@@ -348,10 +349,7 @@ class BoundedCache:
 
     def _require_length(self, n: int) -> None:
         if n > self._limit:
-            raise DecodeError(
-                f"n_ctx is {self._limit:,} and {n:,} tokens were to be evaluated: give Llama a larger n_ctx "
-                "(with a kv_budget it costs no KV memory)"
-            )
+            raise DecodeError(f"n_ctx is {self._limit:,} and {n:,} tokens were to be evaluated: {_LARGER}")
 
     def _decode(self, batch: Sequence[int], every: bool) -> None:
         llm = self._llm

@@ -45,14 +45,11 @@ const fs::path & indexmem_backend_folder() {
 
 // haswell of libggml-cpu-haswell.so and ggml-cpu-haswell.dll, nothing of other libraries and of libggml-cpu-indexmem.so, the only one of a build
 static std::string variant_of(const fs::path & file) {
-    static const std::string prefix = "ggml-cpu-", suffix = "-indexmem";
+    static const std::string prefix = "ggml-cpu-";
     std::string name = file.stem().u8string();
     name.erase(0, name.rfind("lib", 0) == 0 ? 3 : 0);
-    const size_t end = name.rfind(suffix);
-    if (end != std::string::npos && end + suffix.size() == name.size()) {
-        name.erase(end);
-    }
-    return name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : "";
+    const std::string variant = name.rfind(prefix, 0) == 0 ? name.substr(prefix.size()) : "";
+    return variant == "indexmem" ? "" : variant;
 }
 
 static std::string wanted_variant() {

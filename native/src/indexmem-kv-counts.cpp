@@ -172,8 +172,7 @@ uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
     if (!lim.window_grows) {
         return lim.window;
     }
-    const uint32_t of_mean = (budget_mean(seq) - std::max(lim.sinks, seq.pin))/WINDOW_SHARE;
-    return std::max(lim.window, std::min(of_mean, room_of(seq)/2));
+    return std::max(lim.window, std::min(room_mean(seq)/WINDOW_SHARE, room_of(seq)/2));
 }
 
 // All classes evict at the same time. What heads have on average says how often, or the smallest would make it every token or two;
@@ -181,7 +180,7 @@ uint32_t indexmem_kv_counts::window_of(const seq_state & seq) const {
 uint32_t indexmem_kv_counts::evict_step_of(const seq_state & seq) const {
     const uint32_t window  = window_of(seq);
     const uint32_t room    = room_of(seq) - window;
-    const uint32_t of_mean = budget_mean(seq) - std::max(lim.sinks, seq.pin) - window;
+    const uint32_t of_mean = room_mean(seq) - window;
     const uint32_t chosen  = std::min(std::min(std::max(EVICT_STEP, of_mean/EVICT_SHARE), of_mean/8), room/2);
     return std::max(1u, std::min(lim.evict_step > 0 ? lim.evict_step : chosen, room));
 }

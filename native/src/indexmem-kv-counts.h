@@ -265,6 +265,7 @@ private:
     // what a class can have beside what is protected
     uint32_t room_of(const seq_state & seq, uint32_t cls) const { return budget_of(seq, cls) - n_protected(seq, cls); }
     uint32_t room_of(const seq_state & seq) const; // the least
+    uint32_t room_mean(const seq_state & seq) const { return budget_mean(seq) - std::max(lim.sinks, seq.pin); }
 
     bool keep_queries(uint32_t s, uint32_t n_written, const seq_state & before, seq_state & seq, std::string & error) const;
 

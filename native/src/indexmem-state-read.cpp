@@ -83,13 +83,12 @@ void take_classes(const kv_cache & kv, const indexmem_state_origin & o, const kv
 
 void check_head(const kv_cache & kv, const indexmem_state_origin & o, const kv_cache::seq_state & seq) {
     uint64_t n_gone = 0;
-    uint32_t n_tail = UINT32_MAX; // entries behind the tables of all classes
     for (uint32_t c = 0; c < kv.get_config().n_classes(); ++c) {
         const auto of_class = seq.of(c);
         check_class(kv, o, of_class);
         n_gone += of_class.n_seen - of_class.n_used;
-        n_tail  = std::min(n_tail, of_class.n_used - of_class.n_fixed);
     }
+    const uint32_t n_tail = seq.n_seen - kv.get_counts().pos_tail(seq); // entries behind the tables of all classes
     if (seq.n_last < n_tail) { // they are the last that were appended
         throw std::runtime_error(format("bounded KV state: impossible counts (the last %u are there, %u were appended since entries left)",
                     seq.n_last, n_tail));
