@@ -236,6 +236,10 @@ INDEXMEM_API uint32_t indexmem_pin_room(const struct llama_context * ctx);
 // budget: `n`.
 INDEXMEM_API uint32_t indexmem_draft_room(const struct llama_context * ctx, int32_t seq_id, uint32_t n);
 
+// The same for a program that puts back a copy of a recurrent state, and evaluates again what was right: then how far that state can
+// go back does not count.
+INDEXMEM_API uint32_t indexmem_draft_room_copied(const struct llama_context * ctx, int32_t seq_id, uint32_t n);
+
 // States that are loaded from now on bring the pinned prefix that they were saved with (n < 0, the default), or get one of n tokens,
 // of a sequence that has evicted as far as all of it is still there.
 INDEXMEM_API bool indexmem_set_load_pin(struct llama_context * ctx, int32_t n);

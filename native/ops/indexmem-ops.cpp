@@ -325,8 +325,9 @@ ggml_tensor * ggml_indexmem_attend(
     return result;
 }
 
-void ggml_indexmem_attend_alone(ggml_tensor * op) {
-    ggml_set_op_params_i32(op, INDEXMEM_PARAM_ALONE, 1);
+void ggml_indexmem_attend_alone(ggml_tensor * op, int64_t n_entries) {
+    GGML_ASSERT(n_entries > 0);
+    ggml_set_op_params_i32(op, INDEXMEM_PARAM_ALONE, (int32_t) std::min<int64_t>(n_entries, INT32_MAX));
 }
 
 void ggml_indexmem_set_timer(ggml_tensor * op, int64_t * counter) {

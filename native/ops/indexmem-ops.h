@@ -224,8 +224,9 @@ GGML_API struct ggml_tensor * ggml_indexmem_attend(
         float                 scale,
         float                 softcap);
 
-// Each token of this attention then gets the bits that it would get by itself, at some cost: drafts are to change nothing.
-GGML_API void ggml_indexmem_attend_alone(struct ggml_tensor * op);
+// Each token of this attention then gets the bits that it would get by itself, whatever else is evaluated with it, at some cost: drafts
+// are to change nothing. `n_entries`: for how many there is room in a sequence, in all heads together.
+GGML_API void ggml_indexmem_attend_alone(struct ggml_tensor * op, int64_t n_entries);
 
 // The CPU backend adds the wall time of the op, in microseconds, to *counter, which must outlive the graph.
 GGML_API void ggml_indexmem_set_timer(struct ggml_tensor * op, int64_t * counter);

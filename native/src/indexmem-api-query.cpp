@@ -306,7 +306,11 @@ uint32_t indexmem_pin_room(const llama_context * ctx) {
 }
 
 uint32_t indexmem_draft_room(const llama_context * ctx, int32_t seq_id, uint32_t n) {
-    return indexmem_n_drafts(ctx->get_memory(), seq_id, n);
+    return indexmem_n_drafts(ctx->get_memory(), seq_id, n, false);
+}
+
+uint32_t indexmem_draft_room_copied(const llama_context * ctx, int32_t seq_id, uint32_t n) {
+    return indexmem_n_drafts(ctx->get_memory(), seq_id, n, true);
 }
 
 bool indexmem_set_load_pin(llama_context * ctx, int32_t n) {

@@ -331,7 +331,7 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
     if (l.attends) {
         ggml_tensor * cur = ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.cls, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
         if (sh.n_tokens <= N_DRAFTS && graph.n_outputs == (int64_t) sh.n_tokens*sh.n_seq) {
-            ggml_indexmem_attend_alone(cur);
+            ggml_indexmem_attend_alone(cur, l.k->ne[1]*l.k->ne[2]);
         }
         return cur;
     }

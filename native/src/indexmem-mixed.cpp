@@ -116,6 +116,13 @@ bool llama_memory_mixed::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
     return bounded->seq_rm(seq_id, p0, p1);
 }
 
+void llama_memory_mixed::begin_recurrent(const llama_ubatch & ubatch) {
+    if (lctx && recurrent->moves(ubatch)) {
+        llama_synchronize(lctx); // the ubatch before may still be running
+    }
+    recurrent->begin(ubatch);
+}
+
 void llama_memory_mixed::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     if (seq_id_src == seq_id_dst || !bounded->can_seq_cp(seq_id_src, p0, p1)) {
         return;
@@ -323,7 +330,7 @@ bool llama_memory_mixed_context::apply() {
         return false;
     }
     if (recurrent) {
-        mem->get_recurrent()->begin(get_ubatch());
+        mem->begin_recurrent(get_ubatch());
     }
     begun = true;
     return !window || window->apply();
@@ -348,7 +355,7 @@ const llama_kv_cache_bounded_context * indexmem_context(const llama_memory_conte
     return mixed ? mixed->get_bounded() : dynamic_cast<const llama_kv_cache_bounded_context *>(mctx);
 }
 
-uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n) {
+uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n, bool copied) {
     const auto * bounded = indexmem_bounded(memory);
     const auto * seq     = bounded ? bounded->get_seq(seq_id) : nullptr;
     if (!bounded || !seq) {
@@ -358,7 +365,7 @@ uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, u
         if (const auto * window = mixed->get_window()) {
             n = std::min(n, window->n_spare() - 1);
         }
-        if (const auto * recurrent = mixed->get_recurrent()) {
+        if (const auto * recurrent = mixed->get_recurrent(); recurrent && !copied) {
             n = std::min(n, recurrent->get().n_rs_seq);
         }
     }

@@ -81,6 +81,9 @@ public:
     // before a ubatch of the bounded cache: the rebases that have to come first, of all parts; false with a message
     bool rebase(const llama_kv_cache_bounded::step & st);
 
+    // before a ubatch: the rows of recurrent states that it reads and writes
+    void begin_recurrent(const llama_ubatch & ubatch);
+
     // of a ubatch that has been computed, or was begun and has not
     void finish (const llama_kv_cache_bounded::step & st);
     void abandon(const llama_kv_cache_bounded::step & st);
@@ -148,8 +151,8 @@ private:
 const llama_memory_mixed_context * indexmem_mixed_context(const llama_memory_context_i * mctx);
 
 // Of n drafts that follow the next token of a sequence in a batch, how many can be taken back exactly, whatever ubatches the
-// batch is cut into: see indexmem_draft_room()
-uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n);
+// batch is cut into: see indexmem_draft_room(), and if `copied` indexmem_draft_room_copied()
+uint32_t indexmem_n_drafts(const llama_memory_i * memory, llama_seq_id seq_id, uint32_t n, bool copied);
 
 // the bounded cache that a memory is or has, or null
 llama_kv_cache_bounded * indexmem_bounded(llama_memory_i * memory);

@@ -40,20 +40,27 @@ void indexmem_recurrent::move_aside(llama_seq_id seq_id) {
     put(seq_id, other, memory.cells[old].pos);
 }
 
+uint32_t indexmem_recurrent::n_in(const llama_ubatch & ubatch, uint32_t bank) const {
+    const llama_seq_id s0 = ubatch.seq_id_unq[0];
+    uint32_t n = 0;
+    for (llama_seq_id s = s0; s < s0 + (llama_seq_id) ubatch.n_seqs_unq; ++s) {
+        n += tail(s) >= 0 && tail(s)/n_seq_max == bank;
+    }
+    return n;
+}
+
+bool indexmem_recurrent::moves(const llama_ubatch & ubatch) const {
+    return way_back && n_in(ubatch, bank_of(ubatch)) > 0;
+}
+
 // Sequences that are always evaluated together lie in the same bank of rows and are written to the other. Those that come from
 // elsewhere, the smaller part, are moved first.
 void indexmem_recurrent::write_to_other_rows(const llama_ubatch & ubatch) {
     const llama_seq_id s0 = ubatch.seq_id_unq[0];
     const llama_seq_id s1 = s0 + ubatch.n_seqs_unq;
 
-    uint32_t n_in[2] = { 0, 0 };
+    const uint32_t bank = bank_of(ubatch);
     for (llama_seq_id s = s0; s < s1; ++s) {
-        if (tail(s) >= 0) {
-            n_in[tail(s)/n_seq_max]++;
-        }
-    }
-    const uint32_t bank = n_in[0] <= n_in[1] ? 0 : 1;
-    for (llama_seq_id s = s0; s < s1 && n_in[bank] > 0; ++s) {
         if (tail(s) >= 0 && tail(s)/n_seq_max == bank) {
             move_aside(s);
         }

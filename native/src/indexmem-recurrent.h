@@ -33,6 +33,9 @@ public:
     // whether there is room for them; changes nothing
     bool prepare(const std::vector<llama_ubatch> & ubatches);
 
+    // whether begin() moves states aside for a ubatch, for which the device has to be idle
+    bool moves(const llama_ubatch & ubatch) const;
+
     // the rows of a ubatch; abandon() makes all as it was before this, if there is a way back
     void begin(const llama_ubatch & ubatch);
     void abandon();
@@ -66,6 +69,13 @@ private:
     std::vector<indexmem_state_piece> row_at(int64_t row) const;
 
     int32_t & tail(llama_seq_id seq_id) { return memory.cells[seq_id].tail; }
+    int32_t   tail(llama_seq_id seq_id) const { return memory.cells[seq_id].tail; }
+
+    // how many sequences of a ubatch lie in a bank
+    uint32_t n_in(const llama_ubatch & ubatch, uint32_t bank) const;
+
+    // the bank that a ubatch is written to
+    uint32_t bank_of(const llama_ubatch & ubatch) const { return n_in(ubatch, 0) <= n_in(ubatch, 1) ? 0 : 1; }
 
     // a sequence lies in a row from now on; where it lay before is free
     void put(llama_seq_id seq_id, uint32_t row, llama_pos pos);

@@ -289,7 +289,7 @@ TEST(drafts_get_the_bits_of_single_tokens) {
     auto * mask   = g.input(GGML_TYPE_F16, KV, T);
     auto * at_once = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
     auto * alone   = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
-    ggml_indexmem_attend_alone(alone);
+    ggml_indexmem_attend_alone(alone, KV*H);
 
     std::vector<ggml_tensor *> outputs = { at_once, alone };
     for (int64_t t = 0; t < T; ++t) {
@@ -329,4 +329,45 @@ TEST(drafts_get_the_bits_of_single_tokens) {
         worst = std::max(worst, (double) std::abs(usual[i] - together[i]));
     }
     CHECK(worst < 1e-5);
+}
+
+// The same keys in a cache that is longer, because more tokens came with this one, and in one that is read for other sequences as well.
+TEST(other_tokens_and_sequences_change_no_bit) {
+    constexpr int64_t D = 64, KV = 6144, SEEN = 5800, H = 8, S = 4;
+    std::mt19937 rng(12);
+    std::normal_distribution<float> normal;
+    const auto random = [&](int64_t n) {
+        std::vector<float> x(n);
+        for (auto & y : x) {
+            y = 2.0f*normal(rng);
+        }
+        return x;
+    };
+
+    op_graph g;
+    auto * q    = g.input(GGML_TYPE_F32, D, 1, 1, H*S);
+    auto * k    = g.input(GGML_TYPE_F16, D, KV, 1, H*S);
+    auto * v    = g.input(GGML_TYPE_F16, D, KV, 1, H*S);
+    auto * mask = g.input(GGML_TYPE_F16, KV, 1);
+    std::vector<ggml_tensor *> outputs;
+    for (const auto & [n_kv, n_seq] : { std::pair<int64_t, int64_t>{ 5888, 1 }, { KV, 1 }, { KV, S } }) {
+        const auto of = [&](ggml_tensor * t, int64_t n) { return ggml_view_4d(g.ctx, t, D, n, 1, H*n_seq, t->nb[1], t->nb[2], t->nb[3], 0); };
+        auto * m = ggml_view_4d(g.ctx, mask, n_kv, 1, 1, 1, mask->nb[1], mask->nb[2], mask->nb[3], 0);
+        outputs.push_back(ggml_indexmem_attend(g.ctx, of(q, 1), of(k, n_kv), of(v, n_kv), m, nullptr, nullptr, 0.125f, 0.0f));
+        ggml_indexmem_attend_alone(outputs.back(), KV*H);
+    }
+    g.alloc();
+    g.set(q, random(ggml_nelements(q)));
+    g.set(k, to_type(GGML_TYPE_F16, random(ggml_nelements(k)), D));
+    g.set(v, to_type(GGML_TYPE_F16, random(ggml_nelements(v)), D));
+    std::vector<ggml_fp16_t> seen(KV, ggml_fp32_to_fp16(-INFINITY));
+    std::fill_n(seen.begin(), SEEN, ggml_fp32_to_fp16(0.0f));
+    g.set(mask, seen);
+    g.compute(outputs, 2);
+
+    const auto expected = g.get<float>(outputs[0]);
+    for (size_t i : { 1, 2 }) {
+        const auto found = g.get<float>(outputs[i]);
+        CHECK(std::equal(expected.begin(), expected.end(), found.begin()));
+    }
 }

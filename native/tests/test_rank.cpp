@@ -59,3 +59,58 @@ TEST(keys_of_any_type) {
         }
     }
 }
+
+// Logits whose exponentials are no numbers, and a newest entry in the first slot, which all but one query do not see.
+TEST(logits_far_below_zero) {
+    constexpr int32_t D = 64, SLOTS = 32, N = 8, RING = 48;
+    for (const auto & p : policies) {
+        const auto * info = indexmem_policy_get(indexmem_policy_find(p.name));
+        if (info->n_queries == 0) {
+            continue;
+        }
+        op_graph g;
+        auto * k   = g.input(GGML_TYPE_F16, D, SLOTS, 1, 1);
+        auto * pos = g.input(GGML_TYPE_I32, SLOTS, 1, 1);
+        auto * ctl = g.input(GGML_TYPE_I32, INDEXMEM_CTL_SIZE, 1);
+        auto * q   = g.input(GGML_TYPE_F32, D, info->n_queries > 1 ? RING : 1, 1, 1);
+        auto * res = ggml_indexmem_rank(g.ctx, k, pos, ctl, q, nullptr, indexmem_policy_find(p.name), IL, SEED, SCALE, 0.0f);
+        if (!g.has(res)) {
+            continue;
+        }
+        g.alloc();
+        entries e;
+        e.head     = 0;
+        e.p0       = 0;
+        e.pos_last = N - 1;
+        e.softcap  = 0.0f;
+        e.queries.resize(1);
+        std::vector<int32_t> data_pos(SLOTS, -9), data_ctl(INDEXMEM_CTL_SIZE, 0);
+        std::vector<float>   data_k(SLOTS*D, 0.0f), data_q(ggml_nelements(q), NAN);
+        for (int32_t i = 0; i < N; ++i) {
+            data_pos[i] = (i + N - 1) % N;
+            e.pos.push_back(data_pos[i]);
+            e.keys.emplace_back(D, -12.0f - i % 2); // logits of about -230 and -250
+            std::copy(e.keys.back().begin(), e.keys.back().end(), data_k.begin() + i*D);
+            e.queries[0].emplace_back(D, 1.0f);
+            if (i >= N - info->n_queries) {
+                std::fill_n(data_q.begin() + (info->n_queries > 1 ? i : 0)*D, D, 1.0f);
+            }
+        }
+        data_ctl[INDEXMEM_CTL_N_USED]   = N;
+        data_ctl[INDEXMEM_CTL_N_EVICT]  = 1;
+        data_ctl[INDEXMEM_CTL_N_FIXED]  = N;
+        data_ctl[INDEXMEM_CTL_POS_TAIL] = N;
+        data_ctl[INDEXMEM_CTL_POS_LAST] = N - 1;
+        g.set(k, to_type(GGML_TYPE_F16, data_k, D));
+        g.set(pos, data_pos);
+        g.set(ctl, data_ctl);
+        g.set(q, data_q);
+        g.compute({ res }, 1);
+        const auto  found    = g.get<float>(res);
+        const ranks expected = p.plain(e);
+        for (int32_t i = 0; i < N; ++i) {
+            CHECK_MSG(std::fabs(found[i] - expected[i]) <= p.tolerance*std::max(p.least, std::fabs(expected[i])), "%s, entry %d: %g, expected %g",
+                    p.name, i, found[i], expected[i]);
+        }
+    }
+}

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <mutex>
-#include <stdexcept>
+#include <vector>
 
 static bool stats_of(llama_context * ctx, llama_seq_id id, indexmem_stats & stats) {
     stats = {};
@@ -22,11 +22,35 @@ int32_t indexmem_length(llama_context * ctx, int32_t n_trained) {
     return stats_of(ctx, 0, stats) && stats.span > 0 ? INT32_MAX : n_trained;
 }
 
-common_json indexmem_slot_json(llama_context * ctx, llama_seq_id id) {
-    indexmem_stats stats;
-    if (!stats_of(ctx, id, stats)) {
+static std::mutex                  told_mutex; // those who ask while a decode is running, or the server sleeps, are other threads
+static std::vector<indexmem_stats> told;       // of each conversation
+
+void indexmem_observe(llama_context * ctx, int32_t n_slots) {
+    if (!ctx) {
+        return; // the server sleeps: what was told stays
+    }
+    std::vector<indexmem_stats> found(n_slots);
+    for (int32_t id = 0; id < n_slots; ++id) {
+        if (!stats_of(ctx, id, found[id])) {
+            found.clear();
+            break;
+        }
+    }
+    const std::lock_guard<std::mutex> lock(told_mutex);
+    told = std::move(found);
+}
+
+static std::vector<indexmem_stats> observed() {
+    const std::lock_guard<std::mutex> lock(told_mutex);
+    return told;
+}
+
+common_json indexmem_slot_json(llama_seq_id id) {
+    const auto slots = observed();
+    if ((size_t) id >= slots.size()) {
         return nullptr;
     }
+    const auto & stats = slots[id];
     return {
         { "budget",        stats.budget },
         { "kept",          stats.n_kept },
@@ -54,26 +78,17 @@ common_json indexmem_props_json(const indexmem_options & o) {
     };
 }
 
-static std::mutex  last_mutex; // the one who asks while the server sleeps is another thread
-static std::string last_metrics;
-
-std::string indexmem_last_metrics() {
-    const std::lock_guard<std::mutex> lock(last_mutex);
-    return last_metrics;
-}
-
-std::string indexmem_metrics(llama_context * ctx, int32_t n_slots) {
-    uint64_t kept = 0, seen = 0, evicted = 0, rebases = 0, bytes = 0;
-    for (int32_t id = 0; id < n_slots; ++id) {
-        indexmem_stats stats;
-        if (!stats_of(ctx, id, stats)) {
-            return "";
-        }
+std::string indexmem_metrics() {
+    const auto slots = observed();
+    if (slots.empty()) {
+        return "";
+    }
+    uint64_t kept = 0, seen = 0, evicted = 0, rebases = 0;
+    for (const auto & stats : slots) {
         kept    += stats.n_kept;
         seen    += stats.n_seen;
         evicted += stats.n_evicted;
         rebases += stats.n_rebases;
-        bytes    = bytes_of(stats);
     }
     std::string res;
     const auto add = [&](const char * name, const char * help, uint64_t value) {
@@ -84,35 +99,8 @@ std::string indexmem_metrics(llama_context * ctx, int32_t n_slots) {
     add("seen",    "Tokens of these conversations",                                 seen);
     add("evicted", "Entries of these conversations that were evicted per KV head",  evicted);
     add("rebases", "Times that entries of these conversations got new positions",   rebases);
-    add("bytes",   "Bytes of the cache of all slots; fixed",                        bytes);
-    const std::lock_guard<std::mutex> lock(last_mutex);
-    last_metrics = res;
+    add("bytes",   "Bytes of the cache of all slots; fixed",                        bytes_of(slots[0]));
     return res;
-}
-
-void indexmem_check_body(const std::string & body) {
-    const size_t start = body.find_first_not_of(" \t\r\n");
-    if (start == std::string::npos || (body[start] != '{' && body[start] != '[')) {
-        return; // no JSON: a form with files
-    }
-    const int most = 512; // a schema of tools has a few dozen
-    int  depth  = 0;
-    bool string = false;
-    for (size_t i = 0; i < body.size(); ++i) {
-        const char c = body[i];
-        if (string) {
-            i     += c == '\\'; // and what it escapes
-            string = c != '"';
-        } else if (c == '"') {
-            string = true;
-        } else if (c == '[' || c == '{') {
-            if (++depth > most) {
-                throw std::invalid_argument("the JSON of the request is nested more than " + std::to_string(most) + " levels deep");
-            }
-        } else if (c == ']' || c == '}') {
-            --depth;
-        }
-    }
 }
 
 std::string indexmem_system_text(const common_chat_templates * templates, common_chat_templates_inputs inputs, const std::string & prompt) {
@@ -148,8 +136,16 @@ uint32_t indexmem_count_tokens(const llama_vocab * vocab, const std::string & te
     return (uint32_t) (std::mismatch(tokens.begin(), tokens.end(), prompt.begin(), prompt.end()).first - tokens.begin());
 }
 
-int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n) {
-    return ctx && n > 0 ? (int32_t) indexmem_draft_room(ctx, id, (uint32_t) n) : n;
+int32_t indexmem_draft_max(const llama_context * ctx, llama_seq_id id, int32_t n, bool copied) {
+    if (!ctx || n <= 0) {
+        return n;
+    }
+    return (int32_t) (copied ? indexmem_draft_room_copied : indexmem_draft_room)(ctx, id, (uint32_t) n);
+}
+
+llama_pos indexmem_pos_min(llama_context * ctx, llama_context * draft, llama_seq_id id) {
+    const llama_pos pos = llama_memory_seq_pos_min(llama_get_memory(ctx), id);
+    return draft && indexmem_is_bounded(draft) ? std::max(pos, llama_memory_seq_pos_min(llama_get_memory(draft), id)) : pos;
 }
 
 std::string indexmem_pin_refusal(const llama_context * ctx, uint32_t n) {

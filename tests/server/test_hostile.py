@@ -111,6 +111,37 @@ def test_deep_json(server: Server, opening: bytes, closing: bytes, closed: bool)
         assert "nested" in refused(server, body, path)
 
 
+def test_deep_json_after_a_byte_order_mark(server: Server) -> None:
+    """Which the parser passes over."""
+    for deep in (b"[" * 200_000, b"[" * 200_000 + b"]" * 200_000):
+        for path in (CHAT, COMPLETION, "/tokenize"):
+            refused(server, b'\xef\xbb\xbf{"prompt": "x", "content": "x", "x": ' + deep + b"}", path)
+
+
+def test_deep_json_within_a_text(demo_model: Path, tmp_path: Path) -> None:
+    """What an assistant called is JSON in a text; for a template that takes it apart it is parsed."""
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}\n{% endfor %}"
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}",
+        encoding="utf-8",
+    )
+    with serving(demo_model, "--kv-budget", 192, "-np", 1, "--jinja", "--chat-template-file", template) as running:
+
+        def ask(arguments: str, path: str) -> tuple[int, str]:
+            call = {"type": "function", "id": "a", "function": {"name": "f", "arguments": arguments}}
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "y"}]
+            return running.ask(path, {"messages": messages, "max_tokens": 1})
+
+        assert "b=7" in ask('{"b": 7}', "/apply-template")[1]  # it is taken apart
+        for deep in ("[" * 200_000 + "]" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000):
+            for path in (CHAT, "/apply-template"):
+                status, text = ask(deep, path)
+                assert status in (400, 500) and "nested" in text, text[:300]
+        assert ask('{"b": 7}', CHAT)[0] == 200 and running.process.poll() is None
+
+
 def test_a_form_and_a_text_with_brackets_are_not_deep(server: Server) -> None:
     text = "[" * 5000
     status, answer = server.ask("/tokenize", {"content": text + '"' + text}, KEYED)
@@ -234,10 +265,13 @@ def test_half_a_request_and_what_is_no_http(server: Server, data: bytes) -> None
     assert SECRET.encode() not in answer and b"root:" not in answer
 
 
-def test_slow_clients_hold_up_nobody(server: Server) -> None:
-    """A dozen that send a byte now and then, more than there are slots."""
+@pytest.mark.parametrize("n", [12, 60])
+def test_slow_clients_hold_up_nobody(server: Server, n: int) -> None:
+    """They send a byte now and then, and are more than there are slots, and than there are threads that wait for clients: each of these
+    is idle until it wakes up, and 60 at once are there before.
+    """
     data = post(CHAT, json.dumps(QUESTION).encode())
-    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(12)]
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(n)]
     try:
         for i in range(6):
             for connection in slow:

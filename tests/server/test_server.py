@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,65 @@ def test_a_draft_changes_no_word(demo_model: Path) -> None:
         assert all(one["timings"]["draft_n_accepted"] > 10 for one in told), name
         # how a prompt is cut into ubatches, and so its evictions, depends on what else is read at that moment
         assert [{**one, "evictions": None} for one in state] == [{**one, "evictions": None} for one in held], name
+
+
+def test_a_draft_model_that_has_evicted_more_goes_back_as_well(demo_model: Path) -> None:
+    """Its cache is smaller than that of the model, which has evicted nothing yet and could go back to where two chats part."""
+    options = ("--kv-budget", 2048, "--kv-budget-draft", BUDGET, "-np", 1, "-ub", 64, "--spec-type", "draft-simple")
+    question = {"role": "user", "content": README[:2400] + "\nSummarise this in one sentence."}
+    with serving(demo_model, *options, "--model-draft", demo_model) as drafting, serving(demo_model, "--kv-budget", 2048, "-np", 1, "-ub", 64) as plain:
+        for other in (SHORT, {"role": "user", "content": "Name a fish."}):
+            for history in ([SYSTEM, question], [SYSTEM, other], [SYSTEM, question, {"role": "assistant", "content": "No."}, other]):
+                told, expected = (said(server.chat(history, max_tokens=24)) for server in (drafting, plain))
+                assert kv(drafting)["evicted"] == 0 and told == expected
+        assert drafting.process.poll() is None, drafting.said[-3000:]
+
+
+def test_drafts_over_a_recurrent_state_evict_nothing(tiny: Any) -> None:
+    """It goes back by snapshots, or a copy of it is put back; what was evicted meanwhile would stay away."""
+    model, _ = tiny("lfm2")
+    options = ("--kv-budget", 48, "--kv-window", 8, "-np", 1, "-ub", 16, "--no-jinja", "--chat-template", "chatml")
+    body = {"prompt": [7, 8, 9, 10, 11, 12] * 8, "n_predict": 160, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
+    body |= {"logit_bias": [[7, 60], [8, 60]]}  # so that it repeats itself
+
+    def answer(*draft: Any) -> tuple[list[int], dict[str, Any], int]:
+        with serving(model, *options, *draft) as running:
+            status, text = running.ask("/completion", body)
+            assert status == 200, text
+            found = json.loads(text)
+            return found["tokens"], kv(running), found["timings"].get("draft_n_accepted", 0)
+
+    tokens, held, _ = answer()
+    drafted, state, accepted = answer("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", 1, "--spec-ngram-simple-size-m", 6)
+    assert accepted > 10 and held["evictions"] > 3
+    assert drafted == tokens and state == held
+
+
+def test_figures_are_told_while_it_answers(demo_model: Path) -> None:
+    """By another thread than the one that the cache belongs to."""
+    with serving(demo_model, "--kv-budget", BUDGET, "--kv-window", 48, "-np", 2, "-ub", 64, "--metrics", "--slots") as running:
+        ended, asked = threading.Event(), [0]
+
+        def watch() -> None:
+            while not ended.is_set():
+                slots = json.loads(running.ask("/slots")[1])
+                assert all(slot["kv"]["kept"] <= slot["kv"]["seen"] for slot in slots)
+                assert "llamacpp:kv_kept" in running.ask("/metrics")[1]
+                asked[0] += 1
+
+        def talk(slot: int) -> dict[str, Any]:
+            body = {"prompt": REPEATED, "n_predict": 120, "temperature": 0, "id_slot": slot, "ignore_eos": True}
+            return dict(json.loads(running.ask("/completion", body)[1]))
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            watchers = [pool.submit(watch) for _ in range(4)]
+            told = [found.result() for found in [pool.submit(talk, slot) for slot in (0, 1)]]
+            ended.set()
+            for watcher in watchers:
+                watcher.result()
+        assert running.process.poll() is None and asked[0] > 10
+        for slot, answer in enumerate(told):
+            assert kv(running, slot)["seen"] == answer["timings"]["prompt_n"] + answer["timings"]["predicted_n"] - 1
 
 
 def test_figures_are_there_while_it_sleeps(demo_model: Path) -> None:

@@ -40,8 +40,10 @@ struct attend_shape {
         n_blocks     = (n_rows + ROWS - 1)/ROWS;
         n_rows_block = std::min(n_rows, ROWS);
         n_chunks     = (n_kv + CHUNK - 1)/CHUNK;
-        alone        = ggml_get_op_params_i32(op, INDEXMEM_PARAM_ALONE);
-        span         = std::max<int64_t>(1, n_stream*(alone ? 1 : n_blocks)*n_chunks/TASKS);
+        // how many keys there are, and how many sequences, depends on what else is in the batch
+        const int64_t n_entries = ggml_get_op_params_i32(op, INDEXMEM_PARAM_ALONE);
+        alone        = n_entries > 0;
+        span         = std::max<int64_t>(1, (alone ? n_entries/CHUNK : n_stream*n_blocks*n_chunks)/TASKS);
         n_spans      = (n_chunks + span - 1)/span;
     }
 

@@ -77,7 +77,12 @@ INDEXMEM_KERNEL(attention_sum) {
             if (sums[j] == 0.0f) {
                 continue;
             }
-            const float most = sum == 0.0f ? tops[j] : max(top, tops[j]);
+            if (sum == 0.0f) { // its top is none
+                sum = sums[j];
+                top = tops[j];
+                continue;
+            }
+            const float most = max(top, tops[j]);
             sum = sum*precise::exp(top - most) + sums[j]*precise::exp(tops[j] - most);
             top = most;
         }
