@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from indexmem_edge import llama_cpp
 from indexmem_edge._vendor.llama_cpp._internals import LlamaModel
 from indexmem_edge.errors import IndexMemError
 from indexmem_edge.files import cachetypes
+from indexmem_edge.files.modelfile import fingerprint
 from indexmem_edge.native import api, logs  # loads the library, before llama_cpp would
 from indexmem_edge.options import LOGICAL_MAX, CacheOptions
 
@@ -96,6 +97,7 @@ class Model:
             except ValueError as error:
                 raise BenchError(f"cannot load {path.name}: {logs.reason(lines) or error}") from None
         self.n_vocab = self.raw.n_vocab()
+        self.identity = fingerprint(path)[-16:]
 
     def tokens(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """`special`: words such as <|im_end|> are the tokens that they stand for."""
@@ -123,10 +125,6 @@ class Model:
     def trained_length(self) -> int:
         return int(llama_cpp.llama_model_n_ctx_train(self.raw.model))
 
-    def kv_heads(self) -> int:
-        """KV heads of a layer, the first where layers differ."""
-        return int(llama_cpp.llama_model_n_head_kv(self.raw.model))
-
     def kv_bytes(self, n_tokens: int, cache_type: str, window: bool = False) -> int:
         """Bytes of K and V that the stock cache takes for `n_tokens`, rounded up as it rounds."""
         return self.token_bytes(cache_type, window) * -(-n_tokens // 256) * 256
@@ -141,6 +139,12 @@ class Model:
         """Whether there are layers whose cache does not grow with the text."""
         kinds = api.LAYER_WINDOW | api.LAYER_RECURRENT
         return not self._stock and any(flags & kinds for flags in api.model_layers(self.raw.model))
+
+    def has_recurrent(self) -> bool:
+        """Whether there are layers with a state that cannot be rolled back."""
+        if self._stock:
+            return bool(llama_cpp.llama_model_is_recurrent(self.raw.model) or llama_cpp.llama_model_is_hybrid(self.raw.model))
+        return any(flags & api.LAYER_RECURRENT for flags in api.model_layers(self.raw.model))
 
     @property
     def _stock(self) -> bool:
@@ -281,6 +285,20 @@ class System:
             return False
         self.seen = n_seen
         return True
+
+    def bookmark(self) -> Callable[[], None]:
+        """What goes back to here, as often as it is called."""
+        seen, logits = self.seen, self.logits
+        if self.setup.budget or self.model.has_fixed():  # windows and recurrent states cannot be rolled back, or not far
+            state = self.save()
+            return lambda: self.restore(state)
+
+        def back() -> None:
+            if not self.rollback(seen):
+                raise BenchError(f"{self.setup.label}: what came after {seen} tokens could not be taken back")
+            self.logits = logits
+
+        return back
 
     def save(self) -> tuple[Any, int, np.ndarray | None]:
         buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self.ctx, 0))()

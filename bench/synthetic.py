@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from indexmem_edge.convert import read_base_model
 from indexmem_edge.convert.model import Checkpoint, Geometry, Provenance
 from indexmem_edge.convert.writer import write_sidecar
 
@@ -74,16 +75,16 @@ VARIANTS: dict[str, Callable[[Shape], tuple[str, dict[str, Any]]]] = {
 
 def shape_of(model: Model) -> Shape:
     """The shape of a loaded model."""
-    meta, raw = model.raw.metadata(), model.raw.model
-    arch = meta.get("general.architecture", "unknown")
-    heads, width = llama_cpp.llama_model_n_head(raw), llama_cpp.llama_model_n_embd(raw)
+    base = read_base_model(model.path, False)
+    g = base.geometry
+    heads = g.head_count or llama_cpp.llama_model_n_head(model.raw.model)
     return Shape(
-        architecture=arch,
-        n_layer=llama_cpp.llama_model_n_layer(raw),
-        n_embd=width,
+        architecture=base.architecture,
+        n_layer=g.block_count,
+        n_embd=g.embedding_length,
         n_head=heads,
-        n_head_kv=llama_cpp.llama_model_n_head_kv(raw),
-        head_dim=int(meta.get(f"{arch}.attention.key_length", width // max(heads, 1))),
+        n_head_kv=g.head_count_kv,
+        head_dim=g.key_length or g.embedding_length // max(heads, 1),
     )
 
 

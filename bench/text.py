@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from .runner import BenchError
+
 # fmt: off
 _SUBJECTS = [
     "the miller", "a tall stranger", "our ferryman", "the schoolmaster", "her youngest brother", "the captain",
@@ -40,7 +42,20 @@ def builtin_text(n_chars: int, seed: int = 0) -> str:
 
 
 def read_text(path: Path | None, n_chars: int = 400_000) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path else builtin_text(n_chars)
+    """The text of a file, or one that is made up.
+
+    Raises:
+        BenchError: the file cannot be read, or holds nothing.
+    """
+    if path is None:
+        return builtin_text(n_chars)
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror or error}") from None
+    if not text.strip():
+        raise BenchError(f"{path} holds no text")
+    return text
 
 
 class TokenStream:

@@ -252,7 +252,8 @@ def background(
     from ..quality import background as bench
 
     with session(model, as_json) as (loaded, progress):
-        names = [*policies_of(policies), *([INDEXER_POLICY] if indexmem is not None else [])]
+        indexers = [INDEXER_POLICY] if indexmem is not None else []
+        names = policies_of(policies, indexers)
         arms = bench.arms_of(names, numbers(budgets, int), memory_of(memory), indexmem)
         report = bench.run_background(
             loaded, arms, n_tokens=tokens, n_facts=facts, samples=samples, seed=seed, threads=threads, text=text, progress=progress

@@ -11,9 +11,9 @@ import typer
 
 from indexmem_edge.errors import IndexMemError
 
-from .options import BUDGET, CACHE, MODEL, demo_model, fail, numbers
+from .options import BUDGET, CACHE, MODEL, demo_model, fail, folder, numbers
 
-OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON files.")
+OUT = typer.Option(Path("bench/results"), "--out", callback=folder, help="Folder for the JSON files.")
 THREADS = typer.Option(8, "-t", "--threads", help="CPU threads.")
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ def speed(
     """Decode and prefill at growing depths, bounded and unbounded."""
     with _gpu() as bench:
         path = bench.model_of(geometry, model or (None if geometry else demo_model()), cache)
-        for report in bench.speed(path, geometry or "demo", kv_budget, systems.split(","), numbers(depths, int), out, threads):
+        for report in bench.speed(path, geometry or ("demo" if model is None else path.stem), kv_budget, systems.split(","), numbers(depths, int), out, threads):
             _end(report, bench.SPEED_COLUMNS, out)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ def _cache(name: str, default: Any = None, *names: str) -> Any:
     return option
 
 
-BUDGET = _cache("budget", DEFAULT_BUDGET, "-b", "--kv-budget")
+BUDGET = typer.Option(DEFAULT_BUDGET, "-b", "--kv-budget", min=1, help="Entries that each KV head keeps.")
 POLICY = _cache("policy", None, "--kv-policy", "--policy")
 INDEXMEM = typer.Option(
     None, "--indexmem", metavar="FILE", help="Sidecar with an indexer trained for the model.", show_default=False
@@ -72,7 +74,19 @@ DATA = typer.Option(
 BOOK = typer.Option(
     None, "--text", help="Text file with prose, such as a book: the haystack of RULER's essays.", show_default=False
 )
-OUT = typer.Option(Path("bench/results"), "--out", help="Folder for the JSON file and the plot.")
+
+
+def folder(path: Path) -> Path:
+    """A folder that results can be written to, made if need be; anything else is an error before anything is measured."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise typer.BadParameter(f"results cannot be written to {path}: {error.strerror or error}") from None
+
+
+OUT = typer.Option(Path("bench/results"), "--out", callback=folder, help="Folder for the JSON file and the plot.")
 JSON = typer.Option(False, "--json", help="Print the JSON file's path and nothing else.")
 
 
@@ -113,9 +127,12 @@ def memory_of(wanted: str) -> str:
 
 def numbers(text: str, kind: Any) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        found = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise typer.BadParameter(f"expected numbers with commas between them, found {text!r}") from None
+        found = []
+    if not found:
+        raise typer.BadParameter(f"expected numbers with commas between them, found {text!r}")
+    return found
 
 
 def setup_of(
@@ -195,15 +212,17 @@ def session(
         with bar:
             yield loaded, bar
         loaded.close()
-    except IndexMemError as error:
+    except (IndexMemError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def fail(error: IndexMemError) -> None:
-    """One line on standard error, then exit status 1."""
+def fail(error: Exception) -> None:
+    """One line on standard error, then exit status 1; a traceback only with INDEXMEM_DEBUG=1."""
+    if os.environ.get("INDEXMEM_DEBUG") == "1":
+        raise error
     text = printable(" ".join(str(error).split()))
     console(error=True).print(f"error: {text}", style="red", markup=False, soft_wrap=True)
     raise typer.Exit(1) from None
@@ -228,9 +247,13 @@ def any_sidecar(loaded: Any, is_demo: bool, folder: str) -> Path:
 
 def finish(report: Any, columns: Sequence[str], out: Path, plot: Any, as_json: bool, rows: Any = None) -> None:
     """Saves and prints a report, all rows of it or some."""
-    files = report.save(out, plot)
+    if not as_json:
+        report.print(columns, rows)
+    try:
+        files = report.save(out, plot)
+    except OSError as error:
+        fail(error)
     if as_json:
         print(files[0])
         return
-    report.print(columns, rows)
     print("wrote " + ", ".join(str(path) for path in files))

@@ -70,7 +70,7 @@ def rates(
 
     with _measuring(as_json) as tell:
         path, several = model or demo_model(), numbers(conversations, int)
-        kinds = _kinds(path, stock, stock_context * max(several), kv_budget)
+        kinds = _kinds(path, stock, stock_context, kv_budget)
         report = bench.run_rates(kinds, path, threads, several, turns, rounds, _meta(path, threads, kinds), tell)
     finish(report, bench.COLUMNS, out, None, as_json)
 
@@ -145,7 +145,7 @@ def _kinds(model: Path, stock: Optional[Path], context: int, budget: int, copies
 
     sidecar = find_sidecar(str(model)).path
     options = ("--kv-budget", str(budget), "--ctx-checkpoints", str(copies), *(("--indexmem", str(sidecar)) if sidecar else ()))
-    kinds = [Kind("stock", stock, ("-c", str(context)))] if stock else []
+    kinds = [Kind("stock", stock, ("-c", str(context)), context)] if stock else []
     return [*kinds, Kind(f"budget {budget}", server_program(), options)]
 
 

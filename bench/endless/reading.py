@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..runner import BenchError, Model
-from ..text import TokenStream, builtin_text
+from ..text import TokenStream, builtin_text, read_text
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, keep apart, however many they are
 SENTENCE_ENDS = (b".", b"!", b"?", b'."', b'!"', b'?"')
@@ -25,7 +25,7 @@ class Books:
     def __init__(self, model: Model, paths: Sequence[Path], seed: int = 0, least: int = 0):
         self.model = model
         self.names = [path.name for path in paths] or ["sentences made up on the spot"]
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        texts = [read_text(path) for path in paths]
         texts = texts or [builtin_text(max(400_000, 6 * least))]
         self.tokens = [token for text in texts for token in model.tokens(text)]
         if not self.tokens:

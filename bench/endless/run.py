@@ -188,7 +188,7 @@ def run_nll(system: System, text: Sequence[int], advance: Callable[[float], None
     for i in range(0, len(text), FINE):
         means.append(float(np.mean(system.nll(text[i : i + FINE]))))
         advance(min((i + FINE) / len(text), 1.0))
-    return {"nll": means, "prefill_tps": len(text) / (time.monotonic() - began), **counts(system)}
+    return {"nll": means, "tokens": len(text), "prefill_tps": len(text) / (time.monotonic() - began), **counts(system)}
 
 
 def run_endless(
@@ -206,7 +206,7 @@ def run_endless(
     """
     books, base = Books(model, texts, seed, plan.reads()), plan.base
     settings = (
-        f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
+        f"{model.path.name} {model.identity} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {seed} text {books.identity}"
     )
     log = Log(out / "endless.rows.jsonl", settings, plan.sidecars)

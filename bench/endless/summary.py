@@ -79,7 +79,8 @@ def nll_rows(runs: Runs, per: int, fine: int) -> list[Row]:
                 a - b for s, window in windows.items() if s in rival for a, b in zip(window, rival[s]["nll"][start:])
             ]
             row = _named(arm, mine.values())
-            row |= {"tokens_seen": (start + step) * fine, "n": len(mine)}
+            ends = (min((start + step) * fine, run.get("tokens", len(run["nll"]) * fine)) for run in mine.values())
+            row |= {"tokens_from": start * fine, "tokens_seen": max(ends), "n": len(mine)}
             row["nll"] = statistics.fmean(value for window in windows.values() for value in window)
             row["prefill_tps"] = statistics.median(run["prefill_tps"] for run in mine.values())
             row["rebases"] = statistics.median(run["rebases"] for run in mine.values())
@@ -169,7 +170,7 @@ def verdicts(report: Report, trained: int) -> list[Verdict]:
     """The goals hold for the span that is the default; of other spans and of none, the same numbers are told."""
     out = []
     for arm, rows in by_arm(report.rows):
-        past = [row["nll_delta"] for row in rows if row["tokens_seen"] > trained and row.get("nll_delta") is not None]
+        past = [row["nll_delta"] for row in rows if row["tokens_from"] >= trained and row.get("nll_delta") is not None]
         if past:
             name = f"NLL minus that of the shift, {label(arm)}: the worst window past {trained} tokens"
             out.append(Verdict(name, max(past), _goal(arm, GOAL_NLL.get(arm[1])), at_most=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,8 @@ from ..runner import BenchError
 Score = Callable[[str, str, Sequence[str]], float]  # answer, expected answer, all classes of the task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# of Chinese text, as the published scores leave it out: 《 is not among it, » is not either
+_PUNCTUATION_ZH = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 _NUMBER = re.compile(r"\d+")
 _COMMENTS = ("`", "#", "//")  # a line with one of them is not the line of code that was asked for
 
@@ -52,7 +53,7 @@ def rouge_zh(answer: str, expected: str, classes: Sequence[str] = ()) -> float:
 def classification(answer: str, expected: str, classes: Sequence[str]) -> float:
     """1 / number of classes that the answer names, if the right one is among them. Names within the right name do not count."""
     named = [name for name in classes if name in answer]
-    for name in list(named):
+    for name in named:  # itself, as published: behind one that is taken out the next is passed over
         if name in expected and name != expected:
             named.remove(name)
     return 1 / len(named) if expected in named else 0.0
@@ -96,7 +97,7 @@ def _words(text: str) -> list[str]:
 
 def _plain_zh(word: str) -> str:
     """Without case, spaces and punctuation of either writing."""
-    kept = (c for c in word.lower() if c not in string.punctuation and not unicodedata.category(c).startswith(("P", "S")))
+    kept = (c for c in word.lower() if c not in string.punctuation and c not in _PUNCTUATION_ZH)
     return "".join("".join(kept).split())
 
 

@@ -199,9 +199,11 @@ def run_ceiling(
     todo += [(length, BOOK, i) for length in passages for i in range(pages)]
     task_bar = progress.add_task("ceiling", total=len(todo)) if progress else None
     for length, task, i in todo:
-        read = passages[length][i] if task == BOOK else question_of(model, ruler.load(data, length, task, i + 1)[i])
-        trials = _trials(decoder, *read, indexers, policies, budgets, groups, slots)
-        rows.extend({"length": length, "task": task, "sample": i, **row} for row in trials)
+        found = [] if task == BOOK else ruler.load(data, length, task, i + 1)
+        if task == BOOK or i < len(found):
+            read = passages[length][i] if task == BOOK else question_of(model, found[i])
+            trials = _trials(decoder, *read, indexers, policies, budgets, groups, slots)
+            rows.extend({"length": length, "task": task, "sample": i, **row} for row in trials)
         if progress:
             progress.advance(task_bar)
     how = (
@@ -269,7 +271,7 @@ def question_of(model: Model, sample: ruler.Sample) -> tuple[list[int], Question
     answer = split_tokens(model, prompt, sample.answer)[1]
     spans, text = [], ""
     ends = np.cumsum([len(model.piece(token)) for token in answer])
-    for expected in sample.outputs:
+    for expected in sample.said:
         begin = sample.answer.index(expected, len(text))
         text = sample.answer[: begin + len(expected)]
         spans.append((int(np.searchsorted(ends, len(sample.answer[:begin].encode()), "right")),

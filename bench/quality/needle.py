@@ -139,7 +139,7 @@ def run_needle(
     base, haystack = grid.base, Haystack(model, text, seed, words)
     budgets = Budgets(model, base, grid.sidecars, "entries")
     settings = (
-        f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
+        f"{model.path.name} {model.identity} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {seed} text {haystack.essay.identity} {haystack.words.source}"
     )
     if base.budget_ratio:

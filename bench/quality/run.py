@@ -6,12 +6,13 @@ finished the same samples but for those of the last round, and only samples that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import Progress
@@ -21,6 +22,7 @@ from indexmem_edge.runtime.choice import MEMORY_OFF
 from ..machine import describe
 from ..report import Report, Row
 from ..runner import BenchError, Model, library
+from ..text import read_text
 from . import byte_budget, effect, standing as standings
 from .arms import FULL_ARM, Sidecars
 from .balance import balanced
@@ -91,6 +93,7 @@ class Runner:
         self.planned = {job.key for job in plan.jobs(self.tasks, [FULL_ARM, *self.others])}
         self.samples: dict[tuple[str, int], Sequence[Sample]] = {}
         self.book = self._book_windows(seed) if plan.book_windows else {}
+        self._forget_others()
         self.marked: dict[tuple[int, int], np.ndarray] = {}  # of a window: which scored tokens are recalled
         self.deadline = time.monotonic() + seconds if seconds else None
         self.cut = False  # the time was over before the work
@@ -99,7 +102,7 @@ class Runner:
         """Windows at places drawn from the seed, the same for every policy; the shorter lengths end where the longest ends."""
         assert self.plan.book
         tokens, size = (
-            self.model.tokens(self.plan.book.read_text(encoding="utf-8", errors="replace")),
+            self.model.tokens(read_text(self.plan.book)),
             max(self.plan.lengths) + BOOK_SCORED,
         )
         if len(tokens) < size:
@@ -110,11 +113,24 @@ class Runner:
             length: [bos + tokens[end - length - BOOK_SCORED : end] for end in ends] for length in self.plan.lengths
         }
 
-    def sample(self, job: Job) -> Sample | None:
-        where = job.task, job.length
+    def _forget_others(self) -> None:
+        """Rows of other text under the same name: another folder of samples, or another book."""
+        for key, row in list(self.log.rows.items()):
+            if key in self.planned and row.get("read") != self._identity(row["task"], row["length"], row["sample"]):
+                del self.log.rows[key]
+
+    def _identity(self, task: str, length: int, sample: int) -> str | None:
+        """The same for the same text; None if there is none."""
+        if task == BOOK:
+            return _digest(self.book[length][sample])
+        found = self.sample(task, length, sample)
+        return _digest((found.context, found.question, found.answer)) if found else None
+
+    def sample(self, task: str, length: int, sample: int) -> Sample | None:
+        where = task, length
         if where not in self.samples:
-            self.samples[where] = self.plan.load(self.plan.data, job.length, job.task, self.plan.samples)
-        return self.samples[where][job.sample] if job.sample < len(self.samples[where]) else None
+            self.samples[where] = self.plan.load(self.plan.data, length, task, self.plan.samples)
+        return self.samples[where][sample] if sample < len(self.samples[where]) else None
 
     def run(self, progress: Progress | None = None) -> Iterator[Job]:
         """Yields after every job. The full cache goes first in each round: it decides which tasks the others run on. A task
@@ -147,7 +163,7 @@ class Runner:
                 row = {**job.arm._asdict(), "task": job.task, "length": job.length, "sample": job.sample}
                 row["left_out"] = str(error)
             if row:
-                self.log.add(job, row)
+                self.log.add(job, {**row, "read": self._identity(job.task, job.length, job.sample)})
                 yield job
 
     def _trial(self, job: Job) -> Row | None:
@@ -159,7 +175,7 @@ class Runner:
                 pieces = [self.model.piece(token) for token in window]
                 self.marked[where] = recalled(pieces, len(window) - BOOK_SCORED)
             return run_book(self.model, self.budgets, job, window, self.marked[where])
-        sample = self.sample(job)
+        sample = self.sample(job.task, job.length, job.sample)
         if not sample:
             return None
         full = Job(job.task, job.length, FULL_ARM.policy, FULL_ARM.ratio, job.sample)
@@ -189,6 +205,10 @@ class Runner:
         }
 
 
+def _digest(text: Any) -> str:
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
+
+
 def run_quality(
     model: Model,
     plan: Plan,
@@ -201,7 +221,7 @@ def run_quality(
     """All that is planned, or what `seconds` allow. `weights`: as what those of the model were written out, for the report."""
     base = plan.base
     settings = (
-        f"{model.path.name} {model.path.stat().st_size} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
+        f"{model.path.name} {model.identity} {base.cache_type} ubatch {base.ubatch} sinks {base.sinks} "
         f"window {base.window} seed {base.seed} budgets in {plan.budget_in}"
     )
     if base.budget_ratio:

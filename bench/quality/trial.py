@@ -8,7 +8,7 @@ is followed token by token, and an answer is generated greedily.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +44,7 @@ def run_sample(model: Model, budgets: Budgets, job: Job, sample: Sample, referen
     with System(model, budgets.setup(job.arm, len(context), more)) as system:
         times = system.feed(context)
         system.feed(question, last_logits=True)
-        back = _bookmark(system)
+        back = system.bookmark()
         nll = float(system.nll(answer).mean())
         back()
         agreed = {}
@@ -95,21 +95,6 @@ def _generate(system: System, sample: Sample, least: int) -> list[int]:
 
 def _text(model: Model, tokens: list[int]) -> str:
     return model.text(tokens[:-1] if tokens and model.is_end(tokens[-1]) else tokens)
-
-
-def _bookmark(system: System) -> Callable[[], None]:
-    """What goes back to here, as often as it is called."""
-    seen, logits = system.seen, system.logits
-    state = system.save() if system.setup.budget else None
-
-    def back() -> None:
-        if state:
-            system.restore(state)
-        else:
-            system.rollback(seen)
-            system.logits = logits
-
-    return back
 
 
 def run_book(model: Model, budgets: Budgets, job: Job, tokens: Sequence[int], recalled: np.ndarray) -> Row:

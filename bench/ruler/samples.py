@@ -35,9 +35,12 @@ class Sample:
         kind = self.task.split("_")[0]
         if kind == "cwe":
             return "".join(f" {i}. {word}" for i, word in enumerate(self.outputs, 1))
-        if kind == "qa":
-            return f" {self.outputs[0]}"
-        return " " + (" " if kind == "vt" else ", ").join(self.outputs)
+        return " " + (" " if kind == "vt" else ", ").join(self.said)
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The expected strings that the answer has: all, or of a question's answers, which are all right, the first."""
+        return self.outputs[:1] if self.task.startswith("qa") else self.outputs
 
     @property
     def n_generate(self) -> int:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -34,6 +34,12 @@ class Kind:
     name: str
     program: Path
     options: tuple[str, ...] = ()
+    context: int = 0  # tokens that each conversation may have where the cache grows with them
+
+    def with_slots(self, n: int) -> Kind:
+        """The same with `n` conversations at once."""
+        room = ("-c", str(self.context * n)) if self.context else ()
+        return replace(self, options=(*self.options, "-np", str(n), *room))
 
 
 @dataclass(frozen=True)

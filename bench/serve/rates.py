@@ -6,7 +6,6 @@ import concurrent.futures
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def run_rates(
         for round_ in range(rounds):
             for kind in kinds:
                 tell(f"{n} conversations, {kind.name}, round {round_ + 1} of {rounds}")
-                with running(replace(kind, options=(*kind.options, "-np", str(n))), model, threads) as server:
+                with running(kind.with_slots(n), model, threads) as server:
                     started = time.perf_counter()
                     with concurrent.futures.ThreadPoolExecutor(n) as pool:
                         for got in pool.map(lambda name: talk(server, name, turns), range(n)):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from indexmem_edge import llama_cpp
 from indexmem_edge.native import api
 from indexmem_edge.runtime.choice import INDEXER_POLICY
 
@@ -41,7 +42,9 @@ def evictions(
             with System(model, replace(setup, policy=name)) as system:
                 system.restore(state)
                 evict, step = _times(system, rounds)
-            entry = evict / budget / _heads(model)
+                layers = range(llama_cpp.llama_model_n_layer(model.raw.model))
+                heads = sum(api.n_head_kv(system.ctx, il) for il in layers)  # 0 in layers that keep no entries
+            entry = evict / budget / heads
             least.setdefault(name, entry)
             found.append(
                 {
@@ -71,9 +74,3 @@ def _times(system: System, rounds: int) -> tuple[float, float]:
             plain.append(seconds)
         before = after
     return statistics.median(evicted[WARM:]), statistics.median(plain)
-
-
-def _heads(model: Model) -> int:
-    """KV heads of all layers that keep entries."""
-    kept = [flags & api.LAYER_BOUNDED for flags in api.model_layers(model.raw.model)]
-    return sum(map(bool, kept)) * model.kv_heads()

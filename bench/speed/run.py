@@ -158,7 +158,9 @@ def _depths(
     task = progress.add_task("depths", total=len(depths) * len(setups)) if progress else None
     with ExitStack() as stack:
         empty = stack.enter_context(System(model, replace(setups[0], n_ctx=CHUNK)))
-        systems = [stack.enter_context(System(model, replace(s, n_ctx=most + PREFILL + CHUNK))) for s in setups]
+        turns_of = (rounds + 1) * CHUNK + repeats * PREFILL  # at a depth; a recurrent state cannot be rolled back
+        room = turns_of * len(depths) if model.has_recurrent() else PREFILL + CHUNK
+        systems = [stack.enter_context(System(model, replace(s, n_ctx=most + room))) for s in setups]
         for depth in depths:
             here = [system for system in systems if system.setup.budget or depth <= most]
             for system in here:

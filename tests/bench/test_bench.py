@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from indexmem_edge.bench import machine, ruler, synthetic
+from indexmem_edge.bench.cli.app import app
+from indexmem_edge.bench.cli.options import finish
 from indexmem_edge.bench.quality import run as quality, summary, table as quality_table, trial
 from indexmem_edge.bench.quality.arms import FULL_ARM, Arm, Sidecar, Sidecars, setup_for
 from indexmem_edge.bench.report import QUALITY_KEYS, ROW_KEYS, Report, Verdict
@@ -355,3 +359,35 @@ def test_indexer_runs_on_a_tiny_model_and_on_a_synthetic_one(tiny: Any, tmp_path
     invoke(*common, *words)
     meta = json.loads((tmp_path / "indexer-qwen3-4b.json").read_text())["meta"]
     assert (meta["layers"], meta["all_layers"], meta["geometry"]) == (2, 3, "qwen3-4b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("memory", "--text", "missing.txt"), "missing.txt"),
+        (("memory", "--text", "."), "cannot read"),
+        (("memory", "--text", "empty.txt"), "holds no text"),
+        (("checkpoint", "--out", "file"), "results cannot be written to file"),
+        (("background", "--budgets", ""), "expected numbers"),
+        (("memory", "-b", "0"), "--kv-budget"),
+        (("background", "--policies", "indexer"), "name one with --indexmem"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(tiny: Any, tmp_path: Path, monkeypatch: Any, arguments: tuple[str, ...], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "file").write_text("x")
+    out = () if "--out" in arguments else ("--out", "results")
+    result = CliRunner().invoke(app, [*arguments, "-m", str(tiny("llama")[0]), *out], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code in (1, 2) and words in result.output, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_results_that_cannot_be_saved_are_shown(tmp_path: Path, capsys: Any) -> None:
+    report = Report("x", {"model": "m", "threads": 1, "cpu": "c"})
+    report.add(policy="streaming", budget=77)
+    (tmp_path / "gone").write_text("")
+    with pytest.raises(typer.Exit):
+        finish(report, ("policy", "budget"), tmp_path / "gone", None, False)
+    shown = capsys.readouterr()
+    assert "streaming" in shown.out and "77" in shown.out and shown.err.startswith("error: ")

@@ -155,7 +155,7 @@ def test_samples_begin_elsewhere_and_short_text_is_said_to_repeat(model: Model, 
     assert books.repeated(total) is None and "2.0 times" in (books.repeated(2 * total) or "")
     assert Books(model, [tmp_path / "book.txt"], seed=5).passage(0, 50) != books.passage(0, 50)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(BenchError, match=r"empty\.txt: there is no text"):
+    with pytest.raises(BenchError, match=r"empty\.txt holds no text"):
         Books(model, [tmp_path / "empty.txt"])
 
 
@@ -327,3 +327,10 @@ def test_a_model_that_cannot_have_a_span_says_why(tiny: Any, tmp_path: Path) -> 
     (reason,) = data["meta"]["without_span"]
     assert "128" in reason and f"none is in force, {reason}"[:40] in said
     assert data["rows"][0]["span_in_force"] == 0 == data["rows"][0]["rebases"]
+
+
+def test_a_last_window_that_is_cut_off_says_how_far_it_was_read() -> None:
+    common = {"budget": 64, "policy": "indexer", "span": "trained", "sample": 0, "rebases": 0, "prefill_tps": 1.0}
+    run = {**common, "nll": [3.0, 3.1, 3.2], "tokens": 2500}
+    rows = endless_summary.nll_rows({(64, "indexer", "trained"): {0: run}}, 2048, 1024)
+    assert [(row["tokens_from"], row["tokens_seen"], row["nll"]) for row in rows] == [(0, 2048, pytest.approx(3.05)), (2048, 2500, 3.2)]

@@ -17,7 +17,7 @@ from indexmem_edge.bench.quality.arms import FULL_ARM, Arm, Sidecar, Sidecars
 from indexmem_edge.bench.quality.byte_budget import Budgets, DoesNotFit
 from indexmem_edge.bench.quality.plan import Job, Plan
 from indexmem_edge.bench.ruler import Sample
-from indexmem_edge.bench.runner import BenchError, Model, Setup
+from indexmem_edge.bench.runner import BenchError, Model, Setup, System
 from indexmem_edge.bench.text import builtin_text
 from support.bench_data import invoke, ruler_folder, sidecar_shape
 
@@ -133,7 +133,7 @@ def runner_of(monkeypatch: Any, tmp_path: Path) -> Callable[..., quality.Runner]
 
         monkeypatch.setattr(quality, "run_sample", run_sample)
         monkeypatch.setattr(quality.time, "monotonic", lambda: clock[0])
-        plan = replace(plan, load=lambda data, length, task, n: [object()] * n)  # type: ignore[list-item]
+        plan = replace(plan, load=lambda data, length, task, n: [Sample(task, i, "context", "question", ("answer",)) for i in range(n)])
         return quality.Runner(None, plan, quality.Log(tmp_path / "rows.jsonl", "s"), seconds=seconds)  # type: ignore[arg-type]
 
     return make
@@ -275,3 +275,50 @@ def test_equal_bytes_and_plain_weights_on_the_command_line(tiny: Any, tmp_path: 
 
     only = json.loads(Path(invoke(*words, "--full-only", "--json").output.strip().splitlines()[-1]).read_text())
     assert {(row["policy"], row["cache_type"]) for row in only["rows"]} == {("full", "f16")}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2", "qwen35"])
+def test_what_was_read_after_a_bookmark_is_forgotten(tiny: Any, name: str) -> None:
+    """By a cache that keeps everything as well: recurrent states and windows cannot be rolled back."""
+    model = Model(tiny(name)[0])
+    tokens = model.tokens(builtin_text(400), bos=True)
+    with System(model, Setup(n_ctx=512, threads=1)) as system, System(model, Setup(n_ctx=512, threads=1)) as other:
+        for one in (system, other):
+            one.feed(tokens[:60], last_logits=True)
+        back = system.bookmark()
+        for n in (20, 1, 40):
+            system.nll(tokens[60 : 60 + n])
+            back()
+            assert system.seen == other.seen == 60
+            np.testing.assert_array_equal(system.logits, other.logits)
+        assert system.greedy() == other.greedy()
+        system.step(7), other.step(7)
+        np.testing.assert_allclose(system.logits, other.logits, atol=1e-4)
+    model.close()
+
+
+def test_rows_of_other_text_are_not_taken_for_this_ones(tiny: Any, tmp_path: Path) -> None:
+    """Another folder of samples, another book, or windows that moved because a longer one was asked for."""
+    model = Model(tiny("llama")[0])
+    a, b = (ruler_folder(tmp_path / name, seed) for name, seed in (("a", 1), ("b", 2)))
+    books = [tmp_path / "1.txt", tmp_path / "2.txt"]
+    for seed, book in enumerate(books):
+        book.write_text(builtin_text(12_000, seed=seed), encoding="utf-8")
+    log = tmp_path / "out" / "quality.rows.jsonl"
+
+    def run(data: Path, book: Path, tasks: tuple[str, ...] = ("niah_single_1",), lengths: tuple[int, ...] = (256,)) -> tuple[list[float], int]:
+        plan = Plan(data, lengths, tasks, (), (0.5,), 1, Setup(threads=1, ubatch=64), full_only=True, book=book, book_windows=2)
+        before = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+        report = quality.run_quality(model, plan, tmp_path / "out")
+        added = len(log.read_text(encoding="utf-8").splitlines()) - before
+        return [row["nll"] for row in report.rows if row["length"] == 256], added
+
+    first, added = run(a, books[0])
+    assert added == 3 and run(a, books[0]) == (first, 0)
+    other, added = run(b, books[0])
+    assert added == 1 and other != first
+    third, added = run(b, books[1])
+    assert added == 2 and third not in (first, other)
+    assert run(b, books[1], ())[1] == 0
+    assert run(b, books[1], (), (256, 320))[1] == 4  # where the longer windows end, the shorter ones do
+    model.close()

@@ -99,3 +99,8 @@ def test_saved_conversations_outlive_a_server_that_is_killed(demo_model: Path) -
 def test_what_a_server_refuses_is_an_error(demo_model: Path) -> None:
     with client.running(ours(), demo_model, 1) as server, pytest.raises(client.ServerError, match="answered 4"):
         server.chat([{"role": "nobody", "content": 7}], 1)
+
+
+def test_room_grows_with_the_conversations_where_the_cache_does() -> None:
+    stock, ours = (client.Kind("x", Path("x"), ("--a",), context) for context in (8192, 0))
+    assert stock.with_slots(4).options == ("--a", "-np", "4", "-c", "32768") and ours.with_slots(4).options == ("--a", "-np", "4")

@@ -201,3 +201,14 @@ def test_the_cost_of_evictions(tiny: Any, tmp_path: Path) -> None:
     invoke("speed", *common, *words, "--kv-policy", "knorm")
     data = json.loads((tmp_path / "speed.json").read_text())
     assert {row["policy"] for row in data["evictions"]} == {"knorm"}
+
+
+def test_layers_of_several_kinds(tiny: Any, tmp_path: Path) -> None:
+    """Of a hybrid the first layers have no KV head, and no turn can be taken back: it counts as seen, and there is room for it."""
+    common = ["speed", "-m", tiny("lfm2")[0], "--out", tmp_path, "--json", "--kv-budget", 128, "--kv-window", 16, "-ub", 64, "-t", 1]
+    invoke(*common, "--parts", "depths", "--depths", "0,64,200", "--full-depth-max", 200, "--decode-tokens", 64, "--repeats", 2)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert {(row["system"], row["depth"]) for row in rows} >= {("unbounded", 200), ("streaming 128", 200), ("indexer 128, memory centroid", 200)}
+    invoke(*common, "--parts", "evictions", "--kv-policy", "streaming", "--eviction-budgets", "96,192", "--eviction-rounds", 1)
+    rows = json.loads((tmp_path / "speed.json").read_text())["evictions"]
+    assert rows and all(row["ns_per_entry"] > 0 for row in rows)

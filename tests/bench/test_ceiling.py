@@ -33,6 +33,9 @@ def test_expected_strings_are_found_among_the_tokens_of_the_answer(tiny: Tiny) -
     _, asked = ceiling.question_of(model, sample)
     pieces = [model.piece(token).decode() for token in asked.answer]
     assert ["".join(pieces[a:b]).strip(" ,") for a, b in asked.spans] == ["123", "4567"]
+    right = ruler.Sample("qa_1", 0, "some context\n", "where? in", ("Paris", "the capital of France"))  # one of them is enough
+    _, asked = ceiling.question_of(model, right)
+    assert len(asked.spans) == 1 and asked.spans[0][1] == len(asked.answer)
     model.close()
 
 
@@ -111,3 +114,11 @@ def test_models_with_window_layers(tiny: Tiny, tmp_path: Path) -> None:
     words[2] = tiny("gemma3-window")[0]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 1 and "all of its layers look at a window" in result.output
+
+
+def test_fewer_samples_than_were_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    path, _ = tiny("llama")
+    model = Model(path)
+    report = ceiling.run_ceiling(model, ruler_folder(tmp_path / "data"), (256,), ("vt",), 3, (), (0.5,), out=tmp_path)
+    assert {row["n"] for row in report.rows} == {2}
+    model.close()

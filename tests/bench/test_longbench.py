@@ -43,6 +43,13 @@ def test_names_that_an_answer_gives() -> None:
     assert scores.classification("It is a Number of people", "Number of people", classes) == 1.0  # "Number" is part of it
     assert scores.classification("Number or Place", "Number", classes) == 0.5
     assert scores.classification("Place", "Number", classes) == 0.0
+    nested = ["Number of", "Number", "Number of people"]  # both are within the right name; the published loop passes over the second
+    assert scores.classification("Number of people", "Number of people", nested) == 0.5
+
+
+def test_punctuation_of_chinese_words() -> None:
+    """As the published scores have it: 》 is left out, 《 is a word."""
+    assert [scores._plain_zh(word) for word in ("》", "《", "。", "℃", "Ａ", "A ")] == ["", "《", "", "℃", "ａ", "a"]
 
 
 def test_summaries_and_chinese_words() -> None:

@@ -45,11 +45,11 @@ def invoke(*words: Any) -> Any:
     return result
 
 
-def ruler_folder(folder: Path) -> Path:
+def ruler_folder(folder: Path, seed: int = 0) -> Path:
     """Two samples of two tasks, in the form of the official generators."""
     (folder / "256").mkdir(parents=True)
     for task in ("niah_single_1", "vt"):
-        row = {"input": builtin_text(250) + "\nWhich one?", "answer_prefix": " It is", "outputs": ["pears", "key"]}
+        row = {"input": builtin_text(250, seed) + "\nWhich one?", "answer_prefix": " It is", "outputs": ["pears", "key"]}
         with gzip.open(folder / "256" / f"{task}.jsonl.gz", "wt") as file:
             file.write((json.dumps(row) + "\n") * 2)
     return folder
