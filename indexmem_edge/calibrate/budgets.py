@@ -6,12 +6,12 @@ sidecar.
     result = calibrate_budgets("model.gguf", ["book.txt"], "model.indexmem.gguf", "shared.indexmem.gguf", kv_budget=128)
     print(result.nll_before, result.nll, result.least)
 
-Texts with facts are read with a bounded cache and asked about, as they are run: once as the sidecar has it, and once for each
-layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together, and then only
-as many of their heads as gain as much. Every second text chooses, the others have to agree; if they do not, nothing is written of it.
+Texts with facts are read with a bounded cache and asked about, as they are run: once with what the sidecar says of shares alone, and
+once for each layer with WIDE times the room in that one, the others paying for it. The layers that gain most are widened together, and
+then only as many of their heads as gain as much. Every second text chooses, the others have to agree; if they do not, no head is wide.
 
 What is written is how many entries a wide head had (`budget_least`), and not a share: nothing was measured with larger budgets, and
-of those a head that needs many entries needs no more.
+of those a head that needs many entries needs no more. Numbers that the sidecar has already make way if those texts agree to that, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..runtime.choice import INDEXER_POLICY, MEMORY_OFF
 from ..train.data.generated import ANSWER_WEIGHT, generate
 from ..train.data.sample import Sample
 from . import calibrated_file as files
-from .passages import TextContext, tokenize
+from .passages import TextContext, first_tokens, tokenize
 
 WIDE = 4  # times the room of the other heads
 TOGETHER = 1, 2, 4  # layers, or heads of them, that are widened at once
@@ -56,9 +56,9 @@ class LayerNeeds:
     bytes: int
     budget: int
     texts: int
-    nll_before: float  # of the answers, nats per token, with no head wide; on the texts that did not choose
+    nll_before: float  # of the answers, nats per token, as the sidecar had it; on the texts that did not choose
     nll: float  # as it is written
-    least: Optional[tuple[int, ...]]  # entries that each KV head gets before the rest is shared, layer by layer; None: none gains by it
+    least: Optional[tuple[int, ...]]  # entries that each KV head gets before the rest is shared, layer by layer; None: as the sidecar had it, which nothing betters
     heads: int  # that are told apart of a layer; 1: `least` has one number a layer
     gains: dict[int, float]  # by bounded layer: what is gained, on the texts that choose, if it alone is wide
 
@@ -113,16 +113,17 @@ def calibrate_budgets(
         bounded = [il for il, kind in enumerate(api.model_layers(loaded)) if kind & api.LAYER_BOUNDED]
         n_heads = source.checkpoint.geometry.head_count_kv if source.checkpoint.kinds[0].ranks_heads else 1  # that are told apart
         places = [(il, h) for il in range(source.checkpoint.geometry.block_count) for h in range(n_heads)]
-        done, total = 0, n_texts * (1 + len(bounded) + len(TOGETHER) + (max(TOGETHER) * n_heads + len(TOGETHER) if n_heads > 1 else 0))
+        own = source.checkpoint.budget_least
+        done, total = 0, n_texts * (1 + (own is not None) + len(bounded) + len(TOGETHER) + (max(TOGETHER) * n_heads + len(TOGETHER) if n_heads > 1 else 0))
 
         def least(wide: Wide) -> Optional[tuple[int, ...]]:
             room = max(kv_budget - kv_sinks - window, 1)
             return tuple(WIDE * room if place in wide else 0 for place in places) if wide else None
 
-        def judge(wide: Wide) -> Array:
+        def judge(first: Optional[tuple[int, ...]]) -> Array:
             nonlocal done
             path = os.path.join(folder, f"{done}.gguf")
-            write_sidecar(path, replace(source.checkpoint, budget_least=least(wide)), source.outtype)
+            write_sidecar(path, replace(source.checkpoint, budget_least=first), source.outtype)
             options = CacheOptions.from_keywords({**asked, "indexmem": path})
             context = TextContext(loaded, n_ctx, default_ubatch(kv_budget), n_threads, options)
             found = []
@@ -137,9 +138,17 @@ def calibrate_budgets(
             os.remove(path)
             return np.array(found)
 
-        wide, before, nll, gains = choose(judge, {il: [(il, h) for h in range(n_heads)] for il in bounded}, n_heads > 1)
-    written = write_sidecar(out, replace(source.checkpoint, budget_least=least(wide)), source.outtype, force)
-    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, least(wide), n_heads, gains)
+        layers = {il: [(il, h) for h in range(n_heads)] for il in bounded}
+        wide, before, nll, gains = choose(lambda wide: judge(least(wide)), layers, n_heads > 1)
+        found = least(wide)
+        if own is not None:
+            before = float(judge(own)[1::2].mean())
+            if before <= nll:
+                found, nll = None, before
+            elif found is None:
+                found = (0,) * len(places)
+    written = write_sidecar(out, replace(source.checkpoint, budget_least=own if found is None else found), source.outtype, force)
+    return LayerNeeds(os.fspath(out), written.size, kv_budget, n_texts, before, nll, found, n_heads, gains)
 
 
 def choose(judge: Judge, layers: Mapping[int, Sequence[tuple[int, int]]], apart: bool) -> tuple[Wide, float, float, dict[int, float]]:
@@ -178,7 +187,9 @@ def _narrow(judge: Judge, wide: Wide, found: Array) -> tuple[Wide, Array]:
 
 
 def _samples(model: int, texts: Sequence[str], length: int, n: int, seed: int) -> list[Sample]:
-    rng = np.random.default_rng(seed)
+    """Texts of up to `length` tokens that begin as every text of this model does."""
+    rng, first = np.random.default_rng(seed), first_tokens(model)
+    length -= len(first)
     books = [tokenize(model, text) for text in texts]
     if min(map(len, books)) < length:
         raise IndexMemError(f"a text of {min(map(len, books)):,} tokens is too short: at least {length:,} are needed")
@@ -192,7 +203,7 @@ def _samples(model: int, texts: Sequence[str], length: int, n: int, seed: int) -
     while len(found) < n:
         sample = generate(lambda text: tokenize(model, text), filler, length, rng)
         if (sample.weight >= ANSWER_WEIGHT).any() and sample.asked < len(sample.tokens):
-            found.append(sample)
+            found.append(sample.after(first))
     return found
 
 

@@ -18,7 +18,7 @@ _TINY = np.finfo(float).tiny
 class LayerResult:
     """Errors of one layer, on all measured rows. `mean_...` are means of the rows' own relative errors.
 
-    All layers of a cache hold equally many exact entries: slots are paid for in a layer whose memory is off, too.
+    Slots are paid for in a layer whose memory is off, too.
     """
 
     layer: int

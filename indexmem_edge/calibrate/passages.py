@@ -130,9 +130,10 @@ class Reader:
                 context.decode(tokens[start:end])
                 kept[budget].append(context.kept())
                 done()
-        one = self.layers[0]  # all hold equally many
-        fewest = [0, *(min(len(after[u][one][0]) for after in kept.values()) for u in range(len(ubatches) - 1))]
+        fewest = [0, *(min(len(head) for after in kept.values() for il in self.layers for head in after[u][il]) for u in range(len(ubatches) - 1))]
         rows = [_spread(*ubatch) if m < ubatch[0] else np.empty(0, np.intp) for m, ubatch in zip(fewest, ubatches)]
+        if not any(map(len, rows)):
+            raise IndexMemError(f"of a text of {n:,} tokens nothing leaves this cache: give longer texts, or a smaller budget or ubatch")
 
         self._full.clear()
         self._capture.layers = {}
@@ -150,6 +151,12 @@ def _spread(start: int, end: int) -> Array:
     """Positions all over a ubatch: its first rows see little more than the budget, as generated tokens do."""
     n = min(ROWS, end - start)
     return start + np.arange(n) * (end - start) // n
+
+
+def first_tokens(model: int) -> list[int]:
+    """What every text of this model begins with."""
+    vocab = llama_lib.llama_model_get_vocab(model)
+    return [llama_lib.llama_vocab_bos(vocab)] if llama_lib.llama_vocab_get_add_bos(vocab) else []
 
 
 def tokenize(model: int, text: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Is a memory of what was evicted worth having? Measured on text, layer by layer, and written into a sidecar.
 
-    from indexmem_edge.calibration import calibrate_memory
+    from indexmem_edge.calibrate.run import calibrate_memory
 
     result = calibrate_memory("model.gguf", ["book.txt"], "model.indexmem.gguf", kv_budget=1024)
     print(result.error_without, result.error)
@@ -23,7 +23,6 @@ import numpy as np
 
 from indexmem_edge.convert import Checkpoint
 
-from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError, IndexMemError, LatentMemoryError
 from ..files.modelfile import check_model_file, loaded_model
 from ..files.textfile import read_text
@@ -31,7 +30,7 @@ from ..options import DEFAULT_SINKS, LEAST_WINDOW, CacheOptions
 from ..runtime.choice import DEFAULT_MEMORY_SLOTS, INDEXER_POLICY, MEMORY_OFF
 from .attention import Array, CentroidMemory, Errors, Logits, Memory, ResidualMemory, layer_errors
 from .gates import CENTROID, RESIDUAL, LayerResult, choose
-from .passages import Reader, passages, tokenize
+from .passages import Reader, first_tokens, passages, tokenize
 
 MEMORIES = ("centroid", "residual")
 DEFAULT_PASSAGES, DEFAULT_LENGTH, DEFAULT_UBATCH = 4, 4096, 512
@@ -148,7 +147,7 @@ def calibrate_memory(
             f"{n_ubatch:,} tokens they need at least {least:,}"
         )
     with loaded_model(name) as loaded:
-        first = _first(loaded)
+        first = first_tokens(loaded)
         cut = passages([tokenize(loaded, text) for text in contents], first, n_ctx, least, n_passages)
         bounded = [options, *([exact] if exact is not options else [])]
         with Reader(loaded, bounded, max(map(len, cut)), n_ubatch, n_threads) as reader:
@@ -209,12 +208,6 @@ def _exact(options: CacheOptions, slots: int) -> CacheOptions:
         return options
     replace(options, memory_slots=slots).require_room(0, "kv_pin")
     return replace(options, budget=options.budget - slots)
-
-
-def _first(model: int) -> list[int]:
-    """What every text of this model begins with."""
-    vocab = llama_lib.llama_model_get_vocab(model)
-    return [llama_lib.llama_vocab_bos(vocab)] if llama_lib.llama_vocab_get_add_bos(vocab) else []
 
 
 def _measure(

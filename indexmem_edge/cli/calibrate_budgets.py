@@ -56,7 +56,7 @@ def calibrate_budgets(
 ) -> None:
     """Measure which layers, and which of their KV heads, need more of a budget than others, and write that into a sidecar.
 
-    Texts with facts in them are read with the budget and asked about: as the sidecar has it, and with four times the room in one
+    Texts with facts in them are read with the budget and asked about: all layers alike, and with four times the room in one
     layer after the other, all heads together keeping as much as before. The layers that gain most become wide together, or only
     those of their heads that gain, if texts that had no part in the choice agree. It takes as long as reading the texts once
     for each layer, and for each head of up to four layers.
@@ -81,7 +81,7 @@ def calibrate_budgets(
     for il, gain in sorted(result.gains.items(), key=lambda item: -item[1])[:8]:
         show(f"layer {il:>3} alone {gain:+.3f} nats per token of an answer")
     if result.least is None:
-        show(f"nothing gains by more room: {printable(result.path)} says nothing of it")
+        show(f"nothing gains by more room: {printable(result.path)} says of it what {printable(str(indexmem))} says")
         return
     names = (f"layer {i}" if result.heads == 1 else f"layer {i // result.heads} head {i % result.heads}" for i in range(len(result.least)))
     wide = ", ".join(f"{name} gets {n} entries first" for name, n in zip(names, result.least) if n)

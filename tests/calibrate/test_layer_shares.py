@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from conftest import Tiny
+from indexmem_edge.calibrate import budgets
 from indexmem_edge.calibrate.budgets import WIDE, calibrate_budgets, choose
 from indexmem_edge.convert import read_sidecar
 from indexmem_edge.errors import IndexMemError
 from reference.indexers import random_indexer, write_sidecar
+from support.native_context import open_model
+from tiny.models import BOS
 
 N_LAYER = 8
 
@@ -88,3 +91,44 @@ def test_a_sidecar_with_what_was_measured(tiny: Tiny, tmp_path: Path) -> None:
         calibrate_budgets(path, [book], source, out, **asked)
     with pytest.raises(IndexMemError, match="at least 2 texts"):
         calibrate_budgets(path, [book], source, out, force=True, **{**asked, "n_texts": 1})
+
+
+def test_texts_begin_as_every_text_of_the_model_does(tiny: Tiny) -> None:
+    path, _ = tiny("llama", n_layer=3)
+    with open_model(path) as model:
+        samples = budgets._samples(model, ["A sentence of a book that nobody wrote. " * 60], 700, 3, 0)
+    for sample in samples:
+        assert sample.tokens[0] == BOS and BOS not in sample.tokens[1:] and len(sample.tokens) == len(sample.weight) <= 700
+        answers = np.flatnonzero(sample.weight > 1)
+        assert len(answers) and answers[0] >= sample.asked - 1
+
+
+def test_numbers_of_a_sidecar_stay_where_nothing_does_better(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has is a rival like any other, and not forgotten."""
+    path, config = tiny("llama", n_layer=3)
+    source, book = tmp_path / "a.indexmem.gguf", tmp_path / "book.txt"
+    own = (0, 30, 0)
+    write_sidecar(source, random_indexer("retention-mlp", 3, config.n_embd, config.n_head_kv, 0), architecture=config.arch, keys={"indexmem.budget_least": list(own)})
+    book.write_text("A sentence of a book that nobody wrote, again and again. " * 60, encoding="utf-8")
+    asked: dict[str, Any] = dict(kv_budget=40, n_ctx=700, n_texts=2, n_threads=1, force=True)
+
+    def judged(of: Any) -> Any:
+        """Calibrates with an NLL of `of(sidecar)` in place of a measured one."""
+        read: list[Optional[tuple[int, ...]]] = []
+        now: list[Any] = []
+
+        class Context(budgets.TextContext):  # type: ignore[misc]
+            def __init__(self, *args: Any) -> None:
+                now[:] = [read_sidecar(args[-1].sidecar).checkpoint.budget_least]
+                read.append(now[0])
+                super().__init__(*args)
+
+        monkeypatch.setattr(budgets, "TextContext", Context)
+        monkeypatch.setattr(budgets, "_nll", lambda *_: of(now[0]))
+        result = calibrate_budgets(path, [book], source, tmp_path / "b.indexmem.gguf", **asked)
+        return result, read_sidecar(tmp_path / "b.indexmem.gguf").checkpoint.budget_least, read
+
+    result, written, read = judged(lambda least: 1.0 if least == own else 2.0)
+    assert result.least is None and written == own and own in read and None in read and result.nll == result.nll_before == 1.0
+    result, written, _ = judged(lambda least: 1.0 if least is None else 2.0)
+    assert written == result.least and not any(result.least) and (result.nll_before, result.nll) == (2.0, 1.0)

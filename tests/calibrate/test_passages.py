@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from indexmem_edge import IndexMemError
 from indexmem_edge.calibrate.attention import Logits, attend
 from indexmem_edge.calibrate.passages import Reader, passages
 from indexmem_edge.options import CacheOptions
+from reference.indexers import random_indexer, write_sidecar
 from support.native_context import Capture, Context, open_model
 from tiny.models import SUPPORTED
 
@@ -63,6 +66,22 @@ def test_a_bounded_cache_keeps_what_the_product_keeps(tiny: Tiny) -> None:
                             np.testing.assert_array_equal(a, b)
                             assert len(a) == min(end, options.budget)
         assert passage.ubatches == [(i, i + 32) for i in range(0, 160, 32)]
+
+
+def test_rows_begin_where_any_head_has_lost_something(tiny: Tiny, tmp_path: Path) -> None:
+    """Here the first head holds all of the text."""
+    path, config = tiny("llama", n_layer=2)
+    sidecar = tmp_path / "a.indexmem.gguf"
+    share = [5.0] + [1.0] * (2 * config.n_head_kv - 1)
+    write_sidecar(sidecar, random_indexer("retention-mlp", 2, config.n_embd, config.n_head_kv, 0), architecture=config.arch, keys={"indexmem.budget_share": share})
+    tokens = np.array([3 + 7 * i % 250 for i in range(128)], np.int32)
+    options = CacheOptions.from_keywords({"kv_budget": BUDGET, "kv_policy": "indexer", "kv_window": 8, "indexmem": str(sidecar)})
+    with open_model(path) as model, Reader(model, [options], LENGTH, UBATCH, 1) as reader:
+        passage, _ = reader.read(tokens, lambda: None)
+        assert len(passage.kept[BUDGET][-1][0][0]) == 96 and min(len(head) for head in passage.kept[BUDGET][-1][1]) < BUDGET
+        assert len(passage.rows[-1]) == 16
+        with pytest.raises(IndexMemError, match="of a text of 32 tokens nothing leaves"):
+            reader.read(tokens[:32], lambda: None)
 
 
 @pytest.mark.parametrize(
