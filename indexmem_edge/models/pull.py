@@ -6,6 +6,7 @@ Everything that the other side says is of unknown origin: names are checked befo
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -150,7 +151,7 @@ def pull(name: Name, folder: Union[str, os.PathLike[str], None] = None, *, force
     sidecars, problems = [], []
     for file in choose_sidecars(chosen[0], listed):
         try:
-            sidecars.append(_beside(_checked(hub.fetch(file), file), paths[0]))
+            sidecars.append(_beside(_checked(hub.fetch(file), file), paths[0], force))
         except DownloadError as error:
             problems.append(str(error))
     return Pulled(paths[0], tuple(paths), tuple(sidecars), tuple(problems))
@@ -168,13 +169,17 @@ def _checked(path: str, name: str) -> str:
     return path
 
 
-def _beside(sidecar: str, model: str) -> str:
-    """The path of a sidecar in the folder of the model, where it is found: of one that lies elsewhere, a copy."""
+def _beside(sidecar: str, model: str, force: bool) -> str:
+    """The path of a sidecar in the folder of the model, where it is found: of one that lies elsewhere, a copy. `force`: in place of
+    another file of that name.
+    """
     target = Path(model).parent / Path(sidecar).name
-    if Path(sidecar).parent == target.parent or target.exists():
+    if Path(sidecar).parent == target.parent or (target.is_file() and filecmp.cmp(sidecar, target, shallow=False)):
         return str(target)
+    if target.exists() and not force:
+        raise DownloadError(f"{target}, which would be used with the model, is another file than {sidecar}: replace it with --force, or remove it")
     try:
-        with replacing(target) as temporary:
+        with replacing(target, force=True) as temporary:
             Path(temporary).write_bytes(Path(sidecar).read_bytes())
     except (ConvertError, OSError) as error:
         raise DownloadError(f"cannot put the sidecar {sidecar} beside the model: {error}") from error

@@ -101,6 +101,14 @@ def test_a_split_model_and_a_sidecar_from_another_folder(pull: Pull, hub: Hub, t
         assert facts["model"]["bytes"] == sum(p.stat().st_size for p in parts)
         trial = json.loads(run("doctor", "-m", found["path"], "--json").stdout)["findings"][-1]
         assert (trial["name"], trial["status"]) == ("trial", "ok"), trial  # links of the cache are followed to no lonely part
+    folder = tmp_path / "models"
+    beside = Path(json.loads(pull("o/s:F32", "--to", str(folder), "--json").stdout)["sidecars"][0])
+    assert beside.parent == folder / "big" and beside.read_bytes() == sidecar.read_bytes()
+    random_sidecar(sidecar, shape(config), "retention", seed=5, fingerprint=fingerprint(path), mid_dim=32)  # its owner has trained it again
+    hub.repos["o/s"] = Repo({**{f"big/{p.name}": p.read_bytes() for p in parts}, "m.indexmem.gguf": sidecar.read_bytes()})
+    assert "--force" in pull("o/s:F32", "--to", str(folder)).stderr and beside.read_bytes() != sidecar.read_bytes()
+    pull("o/s:F32", "--to", str(folder), "--force")
+    assert beside.read_bytes() == sidecar.read_bytes()
 
 
 def test_a_damaged_sidecar_is_left_aside(pull: Pull, hub: Hub) -> None:
