@@ -12,7 +12,7 @@ from typing_extensions import Annotated
 
 from ..errors import TrainingError, TrainingStopped
 from ..models.demo import demo_model
-from ..train.options import DEVICES, DTYPES, ENGINES, KINDS, MEMORIES, TORCH, TrainOptions, numbers, options_of
+from ..train.options import DEVICES, DTYPES, ENGINES, KINDS, MEMORIES, TORCH, TrainOptions, flag_of, numbers, options_of
 from ..train.torch_extra import require_torch
 from .options import one_line_errors
 from .train_show import show, show_estimate, watching
@@ -52,7 +52,7 @@ def train(
         _of(
             _MODEL, "engine", "--engine",
             help=f"Who computes the model: {', '.join(ENGINES)}. native: the library that runs it, so any model that a budget "
-            "works for, in the memory that it takes to run; objectives asked-kl and regress alone.",
+            "works for, in the memory that it takes to run; objectives asked-kl, regress and told-apart alone.",
         ),
     ] = None,
     kind: Annotated[Optional[str], _of(_WHAT, "kind", "--kind", help=f"Indexer: {', '.join(KINDS)}.")] = None,
@@ -216,7 +216,7 @@ def _options(given: dict[str, Any], resume: Optional[Path], restart: bool) -> Tr
         found = options_of(resume)
         if other := [name for name in given if name != "device"]:
             raise TrainingError(
-                f"--resume takes all options from {resume}: leave out --{other[0].replace('_', '-')}, or give the whole "
+                f"--resume takes all options from {resume}: leave out {flag_of(other[0])}, or give the whole "
                 "command again without --resume"
             )
         return TrainOptions(**{**vars(found), **given}).checked()
@@ -261,7 +261,7 @@ def _train(options: TrainOptions, force: bool, restart: bool, as_json: bool) -> 
 
     try:
         with watching(not as_json and processes.is_main()) as watcher:
-            if unused := processes.unused(options.device):
+            if options.engine == TORCH and (unused := processes.unused(options.device)):
                 watcher.note(unused)
             return train(options, force=force, restart=restart, watcher=watcher)
     except (TrainingStopped, KeyboardInterrupt) as stopped:

@@ -1,6 +1,7 @@
 """All that a training goes on from, in one safetensors file that is replaced as a whole.
 
-Tensors: `weights.<part>.<layer>.<parameter>`, `best.<part>. ...` of the best evaluation so far, and `optimizer.<number>.<name>`.
+Tensors: `weights.<part>.<layer>.<parameter>`, `best.<part>. ...` of the best evaluation so far, `before.<part>. ...` from before the
+first step of an objective that needs them, and `optimizer.<number>.<name>`.
 Metadata: one JSON text under `indexmem-train` with the position (objective, step), what was measured, and the options that
 decide the weights. Data and objectives draw from (seed, step) alone, so no state of a random generator belongs to it.
 """
@@ -25,7 +26,8 @@ from .options import difference
 
 NAME = "checkpoint.safetensors"
 METADATA_KEY = "indexmem-train"
-SCHEMA = 1
+SCHEMA = 2
+_PARTS = ("weights", "best", "before", "optimizer")
 
 Weights = dict[str, Tensor]
 
@@ -49,11 +51,12 @@ class Position:
 
 @dataclass
 class Snapshot:
-    """Position and tensors. `best` is empty where no evaluation chooses."""
+    """Position and tensors. `best` is empty where no evaluation chooses, `before` where no objective asks for it."""
 
     position: Position
     weights: Weights
     best: Weights
+    before: Weights
     optimizer: Weights
 
 
@@ -68,7 +71,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot, deciding: Mapping[str, Any])
     """
     tensors = {
         f"{what}.{name}": t.detach().cpu().contiguous()
-        for what in ("weights", "best", "optimizer")
+        for what in _PARTS
         for name, t in getattr(snapshot, what).items()
     }
     told = {"schema": SCHEMA, "position": asdict(snapshot.position), "deciding": dict(deciding)}
@@ -93,7 +96,7 @@ def load_snapshot(folder: Path, deciding: Mapping[str, Any]) -> Optional[Snapsho
     path = folder / NAME
     if not path.exists():
         return None
-    parts: dict[str, Weights] = {"weights": {}, "best": {}, "optimizer": {}}
+    parts: dict[str, Weights] = {what: {} for what in _PARTS}
     try:
         told = _metadata(path)
         found, position = told["deciding"], Position(**told["position"])

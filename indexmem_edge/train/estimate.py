@@ -82,7 +82,7 @@ def estimate(options: TrainOptions, *, tools: Optional[Tools] = None, watcher: W
         loading = time.monotonic() - begun
         stages, recall = [], _recall(setup, tools)
         for number, name in enumerate(options.objective):
-            objective = make_objective(tools.objectives[name], setup.decoder, setup.parts, options)
+            objective = make_objective(tools.objectives[name], setup.decoder, setup.parts, options, options.length_of(number))
             chooses = not trains_memory(tools.objectives[name])
             stages.append(_stage(setup, options, objective, number, Path(folder), recall if chooses else None))
         report = _REPORT * recall * options.eval_samples if tools.report is not None and recall is not None else 0.0
@@ -106,8 +106,11 @@ def _stage(
     pool = data.pool(options.batch, setup.processes.rank, world, steps, number)
     own = folder / str(number)
 
+    first = next((i for i, sample in enumerate(pool) if objective.teaches(sample)), 0)
+    few = [pool[(first + i) % len(pool)] for i in range(min(1 + _SEQUENCES, len(pool)))]
+
     def prepare(n: int) -> float:
-        return _seconds(lambda: objective.prepare(pool[:n], own, lambda *_: None))
+        return _seconds(lambda: objective.prepare(few[:n], own, lambda *_: None))
 
     preparing, n = prepare(1), min(_SEQUENCES, len(pool) - 1)
     if n:  # the first one takes longer
@@ -119,10 +122,10 @@ def _stage(
         training = _seconds(lambda: [objective.backward(samples, step, options.seed) for step in range(_STEPS)]) / _STEPS
     measuring = 0.0
     if recall is not None:
-        some = data.held_out()[:1]
-        first, again = (_seconds(lambda: objective.held_out_loss(some)) for _ in range(2))
-        measurements = 1 + (max(steps // options.eval_every, 1) if options.eval_every else 1)
-        measuring = options.eval_samples * (max(first - again, 0) + measurements * (recall + again))
+        some = sorted(data.held_out(), key=objective.teaches)[-1:]
+        once, again = (_seconds(lambda: objective.held_out_loss(some)) for _ in range(2))
+        measurements = 1 + (-(-steps // options.eval_every) if options.eval_every else 1)
+        measuring = options.eval_samples * (max(once - again, 0) + measurements * (recall + again))
     return StageEstimate(
         objective.name, len(pool), steps, preparing * len(pool), training * steps, measuring,
         (_size(own) - kept * (1 + n)) * options.eval_samples + kept * len(pool) * world,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TrainingCheckpointError, TrainingError
@@ -25,7 +24,7 @@ from .judge.metrics import Metrics
 from .model.frozen import Frozen
 from .objectives.objective import Objective
 from .options import TrainOptions
-from .parts import Parts, make_objective, trains_memory
+from .parts import Parts, digest, make_objective, trains_memory
 from .processes import Processes
 from .schedule import lr_multiplier
 from .watch import Interrupt, Watcher
@@ -80,7 +79,7 @@ class Loop:
         self.objectives, self.evaluate, self.processes = objectives, evaluate, processes
         self.prepared, self.metrics, self.save, self.watcher = prepared, metrics, save, watcher
         self.interrupt = interrupt
-        self.position, self.best = Position(), dict[str, Tensor]()
+        self.position, self.best, self.before = Position(), dict[str, Tensor](), dict[str, Tensor]()
         self.saved = "nothing was saved before"
         self._held_out: Optional[list[Sample]] = None
 
@@ -93,7 +92,7 @@ class Loop:
             TrainingCheckpointError: a checkpoint could not be written.
         """
         if snapshot is not None:
-            self.position, self.best = snapshot.position, snapshot.best
+            self.position, self.best, self.before = snapshot.position, snapshot.best, snapshot.before
             self.parts.load(snapshot.weights)
             self.saved = self._where()
         names = self.options.objective
@@ -114,7 +113,7 @@ class Loop:
 
     def _stage(self, number: int, name: str) -> Stage:
         kind = self.objectives[name]
-        objective = make_objective(kind, self.decoder, self.parts, self.options)
+        objective = make_objective(kind, self.decoder, self.parts, self.options, self.options.length_of(number))
         memory = trains_memory(kind)
         modules = self.parts.memory if memory else self.parts.indexer
         assert modules is not None
@@ -153,14 +152,22 @@ class Loop:
         """Each process prepares the sequences that it trains on, in a folder of its own."""
         rank, world = self.processes.rank, self.processes.world
         pool = self.data.pool(self.options.batch, rank, world, stage.steps, stage.number)
-        folder = self.prepared / f"{stage.number}-{stage.name}-{rank}of{world}"
+        name = f"{stage.number}-{stage.name}-{rank}of{world}"
+        now = self.parts.weights()
+        if not stage.objective.from_before:
+            self.before = {}
+        elif self.position.step == 0:
+            self.before = now
+        if self.before:
+            name += f"-{digest(self.before)}"
+            self.parts.load(self.before)
         try:
-            stage.objective.prepare(pool, folder, self._work)
-        except (OSError, SafetensorError) as error:
+            stage.objective.prepare(pool, self.prepared / name, self._work)
+        except OSError as error:
             raise TrainingCheckpointError(
-                f"cannot keep what {stage.name} prepares in {folder}: {getattr(error, 'strerror', None) or error}. Free disk "
-                "space, take fewer --samples, or name another --run folder"
+                f"cannot make {self.prepared / name}, for what {stage.name} prepares: {error.strerror or error}. Name another --run folder"
             ) from None
+        self.parts.load(now)
         stage.objective.agree(lambda values: self.processes.average([], values))
 
     def _step(self, stage: Stage, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
@@ -239,7 +246,7 @@ class Loop:
     def _save(self, optimizer: Optional[torch.optim.Optimizer]) -> None:
         if self.processes.main:
             state = optimizer_tensors(optimizer) if optimizer is not None else {}
-            self.save(Snapshot(self.position, self.parts.weights(), self.best, state))
+            self.save(Snapshot(self.position, self.parts.weights(), self.best, self.before, state))
         self.saved = self._where()
 
     def _where(self) -> str:

@@ -32,7 +32,10 @@ _FREE = ("model", "texts", "start", "out", "run", "outtype", "fingerprint", "dev
 
 _PER_OBJECTIVE = ("steps", "lr", "lengths", "samples")
 
-_FLAGS = {"lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window", "start": "from"}  # not as the field
+_FLAGS = {  # not as the field
+    "texts": "text", "lengths": "length", "budgets": "budget", "sinks": "kv-sinks", "window": "kv-window", "start": "from",
+    "fingerprint": "no-fingerprint",
+}  # fmt: skip
 
 T = TypeVar("T", int, float)
 
@@ -88,6 +91,8 @@ class TrainOptions:
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--outtype", self.outtype, OUTTYPES)
         trained_by = KINDS | OBSERVED if self.engine == NATIVE else KINDS
+        if self.decay and self.kind != "retention":
+            raise TrainingError(f"--decay: ranks of kind {self.kind} do not fall with age, those of kind retention can")
         by_default = [trained_by[self.kind], *([trains] if (trains := MEMORIES[self.memory]) else [])]
         o = replace(self, objective=self.objective or tuple(by_default), run=self.run or run_folder(self.out))
         if not o.texts:
@@ -100,7 +105,7 @@ class TrainOptions:
             values = getattr(self, name)
             if len(values) not in (1, len(self.objective)):
                 raise TrainingError(
-                    f"{_flag(name)} has {len(values)} values for {len(self.objective)} objectives "
+                    f"{flag_of(name)} has {len(values)} values for {len(self.objective)} objectives "
                     f"({', '.join(self.objective)}): expected one for all, or one for each"
                 )
         counts = {"steps": 1, "batch": 1, "eval_samples": 1, "lengths": 2, "checkpoint_every": 1}
@@ -108,7 +113,7 @@ class TrainOptions:
             least = counts.get(f.name, 0)
             for value in _as_tuple(getattr(self, f.name)):
                 if f.type in ("int", "tuple[int, ...]") and not least <= value <= MAX_LENGTH and f.name != "seed":
-                    raise TrainingError(f"{_flag(f.name)} must be from {least:,} to {MAX_LENGTH:,}, found {value:,}")
+                    raise TrainingError(f"{flag_of(f.name)} must be from {least:,} to {MAX_LENGTH:,}, found {value:,}")
         if not 0 <= self.seed < 1 << 63:
             raise TrainingError(f"--seed must be from 0 to 2^63 - 1, found {self.seed}")
         if bad := [rate for rate in self.lr if not 0 < rate < math.inf]:
@@ -212,8 +217,8 @@ def difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Optional[
         a, b = wanted.get(name), found.get(name)
         if json.dumps(a) != json.dumps(b):
             if name in ("model", "text", "start"):  # known by what is in them
-                return f"{_flag(name)} is another one"
-            return f"{_flag(name)} is {_shown(a)}, there it is {_shown(b)}"
+                return f"{flag_of(name)} is another one"
+            return f"{flag_of(name)} is {_shown(a)}, there it is {_shown(b)}"
     return None
 
 
@@ -222,7 +227,8 @@ def _check_choice(flag: str, value: str, choices: Mapping[str, Any] | Sequence[s
         raise TrainingError(f"{flag} {value!r}: expected one of {', '.join(choices)}")
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The option of the command line for a field."""
     return "--" + _FLAGS.get(name, name.replace("_", "-"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Optional, cast
 
 import torch
@@ -58,7 +59,7 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
         raise TrainingError(f"--kind {options.kind!r}: expected one of {', '.join(SCORERS)}")
     layers = config.bounded
     if not layers:
-        raise TrainingError("every layer of this model has a sliding window: no budget bounds it, and there is nothing to train")
+        raise TrainingError("no budget bounds a layer of this model: all have sliding windows or recurrent states, and there is nothing to train")
     torch.manual_seed(options.seed)
     shares, least = None, None
     if options.start is not None:
@@ -81,22 +82,37 @@ def build_parts(config: Geometry, options: TrainOptions, device: torch.device) -
     return Parts(indexer.to(device), memory, shares, least)
 
 
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Short, and another one for other weights."""
+    found = sha256()
+    for name, t in sorted(weights.items()):
+        found.update(name.encode() + t.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def trains_memory(objective: type[Objective]) -> bool:
     """Whether an objective trains the memory: those that do take the trained indexers as `scorers`."""
     return "scorers" in inspect.signature(objective).parameters
 
 
-def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, options: TrainOptions) -> Objective:
-    """The objective with the modules that it trains.
+def make_objective(objective: type[Objective], decoder: Frozen, parts: Parts, options: TrainOptions, length: int) -> Objective:
+    """The objective with the modules that it trains, on sequences of `length` tokens.
 
     Raises:
         TrainingError: they are not there, or not of the kind that it trains; or it computes more of the model than the engine
-            shows.
+            shows; or learns nothing from sequences as short as these.
     """
+    made = _made(objective, decoder, parts, options)
+    if length < made.shortest:
+        raise TrainingError(f"{made.name} learns nothing from sequences of {length:,} tokens: give a --length of at least {made.shortest:,}")
+    return made
+
+
+def _made(objective: type[Objective], decoder: Frozen, parts: Parts, options: TrainOptions) -> Objective:
     if not objective.observes and not isinstance(decoder, Decoder):
         raise TrainingError(
             f"the objective {objective.name} computes the model in PyTorch, and --engine native only watches it: take --objective "
-            "asked-kl or regress, or --engine torch"
+            "asked-kl, regress or told-apart, or --engine torch"
         )
     decoder = cast(Decoder, decoder)  # those that only observe ask for nothing else of it
     if not trains_memory(objective):

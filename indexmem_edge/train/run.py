@@ -46,7 +46,7 @@ from .model.tokenizer import open_tokenizer
 from .objectives.objective import Objective, Progress
 from .observed.library import check_bounded, open_library_model
 from .options import NATIVE, RUN_FILE, TrainOptions
-from .parts import Parts, build_parts
+from .parts import Parts, build_parts, trains_memory
 from .processes import Processes, open_processes
 from .watch import Interrupt, Watcher
 
@@ -61,10 +61,11 @@ Report = Callable[[Frozen, nn.ModuleList, Sequence[Sample], Path, Progress], Seq
 
 @dataclass(frozen=True)
 class Tools:
-    """What a training works with; `evaluate` and `report` may be missing."""
+    """What a training works with; all but objectives and generator may be missing."""
 
     objectives: Mapping[str, type[Objective]]
     generate: Generate
+    check: Optional[Callable[[Sequence[Sample]], None]] = None  # raises what `evaluate` would raise, before anything takes time
     evaluate: Optional[Evaluate] = None  # -> figures, with `recall`, which says which weights are best
     report: Optional[Report] = None  # writes files into the run folder and returns their paths
 
@@ -93,7 +94,7 @@ def default_tools(options: TrainOptions) -> Tools:
     """The objectives, the generator and the measure of this package."""
     from .data.generated import generate
     from .judge import recall_report
-    from .judge.recall import held_out_recall
+    from .judge.recall import check, held_out_recall
     from .objectives import OBJECTIVES
 
     how = options.budgets, options.sinks, options.window
@@ -107,7 +108,7 @@ def default_tools(options: TrainOptions) -> Tools:
         recall_report.report(decoder, modules, samples, folder, *how, progress)
         return [path for name in (recall_report.JSON, recall_report.PLOT) if (path := folder / name).exists()]
 
-    return Tools(OBJECTIVES, generate, evaluate, report)
+    return Tools(OBJECTIVES, generate, lambda samples: check(samples, *how), evaluate, report)
 
 
 def train(
@@ -191,6 +192,7 @@ def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Se
     """
     if unknown := [name for name in options.objective if name not in tools.objectives]:
         raise TrainingError(f"unknown objective {unknown[0]!r}: expected one of {', '.join(tools.objectives)}")
+    _check_memory(options, tools)
     processes = open_processes(options.device)
     # before minutes are spent on reading
     if options.engine == NATIVE:
@@ -208,10 +210,28 @@ def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Se
         tokenizer = stack.enter_context(open_tokenizer(options.model))
         books = read_books(files, tokenizer.tokenize, options.held_out, lambda done, total: watcher.work(done, total, "books"))
         data = Data(books, tokenizer, tools.generate, options)
+        if tools.check is not None:
+            tools.check(data.held_out())
         readings = max(tools.objectives[name].readings for name in options.objective)
         decoder = stack.enter_context(_loaded(options, base, processes, readings * max(options.lengths)))
         parts = build_parts(decoder.geometry, options, processes.device)
         yield Setup(base, [book.name for book in books], data, decoder, parts, processes, deciding)
+
+
+def _check_memory(options: TrainOptions, tools: Tools) -> None:
+    """A memory with weights learns, at last, what a trained indexer evicts; untrained it would be written as if it were one."""
+    if options.memory != "residual":
+        return
+    *before, last = (trains_memory(tools.objectives[name]) for name in options.objective)
+    if not last or any(before):
+        raise TrainingError(
+            f"--memory residual is trained after the indexer: end --objective with residual-mse, and nowhere else, found "
+            f"{','.join(options.objective)}"
+        )
+    if not before and options.start is None:
+        raise TrainingError(
+            f"a memory learns what a trained indexer evicts: put an objective for the indexer before {options.objective[-1]}, or name a sidecar with --from"
+        )
 
 
 def _check_architecture(model: Path) -> None:
@@ -346,8 +366,8 @@ def _notes(
     if len(bounded) < base.geometry.block_count:
         layers = ", ".join(map(str, bounded))
         notes.append(
-            f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {layers}: the others have a sliding "
-            "window, which no budget bounds"
+            f"the sidecar is for {len(bounded)} of {base.geometry.block_count} layers, {layers}: no budget bounds the "
+            "others, which have sliding windows or recurrent states"
         )
     notes += [f"{stage['objective']}: {stage['found']}" for stage in position.stages if "found" in stage]
     best_steps = [stage["best_step"] for stage in position.stages if "best_step" in stage]

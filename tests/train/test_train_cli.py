@@ -157,4 +157,7 @@ def test_resume_takes_no_other_options(folder: Path) -> None:
     options = TrainOptions(Path("m.gguf"), (Path("books"),), folder / "o.gguf")
     (folder / "r" / RUN_FILE).write_text(json.dumps(options.to_dict()))
     assert "leave out --lr" in refused("--resume", folder / "r", "--lr", "1e-4")
+    for flag, value in (("--text", folder), ("--from", folder / "x.gguf"), ("--kv-sinks", 3), ("--length", 64)):  # as it was given
+        assert f"leave out {flag}," in refused("--resume", folder / "r", flag, value)
+    assert "leave out --no-fingerprint," in refused("--resume", folder / "r", "--no-fingerprint")
     assert "give one of them" in refused("--resume", folder / "r", "--restart")

@@ -6,11 +6,12 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import pytest
 
@@ -37,6 +38,19 @@ class Other(Follow):
     """Another objective, to come after the first."""
 
     name = "other"
+
+
+class Before(Follow):
+    """One whose targets are those of the modules before its first step."""
+
+    name = "before"
+    from_before = True
+    folders: ClassVar[list[Path]] = []
+
+    def prepare(self, samples: Sequence[Sample], folder: Path, progress: Any) -> None:
+        super().prepare(samples, folder, progress)
+        self.folders.append(folder)
+        self.noise = float(sum(p.detach().double().abs().sum() for p in self.modules.parameters()))
 
 
 @pytest.fixture
@@ -168,6 +182,8 @@ def test_a_memory_is_trained_beside_a_frozen_indexer(
     from types import ModuleType, SimpleNamespace
 
     class Residual(torch.nn.Module):
+        kind = "residual"
+
         def __init__(self, constants: dict[str, Any]) -> None:
             super().__init__()
             self.constants = constants
@@ -180,6 +196,7 @@ def test_a_memory_is_trained_beside_a_frozen_indexer(
 
     class Remember(Objective):
         name = "remember"
+        kinds = ("residual",)
 
         def __init__(self, *arguments: Any, scorers: torch.nn.ModuleList) -> None:
             super().__init__(*arguments)
@@ -210,6 +227,38 @@ def test_a_memory_is_trained_beside_a_frozen_indexer(
 
 
 # going on
+
+
+@pytest.mark.parametrize("n", [1, 7, 8])
+def test_targets_from_before_are_found_again(model: Path, tmp_path: Path, n: int) -> None:
+    """Without what was prepared, as on another number of processes: the weights of the checkpoint are trained ones."""
+    tools = stub_tools(objectives={"follow": Follow, "before": Before})
+    write_books(tmp_path / "books")
+    more: dict[str, Any] = {"objective": ("follow", "before"), "steps": (6, 4)}
+    train(small_options(model, tmp_path, out=tmp_path / "a.gguf", **more), tools=tools)
+    options = small_options(model, tmp_path, out=tmp_path / "b.gguf", **more)
+    with pytest.raises(TrainingStopped):
+        train(options, tools=tools, watcher=StopAfter(n))
+    shutil.rmtree(tmp_path / "b.train" / "prepared")
+    train(options_of(tmp_path / "b.train"), tools=tools)
+    a, b = weights_of(tmp_path / "a.train"), weights_of(tmp_path / "b.train")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_other_weights_prepared_is_not_taken(model: Path, tmp_path: Path) -> None:
+    tools = stub_tools(objectives={"before": Before})
+    write_books(tmp_path / "books")
+    found = []
+    for width in (8, 16, 16):
+        Before.folders.clear()
+        options = small_options(model, tmp_path, objective=("before",), mid_dim=width)
+        with pytest.raises(TrainingStopped):
+            train(options, tools=tools, watcher=StopAfter(1), restart=True)
+        found.append(Before.folders[0])
+    assert found[0] != found[1] == found[2]
+    train(options, tools=tools, restart=True)
+    lines = [(line["step"], line["stage"]) for line in figures(tmp_path / "out.indexmem.train") if "held_out_recall" in line]
+    assert len(lines) == len(set(lines))  # what was measured before a restart is forgotten
 
 
 @pytest.mark.parametrize("stops", [(1,), (2,), (3,), (6,), (8,), (1, 1, 4, 1)])
@@ -352,7 +401,7 @@ def test_a_full_disk_while_preparing(model: Path, tmp_path: Path) -> None:
         def prepare(self, samples: Sequence[Sample], folder: Path, progress: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(TrainingCheckpointError, match="No space left on device.*--samples"):
+    with pytest.raises(TrainingCheckpointError, match="No space left on device.*--run"):
         train(small_options(model, tmp_path, **FOLLOW), tools=stub_tools(objectives={"follow": Prepares}))
 
 

@@ -18,6 +18,9 @@ from support.architectures import BOUNDED, TABLE
 
 torch = pytest.importorskip("torch")
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 import indexmem_edge
 from indexmem_edge.calibrate.capture import Tensor as Node
 from indexmem_edge.cli.app import app
@@ -30,6 +33,7 @@ from indexmem_edge.train.checkpoints import NAME as CHECKPOINT
 from indexmem_edge.train.estimate import estimate
 from indexmem_edge.train.model.attention import Heads
 from indexmem_edge.train.model.load import load_decoder
+from indexmem_edge.train.objectives import regress
 from indexmem_edge.train.objectives.told_apart import looks_at
 from indexmem_edge.train.observed import library
 from indexmem_edge.train.observed.capture import HeadsCapture
@@ -281,6 +285,15 @@ def test_the_command(tiny: Tiny, folder: Path) -> None:
         (("--objective", "regress,select-kl"), ("select-kl", "--objective asked-kl", "--engine torch")),
         (("--kind", "pairwise"), ("pooled-kl", "--engine torch")),
         (("--memory", "residual"), ("residual-mse", "--engine torch")),
+        (("--memory", "residual", "--objective", "regress"), ("end --objective with residual-mse",)),
+        (("--memory", "residual", "--objective", "residual-mse,regress"), ("end --objective with residual-mse",)),
+        (("--memory", "residual", "--objective", "residual-mse"), ("put an objective for the indexer before",)),
+        (("--memory", "residual", "--engine", "torch"), ("residual-mse", "64 tokens", "--length of at least 513")),
+        (("--kind", "pairwise", "--engine", "torch", "--objective", "gated-kl"), ("gated-kl", "retention or kvzap", "pairwise")),
+        (("--kind", "pairwise", "--engine", "torch", "--objective", "select-kl"), ("select-kl", "pairwise")),
+        (("--kind", "pairwise", "--objective", "told-apart"), ("told-apart", "pairwise")),
+        (("--kind", "kvzap", "--decay"), ("--decay", "kvzap")),
+        (("--kv-sinks", 20, "--budget", "0.1"), ("beside 20 sinks",)),
         (("--engine", "tensorflow"), ("--engine 'tensorflow'", "torch, native")),
     ],
 )
@@ -288,7 +301,37 @@ def test_refusals_are_one_line(tiny: Tiny, folder: Path, more: tuple[str, ...], 
     result = command(tiny("llama")[0], folder, *more)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.exit_code == 1 and len(lines) == 1 and all(word in lines[0] for word in words), result.output
-    assert not (folder / "m.indexmem.gguf").exists()
+    assert not (folder / "m.indexmem.gguf").exists() and not list(folder.glob("*.train/prepared"))
+
+
+def test_an_estimate_finds_what_teaches(tiny: Tiny, folder: Path) -> None:
+    """told-apart learns from generated text alone, and the first sequence may be a page of a book."""
+    result = command(tiny("llama")[0], folder, "--estimate", "--json", "--objective", "told-apart", "--length", 256, "--samples", 24, "--generated", 0.5)
+    assert result.exit_code == 0, result.output
+    (stage,) = json.loads(result.stdout)["stages"]
+    assert stage["sequences"] == 8 and stage["disk"] > 0
+
+
+@pytest.mark.parametrize("name", ["regress-00000", "held-out-00000"])
+def test_a_full_disk_while_observing(tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def full(tensors: Any, path: Path) -> None:
+        if path.name.startswith(name):
+            raise SafetensorError("No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(regress, "save_file", full)
+    result = command(tiny("llama")[0], folder, "--objective", "asked-kl" if "held" in name else "regress", "--eval-every", 2)
+    assert result.exit_code == 1 and "No space left" in result.stderr and "--samples" in result.stderr
+
+
+def test_a_damaged_file_of_what_was_observed(tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(regress, "save_file", cut)
+    result = command(tiny("llama")[0], folder, "--objective", "regress")
+    assert result.exit_code == 1 and "cannot be read" in result.stderr and "observed again" in result.stderr
 
 
 def test_an_estimate_is_measured_and_leaves_nothing(tiny: Tiny, folder: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_few_steps_lower_the_loss(reduce: str, queries: int | None, dtype: tor
 
 def test_what_does_not_fit_is_refused() -> None:
     assert OBJECTIVES["pooled-kl"] is PooledKL
-    with pytest.raises(TrainingError, match="pairwise, found KVzap"):
+    with pytest.raises(TrainingError, match="pairwise, found kvzap"):
         PooledKL(DECODER, nn.ModuleList([KVzap(32, 2, {"mid_dim": 0})]), 2, 4)
     with pytest.raises(TrainingError, match="logits or attention, found 'mass'"):
         PooledKL(DECODER, modules(), 2, 4, teacher="mass")

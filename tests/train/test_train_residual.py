@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ResidualMSE(DECODER, memories(), 2, 4)
     with pytest.raises(TrainingError, match="found 1"):
         ResidualMSE(DECODER, memories(), 2, 4, scorers=scorers()[:1])
-    with pytest.raises(TrainingError, match="residual, found Pairwise"):
+    with pytest.raises(TrainingError, match="residual, found pairwise"):
         ResidualMSE(DECODER, nn.ModuleList([Pairwise(32, 2, CONSTANTS["pairwise"])] * 2), 2, 4, scorers=scorers())
     with pytest.raises(BudgetError, match="at least 7"):
         ResidualMSE(DECODER, memories(), 2, 4, scorers=scorers("kvzap"), schedule=Schedule(budget=6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,3 +22,14 @@ class Sample:
     asked: int
     source: str  # a book, or the kind of generated text
     told: tuple[tuple[int, int], ...] = ()  # where a book in the context tells what can be asked for: [first, end) each
+
+    def after(self, first: Sequence[int]) -> Sample:
+        """The same text after the tokens that every text of a model begins with."""
+        n = len(first)
+        return Sample(
+            np.concatenate([np.asarray(first, np.int32), self.tokens]),
+            np.concatenate([np.ones(n, np.float32), self.weight]),
+            self.asked + n,
+            self.source,
+            tuple((a + n, b + n) for a, b in self.told),
+        )

@@ -93,13 +93,7 @@ class Data:
         else:
             name, tokens = shelf.passage(room, rng)
             made = Sample(tokens, np.ones(len(tokens), np.float32), len(tokens), name)
-        return Sample(
-            np.concatenate([np.asarray(first, np.int32), made.tokens]),
-            np.concatenate([np.ones(len(first), np.float32), made.weight]),
-            made.asked + len(first),
-            made.source,
-            tuple((a + len(first), b + len(first)) for a, b in made.told),
-        )
+        return made.after(first)
 
 
 def _lanes(n: int, rank: int, world: int) -> range:

@@ -22,12 +22,12 @@ class Metrics:
         self.path = folder / NAME
 
     def begin(self, stage: int, step: int) -> None:
-        """Drops what came after that position: those steps will be done again.
+        """Drops what came after that position, and at the beginning of an objective what was measured there: that will be done again.
 
         Raises:
             TrainingCheckpointError: the file cannot be written.
         """
-        kept = [line for line in self.lines() if (line["stage"], line["step"]) <= (stage, step)]
+        kept = [line for line in self.lines() if (line["stage"], line["step"]) <= (stage, step if step else -1)]
         try:
             with replacing(self.path, force=True) as temporary:
                 Path(temporary).write_text("".join(_text(line) for line in kept), encoding="utf-8")

@@ -128,12 +128,8 @@ def measure(
         BudgetError: of a sample so little may stay that there is nothing to choose.
         IndexMemError: there are no samples.
     """
-    if not samples:
-        raise IndexMemError("recall is measured on samples, and there are none: hold some back from training")
     budgets = tuple(dict.fromkeys(budgets))
-    for sample in samples:
-        for budget in budgets:
-            _room(context_length(sample), budget, sinks, window)
+    check(samples, budgets, sinks, window)
     layers = decoder.geometry.bounded
     names = (INDEXER, *policies, ORACLE, _PROTECTED)
     found: dict[str, dict[float, list[Array]]] = {name: {b: [] for b in budgets} for name in names}
@@ -162,6 +158,15 @@ def measure(
     shares = {name: {b: np.stack(rows).reshape(shape) for b, rows in by.items()} for name, by in found.items()}
     protected = shares.pop(_PROTECTED)
     return Recall(shares, protected, tuple(map(_measured, samples)), sinks, window, layers)
+
+
+def check(samples: Sequence[Sample], budgets: Sequence[float], sinks: int, window: int) -> None:
+    """Whether recall can be measured like this, without measuring it. Arguments and errors are those of `measure`."""
+    if not samples:
+        raise IndexMemError("recall is measured on samples, and there are none: hold some back from training")
+    for sample in samples:
+        for budget in budgets:
+            _room(context_length(sample), budget, sinks, window)
 
 
 def held_out_recall(

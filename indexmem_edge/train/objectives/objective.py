@@ -16,6 +16,7 @@ from typing import ClassVar, Optional
 import torch
 from torch import nn
 
+from ...errors import TrainingError
 from ..data.sample import Sample
 from ..model.decoder import Decoder
 
@@ -23,7 +24,8 @@ Progress = Callable[[int, int, str], None]  # done, of how many, of what
 
 
 class Objective(ABC):
-    """Trains `modules`, one for each bounded layer of `decoder`, on the device that the decoder is on.
+    """Trains `modules`, one for each bounded layer of `decoder`, on the device that the decoder is on. TrainingError if they are of
+    another kind.
 
     `sinks` and `window` are the tokens that are never evicted, in training as later in use. Layers with a window of their
     own are computed as they are.
@@ -32,10 +34,15 @@ class Objective(ABC):
     name: ClassVar[str]
     observes: ClassVar[bool] = False  # whether `Frozen.observe` is all that it asks of the model
     readings: ClassVar[int] = 1  # texts that it observes are at most so many times as long as a sample
+    kinds: ClassVar[tuple[str, ...]] = ("retention", "kvzap")  # of modules that it trains
+    from_before: ClassVar[bool] = False  # whether its targets are of the modules as they were before its first step
+    shortest: int = 2  # tokens that a sequence needs for there to be something to learn
 
     shares: Mapping[int, Sequence[float]] = MappingProxyType({})  # of a budget: of each KV head of a layer, 1 on average; none: 1
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
+        if others := sorted({str(module.kind) for module in modules} - set(self.kinds)):
+            raise TrainingError(f"{self.name} trains modules of kind {' or '.join(self.kinds)}, found {', '.join(others)}")
         self.decoder, self.modules, self.sinks, self.window = decoder, modules, sinks, window
 
     def budgets(self, layer: int, entries: int, n_heads: int) -> list[int]:
@@ -59,8 +66,13 @@ class Objective(ABC):
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:  # noqa: B027  nothing, by default
         """Once before the first step, and again after a resume: work that all steps share, kept in `folder`.
 
-        What is there already, from this call with the same samples, is not computed again.
+        What is there already, from this call with the same samples, is not computed again. Modules whose objective is `from_before`
+        have the weights that they had before the first step.
         """
+
+    def teaches(self, sample: Sample) -> bool:
+        """Whether something is learned from this sample; what is measured before a training begins is measured on such ones."""
+        return True
 
     def agree(self, mean: Callable[[list[float]], list[float]]) -> None:  # noqa: B027  nothing, by default
         """After `prepare`: what each process has found out on sequences of its own and all need alike; `mean` is over the processes,

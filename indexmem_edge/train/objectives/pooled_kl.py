@@ -44,14 +44,13 @@ class PooledKL(Objective):
     """
 
     name = "pooled-kl"
+    kinds = (Pairwise.kind,)
 
     def __init__(
         self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int, *, queries: int | None = None,
         teacher: str = "logits", chunk: int = 256,
     ) -> None:  # fmt: skip
         super().__init__(decoder, modules, sinks, window)
-        if other := {type(m).__name__ for m in modules if not isinstance(m, Pairwise)}:
-            raise TrainingError(f"pooled-kl trains indexers of kind pairwise, found {', '.join(sorted(other))}")
         if teacher not in TEACHERS:
             raise TrainingError(f"the teacher of pooled-kl must be {' or '.join(TEACHERS)}, found {teacher!r}")
         if chunk < 1 or (queries is not None and queries < 1):

@@ -8,19 +8,19 @@ the networks are fitted to random batches of them, which costs next to nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined, unused-ignore]
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...errors import TrainingCheckpointError
 from ..cache.future import future_attention
 from ..data.sample import Sample
 from ..model.attention import Heads, Look
@@ -36,6 +36,7 @@ class Regress(Objective):
 
     name = "regress"
     observes = True
+    kinds: ClassVar[tuple[str, ...]] = ("retention", "kvzap", "pairwise")
 
     def __init__(self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int) -> None:
         super().__init__(decoder, modules, sinks, window)
@@ -53,6 +54,9 @@ class Regress(Objective):
             progress(n + 1, len(samples), "attention of sequences")
         some = self.shards[:: max(len(self.shards) // 32, 1)]
         self._settle([_target(path).float() for path in some])
+
+    def agree(self, mean: Callable[[list[float]], list[float]]) -> None:
+        self.mean = torch.tensor(mean(self.mean.flatten().tolist())).view_as(self.mean)
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         """What all losses need of targets, here of a part of the sequences, [layers, H, n] each."""
@@ -129,15 +133,34 @@ def chosen_positions(first: int, end: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A file appears as a whole or not at all."""
+    """A file appears as a whole or not at all.
+
+    Raises:
+        TrainingCheckpointError: it cannot be written.
+    """
     draft = path.with_suffix(".draft")
-    save_file(tensors, draft)
-    draft.replace(path)
+    try:
+        save_file(tensors, draft)
+        draft.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise TrainingCheckpointError(
+            f"cannot keep what was observed in {path.parent}: {getattr(error, 'strerror', None) or error}. Free disk space, take fewer --samples, or name "
+            "another --run folder"
+        ) from None
 
 
-def opened(path: Path) -> AbstractContextManager[Any]:
-    """A file of which tensors, or parts of them, are read."""
-    return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file of which tensors, or parts of them, are read.
+
+    Raises:
+        TrainingCheckpointError: it is damaged, or gone.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise TrainingCheckpointError(f"{path} cannot be read: {error}. Remove it, and what it held is observed again") from None
 
 
 def _target(path: Path) -> Tensor:

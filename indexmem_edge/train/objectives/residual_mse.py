@@ -62,14 +62,13 @@ class ResidualMSE(Objective):
     """
 
     name = "residual-mse"
+    kinds = (Residual.kind,)
 
     def __init__(
         self, decoder: Decoder, modules: nn.ModuleList, sinks: int, window: int, *, scorers: nn.ModuleList | None = None,
         schedule: Schedule = Schedule(),
     ) -> None:  # fmt: skip
         super().__init__(decoder, modules, sinks, window)
-        if other := {type(m).__name__ for m in modules if not isinstance(m, Residual)}:
-            raise TrainingError(f"residual-mse trains memories of kind residual, found {', '.join(sorted(other))}")
         if scorers is None or len(scorers) != len(modules):
             found = "none" if scorers is None else len(scorers)
             raise TrainingError(
@@ -78,6 +77,7 @@ class ResidualMSE(Objective):
             )
         schedule.limit(0, sinks, window)  # a budget that is too small is refused now
         self.scorers, self.schedule = scorers, schedule
+        self.shortest = schedule.block + 1  # before, nothing has left
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         """Figures: `loss`; `error` and `error_without`, relative errors with and without the memory, mean of the layers;

@@ -26,6 +26,7 @@ What a sidecar says of budgets was measured with the ranks from before: afterwar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
@@ -55,22 +56,33 @@ class ToldApart(Regress):
     """Targets are ranks from before."""
 
     name = "told-apart"
+    kinds = ("retention", "kvzap")
+    from_before = True
 
+    before: nn.ModuleList  # the modules before the first step
     looks: Tensor  # [layers, H]
+    spread: Tensor  # of the ranks before, [layers, H, 1]
     remember: Tensor  # bool [layers, H, 1]
 
     def prepare(self, samples: Sequence[Sample], folder: Path, progress: Progress) -> None:
         samples = _teach(samples)
-        if not any(sample.told and sample.asked < len(sample.tokens) for sample in samples):
+        if not any(map(self.teaches, samples)):
             raise TrainingError(
                 f"{self.name} needs generated text that tells something and asks for it: give a --generated above 0, more --samples, or a larger --length"
             )
+        self.before = copy.deepcopy(self.modules)
         super().prepare(samples, folder, progress)
         self.looks = looks_of(self.shards)
         self.remember = heads_that_look(self.looks)
 
+    def teaches(self, sample: Sample) -> bool:
+        return bool(sample.told) and sample.asked < len(sample.tokens)
+
     def agree(self, mean: Callable[[list[float]], list[float]]) -> None:
-        self.remember = heads_that_look(torch.tensor(mean(self.looks.flatten().tolist())).view_as(self.looks))
+        def agreed(values: Tensor) -> Tensor:
+            return torch.tensor(mean(values.flatten().tolist())).view_as(values)
+
+        self.remember, self.spread = heads_that_look(agreed(self.looks)), agreed(self.spread)
 
     def found(self) -> str:
         remember = self.remember[..., 0]
@@ -108,8 +120,7 @@ class ToldApart(Regress):
 
         def look(heads: Heads) -> None:
             read = heads.hidden[0, where].to(torch.bfloat16)
-            module = self.module_of(heads.layer)
-            assert module is not None
+            module = self.before[self.layers.index(heads.layer)]
             targets.append(ranks_of(module, read, where).half().cpu())
             hidden.append(read.cpu())
             looks.append(looks_at(heads, answers, torch.from_numpy(told)).cpu())
