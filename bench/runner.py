@@ -289,7 +289,7 @@ class System:
     def bookmark(self) -> Callable[[], None]:
         """What goes back to here, as often as it is called."""
         seen, logits = self.seen, self.logits
-        if self.setup.budget or self.model.has_fixed():  # windows and recurrent states cannot be rolled back, or not far
+        if self.setup.budget or self.model.has_recurrent():  # which cannot be rolled back
             state = self.save()
             return lambda: self.restore(state)
 

@@ -76,8 +76,10 @@ BOOK = typer.Option(
 )
 
 
-def folder(path: Path) -> Path:
+def folder(ctx: typer.Context, path: Path) -> Path:
     """A folder that results can be written to, made if need be; anything else is an error before anything is measured."""
+    if ctx.resilient_parsing:  # a shell completes what is typed
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STOCK = typer.Option(
     None, "--stock", exists=True, dir_okay=False, help="llama-server as llama.cpp makes it, to compare with.", show_default=False
 )
-CONTEXT = typer.Option(8192, "--stock-context", help="Tokens that each conversation of the stock server may have (its -c).")
+CONTEXT = typer.Option(8192, "--stock-context", help="Tokens that each conversation of the stock server may have.")
 
 app = typer.Typer(no_args_is_help=True, help="llama.cpp's server with the bounded cache, beside a stock one.")
 
@@ -45,7 +45,7 @@ def actions(
 
     with _measuring(as_json) as tell:
         path = model or demo_model()
-        kinds = _kinds(path, stock, stock_context, kv_budget)
+        kinds = [_with(kind, "-c", kind.context) if kind.context else kind for kind in _kinds(path, stock, stock_context, kv_budget)]
         without = _with(_kinds(path, None, 0, kv_budget, copies=0)[0], "--cache-ram", 0)
         kinds.append(replace(without, name=f"{without.name}, no checkpoints"))
         report = bench.run_actions(kinds, path, threads, samples, _meta(path, threads, kinds), tell)
@@ -145,7 +145,7 @@ def _kinds(model: Path, stock: Optional[Path], context: int, budget: int, copies
 
     sidecar = find_sidecar(str(model)).path
     options = ("--kv-budget", str(budget), "--ctx-checkpoints", str(copies), *(("--indexmem", str(sidecar)) if sidecar else ()))
-    kinds = [Kind("stock", stock, ("-c", str(context)), context)] if stock else []
+    kinds = [Kind("stock", stock, (), context)] if stock else []
     return [*kinds, Kind(f"budget {budget}", server_program(), options)]
 
 
@@ -153,4 +153,5 @@ def _meta(model: Path, threads: int, kinds: list[Kind]) -> Row:
     from ..runner import library
 
     systems = {kind.name: [Path(word).name if Path(word).is_absolute() else word for word in kind.options] for kind in kinds}
-    return machine.describe(model.name, library(), threads, systems=systems)
+    contexts = {kind.name: kind.context for kind in kinds if kind.context}
+    return machine.describe(model.name, library(), threads, systems=systems, tokens_of_a_conversation=contexts or None)

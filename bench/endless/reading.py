@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runner import BenchError, Model
+from ..runner import Model
 from ..text import TokenStream, builtin_text, read_text
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, keep apart, however many they are
@@ -28,8 +28,6 @@ class Books:
         texts = [read_text(path) for path in paths]
         texts = texts or [builtin_text(max(400_000, 6 * least))]
         self.tokens = [token for text in texts for token in model.tokens(text)]
-        if not self.tokens:
-            raise BenchError(f"{', '.join(self.names)}: there is no text in it")
         self.identity = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
         self._turn = random.Random(seed).random() if seed else 0.0
         self._ends = {token for token in set(self.tokens) if model.piece(token).rstrip().endswith(SENTENCE_ENDS)}

@@ -81,9 +81,9 @@ def calibrate_budgets(
     for il, gain in sorted(result.gains.items(), key=lambda item: -item[1])[:8]:
         show(f"layer {il:>3} alone {gain:+.3f} nats per token of an answer")
     if result.least is None:
-        show(f"nothing gains by more room: {printable(result.path)} says of it what {printable(str(indexmem))} says")
+        show(f"nothing does better on other texts: {printable(result.path)} says of budgets what {printable(str(indexmem))} says")
         return
     names = (f"layer {i}" if result.heads == 1 else f"layer {i // result.heads} head {i % result.heads}" for i in range(len(result.least)))
-    wide = ", ".join(f"{name} gets {n} entries first" for name, n in zip(names, result.least) if n)
+    wide = ", ".join(f"{name} gets {n} entries first" for name, n in zip(names, result.least) if n) or "nothing gets entries first any more"
     show(f"{wide}; answers on other texts {result.nll_before:.3f} -> {result.nll:.3f} nats per token")
     show(f"{printable(result.path)} written")

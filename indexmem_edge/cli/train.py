@@ -52,7 +52,7 @@ def train(
         _of(
             _MODEL, "engine", "--engine",
             help=f"Who computes the model: {', '.join(ENGINES)}. native: the library that runs it, so any model that a budget "
-            "works for, in the memory that it takes to run; objectives asked-kl, regress and told-apart alone.",
+            "works for, in the memory that it takes to run; objectives asked-kl, regress, told-apart and pooled-kl alone.",
         ),
     ] = None,
     kind: Annotated[Optional[str], _of(_WHAT, "kind", "--kind", help=f"Indexer: {', '.join(KINDS)}.")] = None,

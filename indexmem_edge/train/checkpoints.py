@@ -122,7 +122,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise ValueError(f"it has no metadata {METADATA_KEY!r}")
     told = json.loads(metadata[METADATA_KEY])
-    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+    if not isinstance(told, dict) or told.get("schema") not in (1, SCHEMA):  # 1 has no `before`
         raise ValueError("it is of another version of indexmem-edge")
     return told
 

@@ -158,6 +158,8 @@ class Loop:
             self.before = {}
         elif self.position.step == 0:
             self.before = now
+        elif not self.before:
+            raise TrainingCheckpointError(f"the checkpoint does not say what {stage.name} began with, as it is of an earlier version: begin anew with --restart")
         if self.before:
             name += f"-{digest(self.before)}"
             self.parts.load(self.before)

@@ -112,7 +112,7 @@ def _made(objective: type[Objective], decoder: Frozen, parts: Parts, options: Tr
     if not objective.observes and not isinstance(decoder, Decoder):
         raise TrainingError(
             f"the objective {objective.name} computes the model in PyTorch, and --engine native only watches it: take --objective "
-            "asked-kl, regress or told-apart, or --engine torch"
+            "asked-kl, regress, told-apart or pooled-kl, or --engine torch"
         )
     decoder = cast(Decoder, decoder)  # those that only observe ask for nothing else of it
     if not trains_memory(objective):

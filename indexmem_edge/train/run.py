@@ -222,15 +222,15 @@ def _check_memory(options: TrainOptions, tools: Tools) -> None:
     """A memory with weights learns, at last, what a trained indexer evicts; untrained it would be written as if it were one."""
     if options.memory != "residual":
         return
-    *before, last = (trains_memory(tools.objectives[name]) for name in options.objective)
-    if not last or any(before):
+    memory = [trains_memory(tools.objectives[name]) for name in options.objective]
+    if not memory[-1] or memory != sorted(memory):
         raise TrainingError(
-            f"--memory residual is trained after the indexer: end --objective with residual-mse, and nowhere else, found "
+            f"--memory residual is trained after the indexer: end --objective with residual-mse, and train no indexer after it, found "
             f"{','.join(options.objective)}"
         )
-    if not before and options.start is None:
+    if all(memory) and options.start is None:
         raise TrainingError(
-            f"a memory learns what a trained indexer evicts: put an objective for the indexer before {options.objective[-1]}, or name a sidecar with --from"
+            f"a memory learns what a trained indexer evicts: put an objective for the indexer before {options.objective[0]}, or name a sidecar with --from"
         )
 
 

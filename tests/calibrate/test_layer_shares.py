@@ -7,10 +7,12 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from conftest import Tiny
 from indexmem_edge.calibrate import budgets
 from indexmem_edge.calibrate.budgets import WIDE, calibrate_budgets, choose
+from indexmem_edge.cli.app import app
 from indexmem_edge.convert import read_sidecar
 from indexmem_edge.errors import IndexMemError
 from reference.indexers import random_indexer, write_sidecar
@@ -132,3 +134,14 @@ def test_numbers_of_a_sidecar_stay_where_nothing_does_better(tiny: Tiny, tmp_pat
     assert result.least is None and written == own and own in read and None in read and result.nll == result.nll_before == 1.0
     result, written, _ = judged(lambda least: 1.0 if least is None else 2.0)
     assert written == result.least and not any(result.least) and (result.nll_before, result.nll) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [(None, "nothing does better on other texts"), ((0, 0, 0), "nothing gets entries first any more"), ((0, 9, 0), "layer 1 gets 9 entries first")],
+)
+def test_the_command_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: Optional[tuple[int, ...]], words: str) -> None:
+    found = budgets.LayerNeeds("out.gguf", 7, 40, 2, 2.0, 1.5, least, 1, {0: 0.1, 1: -0.1, 2: 0.0})
+    monkeypatch.setattr(budgets, "calibrate_budgets", lambda *_, **__: found)
+    result = CliRunner().invoke(app, ["calibrate-budgets", "-m", "m.gguf", "--indexmem", "in.gguf", "--text", "t", "--kv-budget", "40", "--out", "out.gguf"])
+    assert result.exit_code == 0 and words in " ".join(result.output.split()) and "out.gguf" in result.output

@@ -279,11 +279,24 @@ def test_the_command(tiny: Tiny, folder: Path) -> None:
     assert read_sidecar(folder / "m.indexmem.gguf").checkpoint.architecture == "gemma2"
 
 
+def test_a_pairwise_indexer_is_trained_alike_by_both(tiny: Tiny, folder: Path) -> None:
+    """Each step looks at attention, and nothing is kept of it."""
+    losses = []
+    for engine in ("native", "torch"):
+        result = command(tiny("qwen3")[0], folder, "--kind", "pairwise", "--engine", engine, "--steps", 6, "--dtype", "float32", "--force", "--restart", "--json")
+        assert result.exit_code == 0, result.output
+        lines = (folder / "m.indexmem.train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+        assert read_sidecar(folder / "m.indexmem.gguf").checkpoint.kind == "pairwise"
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][0] > 0
+    result = command(tiny("gemma2")[0], folder, "--kind", "pairwise", "--force", "--restart")  # which the engine torch refuses
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (("--objective", "regress,select-kl"), ("select-kl", "--objective asked-kl", "--engine torch")),
-        (("--kind", "pairwise"), ("pooled-kl", "--engine torch")),
         (("--memory", "residual"), ("residual-mse", "--engine torch")),
         (("--memory", "residual", "--objective", "regress"), ("end --objective with residual-mse",)),
         (("--memory", "residual", "--objective", "residual-mse,regress"), ("end --objective with residual-mse",)),
@@ -292,6 +305,7 @@ def test_the_command(tiny: Tiny, folder: Path) -> None:
         (("--kind", "pairwise", "--engine", "torch", "--objective", "gated-kl"), ("gated-kl", "retention or kvzap", "pairwise")),
         (("--kind", "pairwise", "--engine", "torch", "--objective", "select-kl"), ("select-kl", "pairwise")),
         (("--kind", "pairwise", "--objective", "told-apart"), ("told-apart", "pairwise")),
+        (("--kind", "pairwise", "--objective", "pooled-kl,select-kl"), ("select-kl", "--engine torch")),
         (("--kind", "kvzap", "--decay"), ("--decay", "kvzap")),
         (("--kv-sinks", 20, "--budget", "0.1"), ("beside 20 sinks",)),
         (("--engine", "tensorflow"), ("--engine 'tensorflow'", "torch, native")),

@@ -27,7 +27,6 @@ from ..indexers.pairwise import Pairwise
 from ..model.attention import Heads
 from ..model.decoder import Decoder
 from .objective import Objective
-from .operands import operands
 
 TEACHERS = ("logits", "attention")
 
@@ -44,6 +43,7 @@ class PooledKL(Objective):
     """
 
     name = "pooled-kl"
+    observes = True
     kinds = (Pairwise.kind,)
 
     def __init__(
@@ -59,19 +59,24 @@ class PooledKL(Objective):
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         """Figures: `loss`, and `agreement`, the share of the teacher's best quarter of keys in the student's."""
-        losses, agreements = [], []
+        losses: list[float] = []
+        agreements: list[float] = []
         share = 1 / (len(samples) * len(self.modules))
+
+        @torch.enable_grad()
+        def look(heads: Heads) -> None:
+            module = self.module_of(heads.layer)
+            assert isinstance(module, Pairwise)
+            if (found := self.layer_loss(module, heads)) is None:
+                return
+            loss, agreement = found
+            (loss * share).backward()
+            losses.append(loss.item())
+            agreements.append(agreement)
+
         for sample in samples:
-            for module, (heads, _) in zip(self.modules, operands(self.decoder, sample)):
-                assert isinstance(module, Pairwise)
-                found = self.layer_loss(module, heads)
-                if found is None:
-                    losses.append(0.0)
-                    continue
-                loss, agreement = found
-                (loss * share).backward()
-                losses.append(loss.item())
-                agreements.append(agreement)
+            with torch.no_grad():
+                self.decoder.observe(torch.from_numpy(sample.tokens).long().to(self.device), look)
         return {"loss": sum(losses) * share, "agreement": sum(agreements) / max(len(agreements), 1)}
 
     def layer_loss(self, module: Pairwise, heads: Heads) -> tuple[Tensor, float] | None:

@@ -43,7 +43,7 @@ struct attend_shape {
         // how many keys there are, and how many sequences, depends on what else is in the batch
         const int64_t n_entries = ggml_get_op_params_i32(op, INDEXMEM_PARAM_ALONE);
         alone        = n_entries > 0;
-        span         = std::max<int64_t>(1, (alone ? n_entries/CHUNK : n_stream*n_blocks*n_chunks)/TASKS);
+        span         = std::max<int64_t>(1, alone ? n_entries/CHUNK/(2*TASKS) : n_stream*n_blocks*n_chunks/TASKS); // a cache may hold little yet
         n_spans      = (n_chunks + span - 1)/span;
     }
 
