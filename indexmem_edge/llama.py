@@ -16,7 +16,7 @@ from .errors import BudgetError, RequestError, SessionError, SidecarError
 from .files.modelfile import check_model_file
 from .native import api
 from .native.logs import collected_errors, quiet
-from .options import SIDECAR_OFF, described, require_known, signature_of, split_keywords
+from .options import SIDECAR_OFF, check_checkpoints, described, require_known, signature_of, split_keywords
 from .runtime import answers, cache, inside, requests, unbounded
 from .runtime.access import Access
 from .runtime.align import align
@@ -107,7 +107,10 @@ class Llama(inside.Base):
         self._kept = KeptLogits(self._inside)
         self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
-        self._checkpoint_bytes = kv_checkpoints
+        self._checkpoint_bytes = check_checkpoints(kv_checkpoints, options.bounded)
+        self._watchers: list[_Watcher] = []
+        self._draws = others.get("seed") is None or others["seed"] % (1 << 32) == inside.DEFAULT_SEED  # a seed for each call
+        self._seeded_call = False
         self._one_sequence_per_token = options.bounded
         self._drafts: Optional[Drafts] = None
         self._pieces: dict[tuple[int, bool], bytes] = {}
@@ -145,6 +148,7 @@ class Llama(inside.Base):
         self._tools = Tools(self._inside, self._prompts)
         self._calls.attach(self._cache)
         self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept, self._notices)
+        session.remember_model(self._talk)
         for problem in found.problems:
             self._notices.tell(SIDECAR, problem)
 
@@ -234,7 +238,22 @@ class Llama(inside.Base):
             raise RequestError("the prompt is empty, and there is nothing to go on from: give it at least one token")
         return self._generated(prompt, call, reset)
 
+    def set_seed(self, seed: int) -> None:
+        """See `llama_cpp.Llama.set_seed`: from now on, draws follow from it."""
+        super().set_seed(seed)
+        if self._calls.in_progress:  # a completion has chosen one for itself
+            self._seeded_call = True
+        else:
+            self._draws = False
+
+    def _draw_seed(self) -> None:
+        """Before tokens are drawn with random numbers of their own."""
+        if self._draws and not self._seeded_call:
+            self._inside.seed = _seed(None)
+        self._seeded_call = False
+
     def _generated(self, prompt: list[int], call: Any, reset: bool) -> Generator[int, Any, None]:
+        self._draw_seed()
         if self._cache is not None and reset:
             call.arguments["tokens"] = self._cache.reuse(prompt)
             call.arguments["reset"] = False
@@ -262,18 +281,25 @@ class Llama(inside.Base):
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """See `llama_cpp.Llama.sample`: a token after the last one. Where the logits are gone, they are computed."""
         with self._access.alone():
-            if self._inside.fresh and self._calls.in_progress and not self._kept:  # once for each token of an answer
-                return int(super().sample(*args, **kwargs))
-            given = inside.SAMPLE.bind(self, *args, **kwargs).arguments
-            options = {name: value for name, value in given.items() if name not in ("self", "idx")}
-            if self.n_tokens == 0:
-                raise RequestError("there is nothing to sample from: eval() a prompt first")
-            if not self._inside.fresh:
-                self._refresh()
-            if self._calls.in_progress:
-                return self._sampled(given.get("idx"), options)
-            with self._inside.no_stream():
-                return self._sampled(given.get("idx"), options)
+            try:
+                return self._sample(*args, **kwargs)
+            finally:
+                self._inside.raise_of_processors()
+
+    def _sample(self, *args: Any, **kwargs: Any) -> int:
+        if self._inside.fresh and self._calls.in_progress and not self._kept:  # once for each token of an answer
+            return int(super().sample(*args, **kwargs))
+        given = inside.SAMPLE.bind(self, *args, **kwargs).arguments
+        options = {name: value for name, value in given.items() if name not in ("self", "idx")}
+        if self.n_tokens == 0:
+            raise RequestError("there is nothing to sample from: eval() a prompt first")
+        if not self._inside.fresh:
+            self._refresh()
+        if self._calls.in_progress:
+            return self._sampled(given.get("idx"), options)
+        self._draw_seed()
+        with self._inside.no_stream():
+            return self._sampled(given.get("idx"), options)
 
     def _sampled(self, idx: Optional[int], options: dict[str, Any]) -> int:
         if self._kept and idx in (None, self.n_tokens - 1):
@@ -314,11 +340,14 @@ class Llama(inside.Base):
         whatever call evaluates it: completions read theirs in silence otherwise.
         """
         self._access.require_open()
-        before, self._calls.watcher = self._calls.watcher, progress
+        mine = _Watcher(progress)
+        self._watchers.append(mine)
+        self._calls.watcher = mine
         try:
             yield
-        finally:
-            self._calls.watcher = before
+        finally:  # which may be in another order than they came, in several threads
+            self._watchers.remove(mine)
+            self._calls.watcher = self._watchers[-1] if self._watchers else None
 
     def cancel(self) -> bool:
         """Stops the call in progress, from any thread; returns whether there was one.
@@ -367,6 +396,8 @@ class Llama(inside.Base):
         call = inside.COMPLETE.bind(self, requests.plain_prompt(prompt), *args, **kwargs)
         given = call.arguments
         requests.check_completion(given, self._inside.adds_bos)
+        if given.get("stop") is not None and not isinstance(given["stop"], str):
+            given["stop"] = list(given["stop"])
         if given.get("grammar") is not None:
             check_grammar(self._inside.vocab, *inside.grammar_text(given["grammar"]))
         plain_prompt = given["prompt"]
@@ -414,17 +445,27 @@ class Llama(inside.Base):
         """See `llama_cpp.Llama.embed`. A text is not cut unless `truncate` says so.
 
         Raises:
-            RequestError: a text is longer than a batch, which is as much as is embedded at once.
+            RequestError: a text is longer than a batch, which is as much as is embedded at once, or has no token.
         """
+        if not isinstance(input, str) and not len(input):
+            return ([], 0) if return_count else []
         with self._access.alone():
             self._calls.overtake()
-            for text in () if truncate else [input] if isinstance(input, str) else input:
-                if (n := len(self.tokenize(text.encode("utf-8")))) > self.n_batch:
+            for text in [input] if isinstance(input, str) else input:
+                if (n := len(self.tokenize(text.encode("utf-8")))) == 0:
+                    raise RequestError("there is no text to embed: leave out what is empty")
+                if n > self.n_batch and not truncate:
                     raise RequestError(
                         f"a text of {n:,} tokens cannot be embedded at once, with n_batch {self.n_batch:,}: give Llama a larger n_batch and n_ubatch, "
                         "embed it in parts, or say truncate=True"
                     )
-            return super().embed(input, normalize, truncate, return_count)
+            if not self.context_params.embeddings:
+                return super().embed(input, normalize, truncate, return_count)  # which says so
+            try:
+                return super().embed(input, normalize, truncate, return_count)
+            except BaseException:
+                self.reset()  # of the conversation the entries are gone
+                raise
 
     # chat
 
@@ -690,7 +731,8 @@ class Llama(inside.Base):
         """See `llama_cpp.Llama.save_state`."""
         with self._access.alone():
             self._calls.take_back_drafts()
-            state = super().save_state()
+            with self._inside.own_scores():  # not those that are shown beside drafts
+                state = super().save_state()
             state.input_ids = state.input_ids[: state.n_tokens].copy()
             state.__dict__["logits"] = self._kept.now()  # where llama_cpp leaves it alone, and pickles it
             return state
@@ -753,6 +795,16 @@ def _beside(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 for _name in ("n_ctx", "n_embd", "n_vocab", "token_bos", "token_eos", "token_nl", "pooling_type"):
     setattr(Llama, _name, _beside(getattr(inside.Base, _name)))
+
+
+class _Watcher:
+    """One that `watch` was given: the same function may be given twice."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress(done, total)
 
 
 def _seed(given: Optional[int]) -> int:

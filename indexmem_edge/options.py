@@ -80,6 +80,21 @@ def _count(name: str, value: Any, largest: int = _MAX_COUNT) -> int:
     return number
 
 
+def check_checkpoints(value: Any, bounded: bool) -> Optional[int]:
+    """`kv_checkpoints`: bytes, or None.
+
+    Raises:
+        BudgetError: it is no number of bytes, or there is no budget.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 0:
+        raise BudgetError(f"kv_checkpoints must be a whole number of bytes, found {value!r}")
+    if not bounded and value:
+        raise BudgetError("kv_checkpoints is for copies of a bounded cache: give a kv_budget, or leave it out")
+    return operator.index(value)
+
+
 def _seed(name: str, value: Any) -> int:
     return _count(name, value, (1 << 64) - 1)
 

@@ -130,9 +130,12 @@ class Copies:
         while self.nbytes > default_limit(made.nbytes):
             del self._kept[next(iter(self._kept))]
 
-    def go_to(self, name: str) -> None:
-        """Makes the state what it was at the end of a branch, if there is a copy, which is dropped: that branch goes on."""
-        kept: Optional[Checkpoint] = self._kept.pop(name, None)
+    def go_to(self, name: str, here: str) -> None:
+        """Copies the state for the branch that ends `here`, and makes it what it was at the end of another, if there is a copy, which is
+        dropped: that branch goes on.
+        """
+        kept: Optional[Checkpoint] = self._kept.pop(name, None)  # before the other needs its room
+        self.take(here)
         if kept is not None:
             self._llm.restore(kept)
 

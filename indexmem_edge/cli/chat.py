@@ -278,8 +278,7 @@ class Chat:
 
     def _go_to_branch(self, name: str) -> None:
         conversation, here = self._branches.left[name], self._branches.current
-        self._copies.take(here)
-        self._copies.go_to(name)
+        self._copies.go_to(name, here)
         self._branches = self._branches.gone_to(name, self._conversation)
         self._conversation, self._again = conversation, 0
         self._terminal.note(f"on {name} now, {here} stays as it is: {conversation.summary}")

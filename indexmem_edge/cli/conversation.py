@@ -71,14 +71,19 @@ class Conversation:
         """With some messages at its end. A system message at the beginning is the system prompt; what has been read
         becomes part of the first question.
         """
+        from ..runtime.requests import check_text
+
         system, document, turns = self.system, self.document, list(self.turns)
         for message in messages:
             if message["role"] == "system" and not turns:
                 system = message["content"]
+                check_text(system, "the system prompt")
                 continue
             if message["role"] == "user" and document:
                 message, document = {**message, "content": f"{document}\n\n{message['content']}"}, ""
             turns.append(message)
+        if len(turns) == len(self.turns):
+            return replace(self, system=system)  # of which there is nothing to take back
         return replace(self, system=system, turns=tuple(turns), document=document, marks=self._marked())
 
     def answered(self, answer: str) -> Conversation:

@@ -39,13 +39,13 @@ def reader(interactive: bool, keep_history: bool = True, names: Names = list) ->
 
 
 class Lines:
-    """The lines of a pipe or file."""
+    """The lines of a pipe or file, which is UTF-8 whatever a console has."""
 
     leave = "their end leaves"
 
     def __init__(self) -> None:
         with contextlib.suppress(AttributeError, ValueError):
-            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # type: ignore[union-attr]
 
     def read(self, draft: str = "") -> Optional[str]:
         """See `Reader`."""

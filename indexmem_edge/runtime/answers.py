@@ -48,9 +48,10 @@ def echoed(
     if top is None or after is None:
         return found
     names = [piece(token) for token in tokens]
-    probable = log_probabilities(scores[: len(tokens) - 1])
-    own: list[Optional[float]] = [None]  # nothing comes before the first
-    best: list[Optional[dict[str, float]]] = [None]
+    probable = log_probabilities(scores[: max(len(tokens) - 1, 0)])
+    n_first = min(len(names), 1)  # before which nothing comes
+    own: list[Optional[float]] = [None] * n_first
+    best: list[Optional[dict[str, float]]] = [None] * n_first
     for row, token, name in zip(probable, tokens[1:], names[1:], strict=True):
         order = np.argsort(row)[::-1][:top]
         own.append(float(row[token]))

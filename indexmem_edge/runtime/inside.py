@@ -61,6 +61,7 @@ class Base(llama_cpp.Llama):
     """llama_cpp.Llama, where a subclass has to take part in its private doings."""
 
     _one_sequence_per_token = False
+    _own_scores = False  # no row for drafts
 
     @property
     def _stack(self) -> contextlib.ExitStack:
@@ -85,7 +86,7 @@ class Base(llama_cpp.Llama):
     @property
     def _scores(self) -> npt.NDArray[np.single]:
         # What `generate` shows to criteria for stopping, by a row behind each draft. Without `logits_all` nobody has kept any.
-        if self._logits_all or self.draft_model is None:
+        if self._logits_all or self.draft_model is None or self._own_scores:
             return self.scores[: self.n_tokens]
         return np.broadcast_to(self.scores[:1], (self.n_tokens + 1, self.scores.shape[1]))
 
@@ -95,7 +96,26 @@ class Base(llama_cpp.Llama):
         given = _INIT_SAMPLER.bind(self, *args, **options).arguments
         if given.get("grammar") is not None:
             check_grammar(self._model.vocab, *grammar_text(given["grammar"]))
-        return llama_cpp.Llama._init_sampler(cast(llama_cpp.Llama, weakref.proxy(self)), *args, **options)
+        if given.get("logits_processor") is not None:
+            failed = self.__dict__.setdefault("_failed", [])
+            given["logits_processor"] = [_Guarded(processor, failed) for processor in given["logits_processor"]]
+        given["self"] = weakref.proxy(self)
+        return llama_cpp.Llama._init_sampler(**given)
+
+
+class _Guarded:
+    """A processor of logits. Called by the library, it cannot raise: the first error is kept for who sampled."""
+
+    def __init__(self, processor: Callable[..., Any], failed: list[BaseException]) -> None:
+        self._processor, self._failed = processor, failed
+
+    def __call__(self, tokens: Any, logits: Any) -> Any:
+        if not self._failed:
+            try:
+                return self._processor(tokens, logits)
+            except BaseException as error:
+                self._failed.append(error)
+        return logits
 
 
 class Closed:
@@ -274,6 +294,22 @@ class Inside:
     def stream_sampler(self) -> Any:
         """That of the stream in progress, or None."""
         return self._llm._sampler
+
+    def raise_of_processors(self) -> None:
+        """What a processor of logits raised while a token was sampled, if one did."""
+        if failed := self._llm.__dict__.get("_failed"):
+            error = failed[0]
+            failed.clear()
+            raise error
+
+    @contextlib.contextmanager
+    def own_scores(self) -> Iterator[None]:
+        """Logits are those that are kept meanwhile, without a row for each draft."""
+        self._llm._own_scores = True
+        try:
+            yield
+        finally:
+            self._llm._own_scores = False
 
     @contextlib.contextmanager
     def no_stream(self) -> Iterator[None]:

@@ -41,9 +41,12 @@ def plain_tokens(tokens: Iterable[Any]) -> list[int]:
     if isinstance(tokens, np.ndarray):
         tokens = tokens.tolist()
     try:
-        return [operator.index(token) for token in tokens]
+        found = [operator.index(token) for token in tokens]
     except TypeError:
         raise RequestError("a list of tokens has something in it that is no whole number: tokenize() makes one") from None
+    if strange := [token for token in found if not -(1 << 31) <= token < 1 << 31]:
+        raise RequestError(f"{strange[0]} is no token: those of a model are small numbers, as tokenize() makes them")
+    return found
 
 
 def plain_messages(messages: Any, parts: bool) -> list[dict[str, Any]]:

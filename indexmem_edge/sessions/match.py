@@ -60,6 +60,7 @@ class Talk:
     kept: KeptLogits
     notices: Notices
     identity: dict[str, Any] = field(default_factory=dict)  # computed when it is first asked for
+    model: str = ""  # fingerprint of what was loaded: by now another file may lie there
 
 
 def identity(talk: Talk) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def identity(talk: Talk) -> dict[str, Any]:
         llm = talk.llm.public
         talk.identity = {
             "llama.cpp": f"of llama-cpp-python {LLAMA_CPP_PYTHON_VERSION}",
-            "model": fingerprint(llm.model_path),
+            "model": talk.model or fingerprint(llm.model_path),
             "lora": [fingerprint(llm.lora_path), llm.lora_scale] if llm.lora_path else None,
             **{name: getattr(llm.context_params, name) for name in CONTEXT_FIELDS},
             "rope_factors": _rope_factors(talk),

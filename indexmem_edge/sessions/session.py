@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..errors import SessionError
+from ..errors import ModelFileError, SessionError
+from ..files.modelfile import fingerprint
 from ..native import api
 from ..runtime.checkpoints import Checkpoint
 from ..runtime.inside import Inside
@@ -81,7 +82,15 @@ def read(talk: Talk, path: PathLike) -> SessionData:
     """
     data = sessionfile.read(path)
     match.require_model(talk, os.fspath(path), data)
+    if background(data.header) and talk.cache is not None and talk.llm.logits_all:
+        raise SessionError(f"{os.fspath(path)} has another session for its background, which needs logits_all to be left out")
     return data
+
+
+def remember_model(talk: Talk) -> None:
+    """Which model has been loaded, for the sessions that are saved of it."""
+    with contextlib.suppress(ModelFileError):
+        talk.model = fingerprint(talk.llm.public.model_path)
 
 
 def load(talk: Talk, path: PathLike) -> SessionData:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from indexmem_edge import Llama
-from indexmem_edge.cli.branches import Branches
+from indexmem_edge.cli.branches import Branches, Copies
 from indexmem_edge.cli.chat import Chat
 from indexmem_edge.cli.conversation import Conversation
 from indexmem_edge.cli.options import RunOptions
@@ -185,3 +186,15 @@ def test_of_damaged_branches_the_others_are_kept() -> None:
     good = Conversation().asked("x")
     kept = {"branch": "a", "branches": {"b": good.to_dict(), "c": 3, "a": good.to_dict()}}
     assert Branches.from_dict(kept) == Branches("a", {"b": good})
+
+
+def test_the_copy_that_is_gone_to_does_not_have_to_leave_first() -> None:
+    """Three fill the limit, and the one that was left longest ago is wanted."""
+    restored = []
+    llm = SimpleNamespace(checkpoint=lambda: SimpleNamespace(nbytes=100 << 20), restore=restored.append)
+    copies = Copies(llm)  # type: ignore[arg-type]
+    for name in "abc":
+        copies.take(name)
+    a = copies._kept["a"]
+    copies.go_to("a", "main")
+    assert restored == [a] and list(copies._kept) == ["b", "c", "main"]

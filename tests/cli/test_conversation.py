@@ -113,3 +113,14 @@ def test_json_that_is_no_message(line: str, word: str) -> None:
     with pytest.raises(IndexMemError, match=word) as error:
         messages_of_json(line)
     assert "\n" not in str(error.value)
+
+
+def test_a_system_prompt_alone_is_nothing_to_take_back() -> None:
+    begun = Conversation().added([{"role": "system", "content": "Be brief."}])
+    assert begun.system == "Be brief." and begun.messages == [{"role": "system", "content": "Be brief."}]
+    with pytest.raises(IndexMemError, match="no question yet"):
+        begun.undone()
+    asked = begun.added([{"role": "user", "content": "Why?"}])
+    assert asked.undone() == begun
+    with pytest.raises(IndexMemError, match="system prompt"):
+        Conversation().added([{"role": "system", "content": "a \ud800"}])

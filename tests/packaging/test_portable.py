@@ -151,6 +151,17 @@ def test_an_answer_on_a_console_without_unicode(demo_model: Path) -> None:
     assert here["text"] == there["text"] and here["stats"]["tokens_seen"] == there["stats"]["tokens_seen"]
 
 
+@needs_library
+def test_a_conversation_through_a_pipe_is_utf8(demo_model: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.imsess"
+    line = json.dumps({"role": "user", "content": "Say ü and ☃."}, ensure_ascii=False) + "\n"
+    flags = ("chat", "-m", str(demo_model), "--kv-budget", "256", "-n", "2", "--json", "--session", str(session))
+    done = run(*flags, stdin=b"\xef\xbb\xbf" + line.encode(), PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr.decode()
+    kept = run("inspect", str(session), "--json", PYTHONIOENCODING="utf-8")
+    assert "Say ü and ☃." in json.dumps(json.loads(kept.stdout), ensure_ascii=False) or "Say ü and ☃." in session.read_bytes().decode("utf-8", "replace")
+
+
 @pytest.mark.parametrize("encoding, line, other", [("utf-8", "━", "---"), ("cp1252", "---", "━")])
 def test_the_bar_is_drawn_with_what_the_console_has(
     encoding: str, line: str, other: str, monkeypatch: pytest.MonkeyPatch
