@@ -110,7 +110,8 @@ class Llama(inside.Base):
         self._checkpoint_bytes = check_checkpoints(kv_checkpoints, options.bounded)
         self._watchers: list[_Watcher] = []
         self._draws = others.get("seed") is None or others["seed"] % (1 << 32) == inside.DEFAULT_SEED  # a seed for each call
-        self._seeded_call = False
+        self._call_seed: Optional[int] = None  # that a completion is about to set for itself
+        self._seeded_call = False  # it has
         self._one_sequence_per_token = options.bounded
         self._drafts: Optional[Drafts] = None
         self._pieces: dict[tuple[int, bool], bytes] = {}
@@ -241,8 +242,8 @@ class Llama(inside.Base):
     def set_seed(self, seed: int) -> None:
         """See `llama_cpp.Llama.set_seed`: from now on, draws follow from it."""
         super().set_seed(seed)
-        if self._calls.in_progress:  # a completion has chosen one for itself
-            self._seeded_call = True
+        if self._draws and seed == self._call_seed:
+            self._call_seed, self._seeded_call = None, True
         else:
             self._draws = False
 
@@ -398,6 +399,8 @@ class Llama(inside.Base):
         requests.check_completion(given, self._inside.adds_bos)
         if given.get("stop") is not None and not isinstance(given["stop"], str):
             given["stop"] = list(given["stop"])
+        if self._draws:
+            given["seed"] = self._call_seed = _seed(None) if given.get("seed") is None else given["seed"]
         if given.get("grammar") is not None:
             check_grammar(self._inside.vocab, *inside.grammar_text(given["grammar"]))
         plain_prompt = given["prompt"]
@@ -447,10 +450,12 @@ class Llama(inside.Base):
         Raises:
             RequestError: a text is longer than a batch, which is as much as is embedded at once, or has no token.
         """
-        if not isinstance(input, str) and not len(input):
-            return ([], 0) if return_count else []
         with self._access.alone():
             self._calls.overtake()
+            if not self.context_params.embeddings:
+                return super().embed(input, normalize, truncate, return_count)  # which says so
+            if not isinstance(input, str) and not len(input):
+                return ([], 0) if return_count else []
             for text in [input] if isinstance(input, str) else input:
                 if (n := len(self.tokenize(text.encode("utf-8")))) == 0:
                     raise RequestError("there is no text to embed: leave out what is empty")
@@ -459,8 +464,6 @@ class Llama(inside.Base):
                         f"a text of {n:,} tokens cannot be embedded at once, with n_batch {self.n_batch:,}: give Llama a larger n_batch and n_ubatch, "
                         "embed it in parts, or say truncate=True"
                     )
-            if not self.context_params.embeddings:
-                return super().embed(input, normalize, truncate, return_count)  # which says so
             try:
                 return super().embed(input, normalize, truncate, return_count)
             except BaseException:
@@ -690,7 +693,7 @@ class Llama(inside.Base):
                 in the cache, and every prompt comes after them, until `reset`. They count as tokens seen, and are evicted like
                 others; the system prompt of the new conversation is not pinned.
             again: evaluate the text of the file instead of loading its state. That takes as long as reading it did, can be cancelled,
-                and is possible whatever the options of both are, with or without a budget.
+                and is possible whatever the options of both are, with or without a budget; but for logits_all, if the file has a background.
 
         Raises:
             SessionError: the file is not a session of this model, does not fit these cache options, or is damaged. The
@@ -758,7 +761,8 @@ class Llama(inside.Base):
 
     def __getstate__(self) -> dict[str, Any]:
         draft_model = self._drafts.model if self._drafts is not None else None
-        return {**super().__getstate__(), "draft_model": draft_model, **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}
+        seed = inside.DEFAULT_SEED if self._draws else self._inside.seed
+        return {**super().__getstate__(), "seed": seed, "draft_model": draft_model, **self.kv_options.keywords(), "kv_cancel": self._calls.keep, "kv_checkpoints": self._checkpoint_bytes}
 
     # the end
 

@@ -135,7 +135,12 @@ class Copies:
         dropped: that branch goes on.
         """
         kept: Optional[Checkpoint] = self._kept.pop(name, None)  # before the other needs its room
-        self.take(here)
+        try:
+            self.take(here)
+        except BaseException:
+            if kept is not None:
+                self._kept[name] = kept
+            raise
         if kept is not None:
             self._llm.restore(kept)
 

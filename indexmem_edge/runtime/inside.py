@@ -112,7 +112,10 @@ class _Guarded:
     def __call__(self, tokens: Any, logits: Any) -> Any:
         if not self._failed:
             try:
-                return self._processor(tokens, logits)
+                found = np.asarray(self._processor(tokens, logits), np.single)
+                if found.shape != logits.shape:
+                    raise RequestError(f"a processor of logits returns {len(logits):,} numbers, as many as it gets, found an array of shape {found.shape}")
+                return found
             except BaseException as error:
                 self._failed.append(error)
         return logits
@@ -298,9 +301,11 @@ class Inside:
     def raise_of_processors(self) -> None:
         """What a processor of logits raised while a token was sampled, if one did."""
         if failed := self._llm.__dict__.get("_failed"):
-            error = failed[0]
-            failed.clear()
-            raise error
+            error = failed.pop()
+            try:
+                raise error
+            finally:
+                del error  # which holds this frame
 
     @contextlib.contextmanager
     def own_scores(self) -> Iterator[None]:

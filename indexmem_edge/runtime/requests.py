@@ -102,6 +102,8 @@ def make_chat_plain(given: dict[str, Any], parts: bool) -> None:
         RequestError, GrammarError: one of them cannot be.
     """
     given["messages"] = plain_messages(given["messages"], parts)
+    if given.get("stop") is not None and not isinstance(given["stop"], str):
+        given["stop"] = list(given["stop"])
     if given.get("response_format") is not None:
         given["response_format"] = plain_response_format(given["response_format"])
     if given.get("tools") or given.get("tool_choice"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,31 @@ def test_a_processor_that_fails(llm: Llama, stream: bool) -> None:
     assert llm.create_completion("The", max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
 
 
+def test_a_processor_that_returns_nothing(llm: Llama) -> None:
+    for wrong in (lambda tokens, logits: None, lambda tokens, logits: logits[:5]):
+        with pytest.raises(RequestError, match="as many as it gets"):
+            llm.create_completion("The", max_tokens=2, temperature=0, logits_processor=LogitsProcessorList([wrong]))
+
+
+def test_a_failing_processor_keeps_no_model(demo_model: Path) -> None:
+    def fail(tokens: Any, logits: Any) -> Any:
+        raise LookupError
+
+    gc.collect()
+    gc.disable()
+    try:
+        llm = Llama(str(demo_model), kv_budget=64, kv_window=16, n_ctx=N_CTX, **QUIET)
+        kept = weakref.ref(llm)
+        try:
+            llm.create_completion("The", max_tokens=2, logits_processor=LogitsProcessorList([fail]))
+        except LookupError:
+            pass
+        del llm
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_without_a_seed_draws_differ(demo_model: Path) -> None:
     with Llama(str(demo_model), kv_budget=64, kv_window=16, n_ctx=N_CTX, **QUIET) as llm:
         prompt = llm.tokenize(b"The")
@@ -84,7 +112,18 @@ def test_without_a_seed_draws_differ(demo_model: Path) -> None:
         assert text() != text()
         completions = [llm.create_completion("The", max_tokens=6, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0, seed=5)["choices"][0]["text"] for _ in range(2)]
         assert completions[0] == completions[1]
-        llm.set_seed(7)
+        others = [llm.create_completion("The", max_tokens=6, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0)["choices"][0]["text"] for _ in range(2)]
+        assert others[0] != others[1]  # whoever asked with a seed before
+        copy = pickle.loads(pickle.dumps(llm))
+        copy.eval(prompt)
+        assert len({copy.sample(temp=3.0, top_k=0, top_p=1.0, min_p=0.0) for _ in range(12)}) > 3
+        copy.close()
+
+        def seeded(tokens: Any, logits: Any) -> Any:
+            llm.set_seed(7)  # while a call goes on
+            return logits
+
+        llm.create_completion("The", max_tokens=1, logits_processor=LogitsProcessorList([seeded]))
         assert text() == text()  # as in llama_cpp
 
 
@@ -193,6 +232,8 @@ def test_small_mistakes(llm: Llama, demo_model: Path) -> None:
     expected = llm.create_completion("One, two, three, four", max_tokens=12, temperature=0)["choices"][0]["text"]
     stop = expected[4]
     assert llm.create_completion("One, two, three, four", max_tokens=12, temperature=0, stop=(stop,))["choices"][0]["text"] == expected[: expected.index(stop)]
+    asked: Any = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3, "temperature": 0}
+    assert llm.create_chat_completion(**asked, stop=("zzz",)) is not None
     for budget, value in ((64, "256M"), (64, -1), (64, True), (None, 100)):
         with pytest.raises(BudgetError, match="kv_checkpoints"):
             Llama(str(demo_model), kv_budget=budget, **({"kv_window": 16} if budget else {}), kv_checkpoints=value, **QUIET)

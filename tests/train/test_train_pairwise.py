@@ -183,3 +183,21 @@ def test_what_does_not_fit_is_refused() -> None:
         PooledKL(DECODER, modules(), 2, 4, teacher="mass")
     with pytest.raises(TrainingError, match="at least one query"):
         PooledKL(DECODER, modules(), 2, 4, queries=0)
+
+
+@pytest.mark.parametrize("teacher", ["logits", "attention"])
+def test_soft_caps_and_sinks_are_the_models_own(teacher: str) -> None:
+    """Against plain attention: what a sink takes nobody else has, and capped logits are no further apart than the cap."""
+    torch.manual_seed(0)
+    n, H, G, D, cap = 24, 2, 3, 8, 5.0
+    q, k = 3 * torch.randn(1, H * G, n, D), 3 * torch.randn(1, H, n, D)
+    sinks = torch.randn(H * G)
+    heads = Heads(0, torch.randn(1, n, 16), q, k, k, 1.0, softcap=cap, sinks=sinks)
+    objective = PooledKL(DECODER, nn.ModuleList(), 2, 4, teacher=teacher)
+    found = objective._teacher(heads, slice(10, 20), slice(2, 12))
+    s = q[0].unflatten(0, (H, G)) @ k[0, :, None].mT
+    s = cap * (s / cap).tanh()
+    if teacher == "attention":
+        s = s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        s = torch.cat((s, sinks.view(H, G, 1, 1).expand(-1, -1, n, 1)), -1).log_softmax(-1)[..., :-1]
+    torch.testing.assert_close(found, s[:, :, 10:20, 2:12].amax((0, 1)))

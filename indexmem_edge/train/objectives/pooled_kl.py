@@ -25,7 +25,7 @@ from ...errors import TrainingError
 from ..data.sample import Sample
 from ..indexers.pairwise import Pairwise
 from ..model.attention import Heads
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, soft_capped
 from .objective import Objective
 
 TEACHERS = ("logits", "attention")
@@ -138,10 +138,14 @@ class PooledKL(Objective):
         q = heads.q[0].unflatten(0, (len(k), -1))[:, :, rows].flatten(1, 2)  # [H, G*n, D]: one product per KV head
         scale = heads.scale
         if self.teacher == "logits":
-            return ((q @ k[:, seen].mT).amax(0).float() * scale).unflatten(0, (-1, n)).amax(0)
-        logits = ((q @ k[:, : rows.stop].mT).float() * scale).unflatten(1, (-1, n))
+            return soft_capped(((q @ k[:, seen].mT).amax(0).float() * scale).unflatten(0, (-1, n)).amax(0), heads.softcap)
+        logits = soft_capped(((q @ k[:, : rows.stop].mT).float() * scale).unflatten(1, (-1, n)), heads.softcap)
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=k.device).triu(rows.start + 1)
-        return logits.masked_fill_(later, -torch.inf).log_softmax(-1)[..., seen].amax((0, 1))
+        logits = logits.masked_fill(later, -torch.inf)
+        total = logits.logsumexp(-1, keepdim=True)
+        if heads.sinks is not None:
+            total = torch.logaddexp(total, heads.sinks.float().view(len(k), -1, 1, 1))
+        return (logits - total)[..., seen].amax((0, 1))
 
 
 def _agreement(teacher: Tensor, student: Tensor) -> float:
