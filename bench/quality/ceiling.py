@@ -30,7 +30,7 @@ from indexmem_edge.train.cache.policies import POLICIES, Context
 from indexmem_edge.train.from_sidecar import modules_from_sidecar
 from indexmem_edge.train.model.attention import attention
 from indexmem_edge.train.model.decoder import Decoder, Heads, causal
-from indexmem_edge.train.model.load import load_decoder
+from indexmem_edge.train.model.load import fast_dtype, load_decoder
 
 from .. import ruler
 from ..machine import describe
@@ -189,7 +189,8 @@ def run_ceiling(
     Raises:
         BenchError: all layers of the model look at a window; the book is too short.
     """
-    decoder = load_decoder(model.path)
+    dtype = fast_dtype(torch.device("cpu"))
+    decoder = load_decoder(model.path, dtype)
     if not decoder.config.bounded:
         raise BenchError("there is nothing to choose in this model: all of its layers look at a window")
     indexers = {path.name.split(".")[0]: modules_from_sidecar(path, decoder.config) for path in sidecars}
@@ -207,7 +208,7 @@ def run_ceiling(
         if progress:
             progress.advance(task_bar)
     how = (
-        "PyTorch, weights of the file in bfloat16; context read with everything kept, entries chosen once at its end and left "
+        f"PyTorch, weights of the file in {str(dtype).removeprefix('torch.')}; context read with everything kept, entries chosen once at its end and left "
         "out; question and answer teacher-forced; score: share of expected strings of which every token is the likeliest"
     )
     report = Report(

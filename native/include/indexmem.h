@@ -233,7 +233,8 @@ INDEXMEM_API uint32_t indexmem_pin_room(const struct llama_context * ctx);
 // which turn out to be wrong can be taken out again (llama_memory_seq_rm), and then nothing is left of them: the cache is the one
 // that has never seen them. For that, nothing in the batch evicts, renews positions or is scored by the indexer, and all of it is
 // within what layers with a window or a recurrent state can go back. 0: evaluate the next token alone. Contexts without a
-// budget: `n`.
+// budget: `n`. (With an indexer another sequence of the batch that evicts, or has a prompt read, has all of them scored: ranks of the
+// drafts that were right then follow from another product, to the last bits.)
 INDEXMEM_API uint32_t indexmem_draft_room(const struct llama_context * ctx, int32_t seq_id, uint32_t n);
 
 // The same for a program that puts back a copy of a recurrent state, and evaluates again what was right: then how far that state can

@@ -77,7 +77,8 @@ std::shared_ptr<const indexmem_sidecar> sidecar_of_host(const kv_cache & kv) {
 // a cache like ours with room for what a sequence holds, in the host's memory
 std::unique_ptr<kv_cache> cache_for(const kv_cache & kv, const kv_cache::seq_state & seq) {
     kv_cache::config cfg = kv.get_config();
-    cfg.budget  = std::max(seq.n_used + kv.get_n_latent(), seq.n_pending()*indexmem_kv_counts::WAIT_SHARE);
+    const uint32_t n_pending = kv.get_indexer() ? seq.n_pending() : 0; // without one nothing waits
+    cfg.budget  = std::max(seq.n_used + kv.get_n_latent(), n_pending*indexmem_kv_counts::WAIT_SHARE);
     cfg.budget  = std::max(cfg.budget, kv.get_config().budget);
     for (uint32_t c = 0; c < cfg.budgets.size(); ++c) {
         cfg.budgets[c] = std::max(cfg.budgets[c], seq.of(c).n_used + kv.get_n_latent());

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Tiny
+from reference.indexers import random_indexer, write_sidecar
 from support.states import N_HEADER
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -90,3 +91,33 @@ def test_loading_takes_no_second_copy(tiny: Tiny) -> None:
     size, peak = map(int, child(PEAK, path).split())
     assert size > 30 << 20
     assert peak < size / 8
+
+
+FITTED = """
+import ctypes, sys
+
+from support.native_context import Context, llama_cpp, open_model
+
+def resident(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+path, sidecar, policy = sys.argv[1], sys.argv[2] or None, sys.argv[3]
+with open_model(path) as model, Context(model, budget=96, window=16, policy="indexer" if sidecar else policy, sidecar=sidecar, n_ubatch=64, n_ctx=16384) as long:
+    long.feed([3 + i % 250 for i in range(8000)], 64)
+    state = long.save(0)
+    with Context(model, budget=64, window=16, policy=policy, n_ubatch=64, n_ctx=16384) as short:
+        open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+        before = resident("VmRSS")
+        assert short.load(state, 0)
+        print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("made_by, read_by", [("streaming", "streaming"), ("snapkv", "snapkv"), ("indexer", "streaming")])
+def test_a_state_that_has_to_be_fitted_takes_no_memory_for_what_was_evicted(tiny: Tiny, tmp_path: Path, made_by: str, read_by: str) -> None:
+    path, config = tiny("llama")
+    sidecar = tmp_path / "a.indexmem.gguf" if made_by == "indexer" else ""
+    if sidecar:
+        write_sidecar(sidecar, random_indexer("retention-mlp", config.n_layer, config.n_embd, config.n_head_kv, 0), architecture=config.arch)
+    grown = int(child(FITTED, path, sidecar, read_by))
+    assert grown < 8192, f"{grown} KiB for a state of 96 entries, of a text of 8000 tokens"

@@ -29,3 +29,9 @@ def load_decoder(
         ModelNotSupported: it is fine, but nothing that training knows.
     """
     return load_safetensors(path, dtype, device, n_ctx) if Path(path).is_dir() else load_gguf(path, dtype, device, n_ctx)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where there are instructions for it, which is four times as fast as float32; float32 elsewhere."""
+    known = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type != "cpu" or known else torch.float32
