@@ -79,12 +79,15 @@ endif
 # Writes what was asked for into the target, and leaves it as old as it is where that is in it already.
 KEPT = printf '%s' '$(1)' | cmp -s - $@ || printf '%s' '$(1)' > $@
 
-.PHONY: ALWAYS setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
+.PHONY: setup chat check test sanitize sanitize-address sanitize-thread test-arm test-windows wheel test-wheel test-frozen docs \
         pages patches-check cuda vulkan test-vulkan server test-server test-ops clean
 .NOTPARALLEL:
 
 setup: .venv/.installed .venv/.model
 	@echo "ready: .venv/bin/indexmem"
+
+# Never there, so what depends on it is looked at each time.
+ALWAYS:
 
 # Python, a compiler, cmake and ninja. The last two come as wheels where the system has none.
 .venv/.tools:

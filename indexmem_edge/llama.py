@@ -31,6 +31,7 @@ from .runtime.kept_logits import KeptLogits
 from .runtime.notices import SIDECAR, Hook, Notices
 from .runtime.prompts import ChatPrompts
 from .runtime.signature import like, made_with
+from .runtime.spelled import Spelled
 from .runtime.tools import Tools
 from .sessions import file as sessionfile, session
 from .stats import KVStats
@@ -114,7 +115,7 @@ class Llama(inside.Base):
         self._seeded_call = False  # it has
         self._one_sequence_per_token = options.bounded
         self._drafts: Optional[Drafts] = None
-        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._spelled = Spelled(self._inside)
         refused: Optional[SidecarError] = None
         with collected_errors(base.get("verbose", True)) as log:
             try:
@@ -554,7 +555,7 @@ class Llama(inside.Base):
         return align(
             self._own_history,
             prompt,
-            piece=lambda token: control.get(token) or self._piece(token, True),
+            piece=lambda token: control.get(token) or self._spelled.piece(token, True),
             tokenize=lambda text: self.tokenize(text, add_bos=False, special=False),
         )
 
@@ -563,12 +564,6 @@ class Llama(inside.Base):
         """What comes after the background, which is no part of any prompt."""
         history = self._inside.history
         return history if self._cache is None else history[len(self._cache.background.tokens) :]
-
-    def _piece(self, token: int, special: bool) -> bytes:
-        piece = self._pieces.get((token, special))
-        if piece is None:
-            piece = self._pieces[(token, special)] = inside.token_piece(self._inside.vocab, token, special)
-        return piece
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """See `llama_cpp.Llama.tokenize`."""
@@ -580,7 +575,7 @@ class Llama(inside.Base):
         with self._access.beside():
             if self._cache is None or type(self.tokenizer_) is not LlamaTokenizer:
                 return super().detokenize(tokens, prev_tokens=prev_tokens, special=special)
-            text = b"".join([self._piece(token, special) for token in tokens])
+            text = self._spelled.of(tokens, special)
         leading_space = len(tokens) > 0 and tokens[0] == self.token_bos() and text[:1] == b" "
         return text[1:] if leading_space else text
 

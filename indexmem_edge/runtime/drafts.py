@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from .._vendor.llama_cpp.llama_speculative import LlamaDraftModel
+from .._vendor.llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from ..errors import ModelNotSupported, RequestError
 from ..native import api
 from .inside import Inside
 from .kept_logits import KeptLogits
 
 FIRST = 4  # guesses that are checked at the beginning
+LOOK = 1 << 14  # tokens that are looked through for what was said before: all of a long text would take longer than it saves
 MORE, FEWER = 2, 1  # after a batch that had no wrong one, after one that had
 
 _NONE: npt.NDArray[np.intc] = np.empty(0, dtype=np.intc)
@@ -46,6 +47,7 @@ class Drafts(LlamaDraftModel):
         self._llm = llm
         self._kept = kept
         self._handed_out = 0  # drafts at the end of what is evaluated next
+        self._look = LOOK if isinstance(model, LlamaPromptLookupDecoding) else len(llm.tokens) + 1  # it compares all that it is given
         self._worth = FIRST
         self._asked = (0, 0)  # tokens of the history when drafts were last handed out, and how many were
 
@@ -57,7 +59,7 @@ class Drafts(LlamaDraftModel):
         room = self._room(min(llm.n_batch, llm.n_ctx - llm.n_tokens) - 1)
         if len(input_ids) - llm.n_tokens != 1 or not room:
             return _NONE  # an application has added tokens of its own, or this one has to come alone
-        drafts = self.model(input_ids, **kwargs)[: min(room, self._worth)]
+        drafts = self.model(input_ids[-self._look :], **kwargs)[: min(room, self._worth)]
         self._handed_out = len(drafts)
         self._asked = len(input_ids), len(drafts)
         return drafts

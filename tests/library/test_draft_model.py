@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from indexmem_edge import Cancelled, Llama, ModelNotSupported, RequestError, llama_cpp
+from indexmem_edge.runtime import drafts
 from indexmem_edge.runtime.drafts import Drafts
 from support.cancelling import Nodes
 
@@ -234,4 +235,30 @@ def test_an_answer_with_drafts_can_be_cancelled(llm: Llama, plain: tuple[list[in
         assert (llm.n_tokens, llm.input_ids[: llm.n_tokens].tolist()) == before
     llm.draft_model = Known(prompt + after, right=[8])
     assert taken(llm, prompt) == after
+    llm.draft_model = None
+
+
+def test_of_a_long_text_the_end_is_looked_through(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what compares all that it is given; a draft model of one's own gets all."""
+    seen: list[int] = []
+
+    class Lookup(LlamaPromptLookupDecoding):  # type: ignore[misc]
+        def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
+            seen.append(len(input_ids))
+            return super().__call__(input_ids, **kwargs)
+
+    class Own(LlamaDraftModel):
+        def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
+            seen.append(len(input_ids))
+            return np.empty(0, np.intc)
+
+    monkeypatch.setattr(drafts, "LOOK", 40)
+    for model, least, most in ((Lookup(), 40, 40), (Own(), 101, 103)):
+        llm.reset()
+        seen.clear()
+        llm.draft_model = model  # type: ignore[assignment]
+        stream = llm.generate(list(range(300, 400)), temp=0.0)
+        next(stream), next(stream)
+        stream.close()
+        assert seen and least <= min(seen) and max(seen) <= most
     llm.draft_model = None

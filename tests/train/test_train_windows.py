@@ -178,7 +178,7 @@ def test_recall_is_that_of_bounded_layers() -> None:
 
 def test_nothing_is_trained_where_every_layer_has_a_window(tmp_path: Path) -> None:
     config = replace(DECODER.config, windowed=tuple(range(5)))
-    with pytest.raises(TrainingError, match="every layer of this model has a sliding window"):
+    with pytest.raises(TrainingError, match="no budget bounds a layer of this model"):
         build_parts(config, small_options(tmp_path / "m.gguf", tmp_path), torch.device("cpu"))
 
 
@@ -220,7 +220,7 @@ def test_modules_go_into_a_sidecar_and_come_back(tiny: Tiny, tmp_path: Path, kin
     "more",
     [
         {"objective": ("regress", "gated-kl", "select-kl"), "steps": (6, 2, 2)},
-        {"kind": "pairwise", "memory": "residual", "steps": (3,), "lr": (1e-3, 5e-2)},
+        {"kind": "pairwise", "memory": "residual", "steps": (3,), "lr": (1e-3, 5e-2), "lengths": (600,), "held_out": 0.3},
     ],
     ids=["three objectives", "pairwise and a memory"],
 )
