@@ -109,8 +109,8 @@ class Llama(inside.Base):
         self._calls = Calls(self._inside, self._access, self._turn, self._kept, kv_cancel)
         self._aligning = False
         self._checkpoint_bytes = check_checkpoints(kv_checkpoints, options.bounded)
-        self._watchers: list[_Watcher] = []
-        self._draws = others.get("seed") is None or others["seed"] % (1 << 32) == inside.DEFAULT_SEED  # a seed for each call
+        self._watchers: dict[object, Progress] = {}  # the one that came last is told
+        self._draws = not _is_seed(others.get("seed"))  # a seed for each call
         self._call_seed: Optional[int] = None  # that a completion is about to set for itself
         self._seeded_call = False  # it has
         self._one_sequence_per_token = options.bounded
@@ -342,14 +342,13 @@ class Llama(inside.Base):
         whatever call evaluates it: completions read theirs in silence otherwise.
         """
         self._access.require_open()
-        mine = _Watcher(progress)
-        self._watchers.append(mine)
-        self._calls.watcher = mine
+        mine = object()
+        self._watchers[mine] = self._calls.watcher = progress
         try:
             yield
         finally:  # which may be in another order than they came, in several threads
-            self._watchers.remove(mine)
-            self._calls.watcher = self._watchers[-1] if self._watchers else None
+            del self._watchers[mine]
+            self._calls.watcher = next(reversed(self._watchers.values()), None)
 
     def cancel(self) -> bool:
         """Stops the call in progress, from any thread; returns whether there was one.
@@ -398,8 +397,7 @@ class Llama(inside.Base):
         call = inside.COMPLETE.bind(self, requests.plain_prompt(prompt), *args, **kwargs)
         given = call.arguments
         requests.check_completion(given, self._inside.adds_bos)
-        if given.get("stop") is not None and not isinstance(given["stop"], str):
-            given["stop"] = list(given["stop"])
+        requests.make_stop_plain(given)
         if self._draws:
             given["seed"] = self._call_seed = _seed(None) if given.get("seed") is None else given["seed"]
         if given.get("grammar") is not None:
@@ -796,19 +794,14 @@ for _name in ("n_ctx", "n_embd", "n_vocab", "token_bos", "token_eos", "token_nl"
     setattr(Llama, _name, _beside(getattr(inside.Base, _name)))
 
 
-class _Watcher:
-    """One that `watch` was given: the same function may be given twice."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress(done, total)
+def _is_seed(given: Optional[int]) -> bool:
+    """Whether an application has chosen one."""
+    return given is not None and given % (1 << 32) != inside.DEFAULT_SEED
 
 
 def _seed(given: Optional[int]) -> int:
     """Of a `Llama`: another for every one that is asked for none."""
-    if given is not None and given % (1 << 32) != inside.DEFAULT_SEED:
+    if given is not None and _is_seed(given):
         return given
     return int.from_bytes(os.urandom(4), "little") % inside.DEFAULT_SEED
 

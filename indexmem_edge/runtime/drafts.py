@@ -47,7 +47,7 @@ class Drafts(LlamaDraftModel):
         self._llm = llm
         self._kept = kept
         self._handed_out = 0  # drafts at the end of what is evaluated next
-        self._look = LOOK if isinstance(model, LlamaPromptLookupDecoding) else len(llm.tokens) + 1  # it compares all that it is given
+        self._look = slice(-LOOK, None) if isinstance(model, LlamaPromptLookupDecoding) else slice(None)  # that compares all that it is given
         self._worth = FIRST
         self._asked = (0, 0)  # tokens of the history when drafts were last handed out, and how many were
 
@@ -59,7 +59,7 @@ class Drafts(LlamaDraftModel):
         room = self._room(min(llm.n_batch, llm.n_ctx - llm.n_tokens) - 1)
         if len(input_ids) - llm.n_tokens != 1 or not room:
             return _NONE  # an application has added tokens of its own, or this one has to come alone
-        drafts = self.model(input_ids[-self._look :], **kwargs)[: min(room, self._worth)]
+        drafts = self.model(input_ids[self._look], **kwargs)[: min(room, self._worth)]
         self._handed_out = len(drafts)
         self._asked = len(input_ids), len(drafts)
         return drafts

@@ -95,6 +95,12 @@ def check_completion(given: dict[str, Any], adds_bos: bool) -> None:
         raise RequestError("the prompt is empty, and this model needs at least one token to go on from: give it some text")
 
 
+def make_stop_plain(given: dict[str, Any]) -> None:
+    """What ends an answer is a text or a list of them, where llama_cpp is told."""
+    if given.get("stop") is not None and not isinstance(given["stop"], str):
+        given["stop"] = list(given["stop"])
+
+
 def make_chat_plain(given: dict[str, Any], parts: bool) -> None:
     """Brings the arguments of a chat completion into the form that chat formats take; `parts` as in `plain_messages`.
 
@@ -102,8 +108,7 @@ def make_chat_plain(given: dict[str, Any], parts: bool) -> None:
         RequestError, GrammarError: one of them cannot be.
     """
     given["messages"] = plain_messages(given["messages"], parts)
-    if given.get("stop") is not None and not isinstance(given["stop"], str):
-        given["stop"] = list(given["stop"])
+    make_stop_plain(given)
     if given.get("response_format") is not None:
         given["response_format"] = plain_response_format(given["response_format"])
     if given.get("tools") or given.get("tool_choice"):

@@ -28,11 +28,12 @@ class Spelled:
 
     def of(self, tokens: Sequence[int], special: bool) -> bytes:
         """The bytes of all of them."""
+        tokens = tokens if isinstance(tokens, list) else list(tokens)
         beginning, how, text = self._kept
         n = len(beginning)
-        if how != special or len(tokens) < len(beginning) or list(tokens[:n]) != beginning:
+        if how != special or len(tokens) < n or tokens[:n] != beginning:
             n, text = 0, b""
         found = text + b"".join([self.piece(token, special) for token in tokens[n:]])
         if len(tokens) >= n + STRIDE:
-            self._kept = list(tokens), special, found
+            self._kept = tokens.copy(), special, found
         return found

@@ -153,23 +153,24 @@ class Loop:
         rank, world = self.processes.rank, self.processes.world
         pool = self.data.pool(self.options.batch, rank, world, stage.steps, stage.number)
         name = f"{stage.number}-{stage.name}-{rank}of{world}"
-        now = self.parts.weights()
-        if not stage.objective.from_before:
-            self.before = {}
-        elif self.position.step == 0:
-            self.before = now
-        elif not self.before:
-            raise TrainingCheckpointError(f"the checkpoint does not say what {stage.name} began with, as it is of an earlier version: begin anew with --restart")
-        if self.before:
+        now: dict[str, Tensor] = {}
+        if stage.objective.from_before:
+            now = self.parts.weights()
+            self.before = self.before if self.position.step else now
+            if not self.before:
+                raise TrainingCheckpointError(f"the checkpoint does not say what {stage.name} began with, as it is of an earlier version: begin anew with --restart")
             name += f"-{digest(self.before)}"
             self.parts.load(self.before)
+        else:
+            self.before = {}
         try:
             stage.objective.prepare(pool, self.prepared / name, self._work)
         except OSError as error:
             raise TrainingCheckpointError(
                 f"cannot make {self.prepared / name}, for what {stage.name} prepares: {error.strerror or error}. Name another --run folder"
             ) from None
-        self.parts.load(now)
+        if now:
+            self.parts.load(now)
         stage.objective.agree(lambda values: self.processes.average([], values))
 
     def _step(self, stage: Stage, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:

@@ -27,7 +27,7 @@ class Metrics:
         Raises:
             TrainingCheckpointError: the file cannot be written.
         """
-        kept = [line for line in self.lines() if (line["stage"], line["step"]) <= (stage, step if step else -1)]
+        kept = [line for line in self.lines() if (line["stage"], line["step"]) <= (stage, step or -1)]
         try:
             with replacing(self.path, force=True) as temporary:
                 Path(temporary).write_text("".join(_text(line) for line in kept), encoding="utf-8")

@@ -56,7 +56,7 @@ class Regress(Objective):
         self._settle([_target(path).float() for path in some])
 
     def agree(self, mean: Callable[[list[float]], list[float]]) -> None:
-        self.mean = torch.tensor(mean(self.mean.flatten().tolist())).view_as(self.mean)
+        self.mean = agreed(self.mean, mean)
 
     def _settle(self, targets: Sequence[Tensor]) -> None:
         """What all losses need of targets, here of a part of the sequences, [layers, H, n] each."""
@@ -119,6 +119,11 @@ class Regress(Objective):
         """
         ranks = ranks_of(module, hidden, others["positions"])
         return F.smooth_l1_loss(ranks, target - self.mean[layer].to(target.device))
+
+
+def agreed(values: Tensor, mean: Callable[[list[float]], list[float]]) -> Tensor:
+    """The mean of a tensor over the processes, as `Objective.agree` has it."""
+    return torch.tensor(mean(values.flatten().tolist())).view_as(values)
 
 
 def ranks_of(module: nn.Module, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from ..cache.future import attention_blocks
 from ..data.sample import Sample
 from ..model.attention import Heads
 from .objective import Progress
-from .regress import Regress, opened, ranks_of
+from .regress import Regress, agreed, opened, ranks_of
 
 LOOKS = 0.2
 HIGHER = 3.0
@@ -79,10 +79,7 @@ class ToldApart(Regress):
         return bool(sample.told) and sample.asked < len(sample.tokens)
 
     def agree(self, mean: Callable[[list[float]], list[float]]) -> None:
-        def agreed(values: Tensor) -> Tensor:
-            return torch.tensor(mean(values.flatten().tolist())).view_as(values)
-
-        self.remember, self.spread = heads_that_look(agreed(self.looks)), agreed(self.spread)
+        self.remember, self.spread = heads_that_look(agreed(self.looks, mean)), agreed(self.spread, mean)
 
     def found(self) -> str:
         remember = self.remember[..., 0]
