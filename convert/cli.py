@@ -14,7 +14,7 @@ from indexmem_edge.cli.console import Bar, console
 from indexmem_edge.cli.options import one_line_errors
 from indexmem_edge.cli.streams import make_forgiving
 from indexmem_edge.errors import ConvertError
-from indexmem_edge.files.atomic import check_target
+from indexmem_edge.files.atomic import check_target, same_file
 from indexmem_edge.files.untrusted import check_text
 
 from .basemodel import read_base_model
@@ -157,8 +157,8 @@ def _scores(given: list[str]) -> dict[str, float]:
 
 def _keep_companions(sources: list[Path], target: Path, checkpoint: Checkpoint) -> None:
     """A file that was found in a folder, or beside the one that was named, is not overwritten either."""
-    folders = {folder.resolve() for source in sources for folder in (source, source.parent)}
-    if target.parent.resolve() in folders and target.name in checkpoint.provenance.source_files:
+    read = [folder / name for source in sources for folder in (source, source.parent) for name in checkpoint.provenance.source_files]
+    if any(same_file(path, target) for path in read):
         raise ConvertError(f"{target} was read as well: name another file to write")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from indexmem_edge.errors import ConvertError
+from indexmem_edge.files.atomic import same_file
 from indexmem_edge.files.untrusted import check_text, quote, show
 
 from . import safefile, torchfile
@@ -95,14 +96,10 @@ def open_sources(paths: Sequence[Union[str, os.PathLike[str]]]) -> Sources:
         raise ConvertError("name the checkpoint to convert")
     opened: list[SourceFile] = []
     for path in (p for given in paths for p in _expand(Path(given))):
-        if any(_same(path, other.path) for other in opened):
+        if any(same_file(path, other.path) for other in opened):
             raise ConvertError(f"{path} was named twice")
         opened.append(_open(path))
     return Sources(opened)
-
-
-def _same(a: Path, b: Path) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _expand(path: Path) -> Iterator[Path]:

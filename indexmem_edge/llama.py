@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from typing import Any, Callable, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from ._vendor.llama_cpp.llama_speculative import LlamaDraftModel
 from ._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
 from .errors import BudgetError, RequestError, SessionError, SidecarError
-from .files.modelfile import check_model_file
+from .files.modelfile import check_model_file, fingerprint_aside
 from .native import api
 from .native.logs import collected_errors, quiet
 from .options import SIDECAR_OFF, check_checkpoints, described, require_known, signature_of, split_keywords
@@ -110,13 +111,14 @@ class Llama(inside.Base):
         self._aligning = False
         self._checkpoint_bytes = check_checkpoints(kv_checkpoints, options.bounded)
         self._watchers: dict[object, Progress] = {}  # the one that came last is told
+        self._watching = threading.Lock()
         self._draws = not _is_seed(others.get("seed"))  # a seed for each call
-        self._call_seed: Optional[int] = None  # that a completion is about to set for itself
-        self._seeded_call = False  # it has
+        self._seeded_call = False  # a completion has set one for itself
         self._one_sequence_per_token = options.bounded
         self._drafts: Optional[Drafts] = None
         self._spelled = Spelled(self._inside)
         refused: Optional[SidecarError] = None
+        loaded = fingerprint_aside(path)
         with collected_errors(base.get("verbose", True)) as log:
             try:
                 api.require_cpu()
@@ -149,8 +151,7 @@ class Llama(inside.Base):
         self._prompts = ChatPrompts(self._inside, options, self._notices, lacks_template(self._inside, base))
         self._tools = Tools(self._inside, self._prompts)
         self._calls.attach(self._cache)
-        self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept, self._notices)
-        session.remember_model(self._talk)
+        self._talk = session.Talk(self._inside, options, self._cache, self._turn, self._kept, self._notices, loaded)
         for problem in found.problems:
             self._notices.tell(SIDECAR, problem)
 
@@ -243,10 +244,10 @@ class Llama(inside.Base):
     def set_seed(self, seed: int) -> None:
         """See `llama_cpp.Llama.set_seed`: from now on, draws follow from it."""
         super().set_seed(seed)
-        if self._draws and seed == self._call_seed:
-            self._call_seed, self._seeded_call = None, True
-        else:
+        if not isinstance(seed, _CallSeed):
             self._draws = False
+        elif self._draws:
+            self._seeded_call = True
 
     def _draw_seed(self) -> None:
         """Before tokens are drawn with random numbers of their own."""
@@ -343,12 +344,14 @@ class Llama(inside.Base):
         """
         self._access.require_open()
         mine = object()
-        self._watchers[mine] = self._calls.watcher = progress
+        with self._watching:
+            self._watchers[mine] = self._calls.watcher = progress
         try:
             yield
         finally:  # which may be in another order than they came, in several threads
-            del self._watchers[mine]
-            self._calls.watcher = next(reversed(self._watchers.values()), None)
+            with self._watching:
+                del self._watchers[mine]
+                self._calls.watcher = next(reversed(self._watchers.values()), None)
 
     def cancel(self) -> bool:
         """Stops the call in progress, from any thread; returns whether there was one.
@@ -399,7 +402,7 @@ class Llama(inside.Base):
         requests.check_completion(given, self._inside.adds_bos)
         requests.make_stop_plain(given)
         if self._draws:
-            given["seed"] = self._call_seed = _seed(None) if given.get("seed") is None else given["seed"]
+            given["seed"] = _CallSeed(_seed(None) if given.get("seed") is None else given["seed"])
         if given.get("grammar") is not None:
             check_grammar(self._inside.vocab, *inside.grammar_text(given["grammar"]))
         plain_prompt = given["prompt"]
@@ -792,6 +795,10 @@ def _beside(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 for _name in ("n_ctx", "n_embd", "n_vocab", "token_bos", "token_eos", "token_nl", "pooling_type"):
     setattr(Llama, _name, _beside(getattr(inside.Base, _name)))
+
+
+class _CallSeed(int):
+    """One that a completion sets for itself, and for nothing after it."""
 
 
 def _is_seed(given: Optional[int]) -> bool:

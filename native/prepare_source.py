@@ -90,7 +90,8 @@ def download(archive):
             said = [line for line in run.stdout.splitlines() if line.strip()]
             errors = [line for line in said if "error" in line.lower()] or said or ["it said nothing"]
             raise Problem(f"pip could not download {NAME}=={VERSION} ({errors[0].strip()}); "
-                          f"without a network, set LLAMA_CPP_SOURCE_DIR to its unpacked source distribution")
+                          f"without a network, set LLAMA_CPP_SOURCE_DIR to its unpacked source distribution"
+                          + (", or where Windows does not know paths of more than 260 characters, to its .tar.gz" if os.name == "nt" else ""))
         os.replace(fetched, archive)
 
 

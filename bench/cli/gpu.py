@@ -43,8 +43,8 @@ def speed(
     """Decode and prefill at growing depths, bounded and unbounded."""
     with _gpu() as bench:
         path = bench.model_of(geometry, model or (None if geometry else demo_model()), cache)
-        for report in bench.speed(path, geometry or ("demo" if model is None else path.stem), kv_budget, systems.split(","), numbers(depths, int), out, threads):
-            _end(report, bench.SPEED_COLUMNS, out)
+        name = geometry or ("demo" if model is None else path.stem)
+        _end(bench.speed(path, name, kv_budget, systems.split(","), numbers(depths, int), out, threads), bench.SPEED_COLUMNS, out)
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 from rich.progress import Progress
 
+from indexmem_edge.native.memory import resident_memory
 from indexmem_edge.runtime.choice import MEMORY_OFF
 
-from ..machine import describe, rss_bytes
+from ..machine import describe
 from ..quality.arms import Sidecars
 from ..quality.run import Log
 from ..report import Report, Row
@@ -138,7 +139,7 @@ class Runner:
                 found = {NLL: self._nll, FACTS: self._facts, TALK: self._talk}[job.part](job, system, advance)
         return {
             "part": job.part, "budget": job.budget, "span": job.arm.span_name, "sample": job.sample,
-            "seconds": time.monotonic() - start, "rss_bytes": rss_bytes(), **found,
+            "seconds": time.monotonic() - start, "rss_bytes": resident_memory(), **found,
         }  # fmt: skip
 
     def _open(self, job: Job) -> System:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..machine import rss_bytes
+from indexmem_edge.native.memory import resident_memory
+
 from ..report import Row
 from ..runner import Model, System
 from ..stats import tps
@@ -130,6 +131,6 @@ def _row(job: Job, system: System, budgets: Budgets, context_tokens: int, **valu
         "tokens_seen": system.seen,
         **system.byte_counts(),
         **budgets.count(system, context_tokens),
-        "rss_bytes": rss_bytes(),
+        "rss_bytes": resident_memory(),
         **values,
     }

@@ -47,7 +47,7 @@ def run_outlive(kind: Kind, model: Path, threads: int, slots: int, meta: Row, te
             working = threading.Thread(target=answer)
             working.start()
             time.sleep(0.5)
-            os.kill(server.pid, signal.SIGKILL)
+            os.kill(server.pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # which ends it as hard on Windows
             working.join()
         tell("killed; the next one loads what was saved")
         with running(saving, model, threads) as server:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -209,16 +208,15 @@ def model_of(geometry: Optional[str], path: Optional[Path], cache: Optional[Path
 
 def speed(
     path: Path, name: str, budget: int, wanted: list[str], depths: list[int], out: Path, threads: int
-) -> Iterator[Report]:
-    """A report for each policy/memory: decode and prefill at growing depths, bounded and unbounded."""
-    loaded = Model(path)
+) -> Report:
+    """Decode and prefill at growing depths, of each policy/memory and unbounded."""
+    setups = []
     for pair in wanted:
         policy, _, memory = pair.partition("/")
-        setup = Setup(policy=policy, budget=budget, threads=threads, memory=memory or "off")
-        of_run = "-".join(["cuda-speed", name, str(budget), policy, *([memory] if memory not in ("", "off") else [])])
-        print(f"speed: {of_run}", flush=True)
-        report = speed_bench.run_speed(loaded, [setup], depths, repeats=3, no_flash=False, name=of_run, out=out)
-        report.meta["device"] = devices()
-        report.verdicts = []  # the goals are those of the CPU
-        yield report
+        setups.append(Setup(policy=policy, budget=budget, threads=threads, memory=memory or "off"))
+    loaded = Model(path)
+    report = speed_bench.run_speed(loaded, setups, depths, repeats=3, no_flash=False, name=f"cuda-speed-{name}-{budget}", out=out)
+    report.meta["device"] = devices()
+    report.verdicts = []  # the goals are those of the CPU
     loaded.close()
+    return report

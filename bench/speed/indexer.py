@@ -14,10 +14,11 @@ from typing import Any
 
 from rich.progress import Progress
 
+from indexmem_edge.native.memory import resident_memory
 from indexmem_edge.runtime.choice import INDEXER_POLICY
 
 from .. import synthetic
-from ..machine import describe, rss_bytes
+from ..machine import describe
 from ..report import Report, Verdict
 from ..runner import BenchError, Model, Setup, System, library
 from .turns import HOW, Side, corpus_of, past_budget, plot_ratios, take_turns, verdict
@@ -86,7 +87,7 @@ def run_indexer(
                     indexer=variant,
                     type=kind,
                     tokens_seen=system.seen,
-                    rss_bytes=rss_bytes(),
+                    rss_bytes=resident_memory(),
                     **turns.figures(),
                     **system.byte_counts(),
                 )
@@ -94,7 +95,7 @@ def run_indexer(
             prefilled += turns.prefill[0]
             ours.update(
                 tokens_seen=plain.seen,
-                rss_bytes=rss_bytes(),
+                rss_bytes=resident_memory(),
                 decode_tps=statistics.median(decoded),
                 prefill_tps=statistics.median(prefilled),
                 decode_ratio=1.0,

@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.progress import Progress
 
+from indexmem_edge.native.memory import resident_memory
 from indexmem_edge.runtime.choice import INDEXER_POLICY, MEMORY_OFF
 
 from .. import synthetic
-from ..machine import describe, rss_bytes
+from ..machine import describe
 from ..quality.arms import Sidecar, Sidecars, arms, setup_for
 from ..report import Report, Row, Verdict
 from ..runner import BenchError, Model, Setup, System, library
@@ -115,7 +116,7 @@ def _row(policy: str, system: System) -> Row:
         "system": policy + memory,
         "tokens_seen": system.seen,
         "kept": stats["kept"],
-        "rss_bytes": rss_bytes(),
+        "rss_bytes": resident_memory(),
         **system.byte_counts(),
     }
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.progress import Progress
 
-from ..machine import describe, rss_bytes
+from indexmem_edge.native.memory import resident_memory
+
+from ..machine import describe
 from ..report import Report, Verdict, series
 from ..runner import FIXED_KEYS, Model, Setup, System, library
 from ..stats import alternate, pair_ratio, tps
@@ -119,7 +121,7 @@ def _walk(
             policy=setup.policy,
             budget=setup.budget,
             tokens_seen=system.seen,
-            rss_bytes=rss_bytes(),
+            rss_bytes=resident_memory(),
             prefill_tps=tps(whole[-SPAN // setup.ubatch :]),
             decode_tps=decode_tokens / sum(decode),
             **_byte_counts(system),

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from rich.progress import Progress
 
-from ..machine import describe, rss_bytes
+from indexmem_edge.native.memory import resident_memory
+
+from ..machine import describe
 from ..report import Report, Row, print_rows, series
 from ..runner import BenchError, Model, Setup, System, captures, library, llama_cpp
 from ..stats import alternate, pair_ratio
@@ -181,7 +183,7 @@ def _depths(
                     budget=setup.budget,
                     tokens_seen=system.seen,
                     **system.byte_counts(),
-                    rss_bytes=rss_bytes(),
+                    rss_bytes=resident_memory(),
                     prefill_tps=statistics.median(prefill[i]),
                     decode_tps=statistics.median(decode[i]),
                     system=setup.label,

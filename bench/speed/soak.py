@@ -17,8 +17,9 @@ import numpy as np
 from rich.progress import Progress
 
 from indexmem_edge.native import api
+from indexmem_edge.native.memory import resident_memory
 
-from ..machine import describe, rss_bytes
+from ..machine import describe
 from ..quality.arms import Arm, Sidecars, setup_for
 from ..report import Report, Row, Verdict, series
 from ..runner import BYTE_KEYS, LOGICAL_MAX, BenchError, Model, Setup, System, library
@@ -116,7 +117,7 @@ def _finite(system: System) -> bool:
 def _counts(system: System) -> Row:
     stats = system.stats()
     keys = ("kept", "evicted", "slots", "memory_slots", *BYTE_KEYS)
-    return {**{key: stats[key] for key in keys}, "rss_bytes": rss_bytes()}
+    return {**{key: stats[key] for key in keys}, "rss_bytes": resident_memory()}
 
 
 def check(system: System, start: dict[str, int]) -> Iterator[str]:

@@ -58,7 +58,10 @@ def _find(folder: Path) -> Path | None:
 
 
 def _build(environment: Path) -> None:
-    venv.create(environment, with_pip=True)
+    try:
+        venv.create(environment, with_pip=True, symlinks=os.name != "nt")  # a copy may not find the library that it is linked to
+    except subprocess.CalledProcessError as error:
+        raise BenchError(f"no environment could be made in {environment} ({error}): name one that has {NAME} with --stock") from error
     python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     command: Sequence[str] = [
         str(python), "-m", "pip", "install", "--quiet", "--no-binary", NAME, f"{NAME}=={LLAMA_CPP_PYTHON_VERSION}",

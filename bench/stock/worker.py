@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from indexmem_edge.errors import IndexMemError
+from indexmem_edge.native.memory import peak_memory, resident_memory
 
 from ..endless.arms import ShiftingSystem
-from ..machine import peak_bytes, rss_bytes
 from ..runner import BenchError, Model, Setup, System, library
 from ..text import TokenStream, read_text
 from .copies import can_copy, fill_with_copies
@@ -67,7 +67,7 @@ class Worker:
 
     def do_figures(self) -> dict[str, Any]:
         system = self._open
-        return {"seen": system.seen, "rss_bytes": rss_bytes(), "peak_bytes": peak_bytes(), **system.byte_counts()}
+        return {"seen": system.seen, "rss_bytes": resident_memory(), "peak_bytes": peak_memory(), **system.byte_counts()}
 
     @property
     def _open(self) -> System:

@@ -14,7 +14,7 @@ from indexmem_edge.convert.sources import file_sha256
 from indexmem_edge.convert.spec import MEMORIES, find
 from indexmem_edge.convert.writer import Written, write_sidecar
 
-from ..files.atomic import check_target
+from ..files.atomic import check_target, same_file
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -30,7 +30,7 @@ class Source:
 def check_output(out: PathLike, inputs: Sequence[PathLike], force: bool) -> None:
     """Refuses, before minutes are spent, an output that cannot be written or is to be read."""
     check_target(out, force)
-    if any(os.path.realpath(os.fspath(path)) == os.path.realpath(os.fspath(out)) for path in inputs):
+    if any(same_file(path, out) for path in inputs):
         raise ConvertError(f"{os.fspath(out)} is to be read as well: name another file to write")
 
 

@@ -31,6 +31,16 @@ def check_target(path: Union[str, os.PathLike[str]], force: bool) -> str:
     return target
 
 
+def same_file(a: Union[str, os.PathLike[str]], b: Union[str, os.PathLike[str]]) -> bool:
+    """Whether two names are of one file: links, and capitals where the file system knows no difference, are looked through."""
+    if os.path.realpath(os.fspath(a)) == os.path.realpath(os.fspath(b)):
+        return True
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one is not there
+        return False
+
+
 @contextlib.contextmanager
 def replacing(path: Union[str, os.PathLike[str]], force: bool = False) -> Iterator[str]:
     """Yields the name of a temporary file beside `path`, which takes its place when the block succeeds.

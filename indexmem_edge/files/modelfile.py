@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import stat
+import threading
 from typing import Callable, Iterable, Iterator, Union
 
 from ..errors import IndexMemError, ModelFileError, SidecarError
@@ -97,6 +98,27 @@ def fingerprint(path: Union[str, os.PathLike[str]]) -> str:
     except OSError as error:
         raise ModelFileError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from None
     return f"{size:x}-{digest.hexdigest()}"
+
+
+def fingerprint_aside(path: Union[str, os.PathLike[str]]) -> Callable[[], str]:
+    """Begins to read the `fingerprint` of a file as it is now, beside what the caller goes on with.
+
+    What is returned waits for it; "" if the file could not be read.
+    """
+    found: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(ModelFileError):
+            found.append(fingerprint(path))
+
+    reader = threading.Thread(target=read, name="fingerprint", daemon=True)
+    reader.start()
+
+    def known() -> str:
+        reader.join()
+        return found[0] if found else ""
+
+    return known
 
 
 class NativePath(str):

@@ -149,7 +149,11 @@ def pull(name: Name, folder: Union[str, os.PathLike[str], None] = None, *, force
     chosen = choose(name, listed)
     paths = [_checked(hub.fetch(file), file) for file in chosen]
     sidecars, problems = [], []
-    for file in choose_sidecars(chosen[0], listed):
+    placed = set()
+    for file in sorted(choose_sidecars(chosen[0], listed), key=lambda file: Path(file).parent != Path(chosen[0]).parent):
+        if Path(file).name in placed:  # the one that lies in the folder of the model comes first
+            continue
+        placed.add(Path(file).name)
         try:
             sidecars.append(_beside(_checked(hub.fetch(file), file), paths[0], force))
         except DownloadError as error:
@@ -174,11 +178,13 @@ def _beside(sidecar: str, model: str, force: bool) -> str:
     another file of that name.
     """
     target = Path(model).parent / Path(sidecar).name
-    if Path(sidecar).parent == target.parent or (target.is_file() and filecmp.cmp(sidecar, target, shallow=False)):
-        return str(target)
-    if target.exists() and not force:
-        raise DownloadError(f"{target}, which would be used with the model, is another file than {sidecar}: replace it with --force, or remove it")
     try:
+        if Path(sidecar).parent == target.parent or (target.is_file() and filecmp.cmp(sidecar, target, shallow=False)):
+            return str(target)
+        if target.exists() and not force:
+            raise DownloadError(f"{target}, which would be used with the model, is another file than {sidecar}: replace it with --force, or remove it")
+        if target.is_symlink():  # into the store of a cache, where files are what their names say
+            target.unlink()
         with replacing(target, force=True) as temporary:
             Path(temporary).write_bytes(Path(sidecar).read_bytes())
     except (ConvertError, OSError) as error:

@@ -15,6 +15,7 @@ from .processors import CGROUPS, OWN, upwards
 
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes a number where there is none
 
 
@@ -60,23 +61,47 @@ def of_windows(kernel32: Any) -> Optional[int]:
     return int(min(status.free, status.free_page))
 
 
-def resident_memory() -> int:
-    """Bytes that this process has in memory, code and mapped files included; on other systems than Linux the most it had, and
-    0 where the system does not say.
-    """
-    with contextlib.suppress(OSError, ValueError, ImportError):
-        import resource  # not on Windows
+class _MemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS"""
 
-        if sys.platform == "linux":
-            return int(_STATM.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
+    _fields_ = [
+        ("cb", ctypes.c_uint32),
+        ("PageFaultCount", ctypes.c_uint32),
+        ("PeakWorkingSetSize", ctypes.c_size_t),
+        ("WorkingSetSize", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 6),
+    ]
+
+
+def _memory_counters(kernel32: Any) -> _MemoryCounters:
+    """What Windows tells of the memory of this process; zeros if it does not."""
+    kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+    found = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
+    kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(kernel32.GetCurrentProcess()), ctypes.byref(found), found.cb)
+    return found
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory, code and mapped files included; on macOS the most it had, and 0 where the system does
+    not say.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if sys.platform == "win32":
+            return int(_memory_counters(ctypes.windll.kernel32).WorkingSetSize)
+        import resource
+
+        return int(_STATM.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+    return peak_memory()
 
 
 def peak_memory() -> int:
     """The most bytes that this process had in memory so far, as `resident_memory`; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, ImportError):
-        import resource  # not on Windows
+    with contextlib.suppress(OSError, ValueError):
+        if sys.platform == "win32":
+            return int(_memory_counters(ctypes.windll.kernel32).PeakWorkingSetSize)
+        return _in_text(_STATUS.read_text(encoding="utf-8", errors="replace"), r"(?m)^VmHWM:\s+(\d+) kB") * 1024
+    with contextlib.suppress(OSError, ImportError):
+        import resource  # what it says may be of the program that started this one
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import SessionError
@@ -59,8 +59,8 @@ class Talk:
     turn: Turn
     kept: KeptLogits
     notices: Notices
+    loaded: Callable[[], str]  # fingerprint of the model: by now another file may lie there
     identity: dict[str, Any] = field(default_factory=dict)  # computed when it is first asked for
-    model: str = ""  # fingerprint of what was loaded: by now another file may lie there
 
 
 def identity(talk: Talk) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def identity(talk: Talk) -> dict[str, Any]:
         llm = talk.llm.public
         talk.identity = {
             "llama.cpp": f"of llama-cpp-python {LLAMA_CPP_PYTHON_VERSION}",
-            "model": talk.model or fingerprint(llm.model_path),
+            "model": talk.loaded() or fingerprint(llm.model_path),
             "lora": [fingerprint(llm.lora_path), llm.lora_scale] if llm.lora_path else None,
             **{name: getattr(llm.context_params, name) for name in CONTEXT_FIELDS},
             "rope_factors": _rope_factors(talk),

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib
-from ..errors import ModelFileError, SessionError
-from ..files.modelfile import fingerprint
+from ..errors import SessionError
 from ..native import api
 from ..runtime.checkpoints import Checkpoint
 from ..runtime.inside import Inside
@@ -85,12 +84,6 @@ def read(talk: Talk, path: PathLike) -> SessionData:
     if background(data.header) and talk.cache is not None and talk.llm.logits_all:
         raise SessionError(f"{os.fspath(path)} has another session for its background, which needs logits_all to be left out")
     return data
-
-
-def remember_model(talk: Talk) -> None:
-    """Which model has been loaded, for the sessions that are saved of it."""
-    with contextlib.suppress(ModelFileError):
-        talk.model = fingerprint(talk.llm.public.model_path)
 
 
 def load(talk: Talk, path: PathLike) -> SessionData:

@@ -29,7 +29,7 @@ from indexmem_edge.convert.sources import file_sha256
 from indexmem_edge.convert.writer import write_sidecar
 
 from ..errors import TrainingCheckpointError, TrainingError, TrainingStopped
-from ..files.atomic import check_target, replacing
+from ..files.atomic import check_target, replacing, same_file
 from ..files.gguffile import GGUFFile
 from ..files.modelfile import check_model_file, fingerprint
 from .checkpoints import NAME as CHECKPOINT, Position, load_snapshot, remove_snapshot, save_snapshot
@@ -201,7 +201,7 @@ def opened(options: TrainOptions, tools: Tools, watcher: Watcher) -> Iterator[Se
         _check_architecture(options.model)
     base = read_base_model(options.model, options.fingerprint)
     files = find_books(options.texts)
-    if any(os.path.realpath(path) == os.path.realpath(options.out) for path in (options.model, *files)):
+    if any(same_file(path, options.out) for path in (options.model, *files)):
         raise TrainingError(f"{options.out} is to be read as well: name another file to write")
     deciding = {**options.deciding(), "model": fingerprint(options.model), "text": books_digest(files)}
     if options.start is not None:

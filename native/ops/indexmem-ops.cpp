@@ -325,9 +325,10 @@ ggml_tensor * ggml_indexmem_attend(
     return result;
 }
 
-void ggml_indexmem_attend_alone(ggml_tensor * op, int64_t n_entries) {
-    GGML_ASSERT(n_entries > 0);
+void ggml_indexmem_attend_alone(ggml_tensor * op, int64_t n_entries, int64_t n_seq) {
+    GGML_ASSERT(n_entries > 0 && n_seq > 0);
     ggml_set_op_params_i32(op, INDEXMEM_PARAM_ALONE, (int32_t) std::min<int64_t>(n_entries, INT32_MAX));
+    ggml_set_op_params_i32(op, INDEXMEM_PARAM_SEQS,  (int32_t) n_seq);
 }
 
 void ggml_indexmem_set_timer(ggml_tensor * op, int64_t * counter) {

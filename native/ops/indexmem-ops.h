@@ -225,8 +225,8 @@ GGML_API struct ggml_tensor * ggml_indexmem_attend(
         float                 softcap);
 
 // Each token of this attention then gets the bits that it would get by itself, whatever else is evaluated with it, at some cost: drafts
-// are to change nothing. `n_entries`: for how many there is room in a sequence, in all heads together.
-GGML_API void ggml_indexmem_attend_alone(struct ggml_tensor * op, int64_t n_entries);
+// are to change nothing. `n_entries`: for how many there is room in a sequence, in all heads together; `n_seq`: for how many sequences.
+GGML_API void ggml_indexmem_attend_alone(struct ggml_tensor * op, int64_t n_entries, int64_t n_seq);
 
 // The CPU backend adds the wall time of the op, in microseconds, to *counter, which must outlive the graph.
 GGML_API void ggml_indexmem_set_timer(struct ggml_tensor * op, int64_t * counter);
@@ -243,6 +243,7 @@ enum indexmem_param {
     INDEXMEM_PARAM_EPS     = 3,
     INDEXMEM_PARAM_SOFTCAP = 4,
     INDEXMEM_PARAM_ALONE   = 5,
+    INDEXMEM_PARAM_SEQS    = 6,
     INDEXMEM_PARAM_SEED    = 6, // 64 bits
     INDEXMEM_PARAM_TIMER   = 8, // a pointer
     INDEXMEM_PARAM_SLOPE   = 10,

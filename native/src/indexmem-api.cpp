@@ -334,7 +334,9 @@ static llama_memory_i * make_memory(const llama_model & model, const llama_memor
                     is_window, kinds.reuse));
     }
     if (hybrid) {
-        recurrent.reset(new indexmem_recurrent(model, cparams.offload_kqv, cparams.n_seq_max, cparams.n_rs_seq, req.can_stop, is_recurrent));
+        // Without a way back llama.cpp chooses the rows of a ubatch, and moves states of other sequences for it, but not their snapshots.
+        const bool way_back = req.can_stop || (cparams.n_rs_seq > 0 && cparams.n_seq_max > 2);
+        recurrent.reset(new indexmem_recurrent(model, cparams.offload_kqv, cparams.n_seq_max, cparams.n_rs_seq, way_back, is_recurrent));
     }
     return new llama_memory_mixed(std::move(bounded), std::move(window), std::move(recurrent));
 }
@@ -367,6 +369,10 @@ llama_memory_i * indexmem_create_memory(const llama_model & model, const llama_m
     }
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         refuse(format("a bounded KV cache gives each of the %u sequences a budget of its own: switch kv_unified off", cparams.n_seq_max));
+    }
+    if (llm_arch_is_hybrid(model.arch) && cparams.n_rs_seq > 0 && cparams.n_ubatch <= cparams.n_rs_seq + 1) {
+        refuse(format("states of recurrent layers that %u tokens can be taken out of need ubatches of at least %u tokens, found %u: make n_ubatch "
+                    "larger", cparams.n_rs_seq, cparams.n_rs_seq + 2, cparams.n_ubatch));
     }
     llama_kv_cache_bounded::config cfg = req.config;
     try {

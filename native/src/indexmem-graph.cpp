@@ -7,6 +7,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -33,19 +34,22 @@ static constexpr uint32_t N_DRAFTS = 32;
 // llm_graph_input_attn_bounded
 //
 
+// The sequences are those of the ubatch: for some models llama.cpp reserves a graph of one, where the largest step is of all of them.
 llm_graph_input_attn_bounded::shape llm_graph_input_attn_bounded::shape_of(
-        const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens) {
+        const llama_kv_cache_bounded_context * mctx, const llama_ubatch & ubatch) {
     const auto & st = mctx->get_step();
-    return { st.s0, st.n_seq, n_tokens/st.n_seq, st.n_kv, st.evict, st.evict && st.rotary, st.recall, st.score, st.n_old };
+    return { st.s0, ubatch.n_seqs_unq, ubatch.n_tokens/ubatch.n_seqs_unq, st.n_kv, st.evict, st.evict && st.rotary, st.recall, st.score, st.n_old };
 }
 
 llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
         const llm_graph_context & graph,
         const llama_kv_cache_bounded_context * mctx) :
-    llm_graph_input_attn_kv(graph.hparams, graph.cparams, nullptr), mctx(mctx), sh(shape_of(mctx, graph.ubatch.n_tokens)) {
+    llm_graph_input_attn_kv(graph.hparams, graph.cparams, nullptr), mctx(mctx), sh(shape_of(mctx, graph.ubatch)) {
     ggml_context * ctx = graph.ctx0;
 
     const auto & kv = mctx->get_kv();
+    auto st = mctx->get_step();
+    st.n_seq = sh.n_seq;
 
     classes = std::vector<shared>(kv.get_config().n_classes());
     for (uint32_t c = 0; c < classes.size(); ++c) {
@@ -60,11 +64,11 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
             classes[c].ctl_rotary = indexmem_new_input(ctx, "bounded_ctl_rotary", GGML_TYPE_I32, INDEXMEM_CTL_SIZE, sh.n_seq);
         }
         if (kv.get_indexer()) {
-            classes[c].scoring.emplace(ctx, kv, c, mctx->get_step(), sh.n_tokens);
+            classes[c].scoring.emplace(ctx, kv, c, st, sh.n_tokens);
         }
     }
     if (kv.get_memory()) {
-        latent.emplace(kv, mctx->get_step());
+        latent.emplace(kv, st);
     }
     if (!kv.get_indexer() && kv.get_n_ring() > 0) {
         const int64_t n_last = std::min<int64_t>(sh.n_tokens, kv.get_policy().n_queries);
@@ -84,7 +88,7 @@ llm_graph_input_attn_bounded::llm_graph_input_attn_bounded(
 
 bool llm_graph_input_attn_bounded::can_reuse(const llm_graph_params & params) {
     const auto * mctx_new = indexmem_context(params.mctx);
-    if (!mctx_new || !(shape_of(mctx_new, params.ubatch.n_tokens) == sh)) {
+    if (!mctx_new || !(shape_of(mctx_new, params.ubatch) == sh)) {
         return false;
     }
     mctx = mctx_new;
@@ -227,17 +231,20 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
         mctx->learn_scale(il_own, own.scale, softcap());
     }
 
+    // Flash attention gives the heads of a token as neighbours, and takes masks that all heads share: what slots of a memory weigh is theirs.
+    const bool by_token = !latent && std::none_of(of_layer.begin(), of_layer.end(), [](const auto * l) { return l->attends; });
+
     ggml_tensor * res = nullptr;
     for (const auto * l : of_layer) {
-        ggml_tensor * cur = build_slice(graph, *l, l->of_heads(ctx, q_cur, n_head_kv), kq_scale);
+        ggml_tensor * cur = build_slice(graph, *l, l->of_heads(ctx, q_cur, n_head_kv), kq_scale, by_token);
         ggml_build_forward_expand(gf, cur);
         if (evict) {
             build_evict(graph, *l, l->of_heads(ctx, own.q, n_head_kv), own.scale);
         }
-        res = res ? ggml_concat(ctx, res, cur, 2) : cur;
+        res = res ? ggml_concat(ctx, res, cur, by_token ? 1 : 2) : cur;
     }
-    // [n_embd_head_v*G, T, H, S] -> [n_embd_head_v*G*H, T*S]
-    if (sh.n_tokens > 1) {
+    // -> [n_embd_head_v*G*H, T*S]
+    if (sh.n_tokens > 1 && !by_token) {
         res = ggml_cont(ctx, ggml_permute(ctx, res, 0, 2, 1, 3));
     }
     res = ggml_reshape_2d(ctx, res, ggml_nelements(res)/(sh.n_tokens*sh.n_seq), sh.n_tokens*sh.n_seq);
@@ -245,9 +252,9 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attn(
     return res;
 }
 
-// q_cur F32 [n_embd_head_k, G*H, T*S] -> attention output F32 [n_embd_head_v*G, T, H, S]
+// q_cur F32 [n_embd_head_k, G*H, T*S] -> attention output F32 [n_embd_head_v*G, T, H, S], by_token: [n_embd_head_v*G, H, T, S]
 ggml_tensor * llm_graph_input_attn_bounded::build_slice(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l,
-        ggml_tensor * q_cur, float kq_scale) {
+        ggml_tensor * q_cur, float kq_scale, bool by_token) {
     ggml_context * ctx = graph.ctx0;
 
     const int64_t T   = sh.n_tokens;
@@ -257,6 +264,11 @@ ggml_tensor * llm_graph_input_attn_bounded::build_slice(const llm_graph_context 
 
     const indexmem_layer_nodes nodes(ctx, mctx->get_kv(), l, sh.s0, S, T);
 
+    if (by_token) {
+        ggml_tensor * op = nodes.flash_by_token(q_cur, sh.n_kv[l.cls], row_first(), classes[l.cls].mask, kq_scale, softcap());
+        put(graph, l, op);
+        return ggml_reshape_4d(ctx, op, op->ne[0]*G, H, T, S);
+    }
     ggml_tensor * q;
     if (S == 1) {
         q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], T, G, H, q_cur->nb[2], q_cur->nb[1], q_cur->nb[1]*G, 0);
@@ -331,18 +343,23 @@ ggml_tensor * llm_graph_input_attn_bounded::build_attend(
     if (l.attends) {
         ggml_tensor * cur = ggml_indexmem_attend(ctx, q, k, v, get_mask(ctx, l.cls, l.k->ne[2]), count, l.sinks, kq_scale, softcap());
         if (sh.n_tokens <= N_DRAFTS && graph.n_outputs == (int64_t) sh.n_tokens*sh.n_seq) {
-            ggml_indexmem_attend_alone(cur, l.k->ne[1]*l.k->ne[2]);
+            ggml_indexmem_attend_alone(cur, l.k->ne[1]*l.k->ne[2], l.k->ne[3]);
         }
         return cur;
     }
     ggml_tensor * op;
     ggml_tensor * cur = nodes.flash(q, k, v, count || l.sinks ? classes[l.cls].mask : get_mask(ctx, l.cls, l.k->ne[2]), count, kq_scale, softcap(), op);
+    put(graph, l, op);
+    return cur;
+}
+
+// flash attention is computed where the entries are
+void llm_graph_input_attn_bounded::put(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * op) const {
     if (ggml_backend_buffer_is_host(l.k->buffer)) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu); // where the entries are
+        ggml_backend_sched_set_tensor_backend(graph.sched, op, graph.backend_cpu);
     } else {
         graph.res->add_fused_node({ LLM_FUSED_OP_FLASH_ATTN, op, (int) l.il });
     }
-    return cur;
 }
 
 void llm_graph_input_attn_bounded::build_evict(
@@ -361,6 +378,9 @@ void llm_graph_input_attn_bounded::build_evict(
             ggml_indexmem_set_timer(t, &mctx->get_kv().evict_us);
         }
         ggml_build_forward_expand(graph.gf, t);
+    }
+    if (l.sinks && ggml_backend_buffer_is_host(l.k->buffer)) { // and not where these weights are: each eviction would copy all keys there
+        ggml_backend_sched_set_tensor_backend(graph.sched, list[0], graph.backend_cpu);
     }
     graph.cb(list[0], "bounded_rank", l.il);
     graph.cb(list[1], "bounded_plan", l.il);

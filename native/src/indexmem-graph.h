@@ -79,7 +79,7 @@ private:
         }
     };
 
-    static shape shape_of(const llama_kv_cache_bounded_context * mctx, uint32_t n_tokens);
+    static shape shape_of(const llama_kv_cache_bounded_context * mctx, const llama_ubatch & ubatch);
 
     // the first row that attention looks at
     int64_t row_first() const { return sh.recall ? 0 : mctx->get_kv().get_n_front(); }
@@ -93,7 +93,10 @@ private:
             ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur);
 
     // of one slice; result and queries are those of its heads
-    ggml_tensor * build_slice(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
+    ggml_tensor * build_slice(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale,
+            bool by_token);
+
+    void put(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * op) const;
 
     void build_evict(const llm_graph_context & graph, const llama_kv_cache_bounded::layer & l, ggml_tensor * q_cur, float kq_scale);
 

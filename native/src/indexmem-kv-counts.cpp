@@ -9,8 +9,10 @@
 // rows of any type begin at multiples of 16 bytes then
 static constexpr uint32_t N_FRONT_PAD = 8;
 
-// of slots where layers have budgets of their own: what ops that read keys in tiles like
-static constexpr uint32_t N_SLOTS_PAD = 64;
+// of slots where layers have budgets of their own: what ops that read keys in tiles like, and where it takes little, what the fast
+// kernels of CUDA's flash attention want
+static constexpr uint32_t N_SLOTS_PAD  = 64;
+static constexpr uint32_t N_SLOTS_MANY = 4096;
 
 // An eviction takes the longer the more entries it ranks. So the larger a budget, the more leave at once, and a token pays the same.
 static constexpr uint32_t EVICT_STEP  = 32;
@@ -39,9 +41,10 @@ indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim
     res.n_front  = pad(n_latent, N_FRONT_PAD);
 
     const bool several = lim.n_classes() > 1;
-    res.n_pad = several ? N_SLOTS_PAD : N_KV_PAD;
     for (uint32_t c = 0; c < N_CLASSES_MAX; ++c) {
-        res.n_slots[c] = slots_of(lim.budget_of(std::min(c, lim.n_classes() - 1)) - n_latent + n_ubatch, n_latent, several);
+        const uint32_t n_entries = lim.budget_of(std::min(c, lim.n_classes() - 1)) - n_latent + n_ubatch;
+        res.n_slots[c] = slots_of(n_entries, n_latent, several);
+        res.n_pad[c]   = pad_of(n_entries, several);
     }
 
     res.n_ring  = n_queries > 0 ? n_queries + N_RING_SLACK : 0;
@@ -53,8 +56,12 @@ indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim
 
 // Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on. Where
 // layers differ, padding like that would take more than their budgets differ by: the last multiple may be cut off there.
+uint32_t indexmem_kv_counts::geometry::pad_of(uint32_t n_entries, bool several) {
+    return several && n_entries < N_SLOTS_MANY ? N_SLOTS_PAD : N_KV_PAD;
+}
+
 uint32_t indexmem_kv_counts::geometry::slots_of(uint32_t n_entries, uint32_t n_latent, bool several) {
-    const uint32_t n_pad   = several ? N_SLOTS_PAD : N_KV_PAD;
+    const uint32_t n_pad   = pad_of(n_entries, several);
     const uint32_t n_front = pad(n_latent, N_FRONT_PAD);
     return std::max(pad(n_entries, n_pad), pad(n_front + n_entries, n_pad) - n_front);
 }

@@ -77,8 +77,8 @@ public:
     struct geometry {
         uint32_t n_latent; // slots of a latent memory
         uint32_t n_front;  // the same, padded: rows of K and V in front of the entries
-        uint32_t n_pad;    // of slots
         std::array<uint32_t, N_CLASSES_MAX> n_slots; // of entries: the budget of each class and room for one ubatch, padded
+        std::array<uint32_t, N_CLASSES_MAX> n_pad;   // to a multiple of these
         uint32_t n_ring;   // rows for the newest queries, 0 = none are kept
         uint32_t n_wait;   // rows for hidden states that wait to be scored, 0 = no indexer
         bool     recalls;  // what is evicted goes into a latent memory, which is read from then on
@@ -88,12 +88,13 @@ public:
         static geometry of(const limits & lim, uint32_t n_ubatch, uint32_t n_latent, uint32_t n_queries, bool indexer,
                 bool recalls, bool evicts);
 
-        // slots for that many entries; several: of a cache with several classes of layers
+        // slots for that many entries, and what they are a multiple of; several: of a cache with several classes of layers
+        static uint32_t pad_of(uint32_t n_entries, bool several);
         static uint32_t slots_of(uint32_t n_entries, uint32_t n_latent, bool several);
 
         // rows that attention looks at in a class, of n entries or of all slots, and of the memory if it is read
         uint32_t n_kv(uint32_t cls, uint32_t n, bool recall) const;
-        uint32_t n_kv_max(uint32_t cls, bool recall) const { return ((recall ? n_front : 0) + n_slots[cls])/n_pad*n_pad; }
+        uint32_t n_kv_max(uint32_t cls, bool recall) const { return ((recall ? n_front : 0) + n_slots[cls])/n_pad[cls]*n_pad[cls]; }
     };
 
     struct seq_state {

@@ -37,6 +37,19 @@ ggml_tensor * indexmem_layer_nodes::streams(ggml_tensor * t, int64_t n, int64_t 
     return ggml_view_4d(ctx, t, t->ne[0], n, 1, t->ne[2]*n_seq, t->nb[1], t->nb[2], t->nb[2], i0*t->nb[1] + s0*t->nb[3]);
 }
 
+ggml_tensor * indexmem_layer_nodes::flash_by_token(ggml_tensor * q_cur, int64_t n_kv, int64_t i0, ggml_tensor * mask, float scale,
+        float softcap) const {
+    const auto rows = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx, t, t->ne[0], n_kv, t->ne[2], n_seq, t->nb[1], t->nb[2], t->nb[3], i0*t->nb[1] + s0*t->nb[3]);
+    };
+    ggml_tensor * q = ggml_view_4d(ctx, q_cur, q_cur->ne[0], n_tokens, q_cur->ne[1], n_seq, q_cur->nb[2], q_cur->nb[1],
+            n_tokens*q_cur->nb[2], 0);
+    ggml_tensor * op = ggml_flash_attn_ext(ctx, q, rows(l.k), rows(l.v), mask, scale, 0.0f, softcap);
+    ggml_flash_attn_ext_add_sinks(op, l.sinks);
+    ggml_prec_set_acc(op, GGML_PREC_F32);
+    return op;
+}
+
 ggml_tensor * indexmem_layer_nodes::flash(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * count,
         float scale, float softcap, ggml_tensor *& op) const {
     const int64_t H = l.k->ne[2];
@@ -193,7 +206,8 @@ std::vector<ggml_tensor *> indexmem_layer_nodes_of_all(ggml_context * ctx, const
 
     ggml_tensor * op;
     ggml_tensor * cur = l.attends ? ggml_indexmem_attend(ctx, q, k, v, each, count, l.sinks, scale, softcap) :
-        nodes.flash(q, k, v, count || l.sinks ? mask : each, count, scale, softcap, op);
+        latent ? nodes.flash(q, k, v, count || l.sinks ? mask : each, count, scale, softcap, op) :
+        nodes.flash_by_token(q_cur, n_kv, 0, mask, scale, softcap);
     add({ latent ? latent->build_add(ctx, l, q, 1.0f, cur) : cur });
     add(nodes.evict(q_cur, ctl, l.rotary ? ctl : nullptr, scale, softcap, latent ? &*latent : nullptr, scoring ? &*scoring : nullptr,
             &stock));

@@ -28,8 +28,12 @@ public:
     // n rows of K or V from row i0 on, (KV head, sequence) as dimension 3
     ggml_tensor * streams(ggml_tensor * t, int64_t n, int64_t i0) const;
 
-    // Attention where there is no kernel of ours; count: of the slots of a latent memory, or null. `op` is the node that attends,
-    // the result, F32 [n_embd_head_v, G, T, H*S], may be made of it.
+    // Attention where there is no kernel of ours, to n_kv rows from row i0 on, q_cur F32 [n_embd_head_k, G*H, T*S] -> F32
+    // [n_embd_head_v, G*H, T, S]: as a model without our cache has it, so that devices take the same kernels.
+    ggml_tensor * flash_by_token(ggml_tensor * q_cur, int64_t n_kv, int64_t i0, ggml_tensor * mask, float scale, float softcap) const;
+
+    // The same for masks of (KV head, sequence), as beside a memory, whose slots weigh in each head what they do; count: of these slots,
+    // or null. `op` is the node that attends, the result, F32 [n_embd_head_v, G, T, H*S], may be made of it.
     ggml_tensor * flash(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * count,
             float scale, float softcap, ggml_tensor *& op) const;
 

@@ -103,13 +103,13 @@ bool indexmem_recurrent::touched(llama_seq_id seq_id) const {
     return !way_back && row >= memory.head && row < memory.head + (int64_t) memory.n;
 }
 
-// llama.cpp lets both share a row until one of them goes on, which forgets a snapshot that was gone back to
+// llama.cpp lets both share a row until one of them goes on, and a snapshot that one goes back to, then or later, is no state of the other
 void indexmem_recurrent::copy(llama_seq_id src, llama_seq_id dst, llama_pos n_seen) {
     memory.seq_rm(dst, -1, -1);
     if (tail(src) < 0) {
         return;
     }
-    if (way_back || memory.rs_idx[src] > 0) {
+    if (way_back || memory.n_rs_seq > 0) {
         const auto bytes = indexmem_state_get(row(src));
         indexmem_state_set(place(dst, n_seen), bytes);
     } else {

@@ -289,7 +289,7 @@ TEST(drafts_get_the_bits_of_single_tokens) {
     auto * mask   = g.input(GGML_TYPE_F16, KV, T);
     auto * at_once = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
     auto * alone   = ggml_indexmem_attend(g.ctx, q, k, v, mask, nullptr, nullptr, 0.125f, 0.0f);
-    ggml_indexmem_attend_alone(alone, KV*H);
+    ggml_indexmem_attend_alone(alone, KV*H, 1);
 
     std::vector<ggml_tensor *> outputs = { at_once, alone };
     for (int64_t t = 0; t < T; ++t) {
@@ -354,7 +354,7 @@ TEST(other_tokens_and_sequences_change_no_bit) {
         const auto of = [&](ggml_tensor * t, int64_t n) { return ggml_view_4d(g.ctx, t, D, n, 1, H*n_seq, t->nb[1], t->nb[2], t->nb[3], 0); };
         auto * m = ggml_view_4d(g.ctx, mask, n_kv, 1, 1, 1, mask->nb[1], mask->nb[2], mask->nb[3], 0);
         outputs.push_back(ggml_indexmem_attend(g.ctx, of(q, 1), of(k, n_kv), of(v, n_kv), m, nullptr, nullptr, 0.125f, 0.0f));
-        ggml_indexmem_attend_alone(outputs.back(), KV*H);
+        ggml_indexmem_attend_alone(outputs.back(), KV*H, S);
     }
     g.alloc();
     g.set(q, random(ggml_nelements(q)));

@@ -265,3 +265,56 @@ def test_batches_must_continue(made: Made) -> None:
             assert c.decode_at([5, 6], positions) != 0
             assert c.save(0) == before
         made.same(c.feed(tokens[20:], 24), twin.feed(tokens[20:], 24))
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen35", "nemotron_h", "lfm2") if name in RECURRENT])
+def test_snapshots_stay_where_their_sequence_is_moved(made: Made) -> None:
+    """Sequences that are evaluated together lie in neighbouring rows, so another may have to make room."""
+    tokens, others = made.text(60), made.text(40, 1)
+    with made.context(budget=600, n_rs_seq=4, n_seq=3) as c, made.context(budget=600) as twin:
+        true = twin.feed(tokens, 24)
+        for seq, text in ((2, others[:30]), (0, tokens[:45]), (1, others[:30])):
+            c.feed(text, 24, seq=seq)
+        c.decode(tokens[45:50])
+        c.decode_many({1: others[30:31], 2: others[30:31]})
+        assert c.seq_rm(0, 48)
+        made.same(c.decode(tokens[48:49]), true[48:49])
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen35", "nemotron_h", "lfm2") if name in RECURRENT])
+@pytest.mark.parametrize("n_seq", [2, 4])
+def test_a_step_back_is_of_one_of_two_copies(made: Made, n_seq: int) -> None:
+    tokens, others = made.text(60), made.text(40, 1)
+    with made.context(budget=600, n_rs_seq=4, n_seq=n_seq) as c, made.context(budget=600) as twin:
+        true = twin.feed(tokens, 24)
+        for seq, text in ((2, others[:30]), (0, tokens[:45]), (3, others[:30])):  # which lie in rows in this order
+            if seq < n_seq:
+                c.feed(text, 24, seq=seq)
+        c.decode(tokens[45:50])
+        c.seq_cp(0, 1)
+        assert c.seq_rm(0, 47)
+        if n_seq > 2:
+            c.decode_many(dict.fromkeys(range(2, n_seq), others[30:31]))
+        made.same(c.decode(tokens[50:51], seq=1), true[50:51])
+        made.same(c.decode(tokens[47:48]), true[47:48])
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen35",) if name in RECURRENT])
+def test_ubatches_that_cannot_keep_snapshots(made: Made) -> None:
+    for n_ubatch in (1, 5):
+        with pytest.raises(Refused, match="at least 6 tokens, found"):
+            made.context(budget=600, n_rs_seq=4, n_ubatch=n_ubatch)
+    with made.context(budget=600, n_rs_seq=4, n_ubatch=6) as c:
+        c.feed(made.text(20), 6)
+
+
+@pytest.mark.parametrize("name", ["kimi-linear", "minimax-01", "qwen35"])
+@pytest.mark.parametrize(("n_seq", "n_ubatch"), [(3, 32), (5, 4)])
+def test_ubatches_that_sequences_do_not_divide(made: Made, n_seq: int, n_ubatch: int) -> None:
+    """For some models llama.cpp reserves a graph of one sequence, whatever their number is."""
+    tokens = made.text(40)
+    with made.context(budget=600, n_seq=n_seq, n_ubatch=n_ubatch) as c, made.context(budget=600, n_ubatch=n_ubatch) as twin:
+        true = twin.feed(tokens, 8)
+        parts = [c.decode_many(dict.fromkeys(range(n_seq), tokens[n:n + 8])) for n in range(0, 40, 8)]
+        for seq in (0, n_seq - 1):
+            made.same(np.concatenate([part[seq] for part in parts]), true)

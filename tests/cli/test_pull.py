@@ -111,6 +111,38 @@ def test_a_split_model_and_a_sidecar_from_another_folder(pull: Pull, hub: Hub, t
     assert beside.read_bytes() == sidecar.read_bytes()
 
 
+def test_of_two_sidecars_the_one_in_the_folder_of_the_model_stays(pull: Pull, hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    from indexmem_edge.bench.synthetic import random_sidecar
+
+    path, config = tiny("llama")
+    near, far = (
+        random_sidecar(tmp_path / f"{seed}.gguf", shape(config), "retention", seed=seed, fingerprint=fingerprint(path), mid_dim=32).read_bytes()
+        for seed in (1, 2)
+    )
+    files = {"Q4/m-Q4.gguf": path.read_bytes(), "A/m.indexmem.gguf": far, "Q4/m.indexmem.gguf": near, "m.indexmem.gguf": far}
+    hub.repos["o/two"] = Repo(files)
+    for options in ([], ["--force"], ["--to", str(tmp_path / "models")], ["--to", str(tmp_path / "models"), "--force"]):
+        found = json.loads(pull("o/two:Q4", *options, "--json").stdout)
+        assert found["problems"] == [] and [Path(f).read_bytes() for f in found["sidecars"]] == [near], options
+
+
+def test_a_sidecar_is_not_written_into_the_store_of_the_cache(pull: Pull, hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    """Where files are links to others that are named for what is in them."""
+    from indexmem_edge.bench.synthetic import random_sidecar
+    from indexmem_edge.models.pull import _beside
+
+    path, config = tiny("llama")
+    old, new = (
+        random_sidecar(tmp_path / f"{seed}.gguf", shape(config), "retention", seed=seed, fingerprint=fingerprint(path), mid_dim=32)
+        for seed in (1, 2)
+    )
+    before = old.read_bytes()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "2.gguf").symlink_to(old)
+    assert Path(_beside(str(new), str(tmp_path / "snapshot" / "m.gguf"), True)).read_bytes() == new.read_bytes()
+    assert old.read_bytes() == before
+
+
 def test_a_damaged_sidecar_is_left_aside(pull: Pull, hub: Hub) -> None:
     hub.repos["o/m"].files["m.indexmem.gguf"] = b"GGUF and no more"
     found = json.loads(pull("o/m", "--json").stdout)

@@ -20,6 +20,7 @@ from conftest import Tiny
 from indexmem_edge import Llama
 from indexmem_edge._vendor.llama_cpp import LlamaGrammar, LlamaRAMCache, LogitsProcessorList
 from indexmem_edge._vendor.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from indexmem_edge._vendor.llama_cpp.llama_tokenizer import LlamaTokenizer
 from indexmem_edge.errors import BudgetError, IndexMemError, RequestError, SessionError
 from indexmem_edge.files.modelfile import fingerprint
 
@@ -55,6 +56,33 @@ def test_a_bias_and_a_processor(llm: Llama) -> None:
     token = llm.tokenize(b"!", add_bos=False)[0]
     answer = llm.create_completion("The", max_tokens=3, temperature=0, logit_bias={token: 100.0}, logits_processor=processors)
     assert answer["choices"][0]["text"] == "!!!" and len(seen) >= 3 and len(processors) == 1
+
+
+def test_a_stream_copies_a_prompt_only_for_tokenizers_that_read_it(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice a token, a copy of a long conversation costs as much as an eighth of a decode step."""
+    prompt, seen = [llm.token_bos(), 400, 401], []
+    detokenize = type(llm).detokenize
+
+    def recorded(tokens: list[int], prev_tokens: Any = None, special: bool = False) -> bytes:
+        seen.append(prev_tokens)
+        return detokenize(llm, tokens, prev_tokens, special)
+
+    def streamed() -> str:
+        seen.clear()
+        return "".join(part["choices"][0]["text"] for part in llm.create_completion(prompt, max_tokens=12, temperature=0, stream=True))
+
+    monkeypatch.setattr(llm, "detokenize", recorded)
+    text = streamed()
+    copies = [tokens for tokens in seen if tokens is not None and len(tokens) > len(prompt)]
+    assert len(copies) <= 2 and seen.count(None) > 12, "but for the last part of the answer"
+
+    class Other(LlamaTokenizer):
+        pass
+
+    monkeypatch.setattr(llm, "tokenizer_", Other(llm))
+    assert streamed() == text
+    longest = max(seen, key=len)
+    assert longest[: len(prompt)] == prompt and len(longest) > len(prompt) + 8
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -114,6 +142,13 @@ def test_without_a_seed_draws_differ(demo_model: Path) -> None:
         assert completions[0] == completions[1]
         others = [llm.create_completion("The", max_tokens=6, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0)["choices"][0]["text"] for _ in range(2)]
         assert others[0] != others[1]  # whoever asked with a seed before
+        for seed in (5, None):  # a stream that begins after another completion
+            stream: Any = llm.create_completion("The", max_tokens=4, stream=True, seed=seed)
+            llm.create_completion("A", max_tokens=2)
+            assert len(list(stream)) > 1
+            assert text() != text()
+        with pytest.raises(ValueError, match="exceed"):
+            llm.create_completion([400] * (N_CTX + 1), max_tokens=2, seed=5)
         copy = pickle.loads(pickle.dumps(llm))
         copy.eval(prompt)
         assert len({copy.sample(temp=3.0, top_k=0, top_p=1.0, min_p=0.0) for _ in range(12)}) > 3

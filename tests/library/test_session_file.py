@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -129,7 +128,7 @@ def test_a_wrong_header_size_is_refused(tmp_path: Path, header_bytes: int) -> No
 
 
 def test_folders_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
-    for path, words in [(tmp_path, "directory"), (tmp_path / "none", "No such file"), ("/dev/zero", "regular file")]:
+    for path, words in [(tmp_path, "directory|denied"), (tmp_path / "none", "No such file"), ("/dev/zero", "regular file|No such file")]:
         with pytest.raises(SessionError, match=words):
             read(path)
 
@@ -171,6 +170,7 @@ def test_an_interrupt_while_writing_keeps_the_old_file(file: Path, monkeypatch: 
 
 def test_a_write_that_the_system_cuts_short(tmp_path: Path) -> None:
     """A real limit on the file size, met in the middle of the state, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     program = (
         "import sys, numpy as np\n"
         "from indexmem_edge import SessionError\n"
@@ -196,7 +196,10 @@ def test_a_write_that_the_system_cuts_short(tmp_path: Path) -> None:
 
 def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"old")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+    except OSError:
+        pytest.skip("Windows makes links for administrators alone")
     write(tmp_path / "link", SAMPLE)
     assert (tmp_path / "link").is_symlink() and read(tmp_path / "real").state == SAMPLE.state
 

@@ -302,6 +302,7 @@ def test_a_pairwise_indexer_is_trained_alike_by_both(tiny: Tiny, folder: Path) -
         (("--memory", "residual", "--objective", "residual-mse,regress"), ("end --objective with residual-mse",)),
         (("--memory", "residual", "--objective", "residual-mse"), ("put an objective for the indexer before",)),
         (("--memory", "residual", "--engine", "torch"), ("residual-mse", "64 tokens", "--length of at least 513")),
+        (("--memory", "residual", "--engine", "torch", "--length", "520", "--kv-window", "510", "--held-out", "0.3"), ("residual-mse", "--length of at least 1,025")),
         (("--kind", "pairwise", "--engine", "torch", "--objective", "gated-kl"), ("gated-kl", "retention or kvzap", "pairwise")),
         (("--kind", "pairwise", "--engine", "torch", "--objective", "select-kl"), ("select-kl", "pairwise")),
         (("--kind", "pairwise", "--objective", "told-apart"), ("told-apart", "pairwise")),

@@ -77,7 +77,8 @@ class ResidualMSE(Objective):
             )
         schedule.limit(0, sinks, window)  # a budget that is too small is refused now
         self.scorers, self.schedule = scorers, schedule
-        self.shortest = schedule.block + 1  # before, nothing has left
+        blocks = math.ceil((sinks + window + 2) / schedule.block)  # nothing leaves before, and the next one misses it
+        self.shortest = schedule.block * blocks + 1
 
     def backward(self, samples: Sequence[Sample], step: int, seed: int) -> dict[str, float]:
         """Figures: `loss`; `error` and `error_without`, relative errors with and without the memory, mean of the layers;

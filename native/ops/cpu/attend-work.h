@@ -9,6 +9,7 @@ namespace indexmem_cpu {
 constexpr int64_t ROWS  = 96;  // queries of a block
 constexpr int64_t FEW   = 2*indexmem_simd::TILE; // up to so many, K and V are converted in registers
 constexpr int64_t TASKS = 192; // no need for more
+constexpr int64_t TASKS_ALONE = 32; // of a sequence among many: what tasks leave takes memory
 constexpr int64_t MUCH  = 96;  // queries times chunks for each thread
 
 struct attend_shape {
@@ -40,10 +41,11 @@ struct attend_shape {
         n_blocks     = (n_rows + ROWS - 1)/ROWS;
         n_rows_block = std::min(n_rows, ROWS);
         n_chunks     = (n_kv + CHUNK - 1)/CHUNK;
-        // how many keys there are, and how many sequences, depends on what else is in the batch
+        // how many keys there are, and how many sequences, depends on what else is in the batch. Each has tasks enough by itself.
         const int64_t n_entries = ggml_get_op_params_i32(op, INDEXMEM_PARAM_ALONE);
+        const int64_t n_seq     = ggml_get_op_params_i32(op, INDEXMEM_PARAM_SEQS);
         alone        = n_entries > 0;
-        span         = std::max<int64_t>(1, alone ? n_entries/CHUNK/(2*TASKS) : n_stream*n_blocks*n_chunks/TASKS); // a cache may hold little yet
+        span         = std::max<int64_t>(1, alone ? n_entries/CHUNK/std::max(2*TASKS/n_seq, TASKS_ALONE) : n_stream*n_blocks*n_chunks/TASKS);
         n_spans      = (n_chunks + span - 1)/span;
     }
 

@@ -15,7 +15,8 @@ static __global__ void bias_kernel(const op_view op) {
 
     half value = mask.at<half>(blockIdx.z, 0, row.s)[i];
     if (i < count.ne[0]) {
-        value = __float2half(__half2float(value) + logf(count.at<float>(row.h, row.s)[i]));
+        const float n = count.at<float>(row.h, row.s)[i]; // its logarithm is exactly 0 where it is 1, with fast math as well
+        value = __float2half(__half2float(value) + (n == 1 ? 0.0f : logf(n)));
     }
     op.dst.at<half>(blockIdx.z, 0, blockIdx.y)[i] = value;
 }

@@ -13,7 +13,7 @@ bool ggml_cuda_indexmem_supported(const ggml_tensor * op) {
         case INDEXMEM_OP_SELECT:
         case INDEXMEM_OP_COMPACT:
         case INDEXMEM_OP_COMPACT_POS:
-        case INDEXMEM_OP_BIAS:        return true;
+        case INDEXMEM_OP_BIAS:        return op->ne[1] <= 65535; // tokens are dimension z of its grid
         default:                      return false;
     }
 }
