@@ -64,7 +64,7 @@ class Llama(inside.Base):
     otherwise. With a budget, `n_ubatch` follows the budget (512 from 1024 on), so that the working room does not outweigh
     it, `n_ctx` is only the largest logical length (default 2 Mi tokens) and costs no KV memory, `flash_attn` is on, and
     `embedding=True` is refused. With `logits_all=True` the logits of `n_ctx` tokens are kept, so `n_ctx`
-    then defaults to the length that the model was trained for.
+    then defaults to the length that the model was trained for. `type_k` and `type_v` can be names, such as "q8_0".
 
     What is in messages is text, even where it is spelled like a control token; a prompt that is given as text to
     `create_completion` is raw, as in llama_cpp.

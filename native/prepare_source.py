@@ -5,7 +5,8 @@
     python native/prepare_source.py --check          # does every patch apply to the original text?
 
 llama.cpp comes out of the source distribution of llama-cpp-python. It is looked for in
-  1. --source or LLAMA_CPP_SOURCE_DIR: an unpacked source distribution, its .tar.gz, or a llama.cpp tree (only read)
+  1. --source or LLAMA_CPP_SOURCE_DIR: an unpacked source distribution, its .tar.gz, or a llama.cpp tree,
+     which makes the libraries and programs without the Python package (only read)
   2. the user's cache: $XDG_CACHE_HOME/indexmem-edge (~/.cache/indexmem-edge)
   3. pip, which puts it into that cache
 and the archive must have the SHA-256 below.
@@ -253,7 +254,8 @@ def read_patch(name, patch, files):
                 raise problem(f"line {at + 1} creates or deletes a file; new files go into native/, not into a patch")
             path = path.split("/", 1)[-1]
             target = path if path.startswith(("llama.cpp/", "python/")) else "llama.cpp/" + path
-            if target not in files:
+            absent = target.startswith("python/") and not any(file.startswith("python/") for file in files)  # a llama.cpp tree alone
+            if target not in files and not absent:
                 raise problem(f"line {at + 2} names {path}, which is not among the prepared sources")
             res.append((target, []))
             at, stated, shift = at + 2, 0, 0
@@ -288,7 +290,7 @@ def read_patch(name, patch, files):
         stated, shift = begin + n_old, shift + n_new - n_old
     if not any(hunks for _, hunks in res):
         raise problem("holds no hunk")
-    return res
+    return [(target, hunks) for target, hunks in res if target in files]
 
 
 def rename_python(files):

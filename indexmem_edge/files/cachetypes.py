@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
+
+from .._vendor.llama_cpp import llama_cpp as llama_lib
+from ..errors import BudgetError
+
 NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 PLAIN = ("f32", "f16", "bf16")  # not quantised
 
@@ -11,6 +18,24 @@ def ggml_type(name: str) -> int:
     from gguf import GGMLQuantizationType  # here, because --help needs only the names
 
     return int(GGMLQuantizationType[name.upper()])
+
+
+def numbered(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with the types of K and V as numbers: they may be named.
+
+    Raises:
+        BudgetError: there is no such type.
+    """
+    ready = dict(keywords)
+    for option in ("type_k", "type_v"):
+        given = ready.get(option)
+        if isinstance(given, str) and given in NAMES:
+            ready[option] = ggml_type(given)
+        elif isinstance(given, SupportsIndex) and 0 <= operator.index(given) < llama_lib.GGML_TYPE_COUNT:
+            ready[option] = operator.index(given)
+        elif given is not None:
+            raise BudgetError(f"{option} {given!r:.40} is not a cache type: choose one of {', '.join(NAMES)}")
+    return ready
 
 
 def nbytes(name: str, n: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import ContextError
+from ..files.cachetypes import numbered
 from ..native import api
 from ..native.logs import collected_errors, reason
 from ..native.processors import default_threads
@@ -19,6 +20,7 @@ _COUNT = (*_DEFAULTS, "n_threads", "n_threads_batch", "type_k", "type_v", "swa_f
 def _params(options: CacheOptions, keywords: Mapping[str, Any]) -> Any:
     """llama_context_params of a `Llama` with these options, and other keywords."""
     llama = api.llama_lib
+    keywords = numbered(keywords)
     ready = bounded_keywords(keywords, options.budget) if options.bounded else keywords
     one, many = default_threads()
     known = {**_DEFAULTS, "n_threads": one, "n_threads_batch": many}

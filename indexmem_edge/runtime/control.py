@@ -31,25 +31,28 @@ class ControlTokens:
     pattern: re.Pattern[str]  # any of them, the longest first
     strips: dict[str, int]  # flags of those that take white space beside them away
     spelled: dict[int, bytes]  # bytes that stand for them where tokens are compared as text: no text has these
+    longest: int  # bytes of the longest token that texts are cut at, before their pieces are looked at
 
     @classmethod
     def of(cls, vocab: Any) -> ControlTokens:
         """Those of llama.cpp's vocabulary."""
-        found = {}
+        found, longest = {}, 0
         for token in range(llama_lib.llama_vocab_n_tokens(vocab)):
             attributes = llama_lib.llama_vocab_get_attr(vocab, token)
-            if attributes & _CONTROL:
-                text = (llama_lib.llama_vocab_get_text(vocab, token) or b"").decode("utf-8", "replace")
-                found[text] = token, attributes
-        return cls.of_texts(found)
+            if attributes & (_CONTROL | llama_lib.LLAMA_TOKEN_ATTR_USER_DEFINED):
+                text = llama_lib.llama_vocab_get_text(vocab, token) or b""
+                longest = max(longest, len(text))
+                if attributes & _CONTROL:
+                    found[text.decode("utf-8", "replace")] = token, attributes
+        return cls.of_texts(found, longest)
 
     @classmethod
-    def of_texts(cls, found: dict[str, tuple[int, int]]) -> ControlTokens:
+    def of_texts(cls, found: dict[str, tuple[int, int]], longest: int) -> ControlTokens:
         """Those with these texts: token and attributes of each."""
         texts = sorted((text for text in found if len(text) > 1), key=len, reverse=True)  # one letter cannot be broken up
         pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         strips = {text: found[text][1] & (_LSTRIP | _RSTRIP) for text in texts}
-        return cls(pattern, strips, {token: b"\xff%d\xff" % token for token, _ in found.values()})
+        return cls(pattern, strips, {token: b"\xff%d\xff" % token for token, _ in found.values()}, longest)
 
     def broken(self, value: Any, by: str) -> Any:
         """The same text, list or mapping, with `by` put into every control token in its texts."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from ..errors import UNBOUNDED, BudgetError, ContextError, IndexMemError, ModelFileError, ModelNotSupported, SidecarError
+from ..files.cachetypes import numbered
 from ..files.modelfile import check_lora_file
 from ..models.sidecars import Found, find_sidecar
 from ..native import api
@@ -44,11 +45,11 @@ def base_keywords(kwargs: Mapping[str, Any], options: CacheOptions) -> dict[str,
     """Keyword arguments of `llama_cpp.Llama`: with our defaults, and with what a bounded cache needs.
 
     Raises:
-        BudgetError: one of them cannot be combined with a budget.
+        BudgetError: one of them cannot be combined with a budget, or is no type of a cache.
         ModelFileError: the LoRA file is not there, or not a GGUF file.
     """
     one, many = default_threads()
-    ready = {**kwargs, "n_threads": kwargs.get("n_threads") or one, "n_threads_batch": kwargs.get("n_threads_batch") or many}
+    ready = {**numbered(kwargs), "n_threads": kwargs.get("n_threads") or one, "n_threads_batch": kwargs.get("n_threads_batch") or many}
     if kwargs.get("lora_path") is not None:
         ready["lora_path"] = check_lora_file(kwargs["lora_path"])
     return bounded_keywords(ready, options.budget) if options.bounded else ready

@@ -19,6 +19,7 @@ from .align import common_prefix
 from .control import VISIBLE, ControlTokens, came_back, count, marker_for
 from .inside import Inside
 from .notices import SYSTEM, TEMPLATE, Notices
+from .retokenized import Retokenizer
 
 Messages = list[dict[str, Any]]
 _SYSTEM_ROLES = ("system", "developer")
@@ -65,8 +66,8 @@ class _Marked:
 class _View:
     """A `Llama` as a chat format sees it."""
 
-    def __init__(self, llm: Inside, finish: Callable[..., Any], marked: Optional[_Marked] = None) -> None:
-        self.__dict__.update(_inside=llm, _llm=llm.public, _finish=finish, _marked=marked)
+    def __init__(self, llm: Inside, finish: Callable[..., Any], again: Retokenizer, marked: Optional[_Marked] = None) -> None:
+        self.__dict__.update(_inside=llm, _llm=llm.public, _finish=finish, _again=again, _marked=marked)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -81,7 +82,7 @@ class _View:
         if marked is None or marked.marker not in rendered:
             if marked is not None and rendered == marked.plain:
                 marked.seen = True  # what was broken up is not in the prompt
-            return list(self._llm.tokenize(text, add_bos=add_bos, special=special))
+            return self._plain(text, add_bos, special)
         if not came_back(rendered, marked.marker, marked.expected, marked.plain):
             raise _Unmarked
         marked.seen = True
@@ -92,6 +93,11 @@ class _View:
             lambda part, control: list(self._llm.tokenize(part, add_bos=False, special=control)),
             self._inside.vocab,
         )
+
+    def _plain(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        if not special or type(self._llm.tokenizer_) is not LlamaTokenizer:
+            return list(self._llm.tokenize(text, add_bos=add_bos, special=special))
+        return self._again.tokens(text, add_bos, lambda part, begins: self._llm.tokenize(part, add_bos=begins, special=True))
 
     def create_completion(self, prompt: Any, **arguments: Any) -> Any:
         """See `llama_cpp.Llama.create_completion`."""
@@ -136,6 +142,7 @@ class ChatPrompts:
     def __init__(self, llm: Inside, options: CacheOptions, notices: Notices, fallback: bool) -> None:
         self._llm, self._options, self._notices, self._fallback = llm, options, notices, fallback
         self._system = _System("")
+        self._again = Retokenizer(llm.vocab, lambda: self.control)
 
     @cached_property
     def control(self) -> ControlTokens:
@@ -155,20 +162,20 @@ class ChatPrompts:
         marker = marker_for(messages)
         broken = self.control.broken(messages, marker)
         if not (expected := count(broken, marker)):
-            return handler(llama=_View(llm, finish), messages=messages, **arguments)
+            return handler(llama=_View(llm, finish, self._again), messages=messages, **arguments)
         if type(llm.public.tokenizer_) is LlamaTokenizer:  # another one knows of no plain text
             marked = _Marked(self.control, marker, expected, self._rendered(messages, arguments))
             try:
-                return handler(llama=_View(llm, finish, marked), messages=broken, **arguments)
+                return handler(llama=_View(llm, finish, self._again, marked), messages=broken, **arguments)
             except _Unmarked:
                 pass
         visible = self.control.broken(messages, VISIBLE)
-        return handler(llama=_View(llm, finish), messages=visible, **arguments)
+        return handler(llama=_View(llm, finish, self._again), messages=visible, **arguments)
 
     def _rendered(self, messages: Any, arguments: dict[str, Any]) -> Optional[str]:
         """The prompt as text, or None if the chat format does not make one."""
         try:
-            self._llm.chat_function(llama=_TextCatcher(self._llm, _catch), messages=messages, **arguments)
+            self._llm.chat_function(llama=_TextCatcher(self._llm, _catch, self._again), messages=messages, **arguments)
         except _CaughtText as caught:
             return caught.text
         except _Caught as caught:

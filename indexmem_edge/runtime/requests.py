@@ -40,6 +40,8 @@ def plain_tokens(tokens: Iterable[Any]) -> list[int]:
     """Token ids as a list of numbers of Python."""
     if isinstance(tokens, np.ndarray):
         tokens = tokens.tolist()
+    if isinstance(tokens, list) and (numbers := _plain_numbers(tokens)) is not None:
+        return numbers
     try:
         found = [operator.index(token) for token in tokens]
     except TypeError:
@@ -47,6 +49,19 @@ def plain_tokens(tokens: Iterable[Any]) -> list[int]:
     if strange := [token for token in found if not -(1 << 31) <= token < 1 << 31]:
         raise RequestError(f"{strange[0]} is no token: those of a model are small numbers, as tokenize() makes them")
     return found
+
+
+def _plain_numbers(tokens: list[Any]) -> Optional[list[int]]:
+    """A copy of a list of nothing but numbers that tokens can have, None for any other: a conversation has many."""
+    if not all(type(token) is int for token in tokens[:1]):
+        return None
+    try:
+        found = np.array(tokens)
+    except (ValueError, OverflowError):
+        return None
+    if found.ndim != 1 or found.dtype != np.int64 or found.min() < -(1 << 31) or found.max() >= 1 << 31:
+        return None
+    return found.tolist()  # type: ignore[no-any-return, unused-ignore]
 
 
 def plain_messages(messages: Any, parts: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from ..errors import IndexMemError, LibraryError
 # modules, and how pip calls what has them
 _NEEDED = {
     "fastapi": "fastapi", "uvicorn": "uvicorn", "pydantic_settings": "pydantic-settings", "sse_starlette": "sse-starlette",
-    "starlette_context": "starlette-context", "yaml": "PyYAML",
+    "starlette_context": "starlette-context<0.4", "yaml": "PyYAML",
 }  # fmt: skip
 
 

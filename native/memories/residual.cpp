@@ -75,10 +75,20 @@ public:
         const auto rows_of_state = [&](int64_t first, int64_t n) {
             return ggml_view_3d(ctx, s, n_feature, n, n_stream, s->nb[1], s->nb[2], first*s->nb[1]);
         };
+        // Devices multiply many rows of F32 in half precision (Metal) or TF32 (CUDA), whatever is asked for, and sums of squares do not
+        // fit in that. A few rows they do not, so there each is a matrix of its own.
+        const bool on_host = s->buffer && ggml_backend_buffer_is_host(s->buffer);
         const auto product = [&](ggml_tensor * a, ggml_tensor * b) {
+            const int64_t n = b->ne[2];
+            if (!on_host && a->ne[2] == 1) { // weights: of all rows
+                b = ggml_reshape_3d(ctx, b, b->ne[0], 1, n_rows*n);
+            } else if (!on_host) {
+                a = ggml_view_4d(ctx, a, a->ne[0], a->ne[1], 1, n, a->nb[1], a->nb[2], a->nb[2], 0);
+                b = ggml_reshape_4d(ctx, b, b->ne[0], 1, n_rows, n);
+            }
             ggml_tensor * res = ggml_mul_mat(ctx, a, b);
             ggml_prec_set_acc(res, GGML_PREC_F32);
-            return res;
+            return ggml_reshape_3d(ctx, res, res->ne[0], n_rows, n);
         };
         q = ggml_permute(ctx, q, 0, 2, 1, 3); // as the output: [n_embd_k, G, T, H*S]
         if (!ggml_is_contiguous(q)) {

@@ -9,6 +9,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cstring>
 #include <set>
 #include <stdexcept>
 
@@ -201,6 +202,11 @@ static ggml_tensor bytes_of(const indexmem_state_piece & piece, size_t offset, s
     return indexmem_state_view({ piece.tensor, piece.offset + offset, size });
 }
 
+// Metal takes several command buffers for each copy that is not waited for. Its memory is the host's, which is faster there.
+static bool maps(ggml_backend_dev_t dev) {
+    return strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "MTL") == 0;
+}
+
 void indexmem_copy_pieces(llama_context & ctx, const std::vector<indexmem_state_piece> & from, const std::vector<indexmem_state_piece> & to) {
     // the backend of a device, which copies there one after the other without being waited for
     std::map<ggml_backend_dev_t, ggml_backend_t> backends;
@@ -218,7 +224,7 @@ void indexmem_copy_pieces(llama_context & ctx, const std::vector<indexmem_state_
         ggml_tensor dst = bytes_of(to[j],   b, n);
 
         const auto it = backends.find(ggml_backend_buft_get_device(type_of(&src)));
-        if (type_of(&src) == type_of(&dst) && !in_host(type_of(&src)) && it != backends.end()) {
+        if (type_of(&src) == type_of(&dst) && !in_host(type_of(&src)) && it != backends.end() && !maps(it->first)) {
             ggml_backend_tensor_copy_async(it->second, it->second, &src, &dst);
             busy.insert(it->second);
         } else {

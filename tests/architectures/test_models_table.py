@@ -102,7 +102,7 @@ def test_layers_in_words(flags: list[int], words: str) -> None:
 
 def test_the_page_is_what_is_printed() -> None:
     page = Path(__file__).parents[2] / "docs" / "models.md"
-    assert page.read_text() == models_page.page(), "run `make models`"
+    assert page.read_text() == models_page.page(), "run `make pages`"
 
 
 def test_doctor_and_inspect_say_it_of_a_file(tiny: Tiny) -> None:

@@ -146,7 +146,7 @@ def test_spaces_that_a_tokenizer_adds(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_tokens_that_take_spaces_along() -> None:
-    control = ControlTokens.of_texts({"<end>": (1, 1 << 8), "<sep>": (2, 1 << 7)})
+    control = ControlTokens.of_texts({"<end>": (1, 1 << 8), "<sep>": (2, 1 << 7)}, 5)
     seen: list[tuple[bytes, bool]] = []
 
     def tokenize(text: bytes, special: bool) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import indexmem_edge
@@ -214,3 +215,16 @@ def test_turns_are_counted_without_a_budget_as_with_one(model: Path) -> None:
     assert [row[:2] for row in rows[0]] == [(30, 0), (10, 30), (2, 20), (3, 0)]
     plain.reset()
     assert plain.kv_stats().turn_evaluated == plain.kv_stats().turn_reused == plain.kv_stats().turn_generated == 0
+
+
+def test_types_of_the_cache_by_name(demo_model: Path) -> None:
+    from indexmem_edge import Llama
+
+    options: dict[str, Any] = {"kv_budget": 256, "indexmem": "off", "n_ctx": 512}
+    with Llama(demo_model, type_k="q8_0", type_v="q8_0", verbose=False, n_threads=1, **options) as llm:
+        assert llm.context_params.type_k == llm.context_params.type_v == 8
+    assert kv_bytes(demo_model, type_k="q8_0", type_v="q8_0", **options) == kv_bytes(demo_model, type_k=8, type_v=np.int32(8), **options)
+    for bad in ("q9", 99, -1, 1.5, np.nan, []):
+        for call in (Llama, kv_bytes):
+            with pytest.raises(BudgetError, match="is not a cache type: choose one of f32, f16"):
+                call(str(demo_model), type_k=bad, **options)

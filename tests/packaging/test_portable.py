@@ -21,9 +21,8 @@ import pytest
 import indexmem_edge
 from indexmem_edge.cli import console, streams
 from indexmem_edge.files.modelfile import NativePath, check_model_file, gguf_strings, loaded_model
-from indexmem_edge.native import find, ggml
+from indexmem_edge.native import find, ggml, memory
 
-bench = pytest.importorskip("indexmem_edge.bench.machine")
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "модель é 模型 & co.gguf"
 needs_library = pytest.mark.skipif(find.library_file() is None, reason="the native library has not been built")
@@ -261,7 +260,7 @@ def test_memory_of_the_process_on_windows(monkeypatch: pytest.MonkeyPatch) -> No
     def get(process: ctypes.c_void_p, found: Any, size: int) -> int:
         counters = found._obj
         assert process.value == 2**64 - 1 and size == counters.cb == ctypes.sizeof(counters) == 72
-        counters.WorkingSetSize = 123 << 20
+        counters.WorkingSetSize, counters.PeakWorkingSetSize = 123 << 20, 200 << 20
         return 1
 
     class Current:
@@ -270,12 +269,12 @@ def test_memory_of_the_process_on_windows(monkeypatch: pytest.MonkeyPatch) -> No
         def __call__(self) -> Optional[int]:
             return ctypes.c_void_p(-1).value
 
-    monkeypatch.setattr(bench.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
-    monkeypatch.setattr(bench.sys, "platform", "win32")
+    monkeypatch.setattr(memory.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr(memory.sys, "platform", "win32")
     kernel = SimpleNamespace(GetCurrentProcess=Current(), K32GetProcessMemoryInfo=get)
     monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
     monkeypatch.setitem(sys.modules, "resource", None)  # there is none
-    assert bench.rss_bytes() == 123 << 20
+    assert (memory.resident_memory(), memory.peak_memory()) == (123 << 20, 200 << 20)
 
 
 def test_names_of_files_in_the_repository_are_possible_on_windows() -> None:

@@ -207,6 +207,12 @@ def test_imports_of_itself_are_relative_from_where_they_are() -> None:
     assert files["python/llama_cpp/server/app.py"] == expected
 
 
+def test_a_llama_cpp_tree_alone_has_no_python_side() -> None:
+    files = {TARGET: b"as it is\n"}
+    assert prepare_source.apply_patch(NAME, PATCH.replace("/src/x.cpp", "/python/llama_cpp/x.py"), files) == []
+    assert files == {TARGET: b"as it is\n"}
+
+
 def test_a_patch_can_be_of_the_python_side() -> None:
     target = "python/llama_cpp/server/x.py"
     files = {target: "\n".join(LINES).encode()}

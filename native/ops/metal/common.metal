@@ -12,6 +12,7 @@ constant int indexmem_type_k [[function_constant(INDEXMEM_METAL_TYPE_K)]];
 constant int indexmem_type_v [[function_constant(INDEXMEM_METAL_TYPE_V)]];
 
 #define INDEXMEM_KERNEL(name)                                          \
+    [[max_total_threads_per_threadgroup(INDEXMEM_METAL_THREADS)]]      \
     kernel void kernel_indexmem_##name(                                \
         constant indexmem_metal_args & args    [[buffer(0)]],          \
         device char      * src0                [[buffer(1)]],          \

@@ -1,6 +1,6 @@
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
-#include "ggml-metal-device.h"
+#include "ggml-metal/ggml-metal-device.h"
 #include "indexmem-metal.h"
 #include "launch.h"
 
@@ -8,7 +8,8 @@
 
 // Ops may be encoded to run side by side; the backend finds out from the ranges of memory that they read (sources) and
 // write (results). An op that writes one of its sources, as the counts of a centroid memory, or that takes several kernels,
-// says nothing of that there, so barriers enclose what we encode.
+// says nothing of that there, so barriers enclose what we encode. (Ops are put into another order before, by their sources: nothing may
+// read counts behind the op that writes them, in one graph.)
 
 static ggml_metal_buffer_id buffer_of(const ggml_tensor * t) {
     ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;

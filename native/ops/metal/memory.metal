@@ -59,7 +59,7 @@ INDEXMEM_KERNEL(centroid) {
     // of a lane, and then of all lanes.
     for (int i = n_filled + (int) sgitg; i < n_evict; i += SIMD) {
         device const char * k = keys + evicted[i]*args.src[2].nb[1];
-        float best = 0.0f;
+        float best = 3.4e38f;
         int   slot = n_latent; // this lane has seen no mean
         for (int r = tiisg; r < n_latent; r += WIDTH) {
             device const float * mean = (device const float *) (means + r*args.dst.nb[1]);
@@ -68,13 +68,12 @@ INDEXMEM_KERNEL(centroid) {
                 const float x = key_at(k, d) - mean[d];
                 distance += x*x;
             }
-            if (slot == n_latent || distance < best) {
+            if (distance < best) {
                 best = distance;
                 slot = r;
             }
         }
-        const float first = simd_broadcast(best, 0); // has seen one
-        const float least = simd_min(slot < n_latent ? best : first);
+        const float least = simd_min(best);
         slot = simd_min(best == least ? slot : n_latent);
         if (tiisg == 0) {
             slot_of[i] = slot < n_latent ? slot : 0; // no smallest one: distances are NaN
