@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 from .._vendor.llama_cpp import llama_cpp as llama_lib, llama_grammar
@@ -46,6 +47,18 @@ def _shortened(why: str) -> str:
     return line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
 
 
+def _depth(value: Any) -> int:
+    """How many objects and lists of a JSON value are within one another."""
+    deepest, left = 0, [(value, 1)]
+    while left:
+        value, depth = left.pop()
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        deepest = max(deepest, depth)
+        if deepest < sys.getrecursionlimit():  # a value that holds itself has no end
+            left += [(part, depth + 1) for part in parts]
+    return deepest
+
+
 def schema_grammar(schema: Any, what: str) -> Any:
     """The grammar of the JSON that a schema describes; `what` names the schema in errors.
 
@@ -55,6 +68,8 @@ def schema_grammar(schema: Any, what: str) -> Any:
     if not isinstance(schema, dict):
         raise GrammarError(f"{what} must be a JSON schema, an object such as {{'type': 'object', ...}}, found {schema!r:.80}")
     try:
+        if _depth(schema) >= sys.getrecursionlimit():
+            raise RecursionError  # now, and not when others' code, such as finalizers, has no room left either
         return llama_grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
     except RecursionError:
         raise GrammarError(f"{what} has too many schemas within one another to make a grammar of: make it flatter") from None
