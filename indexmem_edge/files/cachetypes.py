@@ -6,7 +6,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
-from .._vendor.llama_cpp import llama_cpp as llama_lib
 from ..errors import BudgetError
 
 NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -26,6 +25,8 @@ def numbered(keywords: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BudgetError: there is no such type.
     """
+    from .._vendor.llama_cpp import llama_cpp as llama_lib  # here, because the command line speaks without a library, too
+
     ready = dict(keywords)
     for option in ("type_k", "type_v"):
         given = ready.get(option)
