@@ -377,6 +377,9 @@ void llm_graph_input_attn_bounded::build_evict(
         if (t->op == GGML_OP_INDEXMEM) {
             ggml_indexmem_set_timer(t, &mctx->get_kv().evict_us);
         }
+        if (t->op == GGML_OP_SET_ROWS && t->src[0]->op == GGML_OP_CONT) { // means that go to another device: their gaps are closed before
+            ggml_backend_sched_set_tensor_backend(graph.sched, t->src[0], graph.backend_cpu);
+        }
         ggml_build_forward_expand(graph.gf, t);
     }
     if (l.sinks && ggml_backend_buffer_is_host(l.k->buffer)) { // and not where these weights are: each eviction would copy all keys there
