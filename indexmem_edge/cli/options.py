@@ -20,7 +20,7 @@ else:
 import typer
 from typing_extensions import Annotated
 
-from ..errors import BudgetError, ContextError, IndexMemError
+from ..errors import ContextError, IndexMemError
 from ..files import cachetypes
 from ..files.textfile import argument_text
 from ..models.demo import demo_model
@@ -268,10 +268,7 @@ class RunOptions:
 
 
 def _cache_type(option: str, name: str) -> int:
-    if name not in cachetypes.NAMES:
-        flag = "--" + option.replace("_", "-")
-        raise BudgetError(f"{flag} {name!r} is not a cache type: choose one of {', '.join(cachetypes.NAMES)}")
-    return cachetypes.ggml_type(name)
+    return cachetypes.number_of(name, "--" + option.replace("_", "-"))
 
 
 def _size(sizes: Sizes, keywords: Mapping[str, Any]) -> str:

@@ -19,6 +19,17 @@ def ggml_type(name: str) -> int:
     return int(GGMLQuantizationType[name.upper()])
 
 
+def number_of(name: object, option: str) -> int:
+    """The number of a type that a person names with an option.
+
+    Raises:
+        BudgetError: there is no such type.
+    """
+    if not isinstance(name, str) or name not in NAMES:
+        raise BudgetError(f"{option} {name!r:.40} is not a cache type: choose one of {', '.join(NAMES)}")
+    return ggml_type(name)
+
+
 def numbered(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments with the types of K and V as numbers: they may be named.
 
@@ -30,12 +41,10 @@ def numbered(keywords: Mapping[str, Any]) -> dict[str, Any]:
     ready = dict(keywords)
     for option in ("type_k", "type_v"):
         given = ready.get(option)
-        if isinstance(given, str) and given in NAMES:
-            ready[option] = ggml_type(given)
-        elif isinstance(given, SupportsIndex) and 0 <= operator.index(given) < llama_lib.GGML_TYPE_COUNT:
+        if isinstance(given, SupportsIndex) and 0 <= operator.index(given) < llama_lib.GGML_TYPE_COUNT:
             ready[option] = operator.index(given)
         elif given is not None:
-            raise BudgetError(f"{option} {given!r:.40} is not a cache type: choose one of {', '.join(NAMES)}")
+            ready[option] = number_of(given, option)
     return ready
 
 

@@ -54,12 +54,12 @@ indexmem_kv_counts::geometry indexmem_kv_counts::geometry::of(const limits & lim
     return res;
 }
 
-// Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on. Where
-// layers differ, padding like that would take more than their budgets differ by: the last multiple may be cut off there.
 uint32_t indexmem_kv_counts::geometry::pad_of(uint32_t n_entries, bool several) {
     return several && n_entries < N_SLOTS_MANY ? N_SLOTS_PAD : N_KV_PAD;
 }
 
+// Attention looks at a multiple of N_KV_PAD rows from row n_front on, or with the slots of the memory from row 0 on. Where
+// layers differ, padding like that would take more than their budgets differ by: the last multiple may be cut off there.
 uint32_t indexmem_kv_counts::geometry::slots_of(uint32_t n_entries, uint32_t n_latent, bool several) {
     const uint32_t n_pad   = pad_of(n_entries, several);
     const uint32_t n_front = pad(n_latent, N_FRONT_PAD);

@@ -128,7 +128,9 @@ def test_a_wrong_header_size_is_refused(tmp_path: Path, header_bytes: int) -> No
 
 
 def test_folders_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
-    for path, words in [(tmp_path, "directory|denied"), (tmp_path / "none", "No such file"), ("/dev/zero", "regular file|No such file")]:
+    windows = sys.platform == "win32"  # which does not open folders, and has no such device
+    folder, device = ("denied", "No such file") if windows else ("directory", "regular file")
+    for path, words in [(tmp_path, folder), (tmp_path / "none", "No such file"), ("/dev/zero", device)]:
         with pytest.raises(SessionError, match=words):
             read(path)
 
